@@ -1,0 +1,182 @@
+"""Everything that `ltxv2_train_network.py` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from musubi_tuner.config.flags import flag
+from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.runtime.errors import UserError
+
+TIMESTEP_FORMAT_HELP = (
+    "--ltxv2_timestep_format is missing. It says how noise levels are written down and must be chosen, because other tools differ:\n"
+    "  flowmatch_1_1000   t = 1 + 999 sigma (musubi-tuner's habit; take this one if unsure)\n"
+    "  legacy_0_1000      t = 1000 sigma\n"
+    "  sd3_0_1            t = sigma"
+)
+
+NETWORK_MODULE = "musubi_tuner.networks.lora_ltxv2"
+NETWORK_MODULE_ALIASES = ("networks.lora_ltxv2", "networks.lora_ltx2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Model files."""
+
+    ltxv2_model: Path = flag("transformer file, full checkpoint, or folder of a split pack", aliases=("--ltx2_checkpoint", "--dit"))
+    vae: Path | None = flag("video VAE for previews; default: --ltxv2_model", default=None)
+    audio_vae: Path | None = flag("audio VAE and vocoder for previews; default: --vae", default=None)
+    text_encoder: str | None = flag("encoder folder (or a hub id in the local cache), for prompts that were not cached", default=None)
+    text_encoder_backend: Literal["gemma", "t5"] | None = flag("must agree with the cached captions", default=None)
+    tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
+    max_length: int | None = flag("cuts captions to this many tokens; must agree with the cache", default=None)
+    ltxv2_backend: Literal["official"] = flag("implementation of the model", default="official")
+    device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModeOptions:
+    """What is trained."""
+
+    dataset_config: Path = flag("dataset TOML")
+    ltx_mode: Literal["video", "av", "audio"] | None = flag(
+        "video alone, video with sound, or sound alone; default: video", default=None, aliases=("--ltx2_mode",)
+    )
+    ltxv2_audio_video: bool = flag("older way to say --ltx_mode av", default=False)
+    ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] | None = flag(
+        "how noise levels are written down; must be given", default=None
+    )
+    timestep_sampling: Literal["shifted_logit_normal", "uniform"] = flag("how noise levels are drawn", default="shifted_logit_normal")
+    independent_audio_timestep: bool = flag("draw the sound's noise level apart from the video's", default=True)
+    av_timestep_rule: Literal["official", "cross", "own"] = flag("who drives the cross attention between the streams", default="official")
+    video_loss_weight: float = flag("weight of the video loss; a dataset's own weight wins", default=1.0)
+    audio_loss_weight: float = flag("weight of the audio loss; a dataset's own weight wins", default=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkOptions:
+    """LoRA."""
+
+    network_module: str = flag("module that makes the network", default=NETWORK_MODULE)
+    network_dim: int = flag("rank", default=32)
+    network_alpha: float = flag("alpha; the update is scaled by alpha / rank", default=32.0)
+    network_args: tuple[str, ...] = flag("key=value: preset, include_patterns, exclude_patterns", default=())
+    network_weights: Path | None = flag("LoRA file to start from", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizationOptions:
+    """Optimization."""
+
+    optimizer_type: str = flag("AdamW, AdamW8bit, Adafactor, Prodigy, or a class by dotted name", default="AdamW")
+    optimizer_args: tuple[str, ...] = flag("key=value arguments of the optimizer", default=())
+    learning_rate: float = flag("learning rate", default=1e-4)
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = flag("schedule", default="constant")
+    lr_warmup_steps: int = flag("steps of linear warm-up", default=0)
+    max_train_steps: int = flag("optimizer steps", default=1600)
+    max_train_epochs: int | None = flag("passes over the data; wins over --max_train_steps", default=None)
+    gradient_accumulation_steps: int = flag("batches of one optimizer step", default=1)
+    max_grad_norm: float = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
+    gradient_checkpointing: bool = flag("keep only block inputs and compute the rest again", default=True)
+    mixed_precision: Literal["no", "bf16"] | None = flag("dtype of the frozen weights; default: what accelerate was launched with", default=None)
+    seed: int = flag("seed of data order, noise and initial weights", default=42)
+    max_data_loader_n_workers: int = flag("processes that read caches ahead", default=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavingOptions:
+    """Saving and resuming."""
+
+    output_dir: Path = flag("folder of everything the run leaves", default=Path("output"))
+    output_name: str = flag("name of the LoRA file", default="ltxv2_lora")
+    save_every_n_steps: int | None = flag("save the LoRA every N steps", default=None)
+    save_every_n_epochs: int | None = flag("save the LoRA every N epochs", default=None)
+    save_precision: Literal["bfloat16", "float16", "float32"] = flag("dtype of the LoRA file", default="bfloat16")
+    save_state: bool = flag("save the training state with every LoRA", default=False)
+    save_last_n_states: int = flag("how many states are kept; older ones are removed", default=2)
+    resume: Path | None = flag("state folder to go on from, exactly", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingOptions:
+    """Logging and validation."""
+
+    logging_dir: Path | None = flag("folder of tracker logs", default=None)
+    log_with: Literal["tensorboard", "wandb", "all"] | None = flag("tracker, through accelerate", default=None)
+    log_every_n_steps: int = flag("write losses every N steps", default=1)
+    validate_every_n_steps: int | None = flag("held-out loss every N steps; default: ten times a run", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """All sections."""
+
+    mode: ModeOptions
+    model: ModelOptions
+    network: NetworkOptions
+    optimization: OptimizationOptions
+    saving: SavingOptions
+    preview: PreviewOptions
+    logging: LoggingOptions
+
+    @property
+    def ltx_mode(self) -> str:
+        """`video`, `av` or `audio`: the explicit flag wins over the older one."""
+        return self.mode.ltx_mode or ("av" if self.mode.ltxv2_audio_video else "video")
+
+
+def check_training_config(config: TrainingConfig) -> None:
+    """Rules over several fields, and ranges.
+
+    Raises:
+        UserError: the first rule that is broken.
+    """
+    if config.mode.ltxv2_timestep_format is None:
+        raise UserError(TIMESTEP_FORMAT_HELP)
+    optimization, saving = config.optimization, config.saving
+    at_least_one = {
+        "--network_dim": config.network.network_dim,
+        "--max_train_steps": optimization.max_train_steps,
+        "--max_train_epochs": optimization.max_train_epochs,
+        "--gradient_accumulation_steps": optimization.gradient_accumulation_steps,
+        "--save_every_n_steps": saving.save_every_n_steps,
+        "--save_every_n_epochs": saving.save_every_n_epochs,
+        "--save_last_n_states": saving.save_last_n_states,
+        "--log_every_n_steps": config.logging.log_every_n_steps,
+        "--validate_every_n_steps": config.logging.validate_every_n_steps,
+    }
+    not_negative = {
+        "--learning_rate": optimization.learning_rate,
+        "--lr_warmup_steps": optimization.lr_warmup_steps,
+        "--max_grad_norm": optimization.max_grad_norm,
+        "--max_data_loader_n_workers": optimization.max_data_loader_n_workers,
+        "--video_loss_weight": config.mode.video_loss_weight,
+        "--audio_loss_weight": config.mode.audio_loss_weight,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: must be 1 at least.")
+    for name, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"{name} {value}: must not be negative.")
+    if config.network.network_alpha <= 0:
+        raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
+    if any(sign in saving.output_name for sign in '/\\:*?"<>|'):
+        raise UserError(f"--output_name {saving.output_name!r}: a file name without / \\ : * ? \" < > |; the folder is --output_dir.")
+
+
+def parse_pairs(pairs: tuple[str, ...], flag_name: str) -> dict[str, str]:
+    """`key=value` arguments as a dict.
+
+    Raises:
+        UserError: an argument without `=`, or a key given twice.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise UserError(f"{flag_name} {pair!r}: must be key=value.")
+        if key in values:
+            raise UserError(f"{flag_name}: {key} is given twice.")
+        values[key] = value
+    return values

@@ -1,0 +1,15 @@
+"""Randomness by name: what an item draws depends on the seed, the epoch and the item, never on the process or the batch it is in.
+
+So that resuming, another number of processes, or a preview in between change nothing.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator_for(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator whose state is a hash of `seed` and `names`."""
+    text = "|".join(map(str, (seed, *names)))
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little")
+    return torch.Generator().manual_seed(number & (2**63 - 1))

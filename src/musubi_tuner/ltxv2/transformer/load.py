@@ -1,0 +1,116 @@
+"""From a checkpoint to a frozen transformer, tensor by tensor."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.ltxv2.versions import detect_version, streams_of, transformer_names
+from musubi_tuner.ltxv2.weights import Checkpoint, cast, fill
+from musubi_tuner.runtime.errors import UserError
+
+STREAMS = {"video": ("video",), "av": ("video", "audio"), "audio": ("audio",)}
+"""Streams that a training mode builds."""
+
+_SCALES = (".weight_scale", ".input_scale")
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    *,
+    mode: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    timestep_rule: str = "official",
+    place: Callable[[str, Tensor], Tensor] | None = None,
+) -> LTXModel:
+    """Build the subset of the transformer that `mode` needs and fill it, frozen.
+
+    Weights prequantized to fp8 (with `weight_scale`) are brought back to `dtype`.
+
+    Args:
+        mode: `video`, `av` or `audio`.
+        place: called as `place(name, tensor)`, where given, in place of the plain move; gets tensors in `dtype`.
+
+    Raises:
+        UserError: tensors missing, unexpected or of another shape; a stream that the checkpoint lacks; NVFP4 weights.
+    """
+    names = transformer_names(checkpoint)
+    streams = STREAMS[mode]
+    lacking = set(streams) - set(streams_of(names))
+    if lacking:
+        raise UserError(
+            f"{checkpoint.path}: --ltx_mode {mode} needs the {' and '.join(sorted(lacking))} stream, which this file lacks. "
+            "Give --ltxv2_model a checkpoint of the whole model."
+        )
+    _refuse_nvfp4(checkpoint, names)
+    config = read_config(checkpoint)
+    with torch.device("meta"):
+        model = LTXModel(config, streams, timestep_rule=timestep_rule)
+        whole = set(model.state_dict()) if len(streams) == 2 else set(LTXModel(config).state_dict())
+    needed = set(model.state_dict())
+    weights = {name: full for name, full in names.items() if not name.endswith(_SCALES) and (name in needed or name not in whole)}
+
+    def dequantized(name: str, tensor: Tensor) -> Tensor:
+        scale_name = names.get(name.removesuffix(".weight") + ".weight_scale")
+        if scale_name is not None and name.endswith(".weight"):
+            tensor = (tensor.float() * checkpoint.tensor(scale_name).float()).to(dtype)
+        return place(name, tensor) if place else cast(tensor, torch.device(device), dtype)
+
+    fill(model, weights, checkpoint, device=device, dtype=dtype, place=dequantized)
+    return model.requires_grad_(False).eval()
+
+
+def read_config(checkpoint: Checkpoint) -> TransformerConfig:
+    """The transformer's shape from the metadata, or from tensor shapes where the file has none."""
+    section = checkpoint.config.get("transformer")
+    if section is not None:
+        return TransformerConfig.from_checkpoint_config(section)
+    return _config_from_shapes(checkpoint, transformer_names(checkpoint), detect_version(checkpoint))
+
+
+def _config_from_shapes(checkpoint: Checkpoint, names: Mapping[str, str], version: str) -> TransformerConfig:
+    """What shapes tell, and the released constants for the rest (head count where there are no gates, RoPE of released models)."""
+
+    def shape(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        return checkpoint.shape(names[name]) if name in names else default
+
+    video_dim = shape("patchify_proj.weight", (4096, 128))[0]
+    audio_dim = shape("audio_patchify_proj.weight", (2048, 128))[0]
+    gates = next((full for name, full in names.items() if name.endswith("to_gate_logits.weight")), None)
+    heads = checkpoint.shape(gates)[0] if gates else 32
+    return TransformerConfig(
+        num_layers=1 + max(_block_indices(names)),
+        num_attention_heads=heads,
+        attention_head_dim=video_dim // heads,
+        in_channels=shape("patchify_proj.weight", (video_dim, 128))[1],
+        out_channels=shape("proj_out.weight", (128, video_dim))[0],
+        cross_attention_dim=video_dim,
+        caption_channels=shape("caption_projection.linear_1.weight", (video_dim, 3840))[1],
+        audio_num_attention_heads=heads,
+        audio_attention_head_dim=audio_dim // heads,
+        audio_in_channels=shape("audio_patchify_proj.weight", (audio_dim, 128))[1],
+        audio_out_channels=shape("audio_proj_out.weight", (128, audio_dim))[0],
+        audio_cross_attention_dim=audio_dim,
+        av_ca_timestep_scale_multiplier=1000.0,
+        rope_type="split",
+        frequencies_precision="float64",
+        apply_gated_attention=gates is not None,
+        cross_attention_adaln=any(name.endswith("prompt_scale_shift_table") for name in names),
+        caption_proj_before_connector=version != "2.0",
+        use_prompt_adaln_single=any("prompt_adaln_single." in name for name in names),
+        ff_bias=any(name.endswith(".ff.net.0.proj.bias") and "audio_ff" not in name for name in names),
+        audio_ff_bias=any(name.endswith(".audio_ff.net.0.proj.bias") for name in names),
+        use_keyframes_abs_pos_embedding="keyframes_abs_pos_embedding" in names,
+    )
+
+
+def _block_indices(names: Iterable[str]) -> list[int]:
+    return [int(name.split(".")[1]) for name in names if name.startswith("transformer_blocks.")]
+
+
+def _refuse_nvfp4(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    if any(name.endswith(".weight_scale_2") for name in names):
+        raise UserError(f"{checkpoint.path}: NVFP4 weights. Training reads bf16 and fp8 checkpoints; give one of those.")

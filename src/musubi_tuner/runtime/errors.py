@@ -1,0 +1,5 @@
+"""The one exception that is meant for the person at the screen."""
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the text names the file, the value, the rule and the remedy."""
