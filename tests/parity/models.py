@@ -134,15 +134,22 @@ def modalities(data: dict[str, torch.Tensor], **video_extra: object) -> tuple[Mo
     return video, audio
 
 
-def run_official(reference: torch.nn.Module, data: dict[str, torch.Tensor], perturbations: object = None, self_mask: torch.Tensor | None = None,
-                 enabled: tuple[bool, bool] = (True, True)) -> tuple:  # fmt: skip
+def run_official(
+    reference: torch.nn.Module,
+    data: dict[str, torch.Tensor],
+    perturbations: object = None,
+    self_mask: torch.Tensor | None = None,
+    enabled: tuple[bool, bool] = (True, True),
+) -> tuple:
     """ltx-core, with positions from its own code."""
     from ltx_core.components.patchifiers import AudioPatchifier, VideoLatentPatchifier, get_pixel_coords
     from ltx_core.guidance.perturbations import BatchedPerturbationConfig
     from ltx_core.model.transformer.modality import Modality as OfficialModality
     from ltx_core.types import AudioLatentShape, SpatioTemporalScaleFactors, VideoLatentShape
 
-    grid = VideoLatentPatchifier(1).get_patch_grid_bounds(VideoLatentShape(batch=BATCH, channels=CHANNELS, frames=FRAMES, height=HEIGHT, width=WIDTH))
+    grid = VideoLatentPatchifier(1).get_patch_grid_bounds(
+        VideoLatentShape(batch=BATCH, channels=CHANNELS, frames=FRAMES, height=HEIGHT, width=WIDTH)
+    )
     video_positions = get_pixel_coords(grid, SpatioTemporalScaleFactors.default(), causal_fix=True).float()
     video_positions[:, 0] /= FPS
     audio_positions = AudioPatchifier(1).get_patch_grid_bounds(AudioLatentShape(batch=BATCH, channels=8, frames=STEPS, mel_bins=16))

@@ -78,7 +78,9 @@ class OptimizationOptions:
     gradient_accumulation_steps: int = flag("batches of one optimizer step", default=1)
     max_grad_norm: float = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
     gradient_checkpointing: bool = flag("keep only block inputs and compute the rest again", default=True)
-    mixed_precision: Literal["no", "bf16"] | None = flag("dtype of the frozen weights; default: what accelerate was launched with", default=None)
+    mixed_precision: Literal["no", "bf16"] | None = flag(
+        "dtype of the frozen weights; default: what accelerate was launched with", default=None
+    )
     seed: int = flag("seed of data order, noise and initial weights", default=42)
     max_data_loader_n_workers: int = flag("processes that read caches ahead", default=2)
 
@@ -162,7 +164,7 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.network.network_alpha <= 0:
         raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
     if any(sign in saving.output_name for sign in '/\\:*?"<>|'):
-        raise UserError(f"--output_name {saving.output_name!r}: a file name without / \\ : * ? \" < > |; the folder is --output_dir.")
+        raise UserError(f'--output_name {saving.output_name!r}: a file name without / \\ : * ? " < > |; the folder is --output_dir.')
 
 
 def parse_pairs(pairs: tuple[str, ...], flag_name: str) -> dict[str, str]:

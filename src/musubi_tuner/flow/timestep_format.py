@@ -7,6 +7,7 @@ from torch import Tensor
 TimestepFormat = Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"]
 TIMESTEP_FORMATS: tuple[str, ...] = get_args(TimestepFormat)
 
+
 def to_timestep(sigma: Tensor, name: str) -> Tensor:
     """Sigma (float32, 0..1) in the format `name`."""
     if name == "flowmatch_1_1000":

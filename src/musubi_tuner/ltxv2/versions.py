@@ -42,11 +42,16 @@ def transformer_names(checkpoint: Checkpoint) -> dict[str, str]:
     if not prefix:
         others = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.", "duration_head.", "encoder.", "decoder.", "per_channel_")
         found = {name: full for name, full in found.items() if not name.startswith(others)}
-    if not any("q_norm" in name for name in found) or "adaln_single.linear.weight" not in found and "audio_adaln_single.linear.weight" not in found:
+    if (
+        not any("q_norm" in name for name in found)
+        or "adaln_single.linear.weight" not in found
+        and "audio_adaln_single.linear.weight" not in found
+    ):
         raise UserError(f"{checkpoint.path}: the transformer's tensors are not those of LTX-2 (no q_norm or adaln_single).")
     if not _has_audio(found) and not _is_ltx2_video(checkpoint, found):
         raise UserError(
-            f"{checkpoint.path}: a transformer of LTX-Video 0.9. This trainer is for LTX-2, 2.3 and 2.5, whose checkpoints hold video and sound."
+            f"{checkpoint.path}: a transformer of LTX-Video 0.9. This trainer is for LTX-2, 2.3 and 2.5, whose "
+            "checkpoints hold video and sound."
         )
     return found
 

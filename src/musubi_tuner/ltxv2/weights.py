@@ -155,7 +155,9 @@ def _parse_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         config = json.loads(metadata["config"])
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}: its 'config' metadata is not JSON ({error}). The file is damaged or was rewritten by another tool.") from error
+        raise UserError(
+            f"{file}: its 'config' metadata is not JSON ({error}). The file is damaged or was rewritten by another tool."
+        ) from error
     return {key: value for key, value in config.items() if isinstance(value, dict)}
 
 

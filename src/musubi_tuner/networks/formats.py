@@ -60,7 +60,8 @@ def check_file(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
         )
     if all(not bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(_UP)):
         raise UserError(
-            "the LoRA is all zero: nothing has been learned, and a file of zeros would look like a result. Check --learning_rate and the data."
+            "the LoRA is all zero: nothing has been learned, and a file of zeros would look like a result. Check "
+            "--learning_rate and the data."
         )
 
 
@@ -81,7 +82,7 @@ def read_lora(path: Path, model_names: Sequence[str]) -> tuple[Factors, dict[str
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}).") from error
     flattened = {name.replace(".", "_"): name for name in model_names}

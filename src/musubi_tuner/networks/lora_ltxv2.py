@@ -144,9 +144,7 @@ class LoRANetwork:
         return [parameter for layer in self.layers.values() for parameter in (layer.lora_A, layer.lora_B)]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{name}.{leaf}": getattr(layer, leaf) for name, layer in self.layers.items() for leaf in ("lora_A", "lora_B")
-        }
+        return {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in self.layers.items() for leaf in ("lora_A", "lora_B")}
 
     def count_by_stream(self) -> dict[str, int]:
         return count_by_stream(self.names)
@@ -170,7 +168,10 @@ class LoRANetwork:
         for name, (down, up) in factors.items():
             layer = self.layers[name]
             if down.shape[0] != layer.rank:
-                raise UserError(f"--network_weights has rank {down.shape[0]} at '{name}', --network_dim is {layer.rank}. Give --network_dim {down.shape[0]}.")
+                raise UserError(
+                    f"--network_weights has rank {down.shape[0]} at '{name}', --network_dim is {layer.rank}. Give "
+                    f"--network_dim {down.shape[0]}."
+                )
             with torch.no_grad():
                 layer.lora_A.copy_(down)
                 layer.lora_B.copy_(up / layer.scale)

@@ -56,7 +56,8 @@ def processes() -> Iterator[Processes]:
         if expected > 1 and state.num_processes != expected:
             raise UserError(
                 f"WORLD_SIZE is {expected}, but accelerate sees {state.num_processes} process(es): every process would do all the work. "
-                "On GPUs use 'accelerate launch --multi_gpu --num_processes N'; on the CPU set ACCELERATE_USE_CPU=true and use the same command or torchrun."
+                "On GPUs use 'accelerate launch --multi_gpu --num_processes N'; on the CPU set ACCELERATE_USE_CPU=true "
+                "and use the same command or torchrun."
             )
         yield Processes(index=state.process_index, count=state.num_processes)
     finally:

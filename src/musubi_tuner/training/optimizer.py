@@ -32,7 +32,9 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate:
     """
     dotted = _KNOWN.get(name.lower(), name)
     if "." not in dotted:
-        raise UserError(f"--optimizer_type {name}: one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as torch.optim.AdamW.")
+        raise UserError(
+            f"--optimizer_type {name}: one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as torch.optim.AdamW."
+        )
     optimizer_class = _import_class(name, dotted)
     try:
         return optimizer_class(parameters, lr=learning_rate, **{key: _literal(value) for key, value in args.items()})

@@ -11,7 +11,9 @@ from musubi_tuner.ltxv2.transformer.rope import RopeTable, rotate
 class Attention(nn.Module):
     """Queries from one sequence, keys and values from another (or the same)."""
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, *, gated: bool, eps: float, rope_type: str = "split") -> None:
+    def __init__(
+        self, query_dim: int, context_dim: int, heads: int, head_dim: int, *, gated: bool, eps: float, rope_type: str = "split"
+    ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads

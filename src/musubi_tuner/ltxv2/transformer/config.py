@@ -111,7 +111,9 @@ class TransformerConfig:
             if section.get(key, value) != value:
                 raise UserError(f"checkpoint config: transformer.{key} is {section[key]!r}; only {value!r} is supported.")
         if any(section.get(key) for key in _TEXT_PROJECTION_KEYS[1:]):
-            raise UserError("checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are given.")
+            raise UserError(
+                "checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are given."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items() if key in names}
         config = cls(**values)

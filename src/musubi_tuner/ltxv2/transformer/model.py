@@ -55,7 +55,9 @@ class StreamShape:
 class LTXModel(nn.Module):
     """`streams` chooses the subset that is built: ("video", "audio"), ("video",) or ("audio",)."""
 
-    def __init__(self, config: TransformerConfig, streams: tuple[str, ...] = ("video", "audio"), *, timestep_rule: str = "official") -> None:
+    def __init__(
+        self, config: TransformerConfig, streams: tuple[str, ...] = ("video", "audio"), *, timestep_rule: str = "official"
+    ) -> None:
         super().__init__()
         assert timestep_rule in TIMESTEP_RULES, timestep_rule
         self.config = config
@@ -93,7 +95,11 @@ class LTXModel(nn.Module):
         states: dict[str, Tensor | None] = {"": None, "audio_": None}
         inputs: dict[str, StreamInputs | None] = {"": None, "audio_": None}
         embedded: dict[str, Tensor] = {}
-        given = [(_shape(self.config, name), own, other) for name, own, other in (("video", video, audio), ("audio", audio, video)) if own is not None]
+        given = [
+            (_shape(self.config, name), own, other)
+            for name, own, other in (("video", video, audio), ("audio", audio, video))
+            if own is not None
+        ]
         for shape, own, other in given:
             states[shape.prefix] = self._embed_tokens(shape, own)
             inputs[shape.prefix], embedded[shape.prefix] = self._stream_inputs(shape, own, other)

@@ -1,0 +1,20 @@
+"""The metadata that cache files must carry: stated once, for the programs that write them and for training that reads them."""
+
+from musubi_tuner.cache.index import Clip, audio_window, latents_window
+
+LATENT_KEYS = ("latents",)
+AUDIO_KEYS = ("audio_latents", "audio_lengths")
+TEXT_KEYS = ("text", "text_mask")
+
+
+def latents_of(clip: Clip) -> dict[str, str]:
+    """Of a clip's video or image latents, as far as the plan decides it."""
+    return {"kind": f"{clip.kind}_latents", "source_fingerprint": clip.source_fingerprint, "window": latents_window(clip)}
+
+
+def audio_of(clip: Clip) -> dict[str, str]:
+    """Of a clip's sound, as far as the plan decides it.
+
+    The entry `audio` is left out: it is `absent` too where a stream ends before the window begins, which decoding tells.
+    """
+    return {"kind": "audio_latents", "source_fingerprint": clip.source_fingerprint, "window": audio_window(clip)}

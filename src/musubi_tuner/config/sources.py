@@ -1,0 +1,145 @@
+"""Listing a dataset's source files and their captions."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.config.flags import nearest
+from musubi_tuner.runtime.errors import UserError
+
+EXTENSIONS = {
+    "video": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One source file."""
+
+    path: Path
+    name: str
+    """Relative to the dataset's root, with forward slashes."""
+    stem: str
+    """Names its cache files."""
+    caption: str
+    """Empty where captions were not asked for and there is none."""
+
+
+def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
+    """The sources of a dataset, sorted by name.
+
+    Args:
+        require_captions: False for the latent caching programs, which do not use them.
+
+    Raises:
+        UserError: no usable file, missing or empty captions, a malformed jsonl line, a jsonl path that leads nowhere, or two sources with one stem.
+    """
+    pairs = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
+    sources = [
+        Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "") for path, caption in pairs
+    ]
+    if not sources:
+        raise UserError(f"[[{spec.label}]]: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({', '.join(EXTENSIONS[spec.kind])}){_others(spec)}.")
+    _refuse_same_stems(spec, sources)
+    if require_captions:
+        lacking = [source.name for source in sources if not source.caption.strip()]
+        if lacking:
+            raise UserError(
+                f"[[{spec.label}]]: {len(lacking)} of {len(sources)} sources have a missing or empty caption: {', '.join(lacking[:10])}"
+                f"{', ...' if len(lacking) > 10 else ''}. Put a '{spec.caption_extension}' file with the same stem beside each, "
+                "or a \"caption\" field into the jsonl."
+            )
+    return tuple(sorted(sources, key=lambda source: source.name))
+
+
+def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = True) -> tuple[tuple[Source, ...], ...]:
+    """The sources of each dataset.
+
+    Raises:
+        UserError: what `list_sources` raises, and two files of one stem in datasets that share a cache directory.
+    """
+    listed = tuple(list_sources(spec, require_captions=require_captions) for spec in specs)
+    owners: dict[tuple[Path, str], tuple[DatasetSpec, Source]] = {}
+    for spec, sources in zip(specs, listed, strict=True):
+        for source in sources:
+            other, first = owners.setdefault((spec.cache_directory.resolve(), source.stem.casefold()), (spec, source))
+            if first.path.resolve() != source.path.resolve():
+                raise UserError(
+                    f"[[{other.label}]] {first.path} and [[{spec.label}]] {source.path} have the same stem and the cache directory "
+                    f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each dataset a cache_directory of its own."
+                )
+    return listed
+
+
+def sources_exist(spec: DatasetSpec) -> bool:
+    """Whether the media are there to be compared with; training goes on without them."""
+    return spec.directory.is_dir() if spec.directory is not None else spec.jsonl_file.is_file()
+
+
+def _from_directory(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
+    if not spec.directory.is_dir():
+        raise UserError(f"[[{spec.label}]]: {spec.directory}: no such folder.")
+    pairs = []
+    for path in sorted(spec.directory.iterdir()):
+        if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
+            caption = path.with_suffix(spec.caption_extension)
+            pairs.append((path, _read_caption(caption) if caption.is_file() else None))
+    return pairs
+
+
+def _others(spec: DatasetSpec) -> str:
+    """What lies there instead."""
+    found = sorted(path.name for path in spec.directory.iterdir() if path.is_file()) if spec.directory is not None else []
+    return f"; it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else ""
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}). Save the caption as UTF-8.") from error
+
+
+def _from_jsonl(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
+    if not spec.jsonl_file.is_file():
+        raise UserError(f"[[{spec.label}]]: {spec.jsonl_file}: no such file.")
+    lines = spec.jsonl_file.read_text(encoding="utf-8-sig").splitlines()
+    return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _from_line(spec: DatasetSpec, where: str, line: str) -> tuple[Path, str | None]:
+    field = f"{spec.kind}_path"
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+        raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
+    if unknown := sorted(set(entry) - {field, "caption"}):
+        raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], [field, 'caption'])} Fields are \"{field}\" and \"caption\".")
+    caption = entry.get("caption")
+    if not isinstance(caption, str | None):
+        raise UserError(f"{where}: caption = {caption!r}: must be text.")
+    path = Path(entry[field])
+    path = path if path.is_absolute() else spec.jsonl_file.parent / path
+    if path.suffix.lower() not in EXTENSIONS[spec.kind]:
+        raise UserError(f"{where}: {path}: no {spec.kind} file of a known kind ({', '.join(EXTENSIONS[spec.kind])}).")
+    if not path.is_file():
+        raise UserError(f"{where}: {path}: no such file.")
+    return path, caption
+
+
+def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        key = source.stem.casefold()
+        if key in seen:
+            raise UserError(
+                f"[[{spec.label}]]: '{seen[key].name}' and '{source.name}' have the same stem, and would overwrite each other's cache. "
+                "Rename one, or put them into two datasets with a cache_directory each."
+            )
+        seen[key] = source

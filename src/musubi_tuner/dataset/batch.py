@@ -1,0 +1,59 @@
+"""What a training step reads."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """B items of equal shape. Every tensor is on one device; noise and noise levels were drawn for each item by name."""
+
+    names: tuple[str, ...]
+    """Keys of the items, for messages."""
+    latents: Tensor | None
+    """(B, 128, F, H, W) in the stored dtype; None in audio mode."""
+    fps: Tensor
+    """(B,) float32 frames per second of each clip."""
+    text: Tensor
+    """(B, S, W) contexts, or features before the connectors."""
+    text_mask: Tensor | None
+    """(B, S) bool; None where all tokens are real."""
+    audio_latents: Tensor | None
+    """(B, 8, T, 16), zero beyond `audio_lengths`; None in video mode, and where no item has sound."""
+    audio_lengths: Tensor | None
+    """(B,) int64 real steps; 0 = no sound."""
+    audio_padded: bool
+    """Whether any item has fewer real steps than T (known here without asking the device)."""
+    video_noise: Tensor | None
+    """(B, F*H*W, 128) float32"""
+    audio_noise: Tensor | None
+    """(B, T, 128) float32"""
+    video_sigma: Tensor
+    """(B,) float32"""
+    audio_sigma: Tensor
+    """(B,) float32"""
+    video_weight: Tensor
+    """(B,) float32 loss weights"""
+    audio_weight: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`, copied without waiting."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        pinned = {
+            field.name: value.pin_memory() for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)

@@ -1,0 +1,143 @@
+"""Items -> one batch: read, stack, pad the sound, draw noise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.merge import merge_sources
+from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.flow.draws import generator_for
+from musubi_tuner.flow.sigma import SAMPLERS
+from musubi_tuner.runtime.errors import UserError
+
+AUDIO_CHANNELS, AUDIO_BINS = 8, 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawRules:
+    """How noise levels are drawn, and what losses weigh where the dataset does not say."""
+
+    seed: int
+    purpose: str
+    """`train` or `validation`: their draws never coincide."""
+    timestep_sampling: str
+    independent_audio_timestep: bool
+    video_loss_weight: float
+    audio_loss_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One item's random draws."""
+
+    video_sigma: float
+    audio_sigma: float
+    video_noise: Tensor | None
+    """(N, 128)"""
+    audio_noise: Tensor | None
+    """(T, 128)"""
+
+
+def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
+    """Read and stack the items of one batch (on the CPU).
+
+    Raises:
+        UserError: a cache file that lacks a key, or shapes that do not stack.
+    """
+    merged = [merge_sources(draw.item.cache_paths) for draw in draws]
+    items = [draw.item for draw in draws]
+    for item, tensors in zip(items, merged, strict=True):
+        _require(item, tensors, mode)
+    latents = _stack(items, merged, "latents") if mode != "audio" else None
+    audio, lengths, padded = _stack_audio(items, merged) if mode != "video" else (None, None, False)
+    real_steps = [0] * len(items) if lengths is None else lengths.tolist()
+    if not any(real_steps):
+        audio = None  # nobody to hear: the video stream runs alone
+    drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
+    text, text_mask = _stack_text(items, merged)
+    return Batch(
+        names=tuple(item.key for item in items),
+        latents=latents,
+        fps=torch.tensor([item.clip.fps for item in items], dtype=torch.float32),
+        text=text,
+        text_mask=text_mask,
+        audio_latents=audio,
+        audio_lengths=lengths,
+        audio_padded=padded,
+        video_noise=None if latents is None else torch.stack([one.video_noise for one in drawn]),
+        audio_noise=None if audio is None else torch.stack([_pad(one.audio_noise, audio.shape[2]) for one in drawn]),
+        video_sigma=torch.tensor([one.video_sigma for one in drawn], dtype=torch.float32),
+        audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
+        video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
+        audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
+    )
+
+
+def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules) -> Drawn:
+    generator = generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat)
+    sampler = SAMPLERS[rules.timestep_sampling]
+    video_tokens = 0 if latents is None else latents[0, 0].numel()
+    video_sigma = sampler(video_tokens or audio_steps, generator)
+    audio_sigma = sampler(audio_steps, generator)
+    if not rules.independent_audio_timestep or not audio_steps:
+        audio_sigma = video_sigma
+    video_noise = torch.randn(video_tokens, latents.shape[1], generator=generator) if latents is not None else None
+    audio_noise = torch.randn(audio_steps, AUDIO_CHANNELS * AUDIO_BINS, generator=generator)
+    return Drawn(video_sigma, audio_sigma, video_noise, audio_noise)
+
+
+def _require(item: Item, tensors: Mapping[str, Tensor], mode: str) -> None:
+    needed = {"text": "ltxv2_cache_text_encoder_outputs.py"}
+    if mode != "audio":
+        needed["latents"] = "ltxv2_cache_latents.py"
+    if item.audio_latent_cache_path is not None:
+        needed |= dict.fromkeys(("audio_latents", "audio_lengths"), "ltxv2_cache_audio_latents.py")
+    for key, program in needed.items():
+        if key not in tensors:
+            files = ", ".join(path.name for path in item.cache_paths)
+            raise UserError(
+                f"{item.key}: no '{key}' in {files} (folder {item.spec.cache_directory}). Run {program} with the same --dataset_config."
+            )
+
+
+def _stack(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
+    shapes = {tuple(tensors[key].shape) for tensors in merged}
+    if len(shapes) > 1:
+        listed = ", ".join(f"{item.key} {tuple(tensors[key].shape)}" for item, tensors in zip(items, merged, strict=True))
+        raise UserError(
+            f"'{key}' of one batch differ in shape: {listed}. The caches were made with different settings; run the caching programs again."
+        )
+    return torch.stack([tensors[key] for tensors in merged])
+
+
+def _stack_text(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    text = _stack(items, merged, "text")
+    if not all("text_mask" in tensors for tensors in merged):
+        return text, None
+    mask = _stack(items, merged, "text_mask").bool()
+    return text, None if bool(mask.all()) else mask
+
+
+def _stack_audio(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, bool]:
+    """Sound padded with zeros to the longest; an item without a sidecar (a still) or with an empty one has length 0."""
+    lengths = [int(tensors["audio_lengths"]) if "audio_lengths" in tensors else 0 for tensors in merged]
+    longest = max(1, *lengths)
+    dtype = next((tensors["audio_latents"].dtype for tensors in merged if "audio_latents" in tensors), torch.float32)
+    stacked = torch.zeros(len(items), AUDIO_CHANNELS, longest, AUDIO_BINS, dtype=dtype)
+    for row, (tensors, length) in enumerate(zip(merged, lengths, strict=True)):
+        if length:
+            stacked[row, :, :length] = tensors["audio_latents"][:, :length]
+    return stacked, torch.tensor(lengths), any(length < longest for length in lengths)
+
+
+def _pad(noise: Tensor, steps: int) -> Tensor:
+    return torch.nn.functional.pad(noise, (0, 0, 0, steps - noise.shape[0]))
+
+
+def _weights(items: Sequence[Item], key: str, default: float) -> Tensor:
+    values = [getattr(item.spec, key) for item in items]
+    return torch.tensor([default if value is None else value for value in values], dtype=torch.float32)

@@ -1,0 +1,76 @@
+"""The items that a run trains on, from the dataset's index."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.cache.index import Clip, read_index
+from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One training example, before repeats."""
+
+    key: str
+    """Unique in the run; names the item's random draws."""
+    spec: DatasetSpec
+    clip: Clip
+    latent_cache_path: Path | None
+    """None in audio mode."""
+    audio_latent_cache_path: Path | None
+    """None in video mode, and for stills."""
+    text_encoder_output_cache_path: Path
+
+    @property
+    def cache_paths(self) -> tuple[Path, ...]:
+        """In the order of merging."""
+        paths = (self.latent_cache_path, self.audio_latent_cache_path, self.text_encoder_output_cache_path)
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def bucket(self) -> tuple[object, ...]:
+        """Items of one bucket stack: same dataset, same frame size, same number of frames; in audio mode about the same length."""
+        if self.latent_cache_path is None:
+            return (self.spec.label, round(self.clip.end_seconds - self.clip.start_seconds))
+        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames)
+
+
+def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) -> tuple[Item, ...]:
+    """Items of all datasets, in the order of their indices.
+
+    Args:
+        mode: `video`, `av` or `audio`; video mode leaves out audio datasets, audio mode leaves out stills.
+
+    Raises:
+        UserError: an index that is missing or was made with other settings, or no item that the mode can use.
+    """
+    items = []
+    for spec in specs:
+        for clip in read_index(spec, dataset_config).clips:
+            if mode != "audio" and clip.latents is None or mode == "audio" and clip.audio is None:
+                continue
+            items.append(_item(spec, clip, mode))
+    if not items:
+        raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
+    return tuple(items)
+
+
+_EMPTY_HINTS = {
+    "video": "It needs video_directory, image_directory or their jsonl forms.",
+    "av": "It needs video_directory, image_directory or their jsonl forms.",
+    "audio": "It needs clips with sound: audio_directory, or video_directory.",
+}
+
+
+def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
+    folder = spec.cache_directory
+    return Item(
+        key=f"{spec.label}/{clip.key}",
+        spec=spec,
+        clip=clip,
+        latent_cache_path=folder / clip.latents if mode != "audio" else None,
+        audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
+        text_encoder_output_cache_path=folder / clip.text,
+    )

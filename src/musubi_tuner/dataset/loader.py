@@ -1,0 +1,50 @@
+"""Batches ahead of the step, read by worker processes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.sampler import BatchPlan
+
+
+class _Batches(Dataset):
+    """Batch numbers of one process as a map-style dataset; picklable, for Windows' spawned workers."""
+
+    def __init__(self, items: Sequence[Item], seed: int, mode: str, rules: DrawRules, numbers: range) -> None:
+        self._plan = BatchPlan(items, seed)
+        self._mode = mode
+        self._rules = rules
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: int) -> Batch:
+        return make_batch(self._plan.batch(self._numbers[place]), self._mode, self._rules)
+
+
+def iterate_batches(
+    items: Sequence[Item], *, mode: str, rules: DrawRules, numbers: range, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches `numbers` of the plan, in order, on `device`.
+
+    Args:
+        numbers: this process's share, such as `range(start + rank, end, processes)`.
+        workers: 0 reads in this process; the order and the values are the same for any number.
+    """
+    dataset = _Batches(items, rules.seed, mode, rules, numbers)
+    workers = min(workers, len(numbers))
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn" if workers else None,
+    )
+    for batch in loader:
+        yield batch.to(device)

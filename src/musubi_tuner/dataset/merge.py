@@ -1,0 +1,46 @@
+"""An item's cache files -> one dict under the keys that training knows."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from musubi_tuner.cache.keys import strip_key
+from musubi_tuner.cache.store import read
+from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LEGACY = {"t5": "text", "t5_mask": "text_mask"}
+_warned: set[str] = set()
+
+
+def merge_sources(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Read the files in order (latents, sound, text) and strip dtype and shape from their keys.
+
+    Raises:
+        UserError: two keys that strip to the same name.
+    """
+    merged: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for path in paths:
+        for key, tensor in read(path).items():
+            name = _current(strip_key(key))
+            if name in merged:
+                raise UserError(
+                    f"{path}: the key '{key}' and '{origin[name]}' are both '{name}'. "
+                    "One of the files is from another tool or was edited; delete both and run the caching programs again."
+                )
+            merged[name] = tensor
+            origin[name] = f"{path.name}: {key}"
+    return merged
+
+
+def _current(name: str) -> str:
+    if name not in _LEGACY:
+        return name
+    if "t5" not in _warned:
+        _warned.add("t5")
+        log.warning("WARNING: the text caches use the older keys 't5' and 't5_mask'; they are read as 'text' and 'text_mask'.")
+    return _LEGACY[name]

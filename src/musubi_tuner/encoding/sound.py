@@ -1,0 +1,83 @@
+"""Sound of planned clips -> audio latents in cache files.
+
+Sound is supervised or it is absent. A clip gets exactly its own seconds. What a stream lacks at its end is padded with silence only up to one frame
+(clips are seldom cut to the sample); where more is missing the latents are as long as the sound, and training masks the rest.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.cache import store
+from musubi_tuner.cache.expected import audio_of
+from musubi_tuner.cache.fingerprint import canonical
+from musubi_tuner.cache.index import Clip
+from musubi_tuner.cache.keys import AUDIO_LENGTHS_KEY, audio_latents_key
+from musubi_tuner.encoding.jobs import Job, list_jobs
+from musubi_tuner.encoding.pipeline import Stages
+from musubi_tuner.encoding.plan import DatasetPlan
+from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE
+from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE
+from musubi_tuner.media.audio import read_audio
+from musubi_tuner.media.probe import VideoInfo
+from musubi_tuner.media.resample import resample
+
+STORED_DTYPE = torch.bfloat16
+_LEAST_SECONDS = 0.1
+"""Less of a stream within a window counts as no sound."""
+
+
+def audio_jobs(plans: Sequence[DatasetPlan], *, encoder: str, model_version: str) -> tuple[Job, ...]:
+    """Jobs for all clips but stills.
+
+    Args:
+        encoder: fingerprint of the audio VAE.
+    """
+    encoding = canonical({"stored": str(STORED_DTYPE).removeprefix("torch."), "computed": "float32"})
+
+    def expected(clip: Clip) -> dict[str, str]:
+        return audio_of(clip) | {"encoder_fingerprint": encoder, "encoding": encoding}
+
+    return list_jobs(plans, name_of=lambda clip: clip.audio, expected_of=expected, size_of=_size_of, model_version=model_version)
+
+
+def audio_stages(vae: AudioVAE) -> Stages[Job, Tensor, Tensor]:
+    """Decode sound, encode it with the VAE, write latents."""
+
+    def encode(sounds: Sequence[Tensor]) -> list[Tensor]:
+        if sounds[0].shape[1] == 0:
+            return [torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS, dtype=STORED_DTYPE) for _ in sounds]
+        return list(vae.encode(torch.stack(list(sounds))).to(device="cpu", dtype=STORED_DTYPE))
+
+    return Stages(decode=decode_sound, shape=lambda sound: sound.shape, encode=encode, write=_write)
+
+
+def decode_sound(job: Job) -> Tensor:
+    """(2, samples) at 16 kHz of the clip's seconds; (2, 0) where there is no sound in them."""
+    clip, found = job.planned.clip, job.planned.found
+    sound = found.sound if isinstance(found, VideoInfo) else found
+    if sound is None:
+        return torch.zeros(2, 0)
+    origin = found.start
+    heard = read_audio(job.planned.source.path, sound, origin + clip.start_seconds, origin + clip.end_seconds)
+    samples = resample(heard.samples, heard.rate, AUDIO_SAMPLE_RATE)
+    wanted = round((clip.end_seconds - clip.start_seconds) * AUDIO_SAMPLE_RATE)
+    samples = samples[:, :wanted]
+    lacking = wanted - samples.shape[1]
+    if lacking < AUDIO_SAMPLE_RATE / clip.fps:
+        return torch.nn.functional.pad(samples, (0, lacking))
+    return samples if samples.shape[1] >= _LEAST_SECONDS * AUDIO_SAMPLE_RATE else torch.zeros(2, 0)
+
+
+def _write(job: Job, latents: Tensor) -> None:
+    steps = latents.shape[1]
+    tensors = {audio_latents_key(steps, latents.dtype): latents, AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}
+    store.write(job.target, tensors, {**job.expected, **job.people, "audio": "present" if steps else "absent"})
+
+
+def _size_of(clip: Clip) -> int:
+    if not clip.has_audio:
+        return 0
+    steps = (clip.end_seconds - clip.start_seconds) * AUDIO_LATENTS_PER_SECOND
+    return round(steps) * AUDIO_CHANNELS * AUDIO_MEL_BINS * STORED_DTYPE.itemsize

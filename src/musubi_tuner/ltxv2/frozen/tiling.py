@@ -1,0 +1,75 @@
+"""Running a network over a large array in overlapping tiles, blended by linear ramps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AxisTiles:
+    """Tiles of one axis, in cells of the coarser side (latent cells)."""
+
+    size: int
+    overlap: int
+
+    def starts(self, length: int) -> list[int]:
+        """Where tiles begin; the last one ends at the end."""
+        if length <= self.size:
+            return [0]
+        step = self.size - self.overlap
+        starts = list(range(0, length - self.size, step))
+        return [*starts, length - self.size]
+
+
+def ramp(length: int, overlap_before: int, overlap_after: int, margin: float = 0.25) -> Tensor:
+    """(length,) weights of a tile: 0 at the outer `margin` of an overlap, where a tile lacks its surroundings, then a linear ramp to 1."""
+    weights = torch.ones(length)
+    if overlap_before:
+        weights[:overlap_before] = _rise(overlap_before, margin)
+    if overlap_after:
+        weights[length - overlap_after :] = torch.minimum(weights[length - overlap_after :], _rise(overlap_after, margin).flip(0))
+    return weights
+
+
+def _rise(count: int, margin: float) -> Tensor:
+    """Rises from 0 to 1, and with its mirror image sums to 1."""
+    edge = int(count * margin)
+    inner = count - 2 * edge
+    return torch.cat([torch.zeros(edge), (torch.arange(inner) + 0.5) / inner, torch.ones(edge)])
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tile on one axis: where it is read, where it is written, and its weights there."""
+
+    read: slice
+    write: slice
+    weights: Tensor
+
+
+def run_tiled(
+    x: Tensor, spans: tuple[list[Span], list[Span], list[Span]], out_shape: tuple[int, ...], run: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Blend `run` over tiles of the last three axes of `x`.
+
+    Args:
+        spans: tiles of the frame, row and column axes.
+        out_shape: shape of the whole result, (B, C, F, H, W).
+        run: maps a tile of `x` to a tile of the result, exactly as long as its `write` spans.
+    """
+    total: Tensor | None = None
+    weight_sum = torch.zeros(1, 1, *out_shape[2:], device=x.device)
+    for frames in spans[0]:
+        for rows in spans[1]:
+            for columns in spans[2]:
+                tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
+                weights = (frames.weights[:, None, None] * rows.weights[None, :, None] * columns.weights[None, None, :]).to(tile.device)
+                if total is None:
+                    total = torch.zeros(out_shape, device=tile.device)
+                place = (slice(None), slice(None), frames.write, rows.write, columns.write)
+                total[place] += tile * weights
+                weight_sum[place] += weights
+    assert total is not None
+    return total / weight_sum

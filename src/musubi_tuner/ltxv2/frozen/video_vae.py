@@ -1,0 +1,285 @@
+"""The video VAE: diffusers' network, the official config and weights, latents normalized as the official encoder returns them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.ltxv2.frozen.components import MEAN, STD, component_fingerprint, component_names, load_frozen, section
+from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, ramp, run_tiled
+from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.runtime.errors import UserError
+
+PREFIX = "vae."
+_MARKS = ("encoder.conv_in.", "decoder.conv_in.")
+_STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
+
+
+@dataclass(frozen=True, slots=True)
+class TileSizes:
+    """Above these sizes frames are coded in tiles; overlaps cover 64 pixels and 16 frames and more."""
+
+    pixels: int = 768
+    pixel_overlap: int = 128
+    frames: int = 80
+    frame_overlap: int = 24
+
+    @property
+    def space(self) -> AxisTiles:
+        return AxisTiles(self.pixels // SPATIAL_SCALE, self.pixel_overlap // SPATIAL_SCALE)
+
+    @property
+    def time(self) -> AxisTiles:
+        return AxisTiles(self.frames // TEMPORAL_SCALE, self.frame_overlap // TEMPORAL_SCALE)
+
+
+class VideoVAE:
+    """Pixels in -1..1 <-> normalized latents."""
+
+    def __init__(self, network: nn.Module, tiles: TileSizes, dtype: torch.dtype) -> None:
+        self._network = network
+        self._tiles = tiles
+        self._dtype = dtype
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        parts: tuple[str, ...] = ("encoder", "decoder"),
+        tiles: TileSizes | None = None,
+    ) -> "VideoVAE":
+        """Build from the checkpoint's `vae` section and load the wanted parts, frozen.
+
+        Raises:
+            UserError: no video VAE in the file, a config that this is not written for, or the diffusion decoder of 2.5.
+        """
+        from diffusers import AutoencoderKLLTX2Video
+
+        config = section(checkpoint, "vae", what="video VAE")
+        names = vae_names(checkpoint)
+        if "decoder" in parts and config.get("_class_name") == "CausalDiffusionVAE":
+            raise UserError(
+                f"{checkpoint.path}: its video decoder is the diffusion decoder of 2.5, which previews do not run. "
+                "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
+            )
+        with torch.device("meta"):
+            network = AutoencoderKLLTX2Video(**diffusers_config(config))
+        for part in ("encoder", "decoder"):
+            if part not in parts:
+                setattr(network, part, None)
+        return cls(load_frozen(network, _sources(config, names, parts), checkpoint, device, dtype), tiles or TileSizes(), dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._network.latents_mean.device
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, F, H, W) in -1..1, F = 8n+1 and sides multiples of 32 -> (B, 128, f, h, w) float32 normalized means."""
+        batch, _, frames, height, width = pixels.shape
+        cells = ((frames - 1) // TEMPORAL_SCALE + 1, height // SPATIAL_SCALE, width // SPATIAL_SCALE)
+        spans = self._spans(cells, encode=True)
+        if all(len(axis) == 1 for axis in spans):
+            return self._encode(pixels)
+        channels = self._network.latents_mean.numel()
+        return run_tiled(pixels, spans, (batch, channels, *cells), self._encode)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1."""
+        batch, _, *cells = latents.shape
+        spans = self._spans(tuple(cells), encode=False)
+        if all(len(axis) == 1 for axis in spans):
+            return self._decode(latents)
+        shape = (batch, 3, (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE)
+        return run_tiled(latents, spans, shape, self._decode)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        mean = self._network.encode(pixels.to(device=self.device, dtype=self._dtype)).latent_dist.mode().float()
+        return (mean - self._statistic("latents_mean")) / self._statistic("latents_std")
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        raw = latents.to(self.device).float() * self._statistic("latents_std") + self._statistic("latents_mean")
+        return self._network.decode(raw.to(self._dtype), return_dict=False)[0].float()
+
+    def _statistic(self, name: str) -> Tensor:
+        return getattr(self._network, name).float().view(1, -1, 1, 1, 1)
+
+    def _spans(self, cells: tuple[int, ...], *, encode: bool) -> tuple[list[Span], list[Span], list[Span]]:
+        frames = _time_spans(cells[0], self._tiles.time, encode=encode)
+        rows = _space_spans(cells[1], self._tiles.space, encode=encode)
+        return frames, rows, _space_spans(cells[2], self._tiles.space, encode=encode)
+
+
+def vae_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """{bare official name: full name} of the video VAE's tensors."""
+    return component_names(checkpoint, PREFIX, _MARKS, what="video VAE", flag="--vae")
+
+
+def video_vae_fingerprint(checkpoint: Checkpoint) -> str:
+    """Identity of what shapes latents: the encoder, the statistics and their config."""
+    config = section(checkpoint, "vae", what="video VAE")
+    names = {name: full for name, full in vae_names(checkpoint).items() if name.startswith("encoder.") or name in (MEAN, STD)}
+    shaping = {key: config[key] for key in ("encoder_blocks", "patch_size", "norm_layer", "spatial_padding_mode") if key in config}
+    return component_fingerprint(checkpoint, names, shaping)
+
+
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of diffusers' class for an official `vae` section.
+
+    Raises:
+        UserError: a value or a block that this is not written for.
+    """
+    for key, value in (("dims", 3), ("norm_layer", "pixel_norm"), ("latent_log_var", "uniform"), ("causal_decoder", False)):
+        if config.get(key, value) != value:
+            raise UserError(f"checkpoint config: vae.{key} is {config[key]!r}; only {value!r} is supported.")
+    latent_channels = config.get("latent_channels", 128)
+    encoder = _parse_blocks(config["encoder_blocks"], "_res")
+    decoder = _parse_blocks(config.get("decoder_blocks", ()), "")
+    base = config.get("decoder_base_channels", 128)
+    padding = config.get("spatial_padding_mode")
+    return {
+        "in_channels": config.get("in_channels", 3),
+        "out_channels": config.get("out_channels", 3),
+        "latent_channels": latent_channels,
+        "patch_size": config.get("patch_size", 4),
+        "block_out_channels": encoder.channels(latent_channels),
+        "down_block_types": ("LTX2VideoDownBlock3D",) * len(encoder.strides),
+        "layers_per_block": encoder.layers,
+        "spatio_temporal_scaling": (True,) * len(encoder.strides),
+        "downsample_type": encoder.strides,
+        "decoder_block_out_channels": decoder.channels(base),
+        "decoder_layers_per_block": decoder.layers,
+        "decoder_spatio_temporal_scaling": (True,) * len(decoder.strides),
+        "decoder_inject_noise": (False,) * len(decoder.layers),
+        "upsample_type": tuple(reversed(decoder.strides)),
+        "upsample_residual": decoder.residual,
+        "upsample_factor": decoder.multipliers,
+        "timestep_conditioning": config.get("timestep_conditioning", True),
+        "encoder_causal": True,
+        "decoder_causal": False,
+        "encoder_spatial_padding_mode": padding or "zeros",
+        "decoder_spatial_padding_mode": padding or "reflect",
+        "spatial_compression_ratio": SPATIAL_SCALE,
+        "temporal_compression_ratio": TEMPORAL_SCALE,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """A block list in its stored order."""
+
+    layers: tuple[int, ...]
+    strides: tuple[str, ...]
+    multipliers: tuple[int, ...]
+    residual: tuple[bool, ...]
+
+    def channels(self, base: int) -> tuple[int, ...]:
+        widths = []
+        for multiplier in self.multipliers:
+            base *= multiplier
+            widths.append(base)
+        return tuple(widths)
+
+
+def _parse_blocks(blocks: Any, suffix: str) -> _Blocks:
+    layers, strides, multipliers, residual = [], [], [], []
+    for place, (name, options) in enumerate(blocks):
+        if place % 2 == 0 and name == "res_x":
+            layers.append(options["num_layers"])
+            continue
+        match = re.fullmatch(r"compress_(space|time|all)" + suffix, name)
+        if place % 2 == 0 or match is None:
+            raise UserError(
+                f"checkpoint config: vae block {place} is '{name}'; expected 'res_x' and 'compress_(space|time|all){suffix}' in turn."
+            )
+        strides.append(_STRIDES[match[1]])
+        multipliers.append(options.get("multiplier", 2 if suffix else 1))
+        residual.append(bool(options.get("residual", False)))
+    return _Blocks(tuple(layers), tuple(strides), tuple(multipliers), tuple(residual))
+
+
+def to_diffusers_name(name: str, encoder_blocks: int) -> str:
+    """An official name as diffusers has it (architecture sheet 4.1).
+
+    Args:
+        encoder_blocks: length of the encoder's block list, whose last entry is diffusers' middle block.
+    """
+    if name == MEAN:
+        return "latents_mean"
+    if name == STD:
+        return "latents_std"
+    if match := re.fullmatch(r"encoder\.down_blocks\.(\d+)\.(.*)", name):
+        place, rest = int(match[1]), match[2]
+        if place == encoder_blocks - 1:
+            name = f"encoder.mid_block.{rest}"
+        else:
+            name = f"encoder.down_blocks.{place // 2}.{'downsamplers.0.' if place % 2 else ''}{rest}"
+    elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.*)", name):
+        place, rest = int(match[1]), match[2]
+        if place == 0:
+            name = f"decoder.mid_block.{rest}"
+        else:
+            name = f"decoder.up_blocks.{(place - 1) // 2}.{'upsamplers.0.' if place % 2 else ''}{rest}"
+    name = name.replace("res_blocks", "resnets").replace("last_time_embedder", "time_embedder")
+    return name.replace("last_scale_shift_table", "scale_shift_table")
+
+
+def _sources(config: Mapping[str, Any], names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, str]:
+    wanted = tuple(f"{part}." for part in parts)
+    count = len(config["encoder_blocks"])
+    return {to_diffusers_name(name, count): full for name, full in names.items() if name.startswith(wanted) or name in (MEAN, STD)}
+
+
+def _space_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
+    starts = tiles.starts(cells)
+    spans = []
+    for place, start in enumerate(starts):
+        size = min(tiles.size, cells)
+        before = starts[place - 1] + size - start if place else 0
+        after = start + size - starts[place + 1] if place + 1 < len(starts) else 0
+        coarse, fine = slice(start, start + size), slice(start * SPATIAL_SCALE, (start + size) * SPATIAL_SCALE)
+        if encode:
+            spans.append(Span(fine, coarse, ramp(size, before, after)))
+        else:
+            spans.append(Span(coarse, fine, ramp(size * SPATIAL_SCALE, before * SPATIAL_SCALE, after * SPATIAL_SCALE)))
+    return spans
+
+
+def _time_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
+    """Tiles in time. Their first latent frame stands for one pixel frame only, so its result is dropped where a tile is not the first."""
+    starts = tiles.starts(cells)
+    if len(starts) == 1:
+        whole = (cells - 1) * TEMPORAL_SCALE + 1
+        return [
+            Span(slice(0, whole), slice(0, cells), torch.ones(cells))
+            if encode
+            else Span(slice(0, cells), slice(0, whole), torch.ones(whole))
+        ]
+    spans = []
+    for place, start in enumerate(starts):
+        end = start + tiles.size
+        before = starts[place - 1] + tiles.size - start if place else 0
+        after = end - starts[place + 1] if place + 1 < len(starts) else 0
+        fine_start = max(0, start * TEMPORAL_SCALE)
+        fine = slice(fine_start, (end - 1) * TEMPORAL_SCALE + 1)
+        if encode:
+            weights = torch.ones(end - start)
+            weights[:before] = 0.0  # the encoder is causal: the earlier tile's end is right, this one's beginning is not
+            spans.append(Span(fine, slice(start, end), weights))
+        else:
+            weights = ramp(fine.stop - fine.start, _frames_of(before), _frames_of(after))
+            spans.append(Span(slice(start, end), fine, weights))
+    return spans
+
+
+def _frames_of(cells: int) -> int:
+    """Pixel frames that two tiles share when they share `cells` latent frames."""
+    return (cells - 1) * TEMPORAL_SCALE + 1 if cells else 0

@@ -1,0 +1,43 @@
+"""Caches the sound of a dataset, as sidecars of the video latents."""
+
+from collections.abc import Sequence
+
+from musubi_tuner.cache.expected import AUDIO_KEYS
+from musubi_tuner.cache.names import AUDIO_ENDING
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.latent_caching import AudioCachingConfig, check_work, first_given
+from musubi_tuner.encoding.program import Task, plan_and_index, run_task
+from musubi_tuner.encoding.sound import audio_jobs, audio_stages
+from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE, audio_vae_fingerprint
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.runtime.processes import processes
+from musubi_tuner.runtime.program import run_program
+
+PROG = "ltxv2_cache_audio_latents.py"
+DESCRIPTION = "Cache the sound of a dataset: the same windows in seconds as the video latents, one sidecar a clip."
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(AudioCachingConfig, argv, prog=PROG, description=DESCRIPTION)
+    check_work(config.work)
+    datasets = load_dataset_config(config.data.dataset_config)
+    files = config.audio_vae
+    checkpoint = open_checkpoint(first_given(("--audio_vae", files.audio_vae), ("--vae", files.vae), ("--ltxv2_model", files.ltxv2_model)))
+    encoder = audio_vae_fingerprint(checkpoint)
+    with processes() as group:
+        device = pick_device(config.work.device)
+        task = Task(
+            title="Audio latent caching",
+            ending=AUDIO_ENDING,
+            required=AUDIO_KEYS,
+            make_stages=lambda: audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
+        )
+        plans = plan_and_index(datasets, task, config.data, config.work, group)
+        jobs = audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
+        return run_task(task, plans, jobs, config.data, config.work, group)
+
+
+if __name__ == "__main__":
+    run_program(main)

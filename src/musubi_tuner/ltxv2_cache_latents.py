@@ -1,0 +1,62 @@
+"""Caches the video and image latents of a dataset."""
+
+import logging
+from collections.abc import Sequence
+
+from musubi_tuner.cache.expected import LATENT_KEYS
+from musubi_tuner.cache.names import LATENTS_ENDING
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
+from musubi_tuner.encoding.latents import latent_jobs, latent_stages
+from musubi_tuner.encoding.plan import DatasetPlan
+from musubi_tuner.encoding.program import Task, plan_and_index, run_task
+from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.runtime.device import DTYPES, pick_device
+from musubi_tuner.runtime.processes import processes
+from musubi_tuner.runtime.program import run_program
+
+log = logging.getLogger(__name__)
+
+PROG = "ltxv2_cache_latents.py"
+DESCRIPTION = "Cache the video and image latents of a dataset: decode, encode with the video VAE, write one file a clip."
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(LatentCachingConfig, argv, prog=PROG, description=DESCRIPTION)
+    check_work(config.work)
+    check_video_vae(config.vae)
+    datasets = load_dataset_config(config.data.dataset_config)
+    checkpoint = open_checkpoint(first_given(("--vae", config.vae.vae), ("--ltxv2_model", config.vae.ltxv2_model)))
+    encoder = video_vae_fingerprint(checkpoint)
+    tiles = TileSizes(pixels=config.vae.vae_spatial_tile_size, frames=config.vae.vae_temporal_tile_size)
+    with processes() as group:
+        device = pick_device(config.work.device)
+        dtype = DTYPES[config.vae.vae_dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+        task = Task(
+            title="Video latent caching",
+            ending=LATENTS_ENDING,
+            required=LATENT_KEYS,
+            make_stages=lambda: latent_stages(VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)),
+        )
+        plans = plan_and_index(datasets, task, config.data, config.work, group)
+        jobs = latent_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
+        code = run_task(task, plans, jobs, config.data, config.work, group)
+        if group.is_main and caching_mode(config.data) == "video":
+            _warn_of_sound(plans)
+        return code
+
+
+def _warn_of_sound(plans: Sequence[DatasetPlan]) -> None:
+    sounding = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
+    if sounding:
+        log.warning(
+            "WARNING: %d clip(s) have sound, which --ltx_mode video (the default) ignores. To train it, run ltxv2_cache_audio_latents.py too "
+            "and give the other programs --ltx_mode av.",
+            sounding,
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,95 @@
+"""Trains a LoRA from caches: `accelerate launch ltxv2_train_network.py`."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.training import TrainingConfig, check_training_config
+from musubi_tuner.dataset.items import list_items
+from musubi_tuner.dataset.verify import verify_caches
+from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes, processes
+from musubi_tuner.runtime.program import run_program
+from musubi_tuner.training.caches import wanted_caches
+from musubi_tuner.training.loop import train
+from musubi_tuner.training.metrics import loss_path, read_losses
+from musubi_tuner.training.report import draw_loss_curve, summary
+from musubi_tuner.training.setup import Inputs, build_run
+
+log = logging.getLogger(__name__)
+
+PROG = "ltxv2_train_network.py"
+DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captions."
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
+    config = parse(TrainingConfig, argv, prog=PROG, description=DESCRIPTION)
+    check_training_config(config)
+    return config
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_arguments(argv)
+    with processes() as group:
+        run = build_run(_gather_inputs(config, group))
+        outcome = train(run)
+        run.trackers.close()
+        if group.is_main:
+            draw_loss_curve(read_losses(loss_path(run.output_dir, run.name)), run.output_dir / f"{run.name}-loss.png")
+            log.info("\n%s", summary(run, outcome))
+    return 0
+
+
+def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
+    """Everything that can go wrong without the transformer's weights goes wrong here."""
+    from accelerate import Accelerator
+
+    logging_options = config.logging
+    accelerator = Accelerator(
+        mixed_precision=config.optimization.mixed_precision,
+        log_with=logging_options.log_with,
+        project_dir=str(logging_options.logging_dir or config.saving.output_dir / "logs") if logging_options.log_with else None,
+    )
+    checkpoint = open_checkpoint(config.model.ltxv2_model)
+    datasets = load_dataset_config(config.mode.dataset_config)
+    mode = config.ltx_mode
+    items = list_items(datasets.datasets, mode, config.mode.dataset_config)
+    validation_items = list_items(datasets.validation_datasets, mode, config.mode.dataset_config) if datasets.validation_datasets else ()
+    verify_caches((*items, *validation_items), wanted_caches(config, checkpoint, read_config(checkpoint)))
+    preview = None
+    if config.preview.sample_prompts is not None and group.is_main:
+        from musubi_tuner.preview.run import make_previewer
+
+        preview = make_previewer(config, checkpoint, datasets)
+    return Inputs(
+        config=config,
+        processes=group,
+        device=accelerator.device if config.model.device is None else pick_device(config.model.device),
+        dtype=_weight_dtype(accelerator.mixed_precision),
+        accelerator=accelerator,
+        checkpoint=checkpoint,
+        datasets=datasets,
+        items=items,
+        validation_items=validation_items,
+        preview=preview,
+    )
+
+
+def _weight_dtype(mixed_precision: str) -> torch.dtype:
+    if mixed_precision == "bf16":
+        return torch.bfloat16
+    if mixed_precision == "no":
+        return torch.float32
+    raise UserError(
+        f"mixed precision {mixed_precision!r}: LTX-2 is trained in bf16 (or 'no' for float32). Launch with --mixed_precision bf16."
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,110 @@
+"""Sound of a file, by the seconds of its container's clock, as stereo."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musubi_tuner.media.probe import SoundInfo
+from musubi_tuner.runtime.errors import UserError
+
+_PREROLL_SECONDS = 2.0
+"""Decoding begins so much early: coded blocks lean on the ones before."""
+_SEEK_FROM_SECONDS = 20.0
+_NO_SEEK = ("mp3", "aac", "adts", "loas")
+"""Containers that guess the time of a place."""
+_JUMP_SECONDS = 0.005
+"""Stamps that are off by less are rounding, not gaps."""
+_REMEDY = "Mend the stream, or remove it, so that the clip counts as one without sound."
+_SIDE = 0.707
+_SURROUND = ("5.1", "7.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Waveform:
+    """Stereo sound."""
+
+    samples: Tensor
+    """(2, n) float32, about -1..1"""
+    rate: int
+    """samples per second"""
+
+
+def read_audio(path: Path, sound: SoundInfo, start: float, end: float) -> Waveform:
+    """Decode the seconds [start, end) of the container's clock.
+
+    Where the stream begins later there is silence, as players have it; where it ends earlier the result is shorter.
+
+    Raises:
+        UserError: the stream does not decode.
+    """
+    import av
+
+    if not sound.rate:
+        raise UserError(f"{path}: its audio stream holds nothing that decodes. {_REMEDY}")
+    wanted = round((end - start) * sound.rate)
+    samples = np.zeros((2, wanted), dtype=np.float32)
+    filled = 0
+    try:
+        with av.open(str(path)) as container:
+            for place, block in _blocks(path, container, sound, start, end):
+                first, last = max(0, place), min(wanted, place + block.shape[1])
+                if last > first:
+                    samples[:, first:last] = block[:, first - place : last - place]
+                    filled = max(filled, last)
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: its audio stream does not decode ({error}). {_REMEDY}") from error
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path}: its audio stream decodes to NaN or infinity. {_REMEDY}")
+    return Waveform(torch.from_numpy(samples[:, :filled]), sound.rate)
+
+
+def _blocks(path: Path, container: Any, sound: SoundInfo, start: float, end: float) -> Iterator[tuple[int, np.ndarray]]:
+    """Decoded blocks as (place of the first sample counted from `start`, (2, n) samples)."""
+    stream = container.streams.audio[0]
+    if start - sound.start > _SEEK_FROM_SECONDS and container.format.name not in _NO_SEEK:
+        container.seek(int((start - _PREROLL_SECONDS) / stream.time_base), stream=stream)
+    expected: int | None = None
+    for frame in container.decode(stream):
+        if frame.sample_rate != sound.rate:
+            raise UserError(f"{path}: the sample rate changes from {sound.rate} to {frame.sample_rate} Hz within the file. Convert it to one rate.")
+        place = expected
+        if frame.pts is not None:
+            stamped = round((float(frame.pts * frame.time_base) - start) * sound.rate)
+            if expected is None or abs(stamped - expected) > _JUMP_SECONDS * sound.rate:
+                place = stamped
+        place = 0 if place is None else place
+        if place >= (end - start) * sound.rate:
+            return
+        expected = place + frame.samples
+        yield place, _stereo(_as_float(frame), frame.layout)
+
+
+def _as_float(frame: Any) -> np.ndarray:
+    """(channels, n) float32 of any sample format."""
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, len(frame.layout.channels)).T
+    if values.dtype == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if np.issubdtype(values.dtype, np.integer):
+        return (values / -float(np.iinfo(values.dtype).min)).astype(np.float32)
+    return values.astype(np.float32)
+
+
+def _stereo(channels: np.ndarray, layout: Any) -> np.ndarray:
+    """Architecture sheet 4.3: 5.1 and 7.1 by weights that sum to 1, without the bass channel; other layouts averaged."""
+    if channels.shape[0] <= 2:
+        return np.broadcast_to(channels, (2, channels.shape[1]))
+    names = [channel.name for channel in layout.channels]
+    if not layout.name.startswith(_SURROUND):
+        return np.broadcast_to(channels.mean(axis=0), (2, channels.shape[1]))
+    sides = []
+    for front, rest in (("FL", ("FC", "BL", "SL")), ("FR", ("FC", "BR", "SR"))):
+        weights = np.array([1.0 if name == front else _SIDE if name in rest else 0.0 for name in names], dtype=np.float32)
+        sides.append(weights / weights.sum() @ channels)
+    return np.stack(sides)

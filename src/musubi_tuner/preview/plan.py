@@ -1,0 +1,157 @@
+"""How one prompt is sampled: its noise levels and its guidance, from the command line, the prompt and the model's version."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.flow.guidance import OFF, GuidanceScales, SamplingDefaults, defaults_for
+from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, shift_of_ltx2
+from musubi_tuner.flow.shift import mu_for_tokens
+from musubi_tuner.ltxv2 import geometry
+from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.tables import format_table
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingPlan:
+    """One prompt's sampling."""
+
+    sigmas: Tensor
+    """(steps + 1,) float32, from 1 to 0"""
+    ancestral: bool
+    """Distilled 2.5: each step but the last adds fresh noise."""
+    streams: tuple[str, ...]
+    """What is made: "video", "audio" or both. A still has no sound."""
+    video: GuidanceScales
+    audio: GuidanceScales
+    stg_blocks: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def scales(self, stream: str) -> GuidanceScales:
+        return self.video if stream == "video" else self.audio
+
+    @property
+    def needs_negative(self) -> bool:
+        return any(self.scales(stream).needs_negative for stream in self.streams)
+
+    @property
+    def needs_perturbed(self) -> bool:
+        return any(self.scales(stream).needs_perturbed for stream in self.streams)
+
+    @property
+    def needs_isolated(self) -> bool:
+        """Only where there are two streams to be kept apart."""
+        return len(self.streams) == 2 and any(self.scales(stream).needs_isolated for stream in self.streams)
+
+
+def make_plan(options: PreviewOptions, prompt: PreviewPrompt, *, mode: str, version: str, num_layers: int) -> SamplingPlan:
+    """The sampling of one prompt; what the prompt says wins over the command line, and that over the version's defaults.
+
+    Raises:
+        UserError: a block that the model does not have.
+    """
+    streams = {"video": ("video",), "av": ("video", "audio"), "audio": ("audio",)}[mode]
+    if prompt.frames == 1 and mode == "av":
+        streams = ("video",)
+    if options.sample_sampling_preset == "distilled":
+        if (prompt.steps, prompt.video_cfg, prompt.audio_cfg) != (None, None, None):
+            log.warning(
+                "WARNING: %s: --sample_sampling_preset distilled has eight fixed steps and no guidance: steps and scales do not apply.",
+                prompt.where,
+            )
+        return SamplingPlan(sigmas=distilled_sigmas(), ancestral=version == "2.5", streams=streams, video=OFF, audio=OFF, stg_blocks=())
+    defaults = defaults_for(version)
+    return SamplingPlan(
+        sigmas=_sigmas(options, prompt.steps or options.sample_steps or defaults.steps),
+        ancestral=False,
+        streams=streams,
+        video=_scales(options, defaults.video, prompt.video_cfg, options.video_cfg_scale),
+        audio=_scales(options, defaults.audio, prompt.audio_cfg, options.audio_cfg_scale),
+        stg_blocks=_stg_blocks(options, defaults, num_layers),
+    )
+
+
+def describe_plans(options: PreviewOptions, prompts: Sequence[PreviewPrompt], plans: Sequence[SamplingPlan], timestep_sampling: str) -> str:
+    """A table of what each preview does, with mu and shift beside those that training has at the same size."""
+    rows = []
+    for prompt, plan in zip(prompts, plans, strict=True):
+        of_training = "uniform noise levels"
+        if timestep_sampling != "uniform":
+            of_training = ", ".join(f"{stream} {_mu_text(mu_for_tokens(_tokens(prompt, stream)))}" for stream in plan.streams)
+        rows.append(
+            (
+                f"{prompt.index} {prompt.prompt[:24]!r}",
+                _size_text(prompt, plan),
+                plan.steps,
+                _each(plan, "cfg"),
+                f"{_each(plan, 'stg')} at {','.join(map(str, plan.stg_blocks))}" if plan.needs_perturbed else "off",
+                _each(plan, "rescale"),
+                _each(plan, "modality") if len(plan.streams) == 2 else "off",
+                _preview_mu(options),
+                of_training,
+            )
+        )
+    headers = ("prompt", "size", "steps", "cfg", "stg", "rescale", "modality")
+    return format_table(rows, (*headers, "mu (shift) of preview", "mu (shift) of training at this size"))
+
+
+def _sigmas(options: PreviewOptions, steps: int) -> Tensor:
+    if options.sample_scheduler == "ltx2":
+        return ltx2_sigmas(steps)
+    return flowmatch_discrete_sigmas(steps, options.discrete_flow_shift or shift_of_ltx2())
+
+
+def _scales(options: PreviewOptions, defaults: GuidanceScales, of_prompt: float | None, of_options: float | None) -> GuidanceScales:
+    """None is "not said"; 0 is a value."""
+    cfg = of_options if of_prompt is None else of_prompt
+    given = {"cfg": cfg, "stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
+    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+def _stg_blocks(options: PreviewOptions, defaults: SamplingDefaults, num_layers: int) -> tuple[int, ...]:
+    """The blocks that were asked for, or the version's; a model with fewer blocks than the released ones takes its last one."""
+    for block in options.stg_blocks:
+        if not 0 <= block < num_layers:
+            raise UserError(f"--stg_blocks {block}: this model's blocks are 0 to {num_layers - 1}.")
+    return options.stg_blocks or tuple(min(block, num_layers - 1) for block in defaults.stg_blocks)
+
+
+def _tokens(prompt: PreviewPrompt, stream: str) -> int:
+    if stream == "audio":
+        return geometry.audio_latent_steps(prompt.frames, prompt.fps)
+    width, height = geometry.latent_size(prompt.width, prompt.height)
+    return geometry.latent_frames(prompt.frames) * height * width
+
+
+def _size_text(prompt: PreviewPrompt, plan: SamplingPlan) -> str:
+    if plan.streams == ("audio",):
+        return f"{prompt.seconds:.2f} s"
+    return f"{prompt.width}x{prompt.height}x{prompt.frames} @{prompt.fps:g}"
+
+
+def _mu_text(mu: float) -> str:
+    return f"{mu:.2f} ({math.exp(mu):.2f})"
+
+
+def _preview_mu(options: PreviewOptions) -> str:
+    if options.sample_sampling_preset == "distilled":
+        return "fixed levels"
+    shift = shift_of_ltx2()
+    if options.sample_scheduler == "flowmatch_discrete":
+        shift = options.discrete_flow_shift or shift
+    return _mu_text(math.log(shift))
+
+
+def _each(plan: SamplingPlan, name: str) -> str:
+    return "/".join(f"{getattr(plan.scales(stream), name):g}" for stream in plan.streams)

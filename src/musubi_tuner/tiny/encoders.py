@@ -1,0 +1,95 @@
+"""A tiny Gemma 3 and a tiny T5 in Hugging Face folders, with real tokenizers trained on `corpus.txt`."""
+
+from pathlib import Path
+
+import torch
+
+from musubi_tuner.flow.draws import generator_for
+from musubi_tuner.tiny import configs
+
+_VOCABULARY = 512
+
+
+def corpus() -> list[str]:
+    """The sentences that the tokenizers are trained on."""
+    text = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]
+
+
+def write_gemma(folder: Path, *, width: int = configs.GEMMA_WIDTH, layers: int = configs.GEMMA_LAYERS) -> None:
+    """A Gemma 3 text model whose tokenizer puts BOS first and no EOS, as the real one's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", padding_side="left"
+    )
+    fast.save_pretrained(folder)
+    model = Gemma3TextModel(
+        Gemma3TextConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=width // 2,
+            query_pre_attn_scalar=width // 2,
+            sliding_window=64,
+            layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"],
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    _save(model, folder, "gemma")
+
+
+def write_t5(folder: Path, *, width: int) -> None:
+    """A T5 encoder with a unigram tokenizer that ends with `</s>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        corpus(), trainers.UnigramTrainer(vocab_size=_VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    model = T5EncoderModel(
+        T5Config(
+            vocab_size=tokenizer.get_vocab_size(),
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    _save(model, folder, "t5")
+
+
+def _save(model: torch.nn.Module, folder: Path, name: str) -> None:
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator_for(0, name, key))
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            offset = 1.0 if parameter.ndim == 1 and name == "t5" else 0.0
+            parameter.copy_(offset + noise * scale)
+    model.eval().save_pretrained(folder)

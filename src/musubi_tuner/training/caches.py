@@ -1,0 +1,70 @@
+"""What a run can know of the caches it needs, from the files it was given; imports no encoder."""
+
+from pathlib import Path
+
+from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.dataset.verify import Wanted
+from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_fingerprint
+from musubi_tuner.ltxv2.frozen.video_vae import video_vae_fingerprint
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
+from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
+from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+
+
+def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: TransformerConfig) -> Wanted:
+    """Fingerprints of every encoder that can be looked at: the VAEs where a file holds them, connectors and "
+    "projection, the encoder's folder."""
+    mode, model = config.ltx_mode, config.model
+    vae = checkpoint if model.vae is None else open_checkpoint(model.vae)
+    audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
+    latents = {"encoder_fingerprint": video_vae_fingerprint(vae)} if _holds(vae, "vae.encoder.", "encoder.down_blocks.") else {}
+    audio = {"encoder_fingerprint": audio_vae_fingerprint(audio_vae)} if _holds(audio_vae, "audio_vae.encoder.") else {}
+    text = {"stage": "context", "widths": "+".join(map(str, text_widths(transformer, mode)))}
+    if model.text_encoder_backend is not None:
+        text["backend"] = model.text_encoder_backend
+    if model.max_length is not None:
+        text["max_length"] = str(model.max_length)
+    if model.text_encoder_backend != "t5" and _holds(checkpoint, "text_embedding_projection."):
+        text["projection_fingerprint"] = projection_fingerprint(checkpoint)
+    if model.text_encoder is not None and Path(model.text_encoder).is_dir():
+        text["encoder_fingerprint"] = encoder_fingerprint(_encoder_options(config))
+    return Wanted(latents=latents, audio=audio, text=text, arguments=_arguments(config))
+
+
+def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in checkpoint.names())
+
+
+def _encoder_options(config: TrainingConfig) -> EncoderOptions:
+    import torch
+
+    model = config.model
+    return EncoderOptions(
+        path=model.text_encoder,
+        tokenizer=model.tokenizer,
+        backend=model.text_encoder_backend or "gemma",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_length=model.max_length or 1024,
+    )
+
+
+def _arguments(config: TrainingConfig) -> dict[str, str]:
+    """Arguments of the caching programs that go with this run."""
+    model = config.model
+    dataset = f"--dataset_config {_quoted(config.mode.dataset_config)} --ltx_mode {config.ltx_mode}"
+    vae = _quoted(model.vae or model.ltxv2_model)
+    encoder = _quoted(model.text_encoder) if model.text_encoder else "ENCODER_FOLDER"
+    text = f" --text_encoder_backend {model.text_encoder_backend}" if model.text_encoder_backend else ""
+    text += f" --max_length {model.max_length}" if model.max_length else ""
+    return {
+        "ltxv2_cache_latents.py": f"{dataset} --vae {vae}",
+        "ltxv2_cache_audio_latents.py": f"{dataset} --audio_vae {_quoted(model.audio_vae) if model.audio_vae else vae}",
+        "ltxv2_cache_text_encoder_outputs.py": f"{dataset} --ltxv2_model {_quoted(model.ltxv2_model)} --text_encoder {encoder}{text}",
+    }
+
+
+def _quoted(path: object) -> str:
+    text = str(path)
+    return f'"{text}"' if " " in text else text

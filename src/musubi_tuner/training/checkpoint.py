@@ -1,0 +1,43 @@
+"""Writing LoRA files: checked, atomic, with the metadata that model sites and our own loader read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from musubi_tuner.cache.store import serialize, write_bytes
+from musubi_tuner.networks.formats import check_file, to_file
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.runtime.errors import UserError
+
+SAVE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def lora_path(folder: Path, name: str, *, step: int | None = None, epoch: int | None = None) -> Path:
+    """The final file, or the one of a step or an epoch."""
+    if step is not None:
+        return folder / f"{name}-step{step:08d}.safetensors"
+    if epoch is not None:
+        return folder / f"{name}-{epoch:06d}.safetensors"
+    return folder / f"{name}.safetensors"
+
+
+def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Check the network and write it through a temporary file.
+
+    Raises:
+        UserError: the network is not whole, not finite or all zero; or the disk is full.
+    """
+    tensors = to_file(network.factors(), dtype)
+    try:
+        check_file(tensors, network.names)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    write_bytes(path, serialize(tensors, metadata))
+
+
+def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int) -> dict[str, str]:
+    """`ss_*` and `modelspec.*` entries; `facts` are the run's own (see `training.setup`)."""
+    entries = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
+    return entries | {"ss_steps": str(step), "ss_epoch": str(epoch)}

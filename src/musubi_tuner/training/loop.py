@@ -1,0 +1,191 @@
+"""The training loop."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor
+from tqdm import tqdm
+
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.loader import iterate_batches
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training.gradients import average_gradients, clip
+from musubi_tuner.training.interrupt import Interrupt
+from musubi_tuner.training.loss import total_loss
+from musubi_tuner.training.metrics import LossFile, LossMeter, loss_path
+from musubi_tuner.training.run import TrainingRun
+from musubi_tuner.training.step import StepInputs, item_losses
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did, for its last table."""
+
+    step: int
+    seconds: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    first_validation: dict[str, float] = field(default_factory=dict)
+    last_validation: dict[str, float] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def train(run: TrainingRun) -> Outcome:
+    """Run from `run.start_step` to the end, or to the first Ctrl-C."""
+    outcome = Outcome(step=run.start_step)
+    meter = LossMeter(run.device)
+    loss_file = LossFile(loss_path(run.output_dir, run.name), run.start_step) if run.processes.is_main else None
+    batches = _batches(run)
+    bar = tqdm(
+        total=run.schedule.total, initial=run.start_step, unit="step", desc="training", disable=not run.processes.is_main, file=sys.stderr
+    )
+    started = time.monotonic()
+    with Interrupt() as interrupt, bar:
+        if run.start_step == 0:
+            _validate(run, outcome, loss_file, 0)
+            _preview(run, 0, run.schedule.preview_first)
+        for step in range(run.start_step + 1, run.schedule.total + 1):
+            norm = _optimize(run, batches, meter, step)
+            outcome.step = step
+            if step % run.schedule.log_every == 0 or step == run.schedule.total:
+                outcome.losses = _log(run, meter, loss_file, bar, step, norm)
+            bar.update()
+            outcome.interrupted = _agree(run, interrupt.requested)
+            _after_step(run, outcome, loss_file, step)
+            if outcome.interrupted:
+                break
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _batches(run: TrainingRun) -> Iterator[Batch]:
+    per_step = run.config.optimization.gradient_accumulation_steps * run.processes.count
+    numbers = range(run.start_step * per_step + run.processes.index, run.schedule.total * per_step, run.processes.count)
+    return iterate_batches(
+        run.items,
+        mode=run.config.ltx_mode,
+        rules=run.rules,
+        numbers=numbers,
+        workers=run.config.optimization.max_data_loader_n_workers,
+        device=run.device,
+    )
+
+
+def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, step: int) -> Tensor:
+    """One optimizer step: accumulate, average over processes, clip, check, update. Returns the gradient norm."""
+    accumulation = run.config.optimization.gradient_accumulation_steps
+    seen = []
+    for _ in range(accumulation):
+        batch = next(batches)
+        losses = item_losses(run.wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
+        loss = total_loss(losses, batch.video_weight, batch.audio_weight)
+        if loss.requires_grad:
+            (loss / accumulation).backward()
+        meter.add(losses, batch.size)
+        seen.append((batch.names, losses))
+    parameters = run.network.parameters()
+    average_gradients(parameters, run.processes.count)
+    norm = clip(parameters, run.config.optimization.max_grad_norm)
+    if not bool(torch.isfinite(norm)):
+        raise UserError(_not_finite(step, seen))
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _not_finite(step: int, seen: list) -> str:
+    rows = []
+    for names, losses in seen:
+        for stream, values in (("video", losses.video), ("audio", losses.audio)):
+            if values is not None:
+                rows += [
+                    f"{stream} loss {value} of {name}"
+                    for name, value in zip(names, values.tolist(), strict=True)
+                    if value != value or abs(value) == float("inf")
+                ]
+    where = (
+        "; ".join(rows)
+        if rows
+        else "the losses are finite, a gradient is not; items " + ", ".join(name for names, _ in seen for name in names)
+    )
+    return (
+        f"step {step}: not finite: {where}. Nothing was updated or saved by this step; the last saved file is good. "
+        "Check these items' caches, or lower --learning_rate, and resume from the last state."
+    )
+
+
+def _log(run: TrainingRun, meter: LossMeter, loss_file: LossFile | None, bar: tqdm, step: int, norm: Tensor) -> dict[str, float]:
+    values = meter.read(run.config.ltx_mode, run.processes.count)
+    values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+    bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+    if loss_file is not None:
+        loss_file.write(step, values)
+    run.trackers.log(values, step)
+    return values
+
+
+def _agree(run: TrainingRun, requested: bool) -> bool:
+    """Whether any process was asked to stop."""
+    if run.processes.count == 1:
+        return requested
+    flag = torch.tensor(float(requested), device=run.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def _after_step(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:
+    """Save, validate and preview where the schedule says so; the last step and an interrupt always save."""
+    schedule = run.schedule
+    last = step == schedule.total
+    by_step = bool(schedule.save_every) and step % schedule.save_every == 0
+    by_epoch = schedule.ends_epoch(step, schedule.save_every_epochs)
+    if last:
+        _save(run, outcome, step, checkpoint.lora_path(run.output_dir, run.name))
+    elif by_step or outcome.interrupted:
+        _save(run, outcome, step, checkpoint.lora_path(run.output_dir, run.name, step=step), state_too=outcome.interrupted)
+    elif by_epoch:
+        _save(run, outcome, step, checkpoint.lora_path(run.output_dir, run.name, epoch=schedule.epoch(step)))
+    if outcome.interrupted:
+        return
+    if schedule.validate_every and (step % schedule.validate_every == 0 or last):
+        _validate(run, outcome, loss_file, step)
+    by_step = bool(schedule.preview_every) and step % schedule.preview_every == 0
+    _preview(run, step, by_step or schedule.ends_epoch(step, schedule.preview_every_epochs))
+
+
+def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_too: bool = False) -> None:
+    if run.processes.is_main:
+        metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
+        checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
+        outcome.files.append(path)
+        if run.config.saving.save_state or state_too:
+            folder = state.state_path(run.output_dir, run.name, step)
+            state.save_state(
+                folder, network=run.network, optimizer=run.optimizer, scheduler=run.scheduler, step=step, settings=run.settings
+            )
+            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states)
+            outcome.files.append(folder)
+
+
+def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:
+    if run.validator is None:
+        return
+    values = run.validator.run(run.wrapper)
+    outcome.first_validation = outcome.first_validation or values
+    outcome.last_validation = values
+    if loss_file is not None:
+        loss_file.write(step, values)
+    run.trackers.log(values, step)
+
+
+def _preview(run: TrainingRun, step: int, wanted: bool) -> None:
+    if run.preview is None or not wanted:
+        return
+    run.preview(run.wrapper, step, run.schedule.epoch(step))

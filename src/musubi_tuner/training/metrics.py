@@ -1,0 +1,97 @@
+"""Losses on their way to the screen, the loss file and the trackers. They stay on the device until somebody looks."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from musubi_tuner.training.loss import ItemLosses
+
+log = logging.getLogger(__name__)
+
+
+class LossMeter:
+    """Sums of raw losses since the last look: video, audio, items, items with sound."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, losses: ItemLosses, items: int) -> None:
+        """Without waiting for the device."""
+        video = losses.video.detach().sum() if losses.video is not None else self._sums.new_zeros(())
+        audio = losses.audio.detach().sum() if losses.audio is not None else self._sums.new_zeros(())
+        heard = losses.audio_present.sum() if losses.audio_present is not None else self._sums.new_zeros(())
+        row = [video, audio, self._sums.new_tensor(items), heard]
+        self._sums += torch.stack([value.to(torch.float64) for value in row])
+
+    def read(self, mode: str, processes: int) -> dict[str, float]:
+        """Means over all processes, and the share of items whose sound was supervised; then start again."""
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if processes > 1:
+            torch.distributed.all_reduce(sums)
+        video, audio, items, heard = sums.tolist()
+        values = {}
+        if mode != "audio":
+            values["loss_video"] = video / max(items, 1)
+        if mode != "video":
+            if heard:
+                values["loss_audio"] = audio / heard
+            values["audio_supervised"] = heard / max(items, 1)
+        return values
+
+
+class LossFile:
+    """`{name}-loss.jsonl`: a line of numbers for each logged step, one object a line."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Lines from `first_step` on are dropped: a resumed run writes them again."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if first_step > 0 and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def loss_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}-loss.jsonl"
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The rows of a loss file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Trackers:
+    """accelerate's trackers; one that fails is warned of and never stops training."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._failed = False
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if self._failed:
+            return
+        try:
+            self._accelerator.log(dict(values), step=step)
+        except Exception as error:  # whatever a tracker raises: reporting must not end a run
+            self._failed = True
+            log.warning("WARNING: the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        try:
+            self._accelerator.end_training()
+        except Exception as error:  # as above
+            log.warning("WARNING: the tracker failed at the end (%s: %s).", type(error).__name__, error)

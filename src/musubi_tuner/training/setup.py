@@ -1,0 +1,259 @@
+"""From a config to a run: load, adapt, plan; in the order in which mistakes are cheapest to find."""
+
+import dataclasses
+import importlib
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from musubi_tuner.config.dataset import DatasetConfig
+from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
+from musubi_tuner.dataset.collate import DrawRules
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.sampler import BatchPlan
+from musubi_tuner.ltxv2.transformer.load import load_transformer
+from musubi_tuner.ltxv2.versions import detect_version
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.networks.formats import read_lora
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.metrics import Trackers
+from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
+from musubi_tuner.training.run import Preview, Schedule, TrainingRun
+from musubi_tuner.training.state import load_state
+from musubi_tuner.training.validation import Validator
+
+log = logging.getLogger(__name__)
+
+_VALIDATIONS_PER_RUN = 10
+_WHERE_ONLY = {"output_dir", "output_name", "logging_dir", "log_with", "resume", "device", "max_data_loader_n_workers", "network_weights"}
+"""Settings that change nothing in the result, so that a resumed run may differ in them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What the entry has found before the transformer is loaded."""
+
+    config: TrainingConfig
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
+    accelerator: Any
+    checkpoint: Checkpoint
+    datasets: DatasetConfig
+    items: tuple[Item, ...]
+    validation_items: tuple[Item, ...]
+    preview: Preview | None
+
+
+def build_run(inputs: Inputs) -> TrainingRun:
+    """Load the transformer, put the network on it, and restore a state where one is given."""
+    config = inputs.config
+    wrapper, network = _load_model(inputs)
+    schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
+    optimization = config.optimization
+    optimizer = make_optimizer(
+        optimization.optimizer_type,
+        network.parameters(),
+        optimization.learning_rate,
+        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
+    )
+    scheduler = make_scheduler(optimization.lr_scheduler, optimizer, warmup_steps=optimization.lr_warmup_steps, total_steps=schedule.total)
+    rules = draw_rules(config, "train", optimization.seed)
+    settings = _settings(config, inputs)
+    start_step = 0
+    if config.saving.resume is not None:
+        start_step, differences = load_state(
+            config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings
+        )
+        _report_resume(config.saving.resume, start_step, schedule.total, differences)
+    validator = None
+    if inputs.validation_items:
+        validator = Validator(
+            items=inputs.processes.share(inputs.validation_items),
+            mode=config.ltx_mode,
+            rules=draw_rules(config, "validation", 0),
+            device=inputs.device,
+            processes=inputs.processes.count,
+        )
+    run = TrainingRun(
+        config=config,
+        processes=inputs.processes,
+        device=inputs.device,
+        wrapper=wrapper,
+        network=network,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        items=inputs.items,
+        rules=rules,
+        schedule=schedule,
+        start_step=start_step,
+        settings=settings,
+        facts=_facts(inputs, network),
+        trackers=Trackers(inputs.accelerator),
+        preview=inputs.preview,
+        validator=validator,
+    )
+    if inputs.processes.is_main:
+        log.info(banner(inputs, run))
+    return run
+
+
+def draw_rules(config: TrainingConfig, purpose: str, seed: int) -> DrawRules:
+    return DrawRules(
+        seed=seed,
+        purpose=purpose,
+        timestep_sampling=config.mode.timestep_sampling,
+        independent_audio_timestep=config.mode.independent_audio_timestep,
+        video_loss_weight=config.mode.video_loss_weight,
+        audio_loss_weight=config.mode.audio_loss_weight,
+    )
+
+
+def make_schedule(config: TrainingConfig, items: tuple[Item, ...], processes: int, *, has_validation: bool) -> Schedule:
+    """When the run ends, saves, validates and previews."""
+    optimization, saving, preview = config.optimization, config.saving, config.preview
+    batches = BatchPlan(items, optimization.seed).batches_per_epoch
+    steps_per_epoch = batches / (optimization.gradient_accumulation_steps * processes)
+    total = optimization.max_train_steps
+    if optimization.max_train_epochs is not None:
+        total = max(1, -(-optimization.max_train_epochs * batches // (optimization.gradient_accumulation_steps * processes)))
+    every = config.logging.validate_every_n_steps or max(1, total // _VALIDATIONS_PER_RUN)
+    return Schedule(
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        save_every=saving.save_every_n_steps,
+        save_every_epochs=saving.save_every_n_epochs,
+        validate_every=every if has_validation else None,
+        preview_every=preview.sample_every_n_steps,
+        preview_every_epochs=preview.sample_every_n_epochs,
+        preview_first=preview.sample_at_first,
+        log_every=config.logging.log_every_n_steps,
+    )
+
+
+def _load_model(inputs: Inputs) -> tuple[OfficialLTXV2Wrapper, LoRANetwork]:
+    config = inputs.config
+    transformer = load_transformer(
+        inputs.checkpoint,
+        mode=config.ltx_mode,
+        device=inputs.device,
+        dtype=inputs.dtype,
+        timestep_rule=config.mode.av_timestep_rule,
+    )
+    module = _network_module(config.network.network_module)
+    network = module.create_network(
+        transformer,
+        dim=config.network.network_dim,
+        alpha=config.network.network_alpha,
+        args=parse_pairs(config.network.network_args, "--network_args"),
+        seed=config.optimization.seed,
+    )
+    if config.network.network_weights is not None:
+        factors, _ = read_lora(config.network.network_weights, network.names)
+        network.load_factors(factors)
+    if config.optimization.gradient_checkpointing:
+        checkpoint_blocks(transformer)
+    return OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format), network
+
+
+def _network_module(name: str) -> ModuleType:
+    name = NETWORK_MODULE if name in NETWORK_MODULE_ALIASES else name
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--network_module {name}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}.") from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name}: has no function 'create_network'. The built-in one is {NETWORK_MODULE}.")
+    return module
+
+
+def _settings(config: TrainingConfig, inputs: Inputs) -> dict[str, Any]:
+    """Flags and facts that shape the result, as plain JSON values."""
+    values: dict[str, Any] = {}
+    for section in (config.mode, config.network, config.optimization, config.saving):
+        for field in dataclasses.fields(section):
+            if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
+                value = getattr(section, field.name)
+                values[field.name] = str(value) if isinstance(value, Path) else value
+    values |= {"dtype": str(inputs.dtype), "processes": inputs.processes.count, "items": len(inputs.items)}
+    return json.loads(json.dumps(values))
+
+
+def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
+    config = inputs.config
+    version = detect_version(inputs.checkpoint)
+    adapted = [stream for stream, count in network.count_by_stream().items() if count]
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"ltx-{version}/lora",
+        "modelspec.implementation": "https://github.com/Lightricks/LTX-2",
+        "modelspec.title": config.saving.output_name,
+        "ss_base_model_version": f"ltx-{version}",
+        "ss_sd_model_name": inputs.checkpoint.path.name,
+        "ss_network_module": config.network.network_module,
+        "ss_network_dim": config.network.network_dim,
+        "ss_network_alpha": config.network.network_alpha,
+        "ss_network_args": list(config.network.network_args),
+        "ss_learning_rate": config.optimization.learning_rate,
+        "ss_optimizer": config.optimization.optimizer_type,
+        "ss_lr_scheduler": config.optimization.lr_scheduler,
+        "ss_max_train_steps": config.optimization.max_train_steps,
+        "ss_gradient_accumulation_steps": config.optimization.gradient_accumulation_steps,
+        "ss_seed": config.optimization.seed,
+        "ss_num_train_items": len(inputs.items),
+        "ss_mixed_precision": str(inputs.dtype).removeprefix("torch."),
+        "ltxv2_mode": config.ltx_mode,
+        "ltxv2_adapted_streams": ",".join(adapted),
+        "ltxv2_timestep_format": str(config.mode.ltxv2_timestep_format),
+        "ltxv2_timestep_sampling": config.mode.timestep_sampling,
+        "ltxv2_independent_audio_timestep": config.mode.independent_audio_timestep,
+        "ltxv2_av_timestep_rule": config.mode.av_timestep_rule,
+        "ltxv2_video_loss_weight": config.mode.video_loss_weight,
+        "ltxv2_audio_loss_weight": config.mode.audio_loss_weight,
+    }
+
+
+def _report_resume(path: Path, step: int, total: int, differences: list[str]) -> None:
+    if step >= total:
+        raise UserError(f"--resume {path}: the state is of step {step}, and the run ends at step {total}. Raise --max_train_steps.")
+    log.info("resuming %s at step %d of %d", path, step, total)
+    if differences:
+        log.warning("WARNING: these settings differ from the saved run, so it will not be the run it would have been:")
+        for line in differences:
+            log.warning("  %s", line)
+
+
+def banner(inputs: Inputs, run: TrainingRun) -> str:
+    """What is about to be trained, in one table."""
+    config = inputs.config
+    streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
+    heard = sum(item.clip.has_audio for item in inputs.items)
+    parameters = sum(p.numel() for p in run.network.parameters())
+    rows = [
+        (
+            "model",
+            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {inputs.dtype}".replace(
+                "torch.", ""
+            ),
+        ),
+        (
+            "LoRA",
+            f"rank {config.network.network_dim}, alpha {config.network.network_alpha:g}, {streams} linears, {parameters:,} parameters",
+        ),
+        ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound"),
+        ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),
+        (
+            "run",
+            f"{run.schedule.total} steps, {run.schedule.steps_per_epoch:.4g} steps an epoch, {run.processes.count} "
+            f"process(es), {inputs.device}",
+        ),
+    ]
+    return format_table(rows, ("training", ""))

@@ -1,0 +1,92 @@
+"""Saving a run so that it can go on exactly: adapters, optimizer, schedule, step. Order and noise follow from the step."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.runtime.errors import UserError
+
+_NETWORK, _OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progress.json"
+_SUFFIX = "-state"
+
+
+def state_path(folder: Path, name: str, step: int) -> Path:
+    return folder / f"{name}-step{step:08d}{_SUFFIX}"
+
+
+def save_state(
+    path: Path, *, network: LoRANetwork, optimizer: Optimizer, scheduler: LRScheduler, step: int, settings: Mapping[str, Any]
+) -> None:
+    """Write the state folder, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, temporary / _NETWORK)
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()},
+        temporary / _OPTIMIZER,
+    )
+    progress = {"step": step, "settings": dict(settings)}
+    (temporary / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.replace(path)
+
+
+def load_state(
+    path: Path, *, network: LoRANetwork, optimizer: Optimizer, scheduler: LRScheduler, settings: Mapping[str, Any]
+) -> tuple[int, list[str]]:
+    """Restore a run.
+
+    Returns:
+        The step to go on from, and what differs from the settings that the state was saved with, a line each.
+
+    Raises:
+        UserError: no state folder, a damaged one, or one of another network or optimizer.
+    """
+    for name in (_NETWORK, _OPTIMIZER, _PROGRESS):
+        if not (path / name).is_file():
+            raise UserError(f"--resume {path}: no training state (no {name}). Give a folder that ends in '{_SUFFIX}'.")
+    progress = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    saved = load_file(path / _NETWORK)
+    current = network.named_parameters()
+    if saved.keys() != current.keys() or any(saved[name].shape != current[name].shape for name in saved):
+        raise UserError(
+            f"--resume {path}: the state is of another network ({len(saved)} tensors, this one has {len(current)}). "
+            "Resume with the same --ltx_mode, --network_dim and --network_args."
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(saved[name])
+    stored = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        optimizer.load_state_dict(stored["optimizer"])
+    except ValueError as error:
+        raise UserError(f"--resume {path}: the state is of another optimizer ({error}). Resume with the same --optimizer_type.") from error
+    scheduler.load_state_dict(stored["scheduler"])
+    torch.set_rng_state(stored["torch_rng"])
+    return progress["step"], _differences(progress["settings"], settings)
+
+
+def remove_old_states(folder: Path, name: str, keep: int) -> None:
+    """Keep the newest `keep` states of this run."""
+    states = sorted(path for path in folder.glob(f"{name}-step*{_SUFFIX}") if path.is_dir())
+    for path in states[:-keep]:
+        shutil.rmtree(path)
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    current = json.loads(json.dumps(dict(current)))
+    return [
+        f"{key}: {saved.get(key)!r} then, {current.get(key)!r} now"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]

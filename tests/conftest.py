@@ -1,0 +1,43 @@
+"""Shared fixtures: real tiny checkpoints and encoders, made once a session."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers share two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory):
+    """Paths of complete tiny checkpoints and encoder folders (`musubi_tuner.tiny.checkpoint.TinyFamily`)."""
+    from musubi_tuner.tiny.checkpoint import write_tiny_family
+
+    return write_tiny_family(tmp_path_factory.mktemp("tiny family"))
+
+
+@pytest.fixture(scope="session")
+def shared_media() -> Path:
+    """The folder of real clips, beside the repository; tests that need it skip where it is not."""
+    folder = SHARED / "media"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture
+def global_seed():
+    """Tests that draw from torch's global generator start from the same place, and leave it as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

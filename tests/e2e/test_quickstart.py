@@ -1,0 +1,78 @@
+"""The quickstart's own commands, in the environment of the tests: everything but the install."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from safetensors import safe_open
+
+import quickstart
+
+AAC_BLOCK = 1024
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory):
+    """The quickstart, with fewer steps."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("Schnell Start é")
+    patch.setattr(quickstart, "OUTPUT", folder)
+    patch.setattr(quickstart, "STEPS", 12)
+    quickstart.write_inputs()
+    for title, command in quickstart.commands(Path(sys.executable)):
+        answer = subprocess.run(
+            list(map(str, command)), cwd=quickstart.ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+        )
+        assert answer.returncode == 0, f"{title}\n{answer.stdout}\n{answer.stderr}"
+    yield folder
+    patch.undo()
+
+
+def test_previews_play_with_sound_of_their_length(output: Path) -> None:
+    previews = sorted((output / "training" / "sample").iterdir())
+    assert [path.name for path in previews] == [f"quickstart_s{step:08d}_{row:02d}_{row + 1}.mp4" for step in (0, 12) for row in (0, 1)]
+    for path in previews:
+        with av.open(str(path)) as container:
+            video, audio = container.streams.video[0], container.streams.audio[0]
+            assert (video.width, video.height) == (192, 128)
+            assert abs(float(video.duration * video.time_base) - float(audio.duration * audio.time_base)) <= 1 / 24
+            frames, samples = 0, 0
+            for frame in container.decode(video, audio):
+                frames += isinstance(frame, av.VideoFrame)
+                samples += frame.samples if isinstance(frame, av.AudioFrame) else 0
+            assert frames == 25
+            assert abs(samples - 25 / 24 * audio.codec_context.sample_rate) <= audio.codec_context.sample_rate / 24 + AAC_BLOCK
+
+
+def test_training_changes_the_previews(output: Path) -> None:
+    folder = output / "training" / "sample"
+    assert (folder / "quickstart_s00000000_00_1.mp4").read_bytes() != (folder / "quickstart_s00000012_00_1.mp4").read_bytes()
+
+
+def test_losses_of_both_streams_are_written_and_drawn(output: Path) -> None:
+    rows = [json.loads(line) for line in (output / "training" / "quickstart-loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = [row for row in rows if "loss_video" in row]
+    assert {row["step"] for row in trained} == set(range(1, 13))
+    assert all(math.isfinite(row["loss_video"]) and math.isfinite(row["loss_audio"]) for row in trained)
+    held_out = [row["validation/loss_video"] for row in rows if "validation/loss_video" in row]
+    assert len(held_out) > 2
+    assert (output / "training" / "quickstart-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_lora_file_is_written(output: Path) -> None:
+    with safe_open(output / "training" / "quickstart.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    assert names and all(name.startswith("diffusion_model.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+
+
+def test_a_second_run_of_the_caching_commands_encodes_nothing(output: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (output / "cache").rglob("*.safetensors")}
+    assert files
+    for title, command in quickstart.commands(Path(sys.executable)):
+        if title.startswith("caching"):
+            subprocess.run(list(map(str, command)), cwd=quickstart.ROOT, capture_output=True, check=True)
+    assert {path: path.stat().st_mtime_ns for path in (output / "cache").rglob("*.safetensors")} == files

@@ -1,0 +1,58 @@
+"""Noise levels: formats, samplers, draws."""
+
+import pytest
+import torch
+
+from musubi_tuner.flow.draws import generator_for
+from musubi_tuner.flow.noising import add_noise, velocity_target, velocity_to_x0, x0_to_velocity
+from musubi_tuner.flow.shift import mu_for_tokens
+from musubi_tuner.flow.sigma import SAMPLERS, stretched
+from musubi_tuner.flow.timestep_format import TIMESTEP_FORMATS, model_sigma, to_sigma, to_timestep
+
+
+@pytest.mark.parametrize("name", TIMESTEP_FORMATS)
+def test_every_format_comes_back_to_the_same_sigma(name):
+    sigma = torch.linspace(0, 1, 1001)
+    assert float((to_sigma(to_timestep(sigma, name), name) - sigma).abs().max()) < 1e-6
+    assert torch.equal(model_sigma(sigma, name), to_sigma(to_timestep(sigma, name), name))
+
+
+def test_formats_mean_what_the_documents_say():
+    half = torch.tensor(0.5)
+    assert [float(to_timestep(half, name)) for name in TIMESTEP_FORMATS] == [500.5, 500.0, 0.5]
+    with pytest.raises(ValueError, match="flowmatch_1_1000"):
+        to_timestep(half, "other")
+
+
+def test_noising_and_velocity_are_one_line():
+    clean, noise, sigma = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([[0.2], [0.5], [0.9]])
+    x = add_noise(clean, noise, sigma)
+    velocity = velocity_target(clean, noise)
+    assert torch.allclose(velocity_to_x0(x, velocity, sigma), clean, atol=1e-6)
+    assert torch.allclose(x0_to_velocity(x, clean, sigma), velocity, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [576, 1024, 4096, 6144])
+def test_shifted_logit_normal_has_the_quantiles_of_its_formula(tokens):
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.tensor([SAMPLERS["shifted_logit_normal"](tokens, generator) for _ in range(20000)], dtype=torch.float64)
+    grid = torch.erfinv(2 * torch.linspace(0.0005, 0.9995, 4000, dtype=torch.float64) - 1) * 2**0.5
+    normal = torch.tensor([stretched(float(value), mu_for_tokens(tokens)) for value in grid], dtype=torch.float64)
+    for level in (0.05, 0.2, 0.5, 0.8, 0.95):
+        value = float(draws.quantile(level))
+        mixed = 0.9 * float((normal <= value).double().mean()) + 0.1 * value
+        assert abs(mixed - level) < 0.015
+    assert float(draws.min()) >= 0 and float(draws.max()) <= 1
+
+
+def test_uniform_covers_the_range_evenly():
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.tensor([SAMPLERS["uniform"](1000, generator) for _ in range(20000)]).sort().values
+    assert float((draws - torch.linspace(0, 1, 20000)).abs().max()) < 0.015
+
+
+def test_draws_depend_on_names_alone():
+    one = torch.randn(4, generator=generator_for(1, "train", 0, "a"))
+    assert torch.equal(one, torch.randn(4, generator=generator_for(1, "train", 0, "a")))
+    assert not torch.equal(one, torch.randn(4, generator=generator_for(1, "train", 1, "a")))
+    assert not torch.equal(one, torch.randn(4, generator=generator_for(2, "train", 0, "a")))

@@ -1,0 +1,119 @@
+"""Prompt files: what is read, and what is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
+from musubi_tuner.runtime.errors import UserError
+
+
+def write(folder: Path, text: str, name: str = "prompts.txt") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_flag_of_a_line_is_read(tmp_path: Path) -> None:
+    (tmp_path / "erstes Bild.png").write_bytes(b"")
+    line = "Ein Häuschen, am Meer --w 640 --h 480 --f 25 --d 7 --s 12 --fr 16.5 --n blurry, dark --i erstes Bild.png --l 2.5 --al 5"
+    (prompt,) = load_prompts(write(tmp_path, f"# comment\n\n  {line}  \n"))
+    assert (prompt.prompt, prompt.negative) == ("Ein Häuschen, am Meer", "blurry, dark")
+    assert (prompt.width, prompt.height, prompt.frames, prompt.seed, prompt.steps, prompt.fps) == (640, 480, 25, 7, 12, 16.5)
+    assert (prompt.video_cfg, prompt.audio_cfg) == (2.5, 5.0)
+    assert prompt.image == tmp_path / "erstes Bild.png"
+    assert prompt.where.endswith("line 3")
+
+
+@pytest.mark.parametrize("text", ["I walk along", "w 640 h 480", "fr 5 d 9", "a--quiet--place", "l 3"])
+def test_flags_begin_only_after_a_double_dash(tmp_path: Path, text: str) -> None:
+    (prompt,) = load_prompts(write(tmp_path, text + " --d 3"))
+    assert prompt.prompt == text and prompt.seed == 3 and prompt.width == 768
+
+
+def test_what_a_prompt_leaves_out_comes_from_the_defaults(tmp_path: Path) -> None:
+    defaults = PromptDefaults(width=64, height=96, frames=9, fps=16.0, steps=3)
+    (prompt,) = load_prompts(write(tmp_path, "a fox"), defaults)
+    assert (prompt.width, prompt.height, prompt.frames, prompt.fps, prompt.steps) == (64, 96, 9, 16.0, 3)
+    assert (prompt.negative, prompt.video_cfg, prompt.audio_cfg, prompt.image) == ("", None, None, None)
+
+
+@pytest.mark.parametrize("flag", ["l", "g"])
+def test_one_cfg_scale_serves_both_streams(tmp_path: Path, flag: str) -> None:
+    (prompt,) = load_prompts(write(tmp_path, f"a fox --{flag} 4"))
+    assert (prompt.video_cfg, prompt.audio_cfg) == (4.0, 4.0)
+
+
+def test_audio_cfg_alone_leaves_the_video_to_the_command_line(tmp_path: Path) -> None:
+    (prompt,) = load_prompts(write(tmp_path, "a fox --al 0"))
+    assert (prompt.video_cfg, prompt.audio_cfg) == (None, 0.0)
+
+
+def test_toml_takes_defaults_from_its_table(tmp_path: Path) -> None:
+    text = '[prompt]\nwidth = 640\nheight = 480\n[[prompt.subset]]\nprompt = "a fox"\n'
+    text += '[[prompt.subset]]\nprompt = "an owl"\nwidth = 320\nframe_rate = 16\n'
+    fox, owl = load_prompts(write(tmp_path, text, "p.toml"))
+    assert (fox.prompt, fox.width, fox.height) == ("a fox", 640, 480)
+    assert (owl.prompt, owl.width, owl.height, owl.fps, owl.index) == ("an owl", 320, 480, 16.0, 1)
+
+
+def test_json_takes_objects_and_lines(tmp_path: Path) -> None:
+    entries = [{"prompt": "a fox", "frame_count": 9, "cfg_scale": 2}, "an owl --f 17 --d 5"]
+    fox, owl = load_prompts(write(tmp_path, json.dumps(entries), "p.json"))
+    assert (fox.frames, fox.video_cfg, owl.prompt, owl.frames, owl.seed) == (9, 2, "an owl", 17, 5)
+
+
+def test_texts_to_encode_hold_negatives_and_the_empty_prompt_once(tmp_path: Path) -> None:
+    prompts = load_prompts(write(tmp_path, "a fox --n dark\nan owl\na fox --d 2"))
+    assert all_prompt_texts(prompts) == ["a fox", "dark", "an owl", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a fox --q 3", r"line 1: unknown flag '--q'.*--w"),
+        ("a man -- tall", r"unknown flag '--tall'"),
+        ("ok\na fox --f 24", r"line 2: 24 frames.*17 and 25"),
+        ("a fox --w 100", r"width 100.*96 and 128"),
+        ("a fox --h 0", r"height 0"),
+        ("a fox --l 2 --g 3", "both are the CFG scale"),
+        ("a fox --d 1 --d 2", "--d is given twice"),
+        ("a fox --s many", r"--s 'many': must be a whole number"),
+        ("a fox --s 0", "0 steps"),
+        ("a fox --fr 0", "frame rate 0"),
+        ("a fox --l -1", "must not be negative"),
+        ("a fox --i nowhere.png", "first image 'nowhere.png'"),
+        ("--w 64 a fox", "begins with a flag"),
+        ("# only a comment\n", "holds no prompt"),
+    ],
+)
+def test_mistakes_in_text_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_prompts(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.toml", "[prompt", "not valid TOML"),
+        ("p.toml", 'prompt = "a fox"', r"\[prompt\]"),
+        ("p.toml", "[prompt]\nwidth=64\n", r"\[\[prompt.subset\]\]"),
+        ("p.toml", '[prompt]\n[[prompt.subset]]\nprompt="a"\nwidht=64', "number 1: unknown key 'widht'. Did you mean 'width'"),
+        ("p.json", "{}", "must hold a list"),
+        ("p.json", "[3]", "entry 1: must be an object"),
+        ("p.json", "[", "not valid JSON"),
+        ("p.json", '[{"width": 64}]', "has no 'prompt'"),
+        ("p.json", '[{"prompt": "a", "seed": "x"}]', "seed = 'x': must be a whole number"),
+        ("p.json", '[{"prompt": "a", "seed": true}]', "seed = True"),
+        ("p.yaml", "a", "ends in .txt, .toml or .json"),
+    ],
+)
+def test_mistakes_in_structured_files_are_named(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_prompts(write(tmp_path, text, name))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_prompts(tmp_path / "none.txt")

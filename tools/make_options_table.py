@@ -1,0 +1,82 @@
+"""Writes docs/options.md, the table of every flag, from the dataclasses that the parsers are made of.
+
+python tools/make_options_table.py          writes it
+python tools/make_options_table.py --check  exits with 1 where it is not current
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
+from musubi_tuner.config.flags import FlagInfo, describe
+from musubi_tuner.config.latent_caching import AudioCachingConfig, LatentCachingConfig
+from musubi_tuner.config.text_caching import TextCachingConfig
+from musubi_tuner.config.training import TrainingConfig
+
+OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+
+HEAD = """\
+# Options
+
+Every flag of every program. Written by `tools/make_options_table.py` from the code; do not edit it by hand.
+
+A flag of kind on/off is switched on by its name and off by `--no-` and its name. Each program also takes
+`--config_file FILE`: a TOML with flags by their names without dashes; the command line wins over it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One entry point."""
+
+    script: str
+    description: str
+    config: type
+
+
+PROGRAMS = (
+    Program(ltxv2_cache_latents.PROG, ltxv2_cache_latents.DESCRIPTION, LatentCachingConfig),
+    Program(ltxv2_cache_audio_latents.PROG, ltxv2_cache_audio_latents.DESCRIPTION, AudioCachingConfig),
+    Program(ltxv2_cache_text_encoder_outputs.PROG, ltxv2_cache_text_encoder_outputs.DESCRIPTION, TextCachingConfig),
+    Program(ltxv2_train_network.PROG, ltxv2_train_network.DESCRIPTION, TrainingConfig),
+)
+
+
+def render() -> str:
+    """The whole document."""
+    return "\n".join([HEAD, *itertools.chain.from_iterable(map(_program, PROGRAMS))])
+
+
+def _program(program: Program) -> Iterator[str]:
+    yield f"## {program.script}\n"
+    yield f"{program.description}\n"
+    for section, flags in itertools.groupby(describe(program.config), key=lambda flag: flag.section):
+        yield f"### {section}\n"
+        yield "| flag | kind | default | meaning |"
+        yield "|---|---|---|---|"
+        yield from map(_row, flags)
+        yield ""
+
+
+def _row(flag: FlagInfo) -> str:
+    names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
+    return f"| {names} | {_escaped(flag.kind)} | {_escaped(flag.default)} | {_escaped(flag.help)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(arguments: list[str]) -> int:
+    text = render()
+    if "--check" in arguments:
+        return 0 if OPTIONS.is_file() and OPTIONS.read_text(encoding="utf-8") == text else 1
+    OPTIONS.write_text(text, encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
