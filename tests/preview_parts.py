@@ -17,8 +17,10 @@ from musubi_tuner.preview.prompts import PreviewPrompt
 TEXT_TOKENS = 16
 
 
-def load_wrapper(path: Path, mode: str = "av", timestep_format: str = "flowmatch_1_1000") -> OfficialLTXV2Wrapper:
-    transformer = load_transformer(open_checkpoint(path), mode=mode, device="cpu", dtype=torch.float32)
+def load_wrapper(
+    path: Path, mode: str = "av", timestep_format: str = "flowmatch_1_1000", dtype: torch.dtype = torch.float32
+) -> OfficialLTXV2Wrapper:
+    transformer = load_transformer(open_checkpoint(path), mode=mode, device="cpu", dtype=dtype)
     return OfficialLTXV2Wrapper(transformer, timestep_format)
 
 

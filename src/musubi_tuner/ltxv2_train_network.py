@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +12,7 @@ from musubi_tuner.config.training import TrainingConfig, check_training_config
 from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.verify import verify_caches
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes, processes
@@ -21,6 +22,9 @@ from musubi_tuner.training.loop import train
 from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.report import draw_loss_curve, summary
 from musubi_tuner.training.setup import Inputs, build_run
+
+if TYPE_CHECKING:
+    from musubi_tuner.preview.contexts import EncodePrompts
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     if config.preview.sample_prompts is not None and group.is_main:
         from musubi_tuner.preview.run import make_previewer
 
-        preview = make_previewer(config, checkpoint, datasets)
+        preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint))
     return Inputs(
         config=config,
         processes=group,
@@ -79,6 +83,28 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
         validation_items=validation_items,
         preview=preview,
     )
+
+
+def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePrompts | None":
+    """Encodes prompts that were not cached, where `--text_encoder` is given; loads the encoder only when it is called."""
+    if config.model.text_encoder is None:
+        return None
+
+    def encode(prompts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        from musubi_tuner.ltxv2.text.encoders import encoder_options
+        from musubi_tuner.ltxv2.text.pipeline import load_text_pipeline
+
+        model = config.model
+        options = encoder_options(
+            model.text_encoder,
+            tokenizer=model.tokenizer,
+            backend=model.text_encoder_backend or "gemma",
+            device=pick_device(model.device),
+            max_length=model.max_length,
+        )
+        return load_text_pipeline(checkpoint, read_config(checkpoint), options, mode=config.ltx_mode, stage="context").encode(prompts)
+
+    return encode
 
 
 def _weight_dtype(mixed_precision: str) -> torch.dtype:

@@ -127,7 +127,7 @@ def test_resampling_keeps_tones_in_place(rate: int) -> None:
 def test_resampling_removes_what_the_new_rate_cannot_hold() -> None:
     time = torch.arange(48000) / 48000
     out = resample(torch.sin(2 * math.pi * 12000 * time)[None], 48000, 16000)
-    assert out[:, 200:-200].abs().max() < 1e-3
+    assert out[:, 200:-200].abs().max() < 5e-3
 
 
 def test_resampling_matches_a_polyphase_sinc_written_out() -> None:

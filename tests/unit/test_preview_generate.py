@@ -168,3 +168,22 @@ def test_one_stream_alone_can_be_sampled(tiny_family, mode: str) -> None:
     wrapper = parts.load_wrapper(tiny_family.ltx23, mode=mode)
     found = generate(wrapper, parts.sample(wrapper, mode=mode))
     assert (found.video is None) == (mode == "audio") and (found.audio is None) == (mode == "video")
+
+
+def test_bfloat16_weights_sample_too_and_repeat_to_the_bit(tiny_family, wrapper: OfficialLTXV2Wrapper) -> None:
+    half = parts.load_wrapper(tiny_family.ltx23, dtype=torch.bfloat16)
+    first, second = (generate(half, parts.sample(half)) for _ in range(2))
+    assert same(first, second) and first.video.dtype == torch.float32
+    full = generate(wrapper, parts.sample(wrapper))
+    assert torch.nn.functional.cosine_similarity(first.video.flatten(), full.video.flatten(), dim=0) > 0.95
+
+
+def test_padded_texts_bring_their_mask(wrapper: OfficialLTXV2Wrapper) -> None:
+    made = parts.sample(wrapper)
+    mask = torch.arange(parts.TEXT_TOKENS)[None] < 5
+    padded = Sample(prompt=made.prompt, plan=made.plan, positive=TextContext(made.positive.text, mask), negative=made.negative, image=None)
+    calls = record_calls(wrapper, padded)
+    assert torch.equal(calls[0][3], mask) and calls[1][3] is None
+    junk = TextContext(torch.where(mask[..., None], made.positive.text, 100.0), mask)
+    other = Sample(prompt=made.prompt, plan=made.plan, positive=junk, negative=made.negative, image=None)
+    assert torch.allclose(generate(wrapper, padded).video, generate(wrapper, other).video, atol=1e-5)

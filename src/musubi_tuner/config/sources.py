@@ -130,7 +130,11 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> tuple[Path, str | No
         raise UserError(f"{where}: {path}: no {spec.kind} file of a known kind ({', '.join(EXTENSIONS[spec.kind])}).")
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file.")
-    return path, caption
+    return path, caption.strip() if caption else None
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
@@ -143,3 +147,7 @@ def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
                 "Rename one, or put them into two datasets with a cache_directory each."
             )
         seen[key] = source
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.verify import Wanted
 from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_fingerprint
 from musubi_tuner.ltxv2.frozen.video_vae import video_vae_fingerprint
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options
 from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
@@ -37,16 +39,13 @@ def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:
 
 
 def _encoder_options(config: TrainingConfig) -> EncoderOptions:
-    import torch
-
     model = config.model
-    return EncoderOptions(
-        path=model.text_encoder,
+    return encoder_options(
+        model.text_encoder,
         tokenizer=model.tokenizer,
         backend=model.text_encoder_backend or "gemma",
         device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_length=model.max_length or 1024,
+        max_length=model.max_length,
     )
 
 

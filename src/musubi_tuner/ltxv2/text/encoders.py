@@ -31,6 +31,20 @@ class EncoderOptions:
     load_in_4bit: bool = False
 
 
+def encoder_options(
+    path: str, *, tokenizer: str | None, backend: str, device: torch.device, max_length: int | None, dtype: torch.dtype | None = None
+) -> EncoderOptions:
+    """Options with the defaults that caching and training share: bfloat16 on a GPU and float32 on the CPU, the whole context."""
+    return EncoderOptions(
+        path=path,
+        tokenizer=tokenizer,
+        backend=backend,
+        device=device,
+        dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
+        max_length=max_length or CONTEXT_TOKENS,
+    )
+
+
 class TextEncoder:
     """A loaded encoder."""
 

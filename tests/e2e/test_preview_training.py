@@ -1,0 +1,72 @@
+"""Training with and without previews: the same losses, the same LoRA. The preview of a LoRA that does nothing is the base model's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.tiny.clips import write_clips
+
+PROMPTS = "A red disc --w 64 --h 64 --f 9 --s 2\nA still of it --w 64 --h 64 --f 1 --s 2\n"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def project(tiny_family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset, cached by the three programs."""
+    folder = tmp_path_factory.mktemp("with previews")
+    write_clips(folder / "clips", count=2, frames=9, width=64, height=64)
+    text = "[general]\nresolution = [64, 64]\ntarget_frames = [9]\n[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\n"
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    model = str(tiny_family.ltx23)
+    common = ["--dataset_config", str(folder / "dataset.toml"), "--ltx_mode", "av", "--device", "cpu"]
+    assert ltxv2_cache_latents.main([*common, "--vae", model]) == 0
+    assert ltxv2_cache_audio_latents.main([*common, "--audio_vae", model]) == 0
+    encoder = ["--ltxv2_model", model, "--text_encoder", str(tiny_family.gemma)]
+    assert ltxv2_cache_text_encoder_outputs.main([*common, *encoder, "--sample_prompts", str(folder / "prompts.txt")]) == 0
+    return folder
+
+
+def train(project: Path, model: Path, name: str, *extra: str) -> Path:
+    argv = ["--dataset_config", str(project / "dataset.toml"), "--ltx_mode", "av", "--device", "cpu", "--ltxv2_model", str(model)]
+    argv += ["--ltxv2_timestep_format", "flowmatch_1_1000", "--network_dim", "4", "--network_alpha", "4", "--mixed_precision", "no"]
+    argv += ["--max_train_steps", str(STEPS), "--max_data_loader_n_workers", "0", "--learning_rate", "1e-2", "--save_precision", "float32"]
+    argv += ["--output_dir", str(project / name), "--output_name", "lora", *extra]
+    assert ltxv2_train_network.main(argv) == 0
+    return project / name
+
+
+def losses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "lora-loss.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_previews_change_nothing_of_training(project: Path, tiny_family) -> None:
+    previews = ["--sample_prompts", str(project / "prompts.txt"), "--sample_at_first", "--sample_every_n_steps", "1"]
+    plain, watched = train(project, tiny_family.ltx23, "plain"), train(project, tiny_family.ltx23, "watched", *previews)
+    assert losses(plain) == losses(watched)
+    left, right = (load_file(folder / "lora.safetensors") for folder in (plain, watched))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    names = sorted(path.name for path in (watched / "sample").iterdir())
+    assert names == [f"lora_s{step:08d}_{row:02d}_10.{suffix}" for step in range(STEPS + 1) for row, suffix in ((0, "mp4"), (1, "png"))]
+
+
+def test_the_first_preview_is_that_of_the_base_model(project: Path, tiny_family) -> None:
+    """A LoRA whose B is zero previews as the base model does; after training the same prompt looks different."""
+    previews = ["--sample_prompts", str(project / "prompts.txt"), "--sample_at_first", "--sample_every_n_steps", str(STEPS)]
+    one = train(project, tiny_family.ltx23, "rank 4", *previews) / "sample"
+    other = train(project, tiny_family.ltx23, "rank 2", *previews, "--network_dim", "2", "--network_alpha", "2") / "sample"
+    first, last = (f"lora_s{step:08d}_01_10.png" for step in (0, STEPS))
+    assert (one / first).read_bytes() == (other / first).read_bytes()
+    assert (one / last).read_bytes() != (one / first).read_bytes()
+
+
+def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_family) -> None:
+    (project / "new.txt").write_text("Nobody cached this --w 64 --h 64 --f 9\n", encoding="utf-8")
+    with pytest.raises(UserError, match="'Nobody cached this': missing"):
+        train(project, tiny_family.ltx23, "stopped", "--sample_prompts", str(project / "new.txt"), "--sample_at_first")
+    assert not (project / "stopped" / "lora-loss.jsonl").exists()

@@ -1,0 +1,76 @@
+"""Two processes over gloo on the CPU: the same caches and the same LoRA as one."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from musubi_tuner import ltxv2_train_network
+from tests import training_parts as parts
+
+
+
+def launch(processes: int, module: str, *argv: str) -> subprocess.CompletedProcess:
+    """Run a program's module under torchrun, with accelerate told to use the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port), "-m", module]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tiny_family, tmp_path_factory):
+    return parts.make_data(tmp_path_factory.mktemp("one"), tiny_family, "av", count=4, held_out=False)
+
+
+def test_two_processes_train_the_same_lora_as_one_with_the_same_global_batch(data, tmp_path):
+    """float32, SGD by dotted name, 4 steps, LoRA B not zero."""
+    start = tmp_path / "start.safetensors"
+    ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--save_precision", "float32"))
+    generator = torch.Generator().manual_seed(0)
+    first = load_file(tmp_path / "first" / "ltxv2_lora.safetensors")
+    random = {name: torch.randn(value.shape, generator=generator) * 0.05 if "lora_B" in name else value for name, value in first.items()}
+    save_file(random, start)
+    flags = ["--optimizer_type", "torch.optim.SGD", "--learning_rate", "0.1", "--max_train_steps", "4", "--save_precision", "float32"]
+    flags = [*data.arguments("--network_weights", str(start)), *flags]
+    ltxv2_train_network.main([*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    done = launch(2, "musubi_tuner.ltxv2_train_network", *flags, "--output_dir", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stderr, "both processes are seen"
+    assert done.stderr.count("steps an epoch") == 1, "only the first one speaks"
+    one, two = (load_file(tmp_path / name / "ltxv2_lora.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert max(float((one[name] - random[name]).abs().max()) for name in one) > 1e-3, "something was learned"
+    ones, twos = (parts.losses(tmp_path / name) for name in ("one", "two"))
+    assert all(abs(a["loss_video"] - b["loss_video"]) < 1e-4 for a, b in zip(ones, twos, strict=True))
+
+
+def test_two_processes_cache_the_same_text_files_as_one(data, tmp_path):
+    argv = ["--ltx_mode", "av", "--device", "cpu", "--ltxv2_model", str(data.model), "--text_encoder", str(data.encoder)]
+    toml = tmp_path / "dataset.toml"
+    text = data.toml.read_text(encoding="utf-8").replace('"clips"', f"'{data.folder / 'clips'}'")
+    toml.write_text(text, encoding="utf-8")
+    done = launch(2, "musubi_tuner.ltxv2_cache_text_encoder_outputs", *argv, "--dataset_config", str(toml), "--batch_size", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = {path.relative_to(tmp_path / "cache"): path for path in (tmp_path / "cache").rglob("*_te.safetensors")}
+    theirs = {path.relative_to(data.folder / "cache"): path for path in (data.folder / "cache").rglob("*_te.safetensors")}
+    assert ours.keys() == theirs.keys() and ours
+    for name, path in ours.items():
+        left, right = load_file(path), load_file(theirs[name])
+        assert left.keys() == right.keys()
+        assert all(torch.allclose(left[key].float(), right[key].float(), atol=0.02) for key in left)
+
+
+def test_a_world_that_accelerate_did_not_see_is_an_error(data, tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "musubi_tuner.ltxv2_train_network", *data.arguments("--output_dir", str(tmp_path))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert "WORLD_SIZE is 2" in done.stderr and "torchrun" in done.stderr

@@ -1,0 +1,71 @@
+"""What the training tests share: a small dataset, cached by the real programs, and runs of the real entry."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
+from musubi_tuner.tiny.checkpoint import TinyFamily
+from musubi_tuner.tiny.clips import write_clips
+
+TOML = """
+[general]
+resolution = [96, 64]
+target_frames = [17]
+batch_size = {batch_size}
+
+[[datasets]]
+video_directory = "clips"
+cache_directory = "cache"
+
+[[validation_datasets]]
+video_directory = "held out"
+cache_directory = "held out cache"
+"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset with caches for one model and mode."""
+
+    folder: Path
+    toml: Path
+    model: Path
+    mode: str
+    encoder: Path
+
+    def arguments(self, *extra: str) -> list[str]:
+        """Flags of a short run."""
+        return [
+            "--dataset_config", str(self.toml), "--ltx_mode", self.mode, "--ltxv2_model", str(self.model),
+            "--ltxv2_timestep_format", "flowmatch_1_1000", "--network_dim", "4", "--network_alpha", "4", "--device", "cpu",
+            "--max_data_loader_n_workers", "0", "--mixed_precision", "no", "--learning_rate", "1e-3", *extra,
+        ]  # fmt: skip
+
+
+def make_data(folder: Path, family: TinyFamily, mode: str, *, batch_size: int = 1, count: int = 3, held_out: bool = True) -> Data:
+    """Clips with sound, and caches for the 2.3-style model."""
+    write_clips(folder / "clips", count=count, frames=25)
+    toml = TOML.format(batch_size=batch_size)
+    if held_out:
+        write_clips(folder / "held out", count=1, frames=25, seed=9)
+    else:
+        toml = toml.split("[[validation_datasets]]")[0]
+    path = folder / "dataset.toml"
+    path.write_text(toml, encoding="utf-8")
+    data = Data(folder, path, family.ltx23, mode, family.gemma)
+    cache(data)
+    return data
+
+
+def cache(data: Data, *, sound: bool = True, text: tuple[str, ...] = ()) -> None:
+    common = ["--dataset_config", str(data.toml), "--ltx_mode", data.mode, "--device", "cpu"]
+    assert ltxv2_cache_latents.main([*common, "--vae", str(data.model)]) == 0
+    if sound and data.mode != "video":
+        assert ltxv2_cache_audio_latents.main([*common, "--vae", str(data.model)]) == 0
+    text = text or ("--text_encoder", str(data.encoder))
+    assert ltxv2_cache_text_encoder_outputs.main([*common, "--ltxv2_model", str(data.model), *text]) == 0
+
+
+def losses(folder: Path, name: str = "ltxv2_lora") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / f"{name}-loss.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,114 @@
+"""From sources to planned clips."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.tiny.clips import ClipSound, beep, numbered_frames, write_clip, write_sounds, write_stills
+
+ALONE = Processes(index=0, count=1)
+
+
+def plan(folder: Path, text: str) -> tuple[DatasetPlan, ...]:
+    path = folder / "dataset.toml"
+    path.write_text(text, encoding="utf-8")
+    return plan_datasets(load_dataset_config(path), ALONE, workers=2)
+
+
+def put(folder: Path, name: str, frames: int, fps: float = 24, sound: ClipSound | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    write_clip(folder / name, numbered_frames(frames), fps=fps, sound=sound)
+
+
+VIDEOS = '[[datasets]]\nvideo_directory = "clips"\nresolution = [96, 64]\n'
+
+
+def test_windows_are_the_same_seconds_for_picture_and_sound(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 40, 16, ClipSound(samples=beep(2.5, 1.0)))
+    (dataset,) = plan(tmp_path, VIDEOS + 'target_frames = [17]\nframe_extraction = "chunk"\n')
+    first, second = (planned.clip for planned in dataset.clips)
+    assert (first.start_seconds, first.end_seconds, first.fps) == (0.0, 17 / 16, 16.0)
+    assert (second.start_seconds, second.end_seconds, second.start_frame) == (17 / 16, 34 / 16, 17)
+    assert second.latents == "a_00017-017_0096x0064_ltxv2.safetensors"
+    assert second.audio == "a_00017-017_0096x0064_ltxv2_audio.safetensors"
+    assert second.text == "a_ltxv2_te.safetensors" and second.has_audio
+    assert len({planned.clip.key for planned in dataset.clips}) == 2
+    (row,) = dataset.rows
+    assert (row.outcome, row.clips, row.note) == ("trimmed", 2, "34 of 40 frames")
+
+
+def test_short_clips_are_dropped_with_the_reason(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "long.mp4", 25)
+    put(tmp_path / "clips", "short.mp4", 24)
+    (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [25]\n")
+    rows = {row.source: row for row in dataset.rows}
+    assert rows["long.mp4"].outcome == "kept"
+    assert rows["short.mp4"].outcome == "dropped"
+    assert rows["short.mp4"].note == "24 frames at 24 fps; the shortest clip asked for has 25"
+    assert dataset.index.dropped == (("short.mp4", rows["short.mp4"].note),)
+
+
+def test_no_usable_clip_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "short.mp4", 9)
+    with pytest.raises(UserError, match=r"datasets\[0\].*none of the 1 sources.*short\.mp4: 9 frames.*target_frames"):
+        plan(tmp_path, VIDEOS + "target_frames = [25]\n")
+
+
+def test_an_unreadable_source_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "good.mp4", 9)
+    (tmp_path / "clips" / "bad.mp4").write_bytes(b"\0" * 1000)
+    (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [9]\n")
+    assert [planned.clip.stem for planned in dataset.clips] == ["good"]
+    bad = next(row for row in dataset.rows if row.outcome == "failed")
+    assert "bad.mp4" in bad.note and "damaged" in bad.note
+
+
+def test_stills_sit_at_the_rate_of_most_clips(tmp_path: Path) -> None:
+    for number, fps in enumerate((16, 24, 16)):
+        put(tmp_path / "clips", f"{number}.mp4", 9, fps)
+    write_stills(tmp_path / "stills", count=1)
+    stills = '[[datasets]]\nimage_directory = "stills"\nresolution = [96, 64]\n'
+    assert plan(tmp_path, VIDEOS + "target_frames = [9]\n" + stills)[1].clips[0].clip.fps == 16.0
+    assert plan(tmp_path, VIDEOS + "target_frames = [9]\ntarget_fps = 12\n" + stills)[1].clips[0].clip.fps == 12.0
+    (alone,) = plan(tmp_path, stills)
+    clip = alone.clips[0].clip
+    assert (clip.fps, clip.frames, clip.audio, clip.start_frame) == (24.0, 1, None, 0)
+    assert plan(tmp_path, stills + "target_fps = 30\n")[0].clips[0].clip.fps == 30.0
+
+
+def test_sound_files_are_cut_by_seconds(tmp_path: Path) -> None:
+    write_sounds(tmp_path / "sounds", count=1, seconds=1.5)
+    (dataset,) = plan(tmp_path, '[[datasets]]\naudio_directory = "sounds"\ntarget_seconds = 0.6\nframe_extraction = "chunk"\n')
+    assert [planned.clip.audio for planned in dataset.clips] == [
+        "sound_000_00000000-000600_ltxv2_audio.safetensors",
+        "sound_000_00000600-000600_ltxv2_audio.safetensors",
+    ]
+    assert all(planned.clip.latents is None for planned in dataset.clips)
+    (whole,) = plan(tmp_path, '[[datasets]]\naudio_directory = "sounds"\n')
+    assert whole.clips[0].clip.end_seconds == pytest.approx(1.48)
+
+
+def test_a_source_rate_overrides_the_files(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 25, 25)
+    (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [25]\nsource_fps = 50\n")
+    assert (dataset.clips[0].clip.fps, dataset.clips[0].clip.end_seconds) == (50.0, 0.5)
+
+
+def test_sound_that_ends_early_is_noted(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 49, 24, ClipSound(samples=beep(1.0, 0.5)))
+    (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [49]\n")
+    assert "its sound ends 1.04 s early" in dataset.rows[0].note
+
+
+def test_pictures_too_small_for_no_upscale_are_dropped(tmp_path: Path) -> None:
+    write_stills(tmp_path / "stills", count=1)
+    Image.new("RGB", (20, 200)).save(tmp_path / "stills" / "sliver.png")
+    (dataset,) = plan(tmp_path, '[[datasets]]\nimage_directory = "stills"\nresolution = [96, 64]\nbucket_no_upscale = true\n')
+    row = next(row for row in dataset.rows if row.source == "sliver.png")
+    assert row.outcome == "dropped" and "too small" in row.note
+    assert dataset.without_caption == 1
