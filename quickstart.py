@@ -9,7 +9,6 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 (read by older versions too, to say so)
     sys.exit(f"Python 3.11 or newer is needed; this is Python {sys.version_info[0]}.{sys.version_info[1]}.")
 
-import os
 import time
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def commands(python: Path) -> list[tuple[str, list[object]]]:
     dataset = ["--dataset_config", OUTPUT / "dataset.toml", "--ltx_mode", "av"]
     prompts = ["--sample_prompts", OUTPUT / "prompts.txt"]
     launch = [python, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", os.cpu_count() or 1, "--mixed_precision", "no"]
+    launch += ["--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
     training = [*launch, ROOT / "ltxv2_train_network.py", *dataset, *prompts, "--ltxv2_model", model]
     training += ["--ltxv2_timestep_format", "flowmatch_1_1000", "--network_module", "musubi_tuner.networks.lora_ltxv2"]
     training += ["--network_dim", "16", "--network_alpha", "16", "--learning_rate", "1e-2", "--lr_warmup_steps", "5"]

@@ -26,6 +26,8 @@ def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[s
     A second call with the same `pyproject.toml` and `constraints.txt` installs nothing. A torch that is already in
     the environment (a CUDA build, say) stays.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console that cannot show a path must not end the run
     python = _python_of(_FOLDER)
     if not python.is_file():
         print(f"creating {_FOLDER}", flush=True)

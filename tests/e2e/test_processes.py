@@ -13,7 +13,6 @@ from musubi_tuner import ltxv2_train_network
 from tests import training_parts as parts
 
 
-
 def launch(processes: int, module: str, *argv: str) -> subprocess.CompletedProcess:
     """Run a program's module under torchrun, with accelerate told to use the CPU."""
     with socket.socket() as probe:
@@ -32,7 +31,9 @@ def data(tiny_family, tmp_path_factory):
 def test_two_processes_train_the_same_lora_as_one_with_the_same_global_batch(data, tmp_path):
     """float32, SGD by dotted name, 4 steps, LoRA B not zero."""
     start = tmp_path / "start.safetensors"
-    ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--save_precision", "float32"))
+    ltxv2_train_network.main(
+        data.arguments("--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--save_precision", "float32")
+    )
     generator = torch.Generator().manual_seed(0)
     first = load_file(tmp_path / "first" / "ltxv2_lora.safetensors")
     random = {name: torch.randn(value.shape, generator=generator) * 0.05 if "lora_B" in name else value for name, value in first.items()}

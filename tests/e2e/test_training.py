@@ -141,7 +141,16 @@ def test_warm_start_goes_on_from_a_lora(data, tmp_path):
     first = run(data, tmp_path / "a", "--max_train_steps", "3", "--save_precision", "float32")
     weights = str(tmp_path / "a" / "ltxv2_lora.safetensors")
     same_start = run(
-        data, tmp_path / "b", "--max_train_steps", "1", "--learning_rate", "1e-12", "--network_weights", weights, "--save_precision", "float32"
+        data,
+        tmp_path / "b",
+        "--max_train_steps",
+        "1",
+        "--learning_rate",
+        "1e-12",
+        "--network_weights",
+        weights,
+        "--save_precision",
+        "float32",
     )
     assert max(float((first[name] - same_start[name]).abs().max()) for name in first) < 1e-6
     with pytest.raises(UserError, match="--network_dim 4"):

@@ -50,7 +50,11 @@ def test_keys_are_those_of_the_contract() -> None:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    return {"b_float32": torch.arange(6.0).view(2, 3), "a_int32": torch.tensor(3, dtype=torch.int32), "empty_bfloat16": torch.zeros(8, 0, 16).bfloat16()}
+    return {
+        "b_float32": torch.arange(6.0).view(2, 3),
+        "a_int32": torch.tensor(3, dtype=torch.int32),
+        "empty_bfloat16": torch.zeros(8, 0, 16).bfloat16(),
+    }
 
 
 METADATA = {"source": "größe.mp4", "caption": 'a "red" disc', "kind": "video_latents"}
@@ -109,7 +113,7 @@ def test_only_the_callers_temporaries_are_cleaned(tmp_path: Path) -> None:
 
 def test_temporaries_are_named_so_that_cleaning_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(os, "replace", lambda old, new: seen.append(Path(old).name))
+    monkeypatch.setattr(Path, "replace", lambda old, new: seen.append(old.name))
     long_stem = "ü" * 100
     store.write(tmp_path / f"{long_stem}_ltxv2_audio.safetensors", tensors(), {})
     assert seen[0].startswith(".") and seen[0].endswith("_ltxv2_audio.safetensors.tmp")
@@ -123,7 +127,11 @@ def test_audit_says_why(tmp_path: Path) -> None:
     store.write(path, {"latents_1x1x1_bfloat16": torch.zeros(128, 1, 1, 1).bfloat16()}, expected)
     assert reason_to_rebuild(path, expected, ["latents"]) is None
     assert reason_to_rebuild(path, expected, ["audio_latents"]) == "it lacks audio_latents"
-    for key, words in (("source_fingerprint", "source file has changed"), ("encoder_fingerprint", "another encoder"), ("window", "another window")):
+    for key, words in (
+        ("source_fingerprint", "source file has changed"),
+        ("encoder_fingerprint", "another encoder"),
+        ("window", "another window"),
+    ):
         assert words in reason_to_rebuild(path, expected | {key: "other"}, ["latents"])
     data = path.read_bytes()
     for length in (0, 5, 40, len(data) // 2, len(data) - 1):
@@ -153,7 +161,9 @@ def test_canonical_json_is_one_text_for_equal_values() -> None:
 
 
 def spec(folder: Path, **values) -> DatasetSpec:
-    return DatasetSpec(label="datasets[0]", kind="video", directory=folder, jsonl_file=None, cache_directory=folder / "cache", target_frames=(9,), **values)
+    return DatasetSpec(
+        label="datasets[0]", kind="video", directory=folder, jsonl_file=None, cache_directory=folder / "cache", target_frames=(9,), **values
+    )
 
 
 def clip() -> Clip:

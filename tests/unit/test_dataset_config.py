@@ -74,8 +74,8 @@ def test_there_are_examples() -> None:
     [
         ('[[dataset]]\nvideo_directory = "clips"', ["unknown section 'dataset'", "'datasets'"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frame = [25]', ["datasets[0]", "'target_frame'", "'target_frames'"]),
-        ('[general]\nresolutoin = [64, 64]\n[[datasets]]\nvideo_directory = "clips"', ["[general]", "'resolutoin'", "'resolution'"]),
-        ('[general]\nvideo_directory = "clips"', ["[general]", "video_directory", "[[datasets]]"]),
+        ('[general]\nresolutoin = [64, 64]\n[[datasets]]\nvideo_directory = "clips"', ["general", "'resolutoin'", "'resolution'"]),
+        ('[general]\nvideo_directory = "clips"', ["general", "video_directory", "[[datasets]]"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [48]', ["48", "8n+1", "41 and 49"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nresolution = [830, 480]', ["width 830", "32", "800 and 832"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nresolution = [832, 500]', ["height 500", "480 and 512"]),

@@ -49,7 +49,9 @@ def test_the_true_rate_is_found_and_frames_are_exact(tmp_path: Path, fps: float,
 def test_every_extraction_mode_picks_the_planned_frames(tmp_path: Path, fps: int, values: dict) -> None:
     path = tmp_path / "clip.mp4"
     write_clip(path, numbered_frames(60), fps=fps)
-    spec = DatasetSpec(label="d", kind="video", directory=tmp_path, jsonl_file=None, cache_directory=tmp_path, target_frames=(17,), **values)
+    spec = DatasetSpec(
+        label="d", kind="video", directory=tmp_path, jsonl_file=None, cache_directory=tmp_path, target_frames=(17,), **values
+    )
     info = probe_video(path)
     windows = video_windows(spec, sampled_length(info, info.fps), info.fps)
     assert windows

@@ -70,7 +70,7 @@ def test_an_unreadable_source_fails_and_the_others_go_on(tmp_path: Path) -> None
 
 def test_stills_sit_at_the_rate_of_most_clips(tmp_path: Path) -> None:
     for number, fps in enumerate((16, 24, 16)):
-        put(tmp_path / "clips", f"{number}.mp4", 9, fps)
+        put(tmp_path / "clips", f"{number}.mp4", 33, fps)
     write_stills(tmp_path / "stills", count=1)
     stills = '[[datasets]]\nimage_directory = "stills"\nresolution = [96, 64]\n'
     assert plan(tmp_path, VIDEOS + "target_frames = [9]\n" + stills)[1].clips[0].clip.fps == 16.0

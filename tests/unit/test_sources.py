@@ -10,7 +10,9 @@ from musubi_tuner.config.sources import list_all_sources, list_sources
 from musubi_tuner.runtime.errors import UserError
 
 
-def spec(folder: Path, *, kind: str = "image", jsonl: Path | None = None, label: str = "datasets[0]", cache: Path | None = None) -> DatasetSpec:
+def spec(
+    folder: Path, *, kind: str = "image", jsonl: Path | None = None, label: str = "datasets[0]", cache: Path | None = None
+) -> DatasetSpec:
     return DatasetSpec(
         label=label, kind=kind, directory=None if jsonl else folder, jsonl_file=jsonl, cache_directory=cache or folder, target_frames=(9,)
     )

@@ -126,7 +126,7 @@ def read_index(dataset: PlannedDataset, dataset_config: Path) -> DatasetIndex:
     if not path.is_file():
         others = sorted(dataset.cache_directory.glob(index_name("*")))
         hint = _difference(others, dataset.settings()) if others else "nothing was cached there yet"
-        raise UserError(f"{dataset_config}: [[{dataset.label}]]: {dataset.cache_directory} holds no index of this dataset ({hint}). {remedy}")
+        raise UserError(f"{dataset_config}: {dataset.label}: {dataset.cache_directory} holds no index of this dataset ({hint}). {remedy}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         clips = tuple(Clip(**clip) for clip in value["clips"])

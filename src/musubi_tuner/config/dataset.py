@@ -123,7 +123,9 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     sections = ("general", "datasets", "validation_datasets")
     for key in values:
         if key not in sections:
-            raise UserError(f"{path}: unknown section '{key}'.{nearest(key, sections)} Sections are [general], [[datasets]] and [[validation_datasets]].")
+            raise UserError(
+                f"{path}: unknown section '{key}'.{nearest(key, sections)} Sections are [general], [[datasets]] and [[validation_datasets]]."
+            )
     general = values.get("general", {})
     _check_keys(path, "general", general, [key for key in _TYPES if key not in _NOT_IN_GENERAL])
     lists = {name: values.get(name, []) for name in sections[1:]}
@@ -141,14 +143,17 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], entry: Mapping[str
     merged = {**general, **entry}
     given = [key for key in _SOURCES if key in entry]
     if len(given) != 1:
-        raise UserError(f"{path}: [[{label}]]: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(given) or 'none'}.")
+        raise UserError(f"{path}: {label}: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(given) or 'none'}.")
     kind, is_directory = _SOURCES[given[0]]
     source = _path(path, entry[given[0]])
     if is_directory and not source.is_dir() and "cache_directory" not in merged or not is_directory and not source.parent.is_dir():
-        raise UserError(f"{path}: [[{label}]]: {given[0]} = {entry[given[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
+        raise UserError(f"{path}: {label}: {given[0]} = {entry[given[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
     values: dict[str, Any] = {key: value for key, value in merged.items() if key not in _SOURCES and key != "cache_directory"}
     if "resolution" in values:
         values["resolution"] = _resolution(path, label, values["resolution"])
+    for key in ("target_seconds", "source_fps", "target_fps"):
+        if key in values:
+            values[key] = float(values[key])
     if "target_frames" in values:
         values["target_frames"] = _target_frames(path, label, values["target_frames"])
     cache = _path(path, merged["cache_directory"]) if "cache_directory" in merged else (source if is_directory else source.parent)
@@ -181,19 +186,19 @@ def _check_keys(path: Path, label: str, values: Mapping[str, Any], allowed: list
     for key, value in values.items():
         if key not in allowed:
             hint = " It belongs into [[datasets]]." if key in _TYPES else nearest(key, allowed)
-            raise UserError(f"{path}: [{label}]: unknown key '{key}'.{hint}")
+            raise UserError(f"{path}: {label}: unknown key '{key}'.{hint}")
         types = _TYPES[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise UserError(f"{path}: [{label}]: {key} = {value!r}: must be {' or '.join(t.__name__ for t in types)}.")
+            raise UserError(f"{path}: {label}: {key} = {value!r}: must be {' or '.join(t.__name__ for t in types)}.")
 
 
 def _resolution(path: Path, label: str, value: list[Any]) -> tuple[int, int]:
     if len(value) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in value):
-        raise UserError(f"{path}: [{label}]: resolution = {value!r}: must be [width, height] in pixels.")
+        raise UserError(f"{path}: {label}: resolution = {value!r}: must be [width, height] in pixels.")
     for name, side in zip(("width", "height"), value, strict=True):
         if side < 32 or side % 32:
             low = max(32, side // 32 * 32)
-            raise UserError(f"{path}: [{label}]: resolution {name} {side}: must be a multiple of 32; the nearest are {low} and {low + 32}.")
+            raise UserError(f"{path}: {label}: resolution {name} {side}: must be a multiple of 32; the nearest are {low} and {low + 32}.")
     return value[0], value[1]
 
 
@@ -205,13 +210,13 @@ def _target_frames(path: Path, label: str, value: int | list[Any]) -> tuple[int,
             if isinstance(count, int) and count > 0:
                 low = max(1, (count - 1) // 8 * 8 + 1)
                 near = f"; the nearest are {low} and {low + 8}"
-            raise UserError(f"{path}: [{label}]: target_frames {count!r}: the model takes 8n+1 frames (9, 17, 25, 33, ...){near}.")
+            raise UserError(f"{path}: {label}: target_frames {count!r}: the model takes 8n+1 frames (9, 17, 25, 33, ...){near}.")
     return tuple(sorted(set(frames)))
 
 
 def _check_spec(path: Path, spec: DatasetSpec) -> None:
     def refuse(text: str) -> None:
-        raise UserError(f"{path}: [[{spec.label}]]: {text}")
+        raise UserError(f"{path}: {spec.label}: {text}")
 
     if spec.frame_extraction not in FRAME_EXTRACTIONS:
         refuse(f"frame_extraction = {spec.frame_extraction!r}: must be one of {', '.join(FRAME_EXTRACTIONS)}.")

@@ -26,7 +26,9 @@ class VideoVaeOptions:
 
     vae: Path | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
     ltxv2_model: Path | None = flag("full checkpoint, where --vae is not given", default=None)
-    vae_dtype: Literal["bfloat16", "float16", "float32"] | None = flag("compute dtype; default: bfloat16 on a GPU, float32 on the CPU", default=None)
+    vae_dtype: Literal["bfloat16", "float16", "float32"] | None = flag(
+        "compute dtype; default: bfloat16 on a GPU, float32 on the CPU", default=None
+    )
     vae_spatial_tile_size: int = flag("frames with a longer side are encoded in tiles of this many pixels", default=768)
     vae_temporal_tile_size: int = flag("longer clips are encoded in tiles of this many frames", default=80)
 

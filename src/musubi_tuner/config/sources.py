@@ -39,19 +39,19 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         UserError: no usable file, missing or empty captions, a malformed jsonl line, a jsonl path that leads nowhere, or two sources with one stem.
     """
     pairs = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
-    sources = [
-        Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "") for path, caption in pairs
-    ]
+    sources = [Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "") for path, caption in pairs]
     if not sources:
-        raise UserError(f"[[{spec.label}]]: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({', '.join(EXTENSIONS[spec.kind])}){_others(spec)}.")
+        raise UserError(
+            f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({', '.join(EXTENSIONS[spec.kind])}){_others(spec)}."
+        )
     _refuse_same_stems(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
             raise UserError(
-                f"[[{spec.label}]]: {len(lacking)} of {len(sources)} sources have a missing or empty caption: {', '.join(lacking[:10])}"
+                f"{spec.label}: {len(lacking)} of {len(sources)} sources have a missing or empty caption: {', '.join(lacking[:10])}"
                 f"{', ...' if len(lacking) > 10 else ''}. Put a '{spec.caption_extension}' file with the same stem beside each, "
-                "or a \"caption\" field into the jsonl."
+                'or a "caption" field into the jsonl.'
             )
     return tuple(sorted(sources, key=lambda source: source.name))
 
@@ -69,7 +69,7 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
             other, first = owners.setdefault((spec.cache_directory.resolve(), source.stem.casefold()), (spec, source))
             if first.path.resolve() != source.path.resolve():
                 raise UserError(
-                    f"[[{other.label}]] {first.path} and [[{spec.label}]] {source.path} have the same stem and the cache directory "
+                    f"{other.label} {first.path} and {spec.label} {source.path} have the same stem and the cache directory "
                     f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each dataset a cache_directory of its own."
                 )
     return listed
@@ -82,7 +82,7 @@ def sources_exist(spec: DatasetSpec) -> bool:
 
 def _from_directory(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     if not spec.directory.is_dir():
-        raise UserError(f"[[{spec.label}]]: {spec.directory}: no such folder.")
+        raise UserError(f"{spec.label}: {spec.directory}: no such folder.")
     pairs = []
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
@@ -106,7 +106,7 @@ def _read_caption(path: Path) -> str:
 
 def _from_jsonl(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     if not spec.jsonl_file.is_file():
-        raise UserError(f"[[{spec.label}]]: {spec.jsonl_file}: no such file.")
+        raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
     lines = spec.jsonl_file.read_text(encoding="utf-8-sig").splitlines()
     return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
@@ -120,7 +120,9 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> tuple[Path, str | No
     if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
         raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
     if unknown := sorted(set(entry) - {field, "caption"}):
-        raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], [field, 'caption'])} Fields are \"{field}\" and \"caption\".")
+        raise UserError(
+            f'{where}: unknown field \'{unknown[0]}\'.{nearest(unknown[0], [field, "caption"])} Fields are "{field}" and "caption".'
+        )
     caption = entry.get("caption")
     if not isinstance(caption, str | None):
         raise UserError(f"{where}: caption = {caption!r}: must be text.")
@@ -143,7 +145,7 @@ def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
         key = source.stem.casefold()
         if key in seen:
             raise UserError(
-                f"[[{spec.label}]]: '{seen[key].name}' and '{source.name}' have the same stem, and would overwrite each other's cache. "
+                f"{spec.label}: '{seen[key].name}' and '{source.name}' have the same stem, and would overwrite each other's cache. "
                 "Rename one, or put them into two datasets with a cache_directory each."
             )
         seen[key] = source

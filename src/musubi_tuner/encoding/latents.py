@@ -22,9 +22,7 @@ from musubi_tuner.media.video import choose_frames, read_frames
 STORED_DTYPE = torch.bfloat16
 
 
-def latent_jobs(
-    plans: Sequence[DatasetPlan], *, encoder: str, dtype: torch.dtype, tiles: TileSizes, model_version: str
-) -> tuple[Job, ...]:
+def latent_jobs(plans: Sequence[DatasetPlan], *, encoder: str, dtype: torch.dtype, tiles: TileSizes, model_version: str) -> tuple[Job, ...]:
     """Jobs for the clips that have pictures.
 
     Args:
@@ -35,9 +33,7 @@ def latent_jobs(
     def expected(clip: Clip) -> dict[str, str]:
         return latents_of(clip) | {"encoder_fingerprint": encoder, "encoding": _encoding(clip, dtype, tiles)}
 
-    return list_jobs(
-        plans, name_of=lambda clip: clip.latents, expected_of=expected, size_of=_size_of, model_version=model_version
-    )
+    return list_jobs(plans, name_of=lambda clip: clip.latents, expected_of=expected, size_of=_size_of, model_version=model_version)
 
 
 def latent_stages(vae: VideoVAE) -> Stages[Job, Tensor, Tensor]:

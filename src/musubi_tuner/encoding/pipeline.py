@@ -1,6 +1,7 @@
 """Decode, encode and write at the same time: decoding threads ahead, the encoder in the middle, writing threads behind.
 
-Memory is bounded: no more clips are decoded ahead than there are workers plus one batch, and no more batches wait to be written than there are writers.
+Memory is bounded: no more clips are decoded ahead than there are workers plus one batch, and no more clips wait to be written than
+there are writers.
 """
 
 from collections import deque

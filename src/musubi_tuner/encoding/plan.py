@@ -109,7 +109,7 @@ def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) 
     if not clips:
         reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5])
         raise UserError(
-            f"[[{spec.label}]]: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}{'; ...' if len(rows) > 5 else ''}). "
+            f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}{'; ...' if len(rows) > 5 else ''}). "
             "Ask for shorter clips (target_frames, target_seconds), or give longer ones."
         )
     lacking = sum(not one.source.caption.strip() for one in probed)
@@ -131,7 +131,10 @@ def _probe(spec: DatasetSpec, source: Source) -> Probed:
 def _still_fps(specs: Sequence[DatasetSpec], probed: Sequence[Sequence[Probed]]) -> float:
     """The rate that most video sources of the config are sampled at, so that stills sit where clips have their frames."""
     rates = Counter(
-        spec.target_fps or one.found.fps for spec, found in zip(specs, probed, strict=True) for one in found if isinstance(one.found, VideoInfo)
+        spec.target_fps or one.found.fps
+        for spec, found in zip(specs, probed, strict=True)
+        for one in found
+        if isinstance(one.found, VideoInfo)
     )
     return min(rates, key=lambda rate: (-rates[rate], rate)) if rates else _STILL_FPS
 
@@ -216,7 +219,9 @@ def _plan_audio(spec: DatasetSpec, one: Probed, info: SoundInfo) -> tuple[list[C
         return [], _row(one, "failed", 0, f"{one.source.path}: its audio stream holds nothing that decodes. Mend the file or take it out.")
     windows = audio_windows(spec, seconds)
     if not windows:
-        return [], _row(one, "dropped", 0, f"{seconds:.2f} s; clips of {spec.target_seconds or 1 / AUDIO_UNITS_PER_SECOND:g} s are asked for")
+        return [], _row(
+            one, "dropped", 0, f"{seconds:.2f} s; clips of {spec.target_seconds or 1 / AUDIO_UNITS_PER_SECOND:g} s are asked for"
+        )
     clips = [_audio_clip(one, window) for window in windows]
     used = max(clip.end_seconds for clip in clips)
     trimmed = seconds - used > 1 / AUDIO_UNITS_PER_SECOND

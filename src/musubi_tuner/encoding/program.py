@@ -41,7 +41,9 @@ def plan_and_index(datasets: DatasetConfig, task: Task, data: DataOptions, work:
         log.info("%s", describe_sources(plans))
         for plan in plans:
             if plan.without_caption:
-                log.warning("WARNING: %s: %d source(s) have no caption yet; training needs one for each.", plan.spec.label, plan.without_caption)
+                log.warning(
+                    "WARNING: %s: %d source(s) have no caption yet; training needs one for each.", plan.spec.label, plan.without_caption
+                )
         if not data.dry_run:
             for plan in plans:
                 store.clean_temporaries(plan.spec.cache_directory, (task.ending, INDEX_ENDING))
@@ -50,9 +52,7 @@ def plan_and_index(datasets: DatasetConfig, task: Task, data: DataOptions, work:
     return plans
 
 
-def run_task(
-    task: Task, plans: Sequence[DatasetPlan], jobs: Sequence[Job], data: DataOptions, work: WorkOptions, group: Processes
-) -> int:
+def run_task(task: Task, plans: Sequence[DatasetPlan], jobs: Sequence[Job], data: DataOptions, work: WorkOptions, group: Processes) -> int:
     """Encode what is missing or wrong; returns the exit code, 1 where anything failed."""
     checked = [one for part in group.gather(choose(group.share(jobs), task.required, skip_existing=data.skip_existing)) for one in part]
     order = {job.target: place for place, job in enumerate(jobs)}

@@ -43,7 +43,13 @@ def describe_sources(plans: Sequence[DatasetPlan]) -> str:
     for plan in plans:
         by_outcome = Counter(row.outcome for row in plan.rows)
         counts.append(
-            (plan.spec.label, plan.spec.kind, len(plan.rows), *(by_outcome[name] for name in ("kept", "trimmed", "dropped", "failed")), len(plan.clips))
+            (
+                plan.spec.label,
+                plan.spec.kind,
+                len(plan.rows),
+                *(by_outcome[name] for name in ("kept", "trimmed", "dropped", "failed")),
+                len(plan.clips),
+            )
         )
         rows += [(plan.spec.label, row.source, row.outcome, row.clips, row.note) for row in plan.rows if row.note]
     text = format_table(counts, ("dataset", "kind", "sources", "kept", "trimmed", "dropped", "failed", "clips"))
@@ -69,7 +75,12 @@ def describe_forecast(title: str, plans: Sequence[DatasetPlan], jobs: Sequence[J
 
 def describe_outcome(title: str, outcome: Outcome) -> str:
     """The table at the end, and the line that tools look for."""
-    counts = [("kept", outcome.kept), ("encoded", outcome.encoded), ("of these rebuilt", len(outcome.rebuilt)), ("failed", len(outcome.failed))]
+    counts = [
+        ("kept", outcome.kept),
+        ("encoded", outcome.encoded),
+        ("of these rebuilt", len(outcome.rebuilt)),
+        ("failed", len(outcome.failed)),
+    ]
     parts = [format_table(counts, ("files", ""))]
     if outcome.rebuilt:
         parts.append(_table(outcome.rebuilt, ("rebuilt", "because")))

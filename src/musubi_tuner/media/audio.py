@@ -71,7 +71,9 @@ def _blocks(path: Path, container: Any, sound: SoundInfo, start: float, end: flo
     expected: int | None = None
     for frame in container.decode(stream):
         if frame.sample_rate != sound.rate:
-            raise UserError(f"{path}: the sample rate changes from {sound.rate} to {frame.sample_rate} Hz within the file. Convert it to one rate.")
+            raise UserError(
+                f"{path}: the sample rate changes from {sound.rate} to {frame.sample_rate} Hz within the file. Convert it to one rate."
+            )
         place = expected
         if frame.pts is not None:
             stamped = round((float(frame.pts * frame.time_base) - start) * sound.rate)

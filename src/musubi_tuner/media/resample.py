@@ -1,7 +1,7 @@
 """Changing the sample rate of sound.
 
-Band-limited interpolation: every output sample is the input weighted by a sinc of the lower rate's band edge (rolloff 0.99 of it), under a Hann window
-of six zero crossings to each side (architecture sheet 4.3). With t the distance in zero crossings, |t| < 6:
+Band-limited interpolation: every output sample is the input weighted by a sinc of the lower rate's band edge (rolloff 0.99 of it),
+under a Hann window of six zero crossings to each side (architecture sheet 4.3). With t the distance in zero crossings, |t| < 6:
 
     h(t) = sin(pi t) / (pi t) * cos(pi t / 12)^2 * edge / from_rate,    edge = 0.99 min(from_rate, to_rate)
 """

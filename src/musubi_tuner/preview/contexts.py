@@ -11,14 +11,7 @@ from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.keys import TEXT_MASK_KEY, strip_key
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.cache.store import read
-from musubi_tuner.config.training import ModelOptions
-from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.preview.memory import compute_dtype, free_memory
-from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
-
-CONTEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +28,10 @@ class TextContext:
 
 
 EncodePrompts = Callable[[Sequence[str]], Sequence[tuple[Tensor, Tensor]]]
-"""Texts -> (S, W) contexts and (S,) masks, as text caching makes them; frees its encoder before it returns."""
+"""Texts -> (S, W) contexts and (S,) masks, as text caching makes them; keeps no encoder after it returns."""
 
 CACHED_DTYPE = torch.bfloat16
 """What text caching stores: what is encoded here is rounded to it, so that it makes no difference where it was done."""
-
-
-def prompt_encoder(model: ModelOptions, checkpoint: Checkpoint, transformer: TransformerConfig, mode: str) -> EncodePrompts | None:
-    """Encodes texts as text caching does; None where training was given no `--text_encoder`."""
-    if model.text_encoder is None:
-        return None
-
-    def encode(texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        from musubi_tuner.ltxv2.text.encoders import EncoderOptions
-        from musubi_tuner.ltxv2.text.pipeline import load_text_pipeline
-
-        device = pick_device(model.device)
-        options = EncoderOptions(
-            path=model.text_encoder,
-            tokenizer=model.tokenizer,
-            backend=model.text_encoder_backend or "gemma",
-            device=device,
-            dtype=compute_dtype(device),
-            max_length=model.max_length or CONTEXT_TOKENS,
-        )
-        pipeline = load_text_pipeline(checkpoint, transformer, options, mode=mode, stage="context")
-        contexts = [(text.to(CACHED_DTYPE), mask) for one in texts for text, mask in pipeline.encode([one])]
-        del pipeline
-        free_memory(device)
-        return contexts
-
-    return encode
 
 
 def load_contexts(
@@ -93,7 +59,7 @@ def load_contexts(
     contexts = {text: _read_context(prompt_path(cache_directory, text)) for text in texts if text not in missing}
     if missing and encode is not None:
         encoded = encode(list(missing))
-        contexts |= {text: _to_context(*pair) for text, pair in zip(missing, encoded, strict=True)}
+        contexts |= {text: _to_context(values.to(CACHED_DTYPE), mask) for text, (values, mask) in zip(missing, encoded, strict=True)}
     for text, context in contexts.items():
         if context.text.shape[-1] not in widths:
             raise UserError(

@@ -19,7 +19,7 @@ from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.write import Sound
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.preview.contexts import TextContext, load_contexts, prompt_encoder
+from musubi_tuner.preview.contexts import EncodePrompts, TextContext, load_contexts
 from musubi_tuner.preview.decode import decode_sounds, encode_first_frame, to_frames, video_decoder
 from musubi_tuner.preview.generate import PreviewLatents, Sample, generate
 from musubi_tuner.preview.memory import free_memory
@@ -75,12 +75,18 @@ class Previewer:
 
 
 def make_previewer(
-    config: TrainingConfig, checkpoint: Checkpoint, datasets: DatasetConfig, wanted_text: Mapping[str, str] | None = None
+    config: TrainingConfig,
+    checkpoint: Checkpoint,
+    datasets: DatasetConfig,
+    encode_prompts: EncodePrompts | None = None,
+    *,
+    wanted_text: Mapping[str, str] | None = None,
 ) -> Previewer:
     """Read prompts, contexts and first images, and try the decoders, before the transformer is loaded.
 
     Args:
         checkpoint: the one of `--ltxv2_model`.
+        encode_prompts: encodes texts that are not cached; None where no `--text_encoder` was given.
         wanted_text: metadata that this run demands of cached text (`training.caches.wanted_caches(...).text`).
 
     Raises:
@@ -98,11 +104,12 @@ def make_previewer(
         datasets.datasets[0].cache_directory,
         expected={"kind": "text", "stage": "context", **(wanted_text or {})},
         widths=_widths(transformer, mode),
-        encode=prompt_encoder(config.model, checkpoint, transformer, mode),
+        encode=encode_prompts,
     )
+    device = pick_device(config.model.device)
+    free_memory(device)
     vae = _open(config, config.model.vae, checkpoint)
     audio_vae = _open(config, config.model.audio_vae or config.model.vae, checkpoint)
-    device = pick_device(config.model.device)
     needed = {stream for plan in plans for stream in plan.streams}
     _try_decoders(vae, audio_vae, needed)
     _warn_if_never(options)

@@ -49,8 +49,9 @@ def processes() -> Iterator[Processes]:
         UserError: the launcher started several processes, but accelerate sees only this one.
     """
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if expected > 1 and state.num_processes != expected:

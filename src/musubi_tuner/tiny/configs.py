@@ -101,13 +101,13 @@ def vae_section(version: str) -> dict[str, Any]:
     if version == "2.0":
         encoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
         decoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
-        return section | {"encoder_blocks": _blocks(encoder, "_res", 1), "decoder_blocks": _blocks(decoder, "", 2, residual=True)}
+        return section | {"encoder_blocks": _blocks(encoder, "_res", (1, 1, 1)), "decoder_blocks": _blocks(decoder, "", (2, 2, 2), residual=True)}
     encoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     decoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     return section | {
         "spatial_padding_mode": "zeros",
-        "encoder_blocks": _blocks(encoder, "_res", 1),
-        "decoder_blocks": _blocks(decoder, "", 2),
+        "encoder_blocks": _blocks(encoder, "_res", (1, 1, 1, 1)),
+        "decoder_blocks": _blocks(decoder, "", (2, 2, 1, 2)),
     }
 
 
@@ -170,12 +170,13 @@ def vocoder_section(version: str) -> dict[str, Any]:
     return {"vocoder": main, "bwe": second}
 
 
-def _blocks(levels: list[tuple[int, str | None]], suffix: str, multiplier: int, *, residual: bool = False) -> list[Any]:
+def _blocks(levels: list[tuple[int, str | None]], suffix: str, multipliers: tuple[int, ...], *, residual: bool = False) -> list[Any]:
+    """(residual units, kind of the compression after them) of each level -> the official list."""
     blocks: list[Any] = []
-    for units, kind in levels:
+    for place, (units, kind) in enumerate(levels):
         blocks.append(["res_x", {"num_layers": units}])
         if kind is not None:
-            options: dict[str, Any] = {"multiplier": multiplier}
+            options: dict[str, Any] = {"multiplier": multipliers[place]}
             if residual:
                 options["residual"] = True
             blocks.append([f"compress_{kind}{suffix}", options])

@@ -155,7 +155,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "layers_per_block": encoder.layers,
         "spatio_temporal_scaling": (True,) * len(encoder.strides),
         "downsample_type": encoder.strides,
-        "decoder_block_out_channels": decoder.channels(base),
+        "decoder_block_out_channels": decoder.channels_from_top(8 * base),
         "decoder_layers_per_block": decoder.layers,
         "decoder_spatio_temporal_scaling": (True,) * len(decoder.strides),
         "decoder_inject_noise": (False,) * len(decoder.layers),
@@ -181,7 +181,16 @@ class _Blocks:
     multipliers: tuple[int, ...]
     residual: tuple[bool, ...]
 
+    def channels_from_top(self, width: int) -> tuple[int, ...]:
+        """Widths where each upsampling begins: the deepest one is given, each step divides by its multiplier."""
+        widths = []
+        for multiplier in reversed(self.multipliers):
+            widths.append(width)
+            width //= multiplier
+        return tuple(reversed(widths))
+
     def channels(self, base: int) -> tuple[int, ...]:
+        """Widths after each downsampling."""
         widths = []
         for multiplier in self.multipliers:
             base *= multiplier

@@ -1,0 +1,159 @@
+"""Keys, merging, batches and their order."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from musubi_tuner.cache import keys, store
+from musubi_tuner.cache.index import Clip
+from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.merge import merge_sources
+from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.runtime.errors import UserError
+
+RULES = DrawRules(
+    seed=1,
+    purpose="train",
+    timestep_sampling="shifted_logit_normal",
+    independent_audio_timestep=True,
+    video_loss_weight=1.0,
+    audio_loss_weight=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("latents_7x2x3_bfloat16", "latents"), ("audio_latents_51x1x1_float16", "audio_latents"),
+        ("audio_latents_51x16x8_bfloat16", "audio_latents"), ("audio_lengths_int32", "audio_lengths"),
+        ("text_float8_e4m3fn", "text"), ("text_mask", "text_mask"), ("t5_mask", "t5_mask"), ("video_loss_mask", "video_loss_mask"),
+    ],
+)  # fmt: skip
+def test_keys_are_stripped(key, name):
+    assert keys.strip_key(key) == name
+
+
+def spec(folder: Path, **values: object) -> DatasetSpec:
+    base = DatasetSpec(label="datasets[0]", kind="video", directory=folder, jsonl_file=None, cache_directory=folder, target_frames=(9,))
+    return replace(base, **values)
+
+
+def make_item(folder: Path, name: str, *, steps: int | None = 10, frames: int = 9, fps: float = 24.0, **values: object) -> Item:
+    """Cache files of one item; `steps` of None means a still, 0 a clip without sound."""
+    generator = torch.Generator().manual_seed(len(name) + (steps or 0))
+    cells = (frames - 1) // 8 + 1
+    paths = [folder / f"{name}{ending}" for ending in ("_ltxv2.safetensors", "_ltxv2_audio.safetensors", "_ltxv2_te.safetensors")]
+    store.write(
+        paths[0], {keys.latents_key(cells, 2, 3, torch.bfloat16): torch.randn(128, cells, 2, 3, generator=generator).bfloat16()}, {}
+    )
+    if steps is not None:
+        audio = {keys.audio_latents_key(steps, torch.bfloat16): torch.randn(8, steps, 16, generator=generator).bfloat16()}
+        store.write(paths[1], audio | {keys.AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}, {})
+    text = {keys.text_key(torch.bfloat16): torch.randn(16, 12, generator=generator).bfloat16()}
+    store.write(paths[2], text | {keys.TEXT_MASK_KEY: torch.ones(16, dtype=torch.bool)}, {})
+    clip = Clip(
+        key=name, kind="video", source=f"{name}.mp4", stem=name, source_fingerprint="0", start_seconds=0, end_seconds=frames / fps, fps=fps,
+        start_frame=0, frames=frames, width=96, height=64, original_width=96, original_height=64, latents=paths[0].name,
+        audio=paths[1].name, text=paths[2].name, has_audio=bool(steps),
+    )  # fmt: skip
+    return Item(
+        key=f"datasets[0]/{name}", spec=spec(folder, **values), clip=clip, latent_cache_path=paths[0],
+        audio_latent_cache_path=None if steps is None else paths[1], text_encoder_output_cache_path=paths[2],
+    )  # fmt: skip
+
+
+def draws(*items: Item, epoch: int = 0) -> list[Draw]:
+    return [Draw(item, epoch, 0) for item in items]
+
+
+def test_merged_sources_have_exactly_the_keys_of_the_mode(tmp_path):
+    item = make_item(tmp_path, "clip")
+    assert set(merge_sources(item.cache_paths)) == {"latents", "audio_latents", "audio_lengths", "text", "text_mask"}
+    video = replace(item, audio_latent_cache_path=None)
+    assert set(merge_sources(video.cache_paths)) == {"latents", "text", "text_mask"}
+
+
+def test_two_keys_of_one_name_are_an_error(tmp_path):
+    store.write(tmp_path / "a", {"latents_1x1x1_float32": torch.ones(1), "latents_1x1x1_bfloat16": torch.ones(1)}, {})
+    with pytest.raises(UserError, match="are both 'latents'"):
+        merge_sources([tmp_path / "a"])
+
+
+def test_legacy_text_keys_are_read_with_one_warning(tmp_path, caplog, monkeypatch):
+    from musubi_tuner.dataset import merge
+
+    monkeypatch.setattr(merge, "_warned", set())
+    store.write(tmp_path / "a", {"t5_bfloat16": torch.ones(2, 3), "t5_mask": torch.ones(2)}, {})
+    for _ in range(3):
+        assert set(merge_sources([tmp_path / "a"])) == {"text", "text_mask"}
+    assert caplog.text.count("older keys") == 1
+
+
+def test_sound_is_padded_and_keeps_its_place_in_the_batch(tmp_path):
+    items = [make_item(tmp_path, "none", steps=0), make_item(tmp_path, "long", steps=10), make_item(tmp_path, "still", steps=None)]
+    batch = make_batch(draws(*items, make_item(tmp_path, "short", steps=7)), "av", RULES)
+    assert batch.audio_lengths.tolist() == [0, 10, 0, 7] and batch.audio_padded
+    assert batch.audio_latents.shape == (4, 8, 10, 16)
+    assert torch.equal(batch.audio_latents[1], merge_sources(items[1].cache_paths)["audio_latents"])
+    assert not bool(batch.audio_latents[0].any()) and not bool(batch.audio_latents[3, :, 7:].any())
+    assert batch.latents.shape == (4, 128, 2, 2, 3) and batch.text_mask is None
+
+
+def test_a_batch_without_any_sound_has_no_audio_stream(tmp_path):
+    batch = make_batch(draws(make_item(tmp_path, "none", steps=0)), "av", RULES)
+    assert batch.audio_latents is None and batch.audio_lengths.tolist() == [0]
+
+
+def test_an_items_draws_do_not_depend_on_its_batch(tmp_path):
+    one, other = make_item(tmp_path, "one", steps=7), make_item(tmp_path, "other", steps=10)
+    alone, both = make_batch(draws(one), "av", RULES), make_batch(draws(other, one), "av", RULES)
+    assert torch.equal(alone.video_noise[0], both.video_noise[1])
+    assert torch.equal(alone.audio_noise[0], both.audio_noise[1, :7])
+    assert (alone.video_sigma[0], alone.audio_sigma[0]) == (both.video_sigma[1], both.audio_sigma[1])
+    assert alone.video_sigma[0] != make_batch(draws(one, epoch=1), "av", RULES).video_sigma[0]
+
+
+def test_noise_levels_of_sound_are_apart_or_together(tmp_path):
+    item = make_item(tmp_path, "one")
+    together = replace(RULES, independent_audio_timestep=False)
+    apart = torch.tensor(
+        [
+            [make_batch(draws(item, epoch=e), "av", RULES).video_sigma[0], make_batch(draws(item, epoch=e), "av", RULES).audio_sigma[0]]
+            for e in range(300)
+        ]
+    )
+    assert abs(float(torch.corrcoef(apart.T)[0, 1])) < 0.15
+    batch = make_batch(draws(item), "av", together)
+    assert torch.equal(batch.video_sigma, batch.audio_sigma)
+
+
+def test_missing_key_names_item_and_program(tmp_path):
+    item = make_item(tmp_path, "one")
+    store.write(item.text_encoder_output_cache_path, {"other": torch.ones(1)}, {})
+    with pytest.raises(UserError, match=r"datasets\[0\]/one: no 'text'.*ltxv2_cache_text_encoder_outputs.py"):
+        make_batch(draws(item), "av", RULES)
+
+
+def test_loss_weights_of_the_dataset_win(tmp_path):
+    plain, weighted = make_item(tmp_path, "a"), make_item(tmp_path, "b", video_loss_weight=0.5, audio_loss_weight=0.0)
+    batch = make_batch(draws(plain, weighted), "av", replace(RULES, audio_loss_weight=2.0))
+    assert batch.video_weight.tolist() == [1.0, 0.5] and batch.audio_weight.tolist() == [2.0, 0.0]
+
+
+def test_an_epoch_covers_every_item_as_often_as_it_repeats_and_batches_stack(tmp_path):
+    items = [make_item(tmp_path, f"s{i}", batch_size=3, num_repeats=2) for i in range(5)]
+    items += [make_item(tmp_path, f"l{i}", frames=17, batch_size=3, num_repeats=2) for i in range(4)]
+    plan = BatchPlan(items, seed=3)
+    epoch = [plan.batch(i) for i in range(plan.batches_per_epoch)]
+    seen = [draw.item.key for batch in epoch for draw in batch]
+    assert sorted(seen) == sorted(2 * [item.key for item in items])
+    assert all(len({draw.item.bucket for draw in batch}) == 1 for batch in epoch)
+    for batch in epoch:
+        make_batch(batch, "av", RULES)
+    again = [BatchPlan(items, seed=3).batch(i) for i in range(plan.batches_per_epoch)]
+    assert epoch == again
+    assert epoch != [plan.batch(plan.batches_per_epoch + i) for i in range(plan.batches_per_epoch)], "the next epoch has another order"
