@@ -52,8 +52,8 @@ def _warn_of_sound(plans: Sequence[DatasetPlan]) -> None:
     sounding = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
     if sounding:
         log.warning(
-            "WARNING: %d clip(s) have sound, which --ltx_mode video (the default) ignores. To train it, run ltxv2_cache_audio_latents.py too "
-            "and give the other programs --ltx_mode av.",
+            "WARNING: %d clip(s) have sound, which --ltx_mode video (the default) ignores. To train it, run "
+            "ltxv2_cache_audio_latents.py too and give the other programs --ltx_mode av.",
             sounding,
         )
 

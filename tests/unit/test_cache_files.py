@@ -168,9 +168,25 @@ def spec(folder: Path, **values) -> DatasetSpec:
 
 def clip() -> Clip:
     return Clip(
-        key="a.mp4:00000-009", kind="video", source="a.mp4", stem="a", source_fingerprint="ab", start_seconds=0.0, end_seconds=9 / 24, fps=24.0,
-        start_frame=0, frames=9, width=64, height=64, original_width=100, original_height=100, latents="l", audio="s", text="t", has_audio=True,
-    )  # fmt: skip
+        key="a.mp4:00000-009",
+        kind="video",
+        source="a.mp4",
+        stem="a",
+        source_fingerprint="ab",
+        start_seconds=0.0,
+        end_seconds=9 / 24,
+        fps=24.0,
+        start_frame=0,
+        frames=9,
+        width=64,
+        height=64,
+        original_width=100,
+        original_height=100,
+        latents="l",
+        audio="s",
+        text="t",
+        has_audio=True,
+    )
 
 
 def test_index_round_trip_is_deterministic(tmp_path: Path) -> None:

@@ -107,3 +107,13 @@ def test_bad_jsonl_lines_are_named_by_number(tmp_path: Path, line: str, words: s
     jsonl.write_text('{"image_path": "b.png", "caption": "b"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=words):
         list_sources(spec(tmp_path, jsonl=jsonl))
+
+
+def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", None)
+    (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8.*Save the file as UTF-8"):
+        list_sources(spec(tmp_path))
+    (tmp_path / "list.jsonl").write_bytes('{"image_path": "a.png", "caption": "grün"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"list\.jsonl: not UTF-8"):
+        list_sources(spec(tmp_path, jsonl=tmp_path / "list.jsonl"))

@@ -58,9 +58,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         DiskFullError: what was cached before stays good.
         UserError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}.{os.getpid()}{_ending(path.name)}{_TEMPORARY}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()

@@ -124,7 +124,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     for key in values:
         if key not in sections:
             raise UserError(
-                f"{path}: unknown section '{key}'.{nearest(key, sections)} Sections are [general], [[datasets]] and [[validation_datasets]]."
+                f"{path}: unknown section '{key}'.{nearest(key, sections)} There are [general], [[datasets]] and [[validation_datasets]]."
             )
     general = values.get("general", {})
     _check_keys(path, "general", general, [key for key in _TYPES if key not in _NOT_IN_GENERAL])

@@ -36,14 +36,14 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         require_captions: False for the latent caching programs, which do not use them.
 
     Raises:
-        UserError: no usable file, missing or empty captions, a malformed jsonl line, a jsonl path that leads nowhere, or two sources with one stem.
+        UserError: no usable file, missing or empty captions, a malformed jsonl line or one whose path leads nowhere, or two sources
+            with one stem.
     """
     pairs = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
     sources = [Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "") for path, caption in pairs]
     if not sources:
-        raise UserError(
-            f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({', '.join(EXTENSIONS[spec.kind])}){_others(spec)}."
-        )
+        known = ", ".join(EXTENSIONS[spec.kind])
+        raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
@@ -70,7 +70,7 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
             if first.path.resolve() != source.path.resolve():
                 raise UserError(
                     f"{other.label} {first.path} and {spec.label} {source.path} have the same stem and the cache directory "
-                    f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each dataset a cache_directory of its own."
+                    f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each its own cache_directory."
                 )
     return listed
 
@@ -87,7 +87,7 @@ def _from_directory(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            pairs.append((path, _read_caption(caption) if caption.is_file() else None))
+            pairs.append((path, _read_text(caption) if caption.is_file() else None))
     return pairs
 
 
@@ -97,17 +97,17 @@ def _others(spec: DatasetSpec) -> str:
     return f"; it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else ""
 
 
-def _read_caption(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save the caption as UTF-8.") from error
+        raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
 
 
 def _from_jsonl(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     if not spec.jsonl_file.is_file():
         raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
-    lines = spec.jsonl_file.read_text(encoding="utf-8-sig").splitlines()
+    lines = _read_text(spec.jsonl_file).splitlines()
     return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -107,9 +107,9 @@ def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) 
         clips += [PlannedClip(clip=clip, source=one.source, found=one.found) for clip in found]
         rows.append(row)
     if not clips:
-        reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5])
+        reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5]) + ("; ..." if len(rows) > 5 else "")
         raise UserError(
-            f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}{'; ...' if len(rows) > 5 else ''}). "
+            f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}). "
             "Ask for shorter clips (target_frames, target_seconds), or give longer ones."
         )
     lacking = sum(not one.source.caption.strip() for one in probed)

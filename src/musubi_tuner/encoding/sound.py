@@ -1,7 +1,8 @@
 """Sound of planned clips -> audio latents in cache files.
 
 Sound is supervised or it is absent. A clip gets exactly its own seconds. What a stream lacks at its end is padded with silence only
-up to one frame (clips are seldom cut to the sample); where more is missing the latents are as long as the sound, and training masks the rest.
+up to one frame (clips are seldom cut to the sample); where more is missing the latents are as long as the sound, and training masks
+the rest.
 """
 
 from collections.abc import Sequence

@@ -99,6 +99,10 @@ def make_previewer(
     transformer = read_config(checkpoint)
     version = detect_version(checkpoint)
     plans = tuple(make_plan(options, prompt, mode=mode, version=version, num_layers=transformer.num_layers) for prompt in prompts)
+    vae = _open(config, config.model.vae, checkpoint)
+    audio_vae = _open(config, config.model.audio_vae or config.model.vae, checkpoint)
+    needed = {stream for plan in plans for stream in plan.streams}
+    _try_decoders(vae, audio_vae, needed)
     contexts = load_contexts(
         _texts_needed(prompts, plans),
         datasets.datasets[0].cache_directory,
@@ -108,10 +112,6 @@ def make_previewer(
     )
     device = pick_device(config.model.device)
     free_memory(device)
-    vae = _open(config, config.model.vae, checkpoint)
-    audio_vae = _open(config, config.model.audio_vae or config.model.vae, checkpoint)
-    needed = {stream for plan in plans for stream in plan.streams}
-    _try_decoders(vae, audio_vae, needed)
     _warn_if_never(options)
     log.info("%s", describe_plans(options, prompts, plans, config.mode.timestep_sampling))
     return Previewer(

@@ -1,0 +1,168 @@
+"""LoRA files: forms that are read, checks before one is written; targets; losses and optimizers."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.networks import formats
+from musubi_tuner.networks.lora_ltxv2 import create_network
+from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.loss import ItemLosses, masked_mse, total_loss
+from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
+
+NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
+
+
+def factors() -> formats.Factors:
+    generator = torch.Generator().manual_seed(0)
+    return {name: (torch.randn(4, 8, generator=generator), torch.randn(6, 4, generator=generator)) for name in NAMES}
+
+
+def ours(values):
+    return formats.to_file(values, torch.float32)
+
+
+def kohya(values):
+    tensors = {}
+    for name, (down, up) in values.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up / 0.5, f"{key}.alpha": torch.tensor(2.0)}
+    return tensors
+
+
+def diffusers(values):
+    return {f"transformer.{name}.lora_{leaf}.weight": pair[i] for name, pair in values.items() for i, leaf in ((0, "A"), (1, "B"))}
+
+
+@pytest.mark.parametrize("form", [ours, kohya, diffusers])
+def test_every_form_reads_as_the_same_factors(tmp_path, form):
+    save_file(form(factors()), tmp_path / "a.safetensors")
+    read, _ = formats.read_lora(tmp_path / "a.safetensors", NAMES)
+    for name, pair in factors().items():
+        assert all(torch.allclose(a, b) for a, b in zip(read[name], pair, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"text_model.weight": torch.zeros(1)}, "of no LoRA form"),
+        (lambda t: {n: v for n, v in t.items() if not n.endswith("attn1.to_q.lora_B.weight")}, "no partner"),
+        (lambda t: {n.replace("blocks.0", "blocks.9"): v for n, v in t.items()}, "adapts 2 module"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(tmp_path, change, message):
+    save_file(change(ours(factors())), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        formats.read_lora(tmp_path / "a.safetensors", NAMES)
+
+
+def test_nothing_bad_is_written():
+    good = ours(factors())
+    formats.check_file(good, NAMES)
+    key = next(iter(good))
+    for tensors, message in (
+        ({name: value for name, value in good.items() if name != key}, "not whole"),
+        (good | {key: torch.full_like(good[key], float("nan"))}, "NaN or infinity in 1 tensor"),
+        ({name: torch.zeros_like(value) for name, value in good.items()}, "all zero"),
+    ):
+        with pytest.raises(UserError, match=message):
+            formats.check_file(tensors, NAMES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = TransformerConfig(
+        num_layers=2, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, audio_num_attention_heads=4, audio_attention_head_dim=4,
+        audio_cross_attention_dim=16, apply_gated_attention=True, cross_attention_adaln=True, caption_proj_before_connector=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LTXModel(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [
+        ("attention", {"video": 16, "audio": 16, "cross": 16}), ("attention_ff", {"video": 20, "audio": 20, "cross": 16}),
+        ("video", {"video": 20, "audio": 0, "cross": 0}), ("audio", {"video": 0, "audio": 20, "cross": 0}),
+        ("cross", {"video": 0, "audio": 0, "cross": 16}),
+    ],
+)  # fmt: skip
+def test_presets_choose_by_stream_and_never_gates(model, preset, counts):
+    names = choose_targets(model, TargetChoice(preset=preset))
+    assert count_by_stream(names) == counts
+    assert not any("gate_logits" in name for name in names)
+
+
+def test_patterns_and_their_mistakes(model):
+    gates = choose_targets(model, TargetChoice(include=("to_gate_logits",), exclude=("audio",)))
+    assert len(gates) == 4
+    for choice, message in (
+        (TargetChoice(include=("nothing",)), "no linear"),
+        (TargetChoice(include=("(",)), "regular expression"),
+        (TargetChoice(preset="x"), "one of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_targets(model, choice)
+    with pytest.raises(UserError, match="conv_dim"):
+        create_network(nn.Linear(2, 2), dim=4, alpha=4, args={"conv_dim": "4"}, seed=0)
+
+
+def test_loss_is_a_masked_mean_and_weights_multiply_it():
+    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    losses = masked_mse(prediction, target, weight)
+    assert torch.allclose(losses[0], (prediction[0, :2] - target[0, :2]).pow(2).mean())
+    assert losses[1] == 0, "an item whose tokens all weigh nothing"
+    changed = target.clone()
+    changed[0, 2] = 1e6
+    assert torch.equal(masked_mse(prediction, changed, weight), losses)
+    items = ItemLosses(video=torch.tensor([1.0, 3.0]), audio=torch.tensor([2.0, 0.0]), audio_present=torch.tensor([True, False]))
+    assert float(total_loss(items, torch.tensor([1.0, 0.5]), torch.tensor([2.0, 2.0]))) == pytest.approx((1 + 1.5 + 4) / 2)
+    video_only = ItemLosses(video=items.video, audio=None, audio_present=None)
+    assert float(total_loss(video_only, torch.ones(2), torch.ones(2))) == 2
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adamw8bit", "Adafactor", "Prodigy", "torch.optim.SGD"])
+def test_optimizers_descend(name):
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(8, 8) * 3)
+    optimizer = make_optimizer(name, [parameter], 1.0 if name == "Prodigy" else 0.05, {})
+    before = float(parameter.pow(2).mean())
+    for _ in range(200):
+        optimizer.zero_grad()
+        parameter.pow(2).mean().mul(10).backward()
+        optimizer.step()
+    assert float(parameter.pow(2).mean()) < 0.5 * before
+
+
+def test_optimizer_mistakes_are_named():
+    parameter = [nn.Parameter(torch.zeros(1))]
+    for name, args, message in (
+        ("adam_w", {}, "one of adafactor, adamw"), ("torch.optim.Nothing", {}, "no optimizer class"),
+        ("not_there.Optim", {}, "cannot be imported"), ("AdamW", {"beta": "3"}, "beta"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            make_optimizer(name, parameter, 0.1, args)
+    assert make_optimizer("AdamW", parameter, 0.1, {"betas": "(0.8, 0.9)"}).defaults["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.75, 0.5, 0.125]), ("cosine", [0.5, 1, 0.854, 0.5, 0.038])],
+)
+def test_schedules(name, expected):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = make_scheduler(name, optimizer, warmup_steps=1, total_steps=9)
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [rates[i] for i in (0, 1, 3, 5, 8)] == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(UserError, match="lr_warmup_steps"):
+        make_scheduler(name, optimizer, warmup_steps=9, total_steps=9)
