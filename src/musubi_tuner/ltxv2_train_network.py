@@ -65,12 +65,13 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     mode = config.ltx_mode
     items = list_items(datasets.datasets, mode, config.mode.dataset_config)
     validation_items = list_items(datasets.validation_datasets, mode, config.mode.dataset_config) if datasets.validation_datasets else ()
-    verify_caches((*items, *validation_items), wanted_caches(config, checkpoint, read_config(checkpoint)))
+    wanted = wanted_caches(config, checkpoint, read_config(checkpoint))
+    verify_caches((*items, *validation_items), wanted)
     preview = None
     if config.preview.sample_prompts is not None and group.is_main:
         from musubi_tuner.preview.run import make_previewer
 
-        preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint))
+        preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint), wanted_text=wanted.text)
     return Inputs(
         config=config,
         processes=group,

@@ -76,7 +76,8 @@ def test_nothing_bad_is_written():
 @pytest.fixture(scope="module")
 def model():
     config = TransformerConfig(
-        num_layers=2, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, audio_num_attention_heads=4, audio_attention_head_dim=4,
+        num_layers=2, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, audio_num_attention_heads=4,
+        audio_attention_head_dim=4,
         audio_cross_attention_dim=16, apply_gated_attention=True, cross_attention_adaln=True, caption_proj_before_connector=True,
     )  # fmt: skip
     with torch.device("meta"):

@@ -92,19 +92,19 @@ def test_jsonl_gives_paths_and_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{not json", "line 2: not JSON"),
-        ('{"caption": "a"}', 'line 2: .*"image_path"'),
-        ('{"image_path": "a.png", "captoin": "a"}', "line 2: unknown field 'captoin'"),
-        ('{"image_path": "gone.png", "caption": "a"}', "line 2: .*gone.png"),
-        ('{"image_path": "a.gif", "caption": "a"}', "line 2: .*a.gif"),
-        ('{"image_path": "a.png", "caption": 3}', "line 2: .*caption"),
+        ("{not json", "line 3: not JSON"),
+        ('{"caption": "a"}', 'line 3: .*"image_path"'),
+        ('{"image_path": "a.png", "captoin": "a"}', "line 3: unknown field 'captoin'"),
+        ('{"image_path": "gone.png", "caption": "a"}', "line 3: .*gone.png"),
+        ('{"image_path": "a.gif", "caption": "a"}', "line 3: .*a.gif"),
+        ('{"image_path": "a.png", "caption": 3}', "line 3: .*caption"),
     ],
 )
 def test_bad_jsonl_lines_are_named_by_number(tmp_path: Path, line: str, words: str) -> None:
     put(tmp_path, "b.png", None)
     put(tmp_path, "a.gif", None)
     jsonl = tmp_path / "list.jsonl"
-    jsonl.write_text('{"image_path": "b.png", "caption": "b"}\n' + line + "\n", encoding="utf-8")
+    jsonl.write_text('\n{"image_path": "b.png", "caption": "b\u2028b"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=words):
         list_sources(spec(tmp_path, jsonl=jsonl))
 

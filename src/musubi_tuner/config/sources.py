@@ -87,7 +87,7 @@ def _from_directory(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            pairs.append((path, _read_text(caption) if caption.is_file() else None))
+            pairs.append((path, _read_text(caption).strip() if caption.is_file() else None))
     return pairs
 
 
@@ -99,7 +99,7 @@ def _others(spec: DatasetSpec) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
 
@@ -107,7 +107,7 @@ def _read_text(path: Path) -> str:
 def _from_jsonl(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
     if not spec.jsonl_file.is_file():
         raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
-    lines = _read_text(spec.jsonl_file).splitlines()
+    lines = _read_text(spec.jsonl_file).split("\n")
     return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

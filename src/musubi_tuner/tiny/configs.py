@@ -101,7 +101,10 @@ def vae_section(version: str) -> dict[str, Any]:
     if version == "2.0":
         encoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
         decoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
-        return section | {"encoder_blocks": _blocks(encoder, "_res", (1, 1, 1)), "decoder_blocks": _blocks(decoder, "", (2, 2, 2), residual=True)}
+        return section | {
+            "encoder_blocks": _blocks(encoder, "_res", (1, 1, 1)),
+            "decoder_blocks": _blocks(decoder, "", (2, 2, 2), residual=True),
+        }
     encoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     decoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     return section | {
