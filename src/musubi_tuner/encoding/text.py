@@ -14,7 +14,7 @@ from musubi_tuner.cache.expected import TEXT_KEYS
 from musubi_tuner.cache.fingerprint import text_fingerprint
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.sources import list_sources
+from musubi_tuner.config.sources import list_all_sources
 from musubi_tuner.ltxv2.text.pipeline import TextPipeline
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
@@ -66,8 +66,8 @@ def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], common: Mappin
         UserError: missing captions, or two captions that want the same file.
     """
     jobs: dict[Path, TextJob] = {}
-    for spec in config.all:
-        for source in list_sources(spec):
+    for spec, sources in zip(config.all, list_all_sources(config.all), strict=True):
+        for source in sources:
             target = spec.cache_directory / text_name(source.stem)
             job = TextJob(target=target, text=source.caption, metadata=_metadata(common, source.caption, source.name))
             other = jobs.setdefault(target, job)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.components import MEAN, STD, component_fingerprint, component_names, load_frozen, section
+from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
 from musubi_tuner.ltxv2.frozen.mel import log_mel
 from musubi_tuner.ltxv2.geometry import patchify_audio, unpatchify_audio
 from musubi_tuner.ltxv2.weights import Checkpoint
@@ -31,16 +31,15 @@ class AudioVAE:
         """
         from diffusers import AutoencoderKLLTX2Audio
 
-        config = section(checkpoint, "audio_vae", what="audio VAE")
-        names = audio_vae_names(checkpoint)
+        component = find_audio_vae(checkpoint)
         with torch.device("meta"):
-            network = AutoencoderKLLTX2Audio(**diffusers_config(config))
+            network = AutoencoderKLLTX2Audio(**diffusers_config(component.config))
         for part in ("encoder", "decoder"):
             if part not in parts:
                 setattr(network, part, None)
         wanted = tuple(f"{part}." for part in parts)
         renamed = {MEAN: "latents_mean", STD: "latents_std"}
-        sources = {renamed.get(name, name): full for name, full in names.items() if name.startswith(wanted) or name in renamed}
+        sources = {renamed.get(name, name): full for name, full in component.names.items() if name.startswith(wanted) or name in renamed}
         return cls(load_frozen(network, sources, checkpoint, device, torch.float32))
 
     @property
@@ -62,16 +61,20 @@ class AudioVAE:
         return self._network.decode(unpatchify_audio(raw), return_dict=False)[0]
 
 
-def audio_vae_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """{bare official name: full name} of the audio VAE's tensors."""
-    return component_names(checkpoint, PREFIX, _MARKS, what="audio VAE", flag="--audio_vae")
+def find_audio_vae(checkpoint: Checkpoint) -> Component:
+    """Config and tensor names of the audio VAE.
+
+    Raises:
+        UserError: the file holds none.
+    """
+    return find_component(checkpoint, "audio_vae", PREFIX, _MARKS, what="audio VAE", flag="--audio_vae")
 
 
 def audio_vae_fingerprint(checkpoint: Checkpoint) -> str:
     """Identity of what shapes latents: the encoder, the statistics and their config."""
-    config = section(checkpoint, "audio_vae", what="audio VAE")
-    names = {name: full for name, full in audio_vae_names(checkpoint).items() if name.startswith("encoder.") or name in (MEAN, STD)}
-    return component_fingerprint(checkpoint, names, config)
+    component = find_audio_vae(checkpoint)
+    names = {name: full for name, full in component.names.items() if name.startswith("encoder.") or name in (MEAN, STD)}
+    return component.fingerprint(checkpoint, names, component.config)
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -14,36 +16,44 @@ MEAN, STD = "per_channel_statistics.mean-of-means", "per_channel_statistics.std-
 """Statistics that latents are normalized by; other statistics in the files are not used."""
 
 
-def component_names(checkpoint: Checkpoint, prefix: str, marks: tuple[str, ...], *, what: str, flag: str) -> dict[str, str]:
-    """{bare name: full name} of a component stored under `prefix`, or bare in a file of its own.
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One frozen part as a checkpoint holds it."""
+
+    config: Mapping[str, Any]
+    """Its section of the `config` metadata."""
+    names: Mapping[str, str]
+    """{bare official name: full name}"""
+
+    def fingerprint(self, checkpoint: Checkpoint, names: Mapping[str, str], config: Mapping[str, Any]) -> str:
+        """Identity of some of its tensors and keys, whatever file they lie in."""
+        text = checkpoint.fingerprint(names) + json.dumps(config, sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:32]
+
+
+def find_component(
+    checkpoint: Checkpoint, section: str, prefix: str, marks: tuple[str, ...], *, what: str, flag: str
+) -> Component:
+    """A component stored under `prefix`, or bare in a file of its own.
 
     Args:
+        section: of the config; bare names such as `encoder.conv_in` mean this component only where its section is there.
         marks: bare names of which one must be there.
 
     Raises:
-        UserError: the checkpoint lacks the component; names the flag that should point elsewhere.
+        UserError: the checkpoint lacks the component (the message names the flag that should point elsewhere), or its config.
     """
-    for found in (checkpoint.with_prefix(prefix), checkpoint.with_prefix("")):
-        if any(name.startswith(marks) for name in found):
-            return found
+    config = checkpoint.config.get(section)
+    for names in (checkpoint.with_prefix(prefix), checkpoint.with_prefix("") if config is not None else {}):
+        if not any(name.startswith(marks) for name in names):
+            continue
+        if config is None:
+            raise UserError(
+                f"{checkpoint.path}: its 'config' metadata has no '{section}' section, so the {what} cannot be built. "
+                "Use an unmodified release file."
+            )
+        return Component(config, names)
     raise UserError(f"{checkpoint.path}: holds no {what} ('{prefix}...'). Give {flag} a full checkpoint, or the file of the {what}.")
-
-
-def section(checkpoint: Checkpoint, name: str, *, what: str) -> Mapping[str, Any]:
-    """A section of the checkpoint's config.
-
-    Raises:
-        UserError: the file has no such section, so its shape is not known.
-    """
-    found = checkpoint.config.get(name)
-    if found is None and name in ("vae", "audio_vae") and "_class_name" in checkpoint.config:
-        return checkpoint.config
-    if found is None:
-        raise UserError(
-            f"{checkpoint.path}: its 'config' metadata has no '{name}' section, so the {what} cannot be built. Use an "
-            "unmodified release file."
-        )
-    return found
 
 
 def load_frozen(
@@ -54,11 +64,3 @@ def load_frozen(
     for name, buffer in module.named_buffers():
         assert not buffer.is_meta, f"buffer {name} of {type(module).__name__} is in no checkpoint"
     return module.requires_grad_(False).eval()
-
-
-def component_fingerprint(checkpoint: Checkpoint, names: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Identity of weights and config, whatever file they lie in."""
-    from hashlib import sha256
-
-    text = checkpoint.fingerprint(names) + json.dumps(config, sort_keys=True)
-    return sha256(text.encode()).hexdigest()[:32]

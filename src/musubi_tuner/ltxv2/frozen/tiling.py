@@ -12,15 +12,25 @@ class AxisTiles:
     """Tiles of one axis, in cells of the coarser side (latent cells)."""
 
     size: int
+    """Longest tile; a shorter axis is taken whole."""
     overlap: int
+    """Least overlap of neighbors."""
 
-    def starts(self, length: int) -> list[int]:
-        """Where tiles begin; the last one ends at the end."""
+    def places(self, length: int) -> list[tuple[int, int]]:
+        """(start, end) of each tile: as few as fit, all of one length, evenly spread."""
         if length <= self.size:
-            return [0]
-        step = self.size - self.overlap
-        starts = list(range(0, length - self.size, step))
-        return [*starts, length - self.size]
+            return [(0, length)]
+        count = -(-(length - self.overlap) // (self.size - self.overlap))
+        size = -(-(length + (count - 1) * self.overlap) // count)
+        return [(start, start + size) for start in ((length - size) * place // (count - 1) for place in range(count))]
+
+
+def overlaps(places: list[tuple[int, int]], place: int) -> tuple[int, int]:
+    """Cells that a tile shares with the one before it and with the one after it."""
+    start, end = places[place]
+    before = places[place - 1][1] - start if place else 0
+    after = end - places[place + 1][0] if place + 1 < len(places) else 0
+    return before, after
 
 
 def ramp(length: int, overlap_before: int, overlap_after: int, margin: float = 0.25) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.components import MEAN, STD, component_fingerprint, component_names, load_frozen, section
-from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, ramp, run_tiled
+from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -62,19 +62,20 @@ class VideoVAE:
         """
         from diffusers import AutoencoderKLLTX2Video
 
-        config = section(checkpoint, "vae", what="video VAE")
-        names = vae_names(checkpoint)
-        if "decoder" in parts and config.get("_class_name") == "CausalDiffusionVAE":
+        component = find_vae(checkpoint)
+        if "decoder" in parts and component.config.get("_class_name") == "CausalDiffusionVAE":
             raise UserError(
                 f"{checkpoint.path}: its video decoder is the diffusion decoder of 2.5, which previews do not run. "
                 "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
             )
+        config = encoder_section(component.config)
         with torch.device("meta"):
             network = AutoencoderKLLTX2Video(**diffusers_config(config))
         for part in ("encoder", "decoder"):
             if part not in parts:
                 setattr(network, part, None)
-        return cls(load_frozen(network, _sources(config, names, parts), checkpoint, device, dtype), tiles or TileSizes(), dtype)
+        sources = _sources(len(config["encoder_blocks"]), component.names, parts)
+        return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or TileSizes(), dtype)
 
     @property
     def device(self) -> torch.device:
@@ -118,17 +119,38 @@ class VideoVAE:
         return frames, rows, _space_spans(cells[2], self._tiles.space, encode=encode)
 
 
-def vae_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """{bare official name: full name} of the video VAE's tensors."""
-    return component_names(checkpoint, PREFIX, _MARKS, what="video VAE", flag="--vae")
+def find_vae(checkpoint: Checkpoint) -> Component:
+    """Config and tensor names of the video VAE.
+
+    Raises:
+        UserError: the file holds none.
+    """
+    return find_component(checkpoint, "vae", PREFIX, _MARKS, what="video VAE", flag="--vae")
 
 
 def video_vae_fingerprint(checkpoint: Checkpoint) -> str:
     """Identity of what shapes latents: the encoder, the statistics and their config."""
-    config = section(checkpoint, "vae", what="video VAE")
-    names = {name: full for name, full in vae_names(checkpoint).items() if name.startswith("encoder.") or name in (MEAN, STD)}
+    component = find_vae(checkpoint)
+    names = {name: full for name, full in component.names.items() if name.startswith("encoder.") or name in (MEAN, STD)}
+    config = encoder_section(component.config)
     shaping = {key: config[key] for key in ("encoder_blocks", "patch_size", "norm_layer", "spatial_padding_mode") if key in config}
-    return component_fingerprint(checkpoint, names, shaping)
+    return component.fingerprint(checkpoint, names, shaping)
+
+
+def encoder_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `vae` section without nesting: that of the diffusion VAE of 2.5 keeps its encoder's keys in an object of their own.
+
+    Raises:
+        UserError: no blocks of an encoder.
+    """
+    nested = config.get("encoder")
+    flat = {key: value for key, value in config.items() if key not in ("encoder", "decoder")}
+    flat |= nested if isinstance(nested, Mapping) else {}
+    if "encoder_blocks" not in flat and "blocks" in flat:
+        flat["encoder_blocks"] = flat.pop("blocks")
+    if "encoder_blocks" not in flat:
+        raise UserError(f"checkpoint config: vae has no 'encoder_blocks'; its keys are {', '.join(sorted(config))}.")
+    return flat
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,51 +263,37 @@ def to_diffusers_name(name: str, encoder_blocks: int) -> str:
     return name.replace("last_scale_shift_table", "scale_shift_table")
 
 
-def _sources(config: Mapping[str, Any], names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, str]:
+def _sources(encoder_blocks: int, names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, str]:
     wanted = tuple(f"{part}." for part in parts)
-    count = len(config["encoder_blocks"])
-    return {to_diffusers_name(name, count): full for name, full in names.items() if name.startswith(wanted) or name in (MEAN, STD)}
+    return {to_diffusers_name(name, encoder_blocks): full for name, full in names.items() if name.startswith(wanted) or name in (MEAN, STD)}
 
 
 def _space_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
-    starts = tiles.starts(cells)
+    places = tiles.places(cells)
     spans = []
-    for place, start in enumerate(starts):
-        size = min(tiles.size, cells)
-        before = starts[place - 1] + size - start if place else 0
-        after = start + size - starts[place + 1] if place + 1 < len(starts) else 0
-        coarse, fine = slice(start, start + size), slice(start * SPATIAL_SCALE, (start + size) * SPATIAL_SCALE)
+    for place, (start, end) in enumerate(places):
+        before, after = overlaps(places, place)
+        coarse, fine = slice(start, end), slice(start * SPATIAL_SCALE, end * SPATIAL_SCALE)
         if encode:
-            spans.append(Span(fine, coarse, ramp(size, before, after)))
+            spans.append(Span(fine, coarse, ramp(end - start, before, after)))
         else:
-            spans.append(Span(coarse, fine, ramp(size * SPATIAL_SCALE, before * SPATIAL_SCALE, after * SPATIAL_SCALE)))
+            spans.append(Span(coarse, fine, ramp((end - start) * SPATIAL_SCALE, before * SPATIAL_SCALE, after * SPATIAL_SCALE)))
     return spans
 
 
 def _time_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
-    """Tiles in time. Their first latent frame stands for one pixel frame only, so its result is dropped where a tile is not the first."""
-    starts = tiles.starts(cells)
-    if len(starts) == 1:
-        whole = (cells - 1) * TEMPORAL_SCALE + 1
-        return [
-            Span(slice(0, whole), slice(0, cells), torch.ones(cells))
-            if encode
-            else Span(slice(0, cells), slice(0, whole), torch.ones(whole))
-        ]
+    """Tiles in time; a tile's first latent frame stands for one pixel frame only, so tiles begin and end on such frames."""
+    places = tiles.places(cells)
     spans = []
-    for place, start in enumerate(starts):
-        end = start + tiles.size
-        before = starts[place - 1] + tiles.size - start if place else 0
-        after = end - starts[place + 1] if place + 1 < len(starts) else 0
-        fine_start = max(0, start * TEMPORAL_SCALE)
-        fine = slice(fine_start, (end - 1) * TEMPORAL_SCALE + 1)
+    for place, (start, end) in enumerate(places):
+        before, after = overlaps(places, place)
+        coarse, fine = slice(start, end), slice(start * TEMPORAL_SCALE, (end - 1) * TEMPORAL_SCALE + 1)
         if encode:
             weights = torch.ones(end - start)
             weights[:before] = 0.0  # the encoder is causal: the earlier tile's end is right, this one's beginning is not
-            spans.append(Span(fine, slice(start, end), weights))
+            spans.append(Span(fine, coarse, weights))
         else:
-            weights = ramp(fine.stop - fine.start, _frames_of(before), _frames_of(after))
-            spans.append(Span(slice(start, end), fine, weights))
+            spans.append(Span(coarse, fine, ramp(fine.stop - fine.start, _frames_of(before), _frames_of(after))))
     return spans
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.components import component_names, load_frozen, section
+from musubi_tuner.ltxv2.frozen.components import find_component, load_frozen
 from musubi_tuner.ltxv2.weights import Checkpoint
 
 PREFIX = "vocoder."
@@ -38,13 +38,13 @@ class Vocoder:
         """
         from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 
-        config = section(checkpoint, "vocoder", what="vocoder")
-        names = component_names(checkpoint, PREFIX, _MARKS, what="vocoder", flag="--audio_vae")
+        component = find_component(checkpoint, "vocoder", PREFIX, _MARKS, what="vocoder", flag="--audio_vae")
+        config = component.config
         two_stages = "bwe" in config
         # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
         network = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
         network = network.to(device)
-        load_frozen(network, {to_diffusers_name(name): full for name, full in names.items()}, checkpoint, device, torch.float32)
+        load_frozen(network, {to_diffusers_name(name): full for name, full in component.names.items()}, checkpoint, device, torch.float32)
         if two_stages:
             # The official first stage clamps its waveform; diffusers' leaves it as it is.
             network.vocoder.register_forward_hook(lambda module, inputs, output: output.clamp(-1, 1))
