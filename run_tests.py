@@ -16,7 +16,7 @@ ORACLE = "ltx-core==1.0.0"
 
 def main(arguments: list[str]) -> int:
     python = make_environment(extras=("test",), without_dependencies=(ORACLE,))
-    return run([python, "-m", "pytest", "-q", *arguments], cwd=ROOT)
+    return run([python, "-m", "pytest", "-q", "-n", "2", *arguments], cwd=ROOT)
 
 
 if __name__ == "__main__":

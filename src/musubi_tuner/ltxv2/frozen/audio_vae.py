@@ -70,6 +70,11 @@ def find_audio_vae(checkpoint: Checkpoint) -> Component:
     return find_component(checkpoint, "audio_vae", PREFIX, _MARKS, what="audio VAE", flag="--audio_vae")
 
 
+def audio_vae_names(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """{bare official name: full name} of the audio VAE's tensors; raises what `find_audio_vae` does."""
+    return find_audio_vae(checkpoint).names
+
+
 def audio_vae_fingerprint(checkpoint: Checkpoint) -> str:
     """Identity of what shapes latents: the encoder, the statistics and their config."""
     component = find_audio_vae(checkpoint)

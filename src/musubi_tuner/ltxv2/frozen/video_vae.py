@@ -16,6 +16,8 @@ from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "vae."
 _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
+_ANY_DECODER = (("res_x", {"num_layers": 0}), ("compress_all", {}), ("res_x", {"num_layers": 0}))
+"""Stands in where the decoder is not wanted: diffusers' class cannot be built without one."""
 _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 
@@ -69,6 +71,8 @@ class VideoVAE:
                 "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
             )
         config = encoder_section(component.config)
+        if "decoder" not in parts:
+            config["decoder_blocks"] = _ANY_DECODER
         with torch.device("meta"):
             network = AutoencoderKLLTX2Video(**diffusers_config(config))
         for part in ("encoder", "decoder"):
@@ -126,6 +130,11 @@ def find_vae(checkpoint: Checkpoint) -> Component:
         UserError: the file holds none.
     """
     return find_component(checkpoint, "vae", PREFIX, _MARKS, what="video VAE", flag="--vae")
+
+
+def vae_names(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """{bare official name: full name} of the video VAE's tensors; raises what `find_vae` does."""
+    return find_vae(checkpoint).names
 
 
 def video_vae_fingerprint(checkpoint: Checkpoint) -> str:
