@@ -31,9 +31,7 @@ class Component:
         return sha256(text.encode()).hexdigest()[:32]
 
 
-def find_component(
-    checkpoint: Checkpoint, section: str, prefix: str, marks: tuple[str, ...], *, what: str, flag: str
-) -> Component:
+def find_component(checkpoint: Checkpoint, section: str, prefix: str, marks: tuple[str, ...], *, what: str, flag: str) -> Component:
     """A component stored under `prefix`, or bare in a file of its own.
 
     Args:
