@@ -4,16 +4,18 @@ import logging
 from collections.abc import Sequence
 
 from musubi_tuner.cache.fingerprint import canonical
-from musubi_tuner.cache.names import PROMPT_FOLDER
+from musubi_tuner.cache.names import TEXT_ENDING
 from musubi_tuner.cache.store import clean_temporaries
-from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
+from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.text_caching import TextCachingConfig, check_text_caching
-from musubi_tuner.encoding.text import STORED_DTYPE, choose_text_jobs, encode_texts, list_text_jobs
+from musubi_tuner.encoding.text import STORED_DTYPE, TextJob, TextTodo, choose_text_jobs, encode_texts, list_text_jobs
+from musubi_tuner.encoding.text_report import TextReport, describe_forecast, describe_orphans
+from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
-from musubi_tuner.ltxv2.text.pipeline import load_text_pipeline, projection_fingerprint, text_widths
+from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
 from musubi_tuner.runtime.device import DTYPES, pick_device
 from musubi_tuner.runtime.processes import Processes, processes
@@ -32,6 +34,35 @@ def main(argv: Sequence[str]) -> int:
     prompts = []
     if config.data.sample_prompts is not None:
         prompts = all_prompt_texts(load_prompts(config.data.sample_prompts, PromptDefaults()))
+    recipe = _recipe(config)
+    recipe.check()
+    jobs = list_text_jobs(datasets, prompts, _common_metadata(recipe))
+    with processes() as group:
+        return _run(config, recipe, jobs, group)
+
+
+def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob], group: Processes) -> int:
+    if group.is_main and not config.data.dry_run:
+        for folder in {job.target.parent for job in jobs}:
+            clean_temporaries(folder, (TEXT_ENDING,))
+    group.barrier()
+    todo = choose_text_jobs(jobs, skip_existing=config.data.skip_existing)
+    if config.data.dry_run:
+        if group.is_main:
+            log.info("%s", _forecast(recipe, jobs, todo))
+        return 0
+    group.barrier()  # nobody writes while another still looks at what is there
+    report = TextReport(kept=len(jobs) - len(todo))
+    for part in group.gather(encode_texts(todo, recipe, group, batch_size=config.work.batch_size)):
+        report.add(part)
+    if group.is_main:
+        log.info("\n%s", report.table())
+        if orphans := describe_orphans([job.target for job in jobs]):
+            log.info("%s", orphans)
+    return 1 if report.failed else 0
+
+
+def _recipe(config: TextCachingConfig) -> TextRecipe:
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     device = pick_device(config.work.device)
     options = EncoderOptions(
@@ -44,65 +75,43 @@ def main(argv: Sequence[str]) -> int:
         load_in_8bit=config.model.gemma_load_in_8bit,
         load_in_4bit=config.model.gemma_load_in_4bit,
     )
-    jobs = list_text_jobs(datasets, prompts, _common_metadata(config, checkpoint, options))
-    with processes() as group:
-        return _run(config, datasets, checkpoint, options, jobs, group)
-
-
-def _run(
-    config: TextCachingConfig, datasets: DatasetConfig, checkpoint: Checkpoint, options: EncoderOptions, jobs: list, group: Processes
-) -> int:
-    if group.is_main:
-        for spec in datasets.all:
-            clean_temporaries(spec.cache_directory)
-            clean_temporaries(spec.cache_directory / PROMPT_FOLDER)
-    group.barrier()
-    chosen, report = choose_text_jobs(jobs, skip_existing=config.data.skip_existing)
-    transformer = read_config(checkpoint)
-    if config.data.dry_run:
-        if group.is_main:
-            width = sum(text_widths(transformer, config.ltx_mode))
-            size = len(chosen) * 1024 * width * STORED_DTYPE.itemsize / 2**20
-            texts = len({job.text for job in chosen})
-            log.info(
-                "Text caching: %d file(s) of %d different text(s) to encode, at most %.1f MiB. Nothing was encoded (--dry_run).",
-                len(chosen),
-                texts,
-                size,
-            )
-        return 0
-    group.barrier()
-    encoded = encode_texts(
-        chosen,
-        lambda: load_text_pipeline(checkpoint, transformer, options, mode=config.ltx_mode, stage=config.data.text_cache_stage),
-        group,
-        batch_size=config.work.batch_size,
+    return TextRecipe(
+        checkpoint=checkpoint,
+        config=read_config(checkpoint),
+        options=options,
+        mode=config.ltx_mode,
+        stage=config.data.text_cache_stage,
     )
-    report.encoded = sum(group.gather(encoded))
-    if group.is_main:
-        log.info("\n%s", report.table())
-    return 0
 
 
-def _common_metadata(config: TextCachingConfig, checkpoint: Checkpoint, options: EncoderOptions) -> dict[str, str]:
-    model = config.model
-    gemma = options.backend == "gemma"
+def _forecast(recipe: TextRecipe, jobs: Sequence[TextJob], todo: Sequence[TextTodo]) -> str:
+    rows = recipe.options.max_length if recipe.options.backend == "t5" else CONTEXT_TOKENS
+    return describe_forecast(
+        [one.job.target for one in todo],
+        texts=len({one.job.text for one in todo}),
+        kept=len(jobs) - len(todo),
+        bytes_each=rows * (sum(text_widths(recipe.config, recipe.mode)) * STORED_DTYPE.itemsize + 1),
+        at_most=recipe.stage == "features",
+    )
+
+
+def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
+    options = recipe.options
     encoding = {
         "stored": str(STORED_DTYPE).removeprefix("torch."),
         "computed": str(options.dtype).removeprefix("torch."),
-        "bits": 8 if model.gemma_load_in_8bit else 4 if model.gemma_load_in_4bit else 0,
-        "max_length": model.max_length,
+        "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else 0,
+        "max_length": options.max_length,
     }
-    widths = text_widths(read_config(checkpoint), config.ltx_mode)
     return {
-        "model_version": checkpoint.model_version,
+        "model_version": recipe.checkpoint.model_version,
         "encoder_fingerprint": encoder_fingerprint(options),
-        "projection_fingerprint": projection_fingerprint(checkpoint) if gemma else "none",
+        "projection_fingerprint": projection_fingerprint(recipe.checkpoint) if options.backend == "gemma" else "none",
         "encoding": canonical(encoding),
-        "stage": config.data.text_cache_stage,
+        "stage": recipe.stage,
         "backend": options.backend,
-        "max_length": str(model.max_length),
-        "widths": "+".join(map(str, widths)),
+        "max_length": str(options.max_length),
+        "widths": "+".join(map(str, text_widths(recipe.config, recipe.mode))),
     }
 
 

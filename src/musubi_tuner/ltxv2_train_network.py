@@ -93,7 +93,7 @@ def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePr
 
     def encode(prompts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         from musubi_tuner.ltxv2.text.encoders import encoder_options
-        from musubi_tuner.ltxv2.text.pipeline import load_text_pipeline
+        from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts
 
         model = config.model
         options = encoder_options(
@@ -103,7 +103,8 @@ def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePr
             device=pick_device(model.device),
             max_length=model.max_length,
         )
-        return load_text_pipeline(checkpoint, read_config(checkpoint), options, mode=config.ltx_mode, stage="context").encode(prompts)
+        recipe = TextRecipe(checkpoint=checkpoint, config=read_config(checkpoint), options=options, mode=config.ltx_mode, stage="context")
+        return encode_prompts(recipe, prompts)
 
     return encode
 

@@ -1,4 +1,4 @@
-"""Writes the tiny checkpoints: `python make_tiny_checkpoints.py FOLDER`."""
+"""Writes the tiny checkpoints: `python make_tiny_checkpoints.py --output_dir FOLDER`."""
 
 import logging
 from collections.abc import Sequence

@@ -318,18 +318,25 @@ def test_batches_give_the_same_latents_as_single_clips(tmp_path: Path, tiny_fami
             torch.testing.assert_close(read["3"][name][key].float(), tensor.float(), rtol=2**-7, atol=2**-7)
 
 
-def test_two_processes_leave_the_same_files_as_one(tmp_path: Path, tiny_family) -> None:
+@pytest.mark.parametrize(
+    ("run", "script", "summary"),
+    [
+        (cache_video, "ltxv2_cache_latents.py", "Video latent caching: 12 encoded, 0 failed"),
+        (cache_sound, "ltxv2_cache_audio_latents.py", "Audio latent caching: 10 encoded, 0 failed"),
+    ],
+)
+def test_two_processes_leave_the_same_files_as_one(tmp_path: Path, tiny_family, run, script: str, summary: str) -> None:
     write_clips(tmp_path / "clips", count=5, frames=25)
     write_stills(tmp_path / "stills", count=2)
     config = write_config(tmp_path, VIDEOS + 'target_frames = [9, 17]\n[[datasets]]\nimage_directory = "stills"\ncache_directory = "cache"')
-    assert cache_video(config, tiny_family.ltx23) == 0
+    assert run(config, tiny_family.ltx23) == 0
     alone = contents(tmp_path / "cache")
     for path in (tmp_path / "cache").iterdir():
         path.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ltxv2_cache_latents.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     command += ["--dataset_config", str(config), "--vae", str(tiny_family.ltx23), "--device", "cpu"]
     variables = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
     done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Video latent caching: 12 encoded, 0 failed") == 1
+    assert done.stderr.count(summary) == 1
     assert contents(tmp_path / "cache") == alone

@@ -8,14 +8,16 @@ import types
 import pytest
 import torch
 
-from musubi_tuner.ltxv2.frozen import video_vae
+from musubi_tuner.ltxv2.frozen import audio_vae, video_vae, vocoder
 from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE, audio_vae_fingerprint
 from musubi_tuner.ltxv2.frozen.mel import log_mel, mel_filters
+from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, overlaps, ramp
 from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
 from musubi_tuner.ltxv2.frozen.vocoder import Vocoder
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.resample import resample
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.tiny import configs
 
 STYLES = ("ltx20", "ltx23")
 
@@ -97,6 +99,13 @@ def test_vocoder_equals_ltx_core(checkpoint):
     waveform = ours(mel)
     assert waveform.shape[2] == round(9 * 0.01 * ours.sampling_rate)
     assert float((waveform - reference(mel)).abs().max()) < 1e-4
+    if checkpoint.config["vocoder"].get("bwe"):
+        peaks = []
+        hook = reference.vocoder.register_forward_hook(lambda module, inputs, output: peaks.append(float(output.abs().max())))
+        loud = mel * 60
+        assert float((ours(loud) - reference(loud)).abs().max()) < 1e-4
+        hook.remove()
+        assert peaks[0] >= 1, "loud enough that the first stage is clamped"
 
 
 def test_mel_filters_equal_transformers():
@@ -116,17 +125,45 @@ def test_resampler_keeps_tones_and_drops_what_does_not_fit():
     assert resample(torch.zeros(2, 44100), 44100, 16000).shape == (2, 16000)
 
 
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().mean() / other.std())
+
+
 def test_tiles_agree_with_the_whole(checkpoint):
     """Random weights are the hard case: nothing dies out with distance, as it does in a trained VAE."""
-    small = TileSizes(pixels=256, pixel_overlap=128, frames=64, frame_overlap=24)
-    whole, tiled = (VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, tiles=tiles) for tiles in (None, small))
-    coarse = torch.rand(1, 3, 10, 6, 10, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    frames = torch.nn.functional.interpolate(coarse, size=(73, 192, 320), mode="trilinear")
-    one, other = whole.encode(frames), tiled.encode(frames)
-    assert 0 < float((one - other).abs().mean()) < 0.15 * float(one.std())
-    one, other = whole.decode(one), tiled.decode(one)
-    assert one.shape == other.shape == frames.shape
-    assert 0 < float((one - other).abs().mean()) < 0.3 * float(one.std())
+    coarse = torch.rand(1, 3, 10, 2, 10, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    frames = torch.nn.functional.interpolate(coarse, size=(73, 64, 320), mode="trilinear")
+
+    def coded(tiles: TileSizes) -> tuple[torch.Tensor, torch.Tensor]:
+        vae = VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, tiles=tiles)
+        return vae.encode(frames), vae.decode(whole[0] if whole else vae.encode(frames))
+
+    whole: tuple[torch.Tensor, ...] = ()
+    whole = coded(TileSizes())
+    usual = coded(TileSizes(pixels=256, frames=48))
+    wide = coded(TileSizes(pixels=288, pixel_overlap=192, frames=64, frame_overlap=48))
+    for one, usually, widely in zip(whole, usual, wide, strict=True):
+        assert one.shape == usually.shape == widely.shape
+        assert 0 < relative(usually, one) < 0.2
+        assert relative(widely, one) < min(0.1, 0.7 * relative(usually, one))
+    in_time = coded(TileSizes(frames=48))[0]
+    assert float((in_time - whole[0])[:, :, :6].abs().max()) < 1e-4, "the first tile is right to its end: the encoder is causal"
+    assert float((in_time - whole[0])[:, :, 6:].abs().max()) > 1e-2
+
+
+def test_tiles_cover_every_size_evenly():
+    for size, overlap in ((24, 4), (10, 3), (8, 4)):
+        tiles = AxisTiles(size, overlap)
+        assert tiles.places(size) == [(0, size)]
+        for length in range(size + 1, 120):
+            places = tiles.places(length)
+            assert places[0][0] == 0 and places[-1][1] == length
+            total = torch.zeros(length)
+            for place, (start, end) in enumerate(places):
+                before, after = overlaps(places, place)
+                assert end - start <= size and (place == 0 or before >= overlap) and (place + 1 == len(places) or after >= overlap)
+                total[start:end] += ramp(end - start, before, after)
+            assert float(total.min()) > 0.2
 
 
 def test_component_files_and_fingerprints(checkpoint, tmp_path):
@@ -155,14 +192,61 @@ def test_only_the_vae_is_read_from_a_full_checkpoint(checkpoint, monkeypatch):
     assert read and all(name.startswith(("vae.encoder.", "vae.per_channel_statistics.")) for name in read)
 
 
-def test_diffusion_decoder_is_refused_with_the_remedy(checkpoint, tmp_path):
+def test_a_file_without_the_component_says_which_flag_to_give(tiny_family, checkpoint, tmp_path):
     from safetensors.torch import save_file
 
-    config = {**checkpoint.config["vae"], "_class_name": "CausalDiffusionVAE"}
+    transformer = open_checkpoint(tiny_family.ltx25_transformer)
+    with pytest.raises(UserError, match="holds no video VAE.*--vae"):
+        VideoVAE.load(transformer, device="cpu", dtype=torch.float32)
+    with pytest.raises(UserError, match="holds no vocoder.*--audio_vae"):
+        Vocoder.load(transformer, device="cpu")
+    save_file(tensors(checkpoint, ""), tmp_path / "stripped.safetensors")
+    with pytest.raises(UserError, match="no 'audio_vae' section.*unmodified release file"):
+        AudioVAE.load(open_checkpoint(tmp_path / "stripped.safetensors"), device="cpu")
+
+
+def test_a_split_pack_gives_the_same_audio_parts(checkpoint, tmp_path):
+    from safetensors.torch import save_file
+
+    for name, prefixes in (("video", ("vae.",)), ("sound", ("audio_vae.", "vocoder."))):
+        values = {key: value for key, value in tensors(checkpoint, "").items() if key.startswith(prefixes)}
+        config = {prefix[:-1]: checkpoint.config[prefix[:-1]] for prefix in prefixes}
+        (tmp_path / "vae").mkdir(exist_ok=True)
+        save_file(values, tmp_path / "vae" / f"{name}.safetensors", metadata={"config": json.dumps(config)})
+    pack = open_checkpoint(tmp_path)
+    assert audio_vae_fingerprint(pack) == audio_vae_fingerprint(checkpoint)
+    assert video_vae_fingerprint(pack) == video_vae_fingerprint(checkpoint)
+    assert Vocoder.load(pack, device="cpu").sampling_rate == Vocoder.load(checkpoint, device="cpu").sampling_rate
+
+
+def test_diffusion_vae_encodes_and_its_decoder_is_refused_with_the_remedy(checkpoint, tmp_path):
+    """Its config is nested, and its encoder and statistics are those of the file with the plain decoder."""
+    from safetensors.torch import save_file
+
+    section = dict(checkpoint.config["vae"])
+    nested = {key: section.pop(key) for key in ("encoder_blocks", "spatial_padding_mode") if key in section}
+    del section["decoder_blocks"]
+    section |= {"_class_name": "CausalDiffusionVAE", "encoder": nested, "decoder": {"depth": 4}, "model_output_type": "x0"}
     path = tmp_path / "vae.safetensors"
-    save_file(tensors(checkpoint, "vae."), path, metadata={"config": json.dumps({"vae": config})})
+    save_file(tensors(checkpoint, "vae."), path, metadata={"config": json.dumps({"vae": section})})
+    diffusion = open_checkpoint(path)
     with pytest.raises(UserError, match="ltx-2.5-video-vae-conv"):
-        VideoVAE.load(open_checkpoint(path), device="cpu", dtype=torch.float32)
+        VideoVAE.load(diffusion, device="cpu", dtype=torch.float32)
+    assert video_vae_fingerprint(diffusion) == video_vae_fingerprint(checkpoint)
+    ours, plain = (VideoVAE.load(one, device="cpu", dtype=torch.float32, parts=("encoder",)) for one in (diffusion, checkpoint))
+    assert torch.equal(ours.encode(pixels(9, 64, 64)), plain.encode(pixels(9, 64, 64)))
+
+
+def test_unknown_blocks_and_recipes_are_refused_by_name(checkpoint):
+    section = checkpoint.config["vae"]
+    with pytest.raises(UserError, match="'attn_x'"):
+        video_vae.diffusers_config(section | {"encoder_blocks": [["attn_x", {}], *section["encoder_blocks"]]})
+    with pytest.raises(UserError, match="vae.norm_layer is 'group_norm'"):
+        video_vae.diffusers_config(section | {"norm_layer": "group_norm"})
+    sound = json.loads(json.dumps(checkpoint.config["audio_vae"]))
+    sound["preprocessing"]["stft"]["hop_length"] = 256
+    with pytest.raises(UserError, match="hop_length is 256"):
+        audio_vae.diffusers_config(sound)
 
 
 def res(layers: int) -> list:
@@ -211,3 +295,47 @@ def test_real_size_names_and_shapes_equal_ltx_core(version):
     blocks = len(section["encoder_blocks"])
     named = {video_vae.to_diffusers_name(name, blocks): tuple(value.shape) for name, value in official.items() if "per_channel" not in name}
     assert named == {name: tuple(value.shape) for name, value in ours.state_dict().items() if not name.startswith("latents_")}
+
+
+def shapes(*modules: tuple[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {
+        prefix + name: tuple(value.shape)
+        for prefix, module in modules
+        for name, value in module.state_dict().items()
+        if "per_channel" not in name and not name.startswith("latents_")
+    }
+
+
+def test_real_size_audio_vae_names_and_shapes_equal_ltx_core():
+    from diffusers import AutoencoderKLLTX2Audio
+    from ltx_core.model.audio_vae.model_configurator import AudioDecoderConfigurator, AudioEncoderConfigurator
+
+    section = configs.audio_vae_section()
+    section["model"]["params"]["ddconfig"] |= {"ch_mult": [1, 2, 4], "num_res_blocks": 2}
+    with torch.device("meta"):
+        encoder = AudioEncoderConfigurator.from_config({"audio_vae": section})
+        decoder = AudioDecoderConfigurator.from_config({"audio_vae": section})
+        ours = AutoencoderKLLTX2Audio(**audio_vae.diffusers_config(section))
+    assert shapes(("", ours)) == shapes(("encoder.", encoder), ("decoder.", decoder))
+
+
+@pytest.mark.parametrize("version", REAL)
+def test_real_size_vocoder_names_and_shapes_equal_ltx_core(version):
+    from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
+    from ltx_core.model.audio_vae.model_configurator import VocoderConfigurator
+
+    section = configs.vocoder_section(version)
+    real = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3}
+    if version == "2.0":
+        section |= real | {"upsample_initial_channel": 1024}
+    else:
+        section["vocoder"] |= real | {"upsample_initial_channel": 1536}
+        section["bwe"] |= real | {"upsample_initial_channel": 512}
+    with torch.device("meta"):
+        reference = VocoderConfigurator.from_config({"vocoder": section})
+        ours = (
+            LTX2Vocoder(**vocoder.generator_config(section))
+            if version == "2.0"
+            else LTX2VocoderWithBWE(**vocoder.two_stage_config(section))
+        )
+    assert shapes(("", ours)) == {vocoder.to_diffusers_name(name): shape for name, shape in shapes(("", reference)).items()}

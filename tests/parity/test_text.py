@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS, load_connectors
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_options, load_encoder
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_options, load_encoder, load_tokenizer
 from musubi_tuner.ltxv2.text.features import load_feature_extractor
-from musubi_tuner.ltxv2.text.pipeline import load_text_pipeline
+from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -27,6 +27,10 @@ def checkpoint(request, tiny_family):
 def gemma(tiny_family, **extra) -> EncoderOptions:
     values = {"tokenizer": None, "backend": "gemma", "device": torch.device("cpu"), "max_length": None}
     return encoder_options(str(tiny_family.gemma), **{**values, **extra})
+
+
+def recipe(checkpoint, options: EncoderOptions, *, mode: str = "av", stage: str = "context") -> TextRecipe:
+    return TextRecipe(checkpoint=checkpoint, config=read_config(checkpoint), options=options, mode=mode, stage=stage)
 
 
 def reference(checkpoint):
@@ -75,7 +79,10 @@ def test_extractor_and_connectors_equal_ltx_core_for_one_prompt_and_for_three(ch
     generator = torch.Generator().manual_seed(1)
     lengths = (5, 1, 40)
     states = [tuple(torch.randn(n, WIDTH, generator=generator) * (1 + i) for i in range(LAYERS)) for n in lengths]
-    features = [extractor(one) for one in states]
+    features = [extractor(one, [n]) for one, n in zip(states, lengths, strict=True)]
+    packed = extractor([torch.cat(layer) for layer in zip(*states, strict=True)], lengths)
+    for stream in (0, 1):
+        assert float((packed[stream] - torch.cat([pair[stream] for pair in features])).abs().max()) < 1e-5
     padded = [torch.nn.utils.rnn.pad_sequence([pair[stream] for pair in features], batch_first=True) for stream in (0, 1)]
     together = connectors(*padded, torch.tensor(lengths))
     for row, (one, pair, length) in enumerate(zip(states, features, lengths, strict=True)):
@@ -92,51 +99,110 @@ def test_extractor_and_connectors_equal_ltx_core_for_one_prompt_and_for_three(ch
 
 @torch.no_grad()
 def test_hidden_states_do_not_depend_on_padding_or_company(tiny_family):
-    encoder = load_encoder(gemma(tiny_family))
+    tokenizer, encoder = load_tokenizer(gemma(tiny_family)), load_encoder(gemma(tiny_family))
     together = encoder.encode(PROMPTS)
-    for prompt, states in zip(PROMPTS, together, strict=True):
-        ids = encoder.tokenize(prompt)
-        assert ids[0] == 2 and 1 not in ids, "BOS first, no EOS"
-        assert len(states) == LAYERS and states[0].shape == (len(ids), WIDTH)
-        full = torch.tensor([[0] * (CONTEXT_TOKENS - len(ids)) + ids])
-        mask = (torch.arange(CONTEXT_TOKENS) >= CONTEXT_TOKENS - len(ids)).long()[None]
+    assert together.lengths == tuple(len(tokenizer(prompt)) for prompt in PROMPTS)
+    starts = [sum(together.lengths[:place]) for place in range(len(PROMPTS))]
+    for prompt, start, length in zip(PROMPTS, starts, together.lengths, strict=True):
+        ids = tokenizer(f"  {prompt}\n")
+        assert ids[0] == 2 and 1 not in ids, "BOS first, no EOS, blanks around the prompt gone"
+        full = torch.tensor([[0] * (CONTEXT_TOKENS - length) + ids])
+        mask = (torch.arange(CONTEXT_TOKENS) >= CONTEXT_TOKENS - length).long()[None]
         output = encoder._model(input_ids=full, attention_mask=mask, output_hidden_states=True)
-        for ours, padded in zip(states, output.hidden_states, strict=True):
-            assert float((ours - padded[0, -len(ids) :]).abs().max()) < 1e-4
+        assert len(together.layers) == LAYERS == len(output.hidden_states)
+        for ours, padded in zip(together.layers, output.hidden_states, strict=True):
+            assert float((ours[start : start + length] - padded[0, -length:]).abs().max()) < 1e-4
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state), "the last state is after the final norm"
+        embedded = encoder._model.embed_tokens.weight[full[0]] * WIDTH**0.5
+        assert torch.allclose(output.hidden_states[0][0], embedded, atol=1e-5), "the first state is the scaled embeddings"
+
+
+def test_full_gemma_folder_gives_the_states_of_its_text_model(tiny_family, tmp_path):
+    """As google/gemma-3-12b-it is stored: with a vision tower, which is not run, and a head, which is not used."""
+    import shutil
+
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextModel, SiglipVisionConfig
+
+    text = Gemma3TextModel.from_pretrained(tiny_family.gemma)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text.config, vision_config=vision, mm_tokens_per_image=4))
+    whole.model.language_model.load_state_dict(text.state_dict())
+    whole.save_pretrained(tmp_path / "gemma")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_family.gemma / name, tmp_path / "gemma")
+    full = encoder_options(str(tmp_path / "gemma"), tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=None)
+    recipe(open_checkpoint(tiny_family.ltx23), full).check()
+    ours, plain = load_encoder(full).encode(PROMPTS), load_encoder(gemma(tiny_family)).encode(PROMPTS)
+    assert all(torch.equal(one, other) for one, other in zip(ours.layers, plain.layers, strict=True))
 
 
 def test_max_length_cuts_the_caption_and_not_the_context(tiny_family):
-    checkpoint = open_checkpoint(tiny_family.ltx23)
-    pipeline = load_text_pipeline(checkpoint, read_config(checkpoint), gemma(tiny_family, max_length=4), mode="av", stage="context")
-    assert pipeline.token_count(PROMPTS[1]) == 4
-    text, mask = pipeline.encode(PROMPTS[1:2])[0]
+    options = gemma(tiny_family, max_length=4)
+    assert len(load_tokenizer(options)(PROMPTS[1])) == 4
+    text, mask = encode_prompts(recipe(open_checkpoint(tiny_family.ltx23), options), PROMPTS[1:2])[0]
     assert text.shape == (1024, 128 + 64) and bool(mask.all())
 
 
 def test_modes_and_stages_have_their_shapes(tiny_family):
-    checkpoint = open_checkpoint(tiny_family.ltx23)
-    config = read_config(checkpoint)
-    both, _ = load_text_pipeline(checkpoint, config, gemma(tiny_family), mode="av", stage="context").encode(PROMPTS[:1])[0]
-    video, _ = load_text_pipeline(checkpoint, config, gemma(tiny_family), mode="video", stage="context").encode(PROMPTS[:1])[0]
+    checkpoint, options = open_checkpoint(tiny_family.ltx23), gemma(tiny_family)
+    both = encode_prompts(recipe(checkpoint, options), PROMPTS[:1])[0][0]
+    video = encode_prompts(recipe(checkpoint, options, mode="video"), PROMPTS[:1])[0][0]
     assert torch.equal(both[:, :128], video)
-    pipeline = load_text_pipeline(checkpoint, config, gemma(tiny_family), mode="av", stage="features")
-    features, mask = pipeline.encode(PROMPTS[:1])[0]
-    assert features.shape == (pipeline.token_count(PROMPTS[0]), 128 + 64) and mask.shape == features.shape[:1]
+    features, mask = encode_prompts(recipe(checkpoint, options, stage="features"), PROMPTS[:1])[0]
+    length = len(load_tokenizer(options)(PROMPTS[0]))
+    assert features.shape == (length, 128 + 64) and mask.shape == (length,)
+
+
+def test_features_finished_later_are_the_contexts(tiny_family):
+    """Blocks 1 and 2, then 3 from what was kept of them, equal the one-shot path."""
+    checkpoint, options = open_checkpoint(tiny_family.ltx23), gemma(tiny_family)
+    features = encode_prompts(recipe(checkpoint, options, stage="features"), PROMPTS)
+    contexts = encode_prompts(recipe(checkpoint, options), PROMPTS)
+    connectors = load_connectors(checkpoint, device="cpu", dtype=torch.float32)
+    for (feature, mask), (context, _) in zip(features, contexts, strict=True):
+        video, audio = feature[None].split((128, 64), dim=-1)
+        later = torch.cat(connectors(video, audio, mask.sum()[None]), dim=-1)
+        assert float((later[0] - context).abs().max()) < 1e-4
+
+
+def test_encoder_is_gone_before_the_connectors_come(tiny_family, monkeypatch):
+    import weakref
+
+    from musubi_tuner.ltxv2.text import pipeline
+
+    seen, alive = [], []
+    real_encoder, real_connectors = pipeline.load_encoder, pipeline.load_connectors
+
+    def load_and_watch(options: EncoderOptions) -> object:
+        encoder = real_encoder(options)
+        seen.append(weakref.ref(encoder._model))
+        return encoder
+
+    def load_and_look(*args: object, **kwargs: object) -> object:
+        alive.extend(one() is not None for one in seen)
+        return real_connectors(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "load_encoder", load_and_watch)
+    monkeypatch.setattr(pipeline, "load_connectors", load_and_look)
+    encode_prompts(recipe(open_checkpoint(tiny_family.ltx23), gemma(tiny_family)), PROMPTS)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_encoder_is_near_the_full_one(tmp_path, bits):
     write_gemma(tmp_path, width=128)
     options = encoder_options(str(tmp_path), tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=None)
-    full = load_encoder(options).encode(PROMPTS[:1])[0][-1]
-    small = load_encoder(dataclasses.replace(options, **{f"load_in_{bits}bit": True})).encode(PROMPTS[:1])[0][-1]
+    full = load_encoder(options).encode(PROMPTS[:1]).layers[-1]
+    small = load_encoder(dataclasses.replace(options, **{f"load_in_{bits}bit": True})).encode(PROMPTS[:1]).layers[-1]
     assert 0 < float((full - small).norm()) < 0.5 * float(full.norm())
 
 
 def test_t5_is_padded_with_zeros_and_masked(tiny_family):
     checkpoint = open_checkpoint(tiny_family.ltx23)
     options = encoder_options(str(tiny_family.t5), tokenizer=None, backend="t5", device=torch.device("cpu"), max_length=16)
-    text, mask = load_text_pipeline(checkpoint, read_config(checkpoint), options, mode="video", stage="context").encode(["rain"])[0]
+    text, mask = encode_prompts(recipe(checkpoint, options, mode="video"), ["rain"])[0]
     assert text.shape == (16, 128)
     assert 0 < int(mask.sum()) < 16 and not bool(text[~mask].any()) and bool(text[mask].any())
 
@@ -145,15 +211,61 @@ def test_wrong_encoders_are_named(tiny_family, tmp_path):
     twenty = open_checkpoint(tiny_family.ltx20)
     t5 = encoder_options(str(tiny_family.t5), tokenizer=None, backend="t5", device=torch.device("cpu"), max_length=16)
     with pytest.raises(UserError, match="T5 is 128 wide.*context of 48"):
-        load_text_pipeline(twenty, read_config(twenty), t5, mode="video", stage="context")
+        recipe(twenty, t5, mode="video").check()
     with pytest.raises(UserError, match="model type is 't5'.*gemma3"):
         load_encoder(encoder_options(str(tiny_family.t5), tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=16))
     with pytest.raises(UserError, match="hf download google/none"):
         load_encoder(encoder_options("google/none", tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=16))
     write_gemma(tmp_path / "wide", width=48)
     wide = encoder_options(str(tmp_path / "wide"), tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=16)
-    with pytest.raises(UserError, match="48.*wrong --text_encoder"):
-        load_text_pipeline(twenty, read_config(twenty), wide, mode="video", stage="context").encode(["a"])
+    with pytest.raises(UserError, match="4 states of width 48, 192 features.*takes 128.*wrong --text_encoder"):
+        recipe(twenty, wide, mode="video").check()
+    write_gemma(tmp_path / "deep", layers=5)
+    deep = encoder_options(str(tmp_path / "deep"), tokenizer=None, backend="gemma", device=torch.device("cpu"), max_length=16)
+    with pytest.raises(UserError, match="6 states of width 32"):
+        encode_prompts(recipe(twenty, deep), ["a"])
+
+
+def test_wrong_tokenizers_and_paths_are_named(tiny_family, tmp_path):
+    def options(path: object, tokenizer: object = None, backend: str = "gemma") -> EncoderOptions:
+        return encoder_options(
+            str(path), tokenizer=tokenizer and str(tokenizer), backend=backend, device=torch.device("cpu"), max_length=16
+        )
+
+    with pytest.raises(UserError, match="--tokenizer.*puts BOS first"):
+        load_tokenizer(options(tiny_family.gemma, tiny_family.t5))
+    with pytest.raises(UserError, match="a URL"):
+        load_encoder(options("https://example.org/gemma"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        load_encoder(options(tmp_path / "empty"))
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(options(tiny_family.gemma, tmp_path / "empty"))
+
+
+def test_missing_bitsandbytes_says_what_to_install(tiny_family, monkeypatch):
+    import dataclasses
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_encoder(dataclasses.replace(gemma(tiny_family), load_in_8bit=True))
+
+
+def test_files_without_projection_or_connectors_are_named(tiny_family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = open_checkpoint(tiny_family.ltx23)
+    with pytest.raises(UserError, match="no text projection"):
+        recipe(open_checkpoint(tiny_family.ltx25_transformer), gemma(tiny_family)).check()
+    kept = {name: value for name, value in load_file(tiny_family.ltx23).items() if "_connector." not in name}
+    save_file(kept, tmp_path / "stripped.safetensors", metadata={"config": json.dumps(dict(checkpoint.config))})
+    with pytest.raises(UserError, match="no text connectors"):
+        recipe(open_checkpoint(tmp_path / "stripped.safetensors"), gemma(tiny_family)).check()
+    mixed = kept | {"text_embedding_projection.aggregate_embed.weight": torch.zeros(128, 128)}
+    save_file(mixed, tmp_path / "mixed.safetensors", metadata={"config": json.dumps(dict(checkpoint.config))})
+    with pytest.raises(UserError, match="mixture of versions"):
+        load_feature_extractor(open_checkpoint(tmp_path / "mixed.safetensors"), WIDTH, device="cpu", dtype=torch.float32)
 
 
 def test_connectors_must_divide_the_context(tiny_family, tmp_path):

@@ -1,8 +1,13 @@
-"""Caching captions and sample prompts: identical texts are encoded once."""
+"""Caching captions and sample prompts: identical texts are encoded once.
 
-from collections.abc import Callable, Mapping, Sequence
+Texts are worked off in chunks: the encoder turns a chunk into features and is freed, then the connectors finish them. A chunk is bounded
+by the memory of its features, so that a thousand captions and more share one loading of the encoder.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +20,16 @@ from musubi_tuner.cache.fingerprint import text_fingerprint
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.sources import list_all_sources
-from musubi_tuner.ltxv2.text.pipeline import TextPipeline
+from musubi_tuner.encoding.text_report import TextReport
+from musubi_tuner.ltxv2.text.encoders import load_tokenizer
+from musubi_tuner.ltxv2.text.pipeline import Features, TextRecipe, free_memory, load_feature_stage, load_finish_stage, text_widths
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.runtime.tables import format_table
 
 STORED_DTYPE = torch.bfloat16
+_CHUNK_BYTES = 4 * 2**30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,19 +41,12 @@ class TextJob:
     metadata: Mapping[str, str]
 
 
-@dataclass(slots=True)
-class TextReport:
-    """Counts and rows; those of several processes add up."""
+@dataclass(frozen=True, slots=True)
+class TextTodo:
+    """One file that is to be made now, and why."""
 
-    kept: int = 0
-    encoded: int = 0
-    rebuilt: list[tuple[str, str]] = field(default_factory=list)
-    """(file, reason) of files that were there and had to be made anew."""
-
-    def table(self) -> str:
-        rows = [("kept", self.kept), ("encoded", self.encoded), ("of these rebuilt", len(self.rebuilt))]
-        text = format_table(rows, ("text caching", "files"))
-        return text + ("\n\n" + format_table(self.rebuilt[:40], ("rebuilt", "because")) if self.rebuilt else "")
+    job: TextJob
+    reason: str
 
 
 @dataclass(slots=True)
@@ -52,7 +54,8 @@ class _Waiting:
     """All files of one text."""
 
     text: str
-    jobs: list[TextJob] = field(default_factory=list)
+    todo: list[TextTodo] = field(default_factory=list)
+    tokens: int = 0
 
 
 def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], common: Mapping[str, str]) -> list[TextJob]:
@@ -73,9 +76,8 @@ def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], common: Mappin
             other = jobs.setdefault(target, job)
             if other.text != job.text:
                 raise UserError(
-                    f"[[{spec.label}]]: '{source.name}' has another caption than the source of the same stem in an earlier "
-                    "dataset, and both "
-                    f"would be cached in {target}. Give one of the datasets a cache_directory of its own."
+                    f"{spec.label}: '{source.name}' has another caption than in an earlier dataset, and both would be cached in {target}. "
+                    "Give one of the datasets a cache_directory of its own."
                 )
     first = config.datasets[0].cache_directory
     for prompt in dict.fromkeys([*prompts, ""]):
@@ -88,41 +90,90 @@ def _metadata(common: Mapping[str, str], text: str, source: str) -> dict[str, st
     return {**common, "kind": "text", "source": source, "source_fingerprint": text_fingerprint(text), "caption": text}
 
 
-def choose_text_jobs(jobs: Sequence[TextJob], *, skip_existing: bool) -> tuple[list[TextJob], TextReport]:
+def choose_text_jobs(jobs: Sequence[TextJob], *, skip_existing: bool) -> list[TextTodo]:
     """Which files must be made, decided from headers before the encoder is loaded."""
-    report = TextReport()
     chosen = []
     for job in jobs:
-        compared = {key: value for key, value in job.metadata.items() if key not in ("source", "caption", "model_version")}
+        compared = {"caption": job.text} | {key: value for key, value in job.metadata.items() if key not in ("source", "model_version")}
         reason = reason_to_rebuild(job.target, compared, TEXT_KEYS)
-        if reason is None and skip_existing:
-            report.kept += 1
-            continue
-        if reason != "missing":
-            report.rebuilt.append((job.target.name, reason or "--no-skip_existing"))
-        chosen.append(job)
-    return chosen, report
+        if reason is not None or not skip_existing:
+            chosen.append(TextTodo(job, reason or "--no-skip_existing"))
+    return chosen
 
 
-def encode_texts(jobs: Sequence[TextJob], load: Callable[[], TextPipeline], group: Processes, *, batch_size: int) -> int:
-    """Encode this process's share and write it; texts of similar length run together. Returns the number of files."""
+def encode_texts(todo: Sequence[TextTodo], recipe: TextRecipe, group: Processes, *, batch_size: int) -> TextReport:
+    """Encode this process's share and write it; texts of similar length run together."""
     waiting: dict[str, _Waiting] = {}
-    for job in jobs:
-        waiting.setdefault(job.text, _Waiting(job.text)).jobs.append(job)
+    for one in todo:
+        waiting.setdefault(one.job.text, _Waiting(one.job.text)).todo.append(one)
     mine = group.share(list(waiting.values()))
+    report = TextReport()
     if not mine:
-        return 0
-    pipeline = load()
-    mine.sort(key=lambda one: (pipeline.token_count(one.text), one.text))
-    with tqdm(total=len(mine), unit="text", desc="Text caching", disable=not group.is_main) as bar:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
-            for one, (text, mask) in zip(batch, pipeline.encode([one.text for one in batch]), strict=True):
-                _write(one, text.to(STORED_DTYPE), mask)
+        return report
+    tokenizer = load_tokenizer(recipe.options)
+    for one in mine:
+        one.tokens = len(tokenizer(one.text))
+    mine.sort(key=lambda one: (one.tokens, one.text))
+    for chunk in _chunks(mine, recipe):
+        features = _encode(chunk, recipe, batch_size, show=group.is_main)
+        _finish(chunk, features, recipe, batch_size, report, show=group.is_main)
+    return report
+
+
+def _chunks(waiting: Sequence[_Waiting], recipe: TextRecipe) -> Iterator[list[_Waiting]]:
+    most = _CHUNK_BYTES // (sum(text_widths(recipe.config, "av")) * recipe.options.dtype.itemsize)
+    chunk: list[_Waiting] = []
+    tokens = 0
+    for one in waiting:
+        if chunk and tokens + one.tokens > most:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(one)
+        tokens += one.tokens
+    yield chunk
+
+
+def _encode(chunk: Sequence[_Waiting], recipe: TextRecipe, batch_size: int, *, show: bool) -> list[Features]:
+    """Features of a chunk; the encoder is gone when this returns."""
+    stage = load_feature_stage(recipe)
+    features: list[Features] = []
+    with tqdm(total=len(chunk), unit="text", desc="Text encoder", disable=not show) as bar:
+        for batch in _batches(chunk, batch_size):
+            features += stage.encode([one.text for one in batch])
             bar.update(len(batch))
-    return sum(len(one.jobs) for one in mine)
+    del stage
+    free_memory(recipe.options.device)
+    return features
 
 
-def _write(one: _Waiting, text: Tensor, mask: Tensor) -> None:
-    for job in one.jobs:
-        store.write(job.target, {keys.text_key(text.dtype): text, keys.TEXT_MASK_KEY: mask}, job.metadata)
+def _finish(
+    chunk: Sequence[_Waiting], features: Sequence[Features], recipe: TextRecipe, batch_size: int, report: TextReport, *, show: bool
+) -> None:
+    """Write a chunk's files; the connectors are gone when this returns."""
+    stage = load_finish_stage(recipe)
+    with tqdm(total=len(chunk), unit="text", desc="Text caching", disable=not show) as bar:
+        for waiting, batch in zip(_batches(chunk, batch_size), _batches(features, batch_size), strict=True):
+            for one, (text, mask) in zip(waiting, stage.finish(batch), strict=True):
+                _write(one, text.to(STORED_DTYPE), mask, report)
+            bar.update(len(batch))
+    del stage
+    free_memory(recipe.options.device)
+
+
+def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _write(one: _Waiting, text: Tensor, mask: Tensor, report: TextReport) -> None:
+    for todo in one.todo:
+        job = todo.job
+        try:
+            store.write(job.target, {keys.text_key(text.dtype): text, keys.TEXT_MASK_KEY: mask}, job.metadata)
+        except store.DiskFullError:
+            raise
+        except UserError as error:
+            report.failed.append((job.target.name, str(error)))
+            continue
+        report.encoded += 1
+        if todo.reason != "missing":
+            report.rebuilt.append((job.target.name, todo.reason))

@@ -1,5 +1,7 @@
 """A tiny Gemma 3 and a tiny T5 in Hugging Face folders, with real tokenizers trained on `corpus.txt`."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -56,16 +58,13 @@ def write_gemma(folder: Path, *, width: int = configs.GEMMA_WIDTH, layers: int =
 
 def write_t5(folder: Path, *, width: int) -> None:
     """A T5 encoder with a unigram tokenizer that ends with `</s>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    tokenizer = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.Unigram(_unigrams(), unk_id=2, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(
-        corpus(), trainers.UnigramTrainer(vocab_size=_VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False)
-    )
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
@@ -83,6 +82,24 @@ def write_t5(folder: Path, *, width: int) -> None:
         )
     )
     _save(model, folder, "t5")
+
+
+def _unigrams() -> list[tuple[str, float]]:
+    """Pieces and their log probabilities in the corpus.
+
+    The library's own unigram trainer sums in the order of its threads, so its files differ from run to run; pieces found by
+    pair merging and counted in the corpus do not.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    merged = Tokenizer(models.BPE())
+    merged.pre_tokenizer = pre_tokenizers.Metaspace()
+    merged.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=_VOCABULARY - 3, show_progress=False))
+    counts = Counter(piece for line in corpus() for piece in merged.encode(line).tokens)
+    pieces = sorted(merged.get_vocab(), key=lambda piece: (-counts[piece], piece))
+    total = sum(counts.values()) + len(pieces)
+    scored = [(piece, math.log((counts[piece] + 1) / total)) for piece in pieces]
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored]
 
 
 def _save(model: torch.nn.Module, folder: Path, name: str) -> None:

@@ -1,5 +1,6 @@
 """Running a network over a large array in overlapping tiles, blended by linear ramps."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,17 +70,14 @@ def run_tiled(
         out_shape: shape of the whole result, (B, C, F, H, W).
         run: maps a tile of `x` to a tile of the result, exactly as long as its `write` spans.
     """
-    total: Tensor | None = None
-    weight_sum = torch.zeros(1, 1, *out_shape[2:], device=x.device)
-    for frames in spans[0]:
-        for rows in spans[1]:
-            for columns in spans[2]:
-                tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
-                weights = (frames.weights[:, None, None] * rows.weights[None, :, None] * columns.weights[None, None, :]).to(tile.device)
-                if total is None:
-                    total = torch.zeros(out_shape, device=tile.device)
-                place = (slice(None), slice(None), frames.write, rows.write, columns.write)
-                total[place] += tile * weights
-                weight_sum[place] += weights
-    assert total is not None
+    total = weight_sum = None
+    for frames, rows, columns in itertools.product(*spans):
+        tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
+        weights = (frames.weights[:, None, None] * rows.weights[None, :, None] * columns.weights[None, None, :]).to(tile.device)
+        if total is None:
+            total = torch.zeros(out_shape, device=tile.device)
+            weight_sum = torch.zeros(out_shape[2:], device=tile.device)
+        place = (frames.write, rows.write, columns.write)
+        total[(..., *place)] += tile * weights
+        weight_sum[place] += weights
     return total / weight_sum

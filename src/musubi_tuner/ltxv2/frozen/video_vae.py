@@ -23,7 +23,11 @@ _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
-    """Above these sizes frames are coded in tiles; overlaps cover 64 pixels and 16 frames and more."""
+    """Above these sizes frames are coded in tiles; overlaps cover 64 pixels and 16 frames and more.
+
+    Farther from a seam than the network reaches, tiles equal the whole. At seams the difference shrinks with the overlap: on random
+    weights, the hardest case, it is in the mean below a fifth of the values' own spread, and of twice the overlap below a tenth.
+    """
 
     pixels: int = 768
     pixel_overlap: int = 128

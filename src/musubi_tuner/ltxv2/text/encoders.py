@@ -45,45 +45,105 @@ def encoder_options(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """What an encoder's config says."""
+
+    width: int
+    states: int
+    """Hidden states it gives with the embeddings: layers + 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """Of several prompts, their real tokens alone, one prompt after the other."""
+
+    layers: tuple[Tensor, ...]
+    """(N, width) of every layer from the scaled embeddings to the final norm (Gemma), or of the last one alone (T5)."""
+    lengths: tuple[int, ...]
+    """Tokens of each prompt; their sum is N."""
+
+
+class PromptTokenizer:
+    """Prompts -> token ids, as the encoder takes them."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    @property
+    def padding(self) -> int:
+        return self._tokenizer.eos_token_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+
+    def __call__(self, prompt: str) -> list[int]:
+        """Ids of the stripped prompt with what the tokenizer adds (Gemma: BOS first, no EOS), cut to `max_length`."""
+        return self._tokenizer(prompt.strip(), truncation=True, max_length=self._max_length)["input_ids"]
+
+
 class TextEncoder:
     """A loaded encoder."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, options: EncoderOptions) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, options: EncoderOptions) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options
 
     @property
     def width(self) -> int:
-        return self._model.config.hidden_size if hasattr(self._model.config, "hidden_size") else self._model.config.d_model
-
-    def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of the stripped prompt as its tokenizer makes them (Gemma: BOS first, no EOS), cut to `max_length`."""
-        return self._tokenizer(prompt.strip(), truncation=True, max_length=self._options.max_length)["input_ids"]
+        return self._model.config.hidden_size
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[tuple[Tensor, ...]]:
-        """Hidden states of each prompt's own tokens.
-
-        Prompts run together, padded to the longest among them: the amount of padding does not change the states of real tokens.
-
-        Returns:
-            For each prompt, (n, width) tensors: of every layer from the embeddings on (Gemma), or of the last one alone (T5).
-        """
-        ids = [self.tokenize(prompt) for prompt in prompts]
+    def encode(self, prompts: Sequence[str]) -> HiddenStates:
+        """Run prompts together, padded to the longest among them: padding does not change the states of real tokens."""
+        ids = [self._tokenizer(prompt) for prompt in prompts]
         longest = max(map(len, ids))
-        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
         left = self._options.backend == "gemma"
         rows, masks = [], []
         for row in ids:
-            padding = [pad] * (longest - len(row))
+            padding = [self._tokenizer.padding] * (longest - len(row))
             rows.append(padding + row if left else row + padding)
             masks.append([0] * len(padding) + [1] * len(row) if left else [1] * len(row) + [0] * len(padding))
         device = self._options.device
         mask = torch.tensor(masks, device=device)
         output = self._model(input_ids=torch.tensor(rows, device=device), attention_mask=mask, output_hidden_states=left)
         states = output.hidden_states if left else (output.last_hidden_state,)
-        return [tuple(state[i, mask[i].bool()] for state in states) for i in range(len(prompts))]
+        return HiddenStates(tuple(state[mask.bool()] for state in states), tuple(map(len, ids)))
+
+
+def read_encoder_shape(options: EncoderOptions) -> EncoderShape:
+    """Width and depth from the encoder's config.json; loads no weights.
+
+    Raises:
+        UserError: no such encoder here, or of another type than the backend.
+    """
+    config = _read_config(options)
+    config = getattr(config, "text_config", config)
+    return EncoderShape(config.hidden_size, config.num_hidden_layers + 1)
+
+
+def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
+    """The tokenizer alone.
+
+    Raises:
+        UserError: it is not here, or it is none of the backend's kind.
+    """
+    from transformers import AutoTokenizer
+
+    flag = "--tokenizer" if options.tokenizer else "--text_encoder"
+    name = options.tokenizer or options.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name, flag), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name}: holds no tokenizer that transformers can read ({error}). Give its folder with --tokenizer."
+        ) from error
+    start = tokenizer("")["input_ids"]
+    if options.backend == "gemma" and start != [tokenizer.bos_token_id]:
+        raise UserError(
+            f"{flag} {name}: its tokenizer makes {start} of an empty prompt; a Gemma tokenizer puts BOS first and adds no EOS. "
+            "Give the tokenizer of the encoder."
+        )
+    return PromptTokenizer(tokenizer, options.max_length)
 
 
 def load_encoder(options: EncoderOptions) -> TextEncoder:
@@ -92,18 +152,24 @@ def load_encoder(options: EncoderOptions) -> TextEncoder:
     Raises:
         UserError: neither is there, the model is of another type than the backend, or bitsandbytes is wanted and missing.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    config = _read_config(options)
+    return TextEncoder(_load_model(resolve_model(options.path, "--text_encoder"), config, options), load_tokenizer(options), options)
+
+
+def _read_config(options: EncoderOptions) -> Any:
+    from transformers import AutoConfig
 
     path = resolve_model(options.path, "--text_encoder")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text_encoder {options.path}: its config.json cannot be read ({error}). Give the folder of a model.") from error
     if config.model_type not in BACKENDS[options.backend]:
         raise UserError(
             f"--text_encoder {options.path}: its model type is '{config.model_type}'; --text_encoder_backend {options.backend} takes "
             f"{' or '.join(BACKENDS[options.backend])}. Backends are {', '.join(BACKENDS)}."
         )
-    tokenizer_path = resolve_model(options.tokenizer, "--tokenizer") if options.tokenizer else path
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
-    return TextEncoder(_load_model(path, config, options), tokenizer, options)
+    return config
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
@@ -133,6 +199,8 @@ def resolve_model(name: str, flag: str) -> str:
     Raises:
         UserError: neither is there.
     """
+    if "://" in name:
+        raise UserError(f"{flag} {name}: a URL. Encoders are local folders: download it first and give its path.")
     if Path(name).is_dir():
         return str(Path(name))
     from huggingface_hub import snapshot_download

@@ -31,38 +31,37 @@ class FeatureExtractor(nn.Module):
             self.video_aggregate_embed = nn.Linear(flat, video_width)
             self.audio_aggregate_embed = nn.Linear(flat, audio_width)
 
-    def forward(self, hidden_states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states of one prompt's valid tokens, (n, width) each -> features (n, Wv) and (n, Wa).
+    def forward(self, hidden_states: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features of the tokens of one prompt or of several, one after the other.
 
-        Raises:
-            UserError: another encoder than the projection was made for.
+        Args:
+            hidden_states: of every layer, (N, width), valid tokens alone.
+            lengths: tokens of each prompt; their sum is N.
+
+        Returns:
+            (N, Wv) and (N, Wa), float32.
         """
-        width, count = hidden_states[0].shape[-1], len(hidden_states)
-        if (width, count) != (self.encoder_width, self.layers):
-            raise UserError(
-                f"the text encoder gives {count} layers of width {width}; this model's text projection takes {self.layers} of width "
-                f"{self.encoder_width}. It is the wrong --text_encoder for this --ltxv2_model (LTX-2 and 2.3 take Gemma 3 12B)."
-            )
-        if self.version == "V1":
-            features = self._project(self.aggregate_embed, [_normalize_v1(state) for state in hidden_states], 1.0)
-            return features, features
-        normed = [_normalize_v2(state) for state in hidden_states]
-        video = self._project(self.video_aggregate_embed, normed, math.sqrt(self.video_aggregate_embed.out_features / width))
-        audio = self._project(self.audio_aggregate_embed, normed, math.sqrt(self.audio_aggregate_embed.out_features / width))
-        return video, audio
+        width, count = self.encoder_width, self.layers
+        assert len(hidden_states) == count and hidden_states[0].shape[-1] == width
+        totals = [torch.zeros(sum(lengths), one.out_features, device=one.weight.device) for one in self._projections]
+        for layer, state in enumerate(hidden_states):
+            normed = _normalize_v1(state, lengths) if self.version == "V1" else _normalize_v2(state)
+            for total, projection in zip(totals, self._projections, strict=True):
+                scale = 1.0 if self.version == "V1" else math.sqrt(projection.out_features / width)
+                weight = projection.weight.view(-1, width, count)[:, :, layer]
+                total += ((normed * scale).to(weight.dtype) @ weight.T).float()
+        features = [one if projection.bias is None else one + projection.bias.float() for one, projection in zip(totals, self._projections)]
+        return features[0], features[-1]
 
-    def _project(self, projection: nn.Linear, states: Sequence[Tensor], scale: float) -> Tensor:
-        weight = projection.weight.view(-1, self.encoder_width, self.layers)
-        total = torch.zeros(states[0].shape[0], weight.shape[0], dtype=torch.float32, device=weight.device)
-        for layer, state in enumerate(states):
-            total += ((state * scale).to(weight.dtype) @ weight[:, :, layer].T).float()
-        return total if projection.bias is None else total + projection.bias.float()
+    @property
+    def _projections(self) -> tuple[nn.Linear, ...]:
+        return (self.aggregate_embed,) if self.version == "V1" else (self.video_aggregate_embed, self.audio_aggregate_embed)
 
 
-def _normalize_v1(state: Tensor) -> Tensor:
-    """8 (x - mean) / (max - min) over the prompt's tokens and the width."""
-    state = state.float()
-    return 8 * (state - state.mean()) / (state.amax() - state.amin() + 1e-6)
+def _normalize_v1(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """8 (x - mean) / (max - min), over a prompt's tokens and the width."""
+    prompts = states.float().split(list(lengths))
+    return torch.cat([8 * (one - one.mean()) / (one.amax() - one.amin() + 1e-6) for one in prompts])
 
 
 def _normalize_v2(state: Tensor) -> Tensor:
@@ -86,16 +85,36 @@ def extractor_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
+def check_encoder_fits(checkpoint: Checkpoint, width: int, states: int) -> None:
+    """Whether the projection was made for an encoder.
+
+    Args:
+        width: of its hidden states.
+        states: how many it gives: its layers and the embeddings.
+
+    Raises:
+        UserError: no projection, or one for another width or number of layers.
+    """
+    names = extractor_names(checkpoint)
+    flat = checkpoint.shape(next(full for name, full in names.items() if name.endswith("aggregate_embed.weight")))[1]
+    if flat != width * states:
+        raise UserError(
+            f"the text encoder gives {states} states of width {width}, {width * states} features a token; the text projection of "
+            f"{checkpoint.path.name} takes {flat}. It is the wrong --text_encoder for this --ltxv2_model "
+            "(LTX-2 and 2.3 take Gemma 3 12B: 49 x 3840 = 188160)."
+        )
+
+
 def load_feature_extractor(
     checkpoint: Checkpoint, encoder_width: int, *, device: torch.device | str, dtype: torch.dtype
 ) -> FeatureExtractor:
     """Build and fill the extractor, frozen; its shape follows from the tensors.
 
     Args:
-        encoder_width: of the text encoder, to tell width from layers in the flattened axis.
+        encoder_width: of the text encoder, which `check_encoder_fits` has seen; it tells width from layers in the flattened axis.
 
     Raises:
-        UserError: no projection, a mixture of both versions, or a flattened axis that `encoder_width` does not divide.
+        UserError: no projection, or a mixture of both versions.
     """
     names = extractor_names(checkpoint)
     one, both = "aggregate_embed.weight" in names, "video_aggregate_embed.weight" in names
@@ -104,12 +123,7 @@ def load_feature_extractor(
     first = names["aggregate_embed.weight" if one else "video_aggregate_embed.weight"]
     video_width, flat = checkpoint.shape(first)
     audio_width = video_width if one else checkpoint.shape(names["audio_aggregate_embed.weight"])[0]
-    if flat % encoder_width:
-        raise UserError(
-            f"the text encoder is {encoder_width} wide, and the text projection of {checkpoint.path.name} takes {flat} "
-            "features, which is no "
-            f"multiple of it. It is the wrong --text_encoder for this --ltxv2_model (LTX-2 and 2.3 take Gemma 3 12B: 3840 x 49 = 188160)."
-        )
+    assert flat % encoder_width == 0
     with torch.device("meta"):
         extractor = FeatureExtractor(encoder_width, flat // encoder_width, video_width, audio_width, version="V1" if one else "V2")
     fill(extractor, names, checkpoint, device=device, dtype=dtype)

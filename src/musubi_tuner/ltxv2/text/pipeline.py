@@ -1,100 +1,157 @@
-"""Prompts -> what is cached: contexts of 1024 tokens, or features before the connectors."""
+"""Prompts -> what is cached: contexts of 1024 tokens, or features before the connectors.
 
+Two stages, never in memory together: the text encoder with the text projection, then the connectors. Between them wait the features of
+a chunk of prompts, on the CPU.
+"""
+
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names, load_connectors
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, TextEncoder, load_encoder
-from musubi_tuner.ltxv2.text.features import FeatureExtractor, extractor_names, load_feature_extractor
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, TextEncoder, load_encoder, read_encoder_shape
+from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names, load_feature_extractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
+_BATCH = 8
+
+Features = tuple[Tensor, ...]
+"""One prompt's real tokens, on the CPU: (n, Wv) and (n, Wa) of the two streams; with T5 the (n, W) of its last layer alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextPipeline:
-    """Encoder, extractor and connectors, loaded once; dropped as a whole when the work is done."""
+class TextRecipe:
+    """What turns a prompt into a cached text."""
 
-    encoder: TextEncoder
-    extractor: FeatureExtractor | None
-    """None with T5."""
-    connectors: Connectors | None
-    """None with T5 and for features."""
-    both_streams: bool
-    max_length: int
-    device: torch.device
+    checkpoint: Checkpoint
+    """Holds projection and connectors."""
+    config: TransformerConfig
+    options: EncoderOptions
+    mode: Literal["video", "av", "audio"]
+    """`video` keeps the video stream alone."""
+    stage: Literal["context", "features"]
+
+    def check(self) -> None:
+        """Whether the parts fit each other, from configs and headers alone.
+
+        Raises:
+            UserError: an encoder whose width fits neither the projection nor, with T5, the transformer; missing projection or connectors.
+        """
+        shape = read_encoder_shape(self.options)
+        if self.options.backend == "t5":
+            if shape.width != self.config.video_context_width:
+                raise UserError(
+                    f"--text_encoder {self.options.path}: T5 is {shape.width} wide, and the transformer of {self.checkpoint.path.name} "
+                    f"takes a context of {self.config.video_context_width}. Use an encoder of that width, or --text_encoder_backend "
+                    "gemma, which the released models were trained with."
+                )
+            return
+        check_encoder_fits(self.checkpoint, shape.width, shape.states)
+        if self.stage == "context":
+            connector_names(self.checkpoint)
+
+
+class FeatureStage:
+    """Encoder and projection: prompts -> features."""
+
+    def __init__(self, encoder: TextEncoder, extractor: FeatureExtractor | None, dtype: torch.dtype) -> None:
+        self._encoder = encoder
+        self._extractor = extractor
+        self._dtype = dtype
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        """(text, mask) of each prompt, on the CPU.
+    def encode(self, prompts: Sequence[str]) -> list[Features]:
+        """Features of prompts, run together: best of similar length."""
+        states = self._encoder.encode(prompts)
+        packed = states.layers if self._extractor is None else self._extractor(states.layers, states.lengths)
+        streams = [one.to(device="cpu", dtype=self._dtype).split(list(states.lengths)) for one in packed]
+        return list(zip(*streams, strict=True))
 
-        With connectors (1024, Cv) or (1024, Cv + Ca) and a mask of ones; features (n, ...) of valid tokens alone;
-        T5 (max_length, W), padded with zeros, and a mask of its valid tokens.
+
+class FinishStage:
+    """Features -> text and mask as they are cached."""
+
+    def __init__(self, connectors: Connectors | None, recipe: TextRecipe) -> None:
+        self._connectors = connectors
+        self._recipe = recipe
+
+    @torch.inference_mode()
+    def finish(self, features: Sequence[Features]) -> list[tuple[Tensor, Tensor]]:
+        """(text, mask) of each prompt, on the CPU, float32.
+
+        With connectors (1024, Cv) or (1024, Cv + Ca) and a mask of ones; features (n, ...) of real tokens alone;
+        T5 (max_length, W), padded with zeros, and a mask of its real tokens.
         """
-        states = self.encoder.encode(prompts)
-        if self.extractor is None:
-            return [self._pad(one[0]) for one in states]
-        features = [self.extractor(one) for one in states]
-        if self.connectors is None:
-            return [(self._joined(video, audio), torch.ones(video.shape[0], dtype=torch.bool)) for video, audio in features]
-        contexts = self._connect(features)
-        return [(self._joined(video, audio), torch.ones(video.shape[0], dtype=torch.bool)) for video, audio in contexts]
+        if self._recipe.options.backend == "t5":
+            return [self._padded(one[0]) for one in features]
+        streams = features if self._connectors is None else self._connect(features)
+        return [(text, torch.ones(text.shape[0], dtype=torch.bool)) for text in map(self._joined, streams)]
 
-    def token_count(self, prompt: str) -> int:
-        return len(self.encoder.tokenize(prompt))
+    def _connect(self, features: Sequence[Features]) -> list[Features]:
+        device = self._recipe.options.device
+        lengths = torch.tensor([video.shape[0] for video, _ in features], device=device)
+        video, audio = (pad_sequence([pair[stream] for pair in features], batch_first=True).to(device) for stream in (0, 1))
+        return list(zip(*self._connectors(video, audio, lengths), strict=True))
 
-    def _connect(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        lengths = torch.tensor([video.shape[0] for video, _ in features], device=self.device)
-        video, audio = (torch.nn.utils.rnn.pad_sequence([pair[stream] for pair in features], batch_first=True) for stream in (0, 1))
-        return list(zip(*self.connectors(video, audio, lengths), strict=True))
+    def _joined(self, streams: Features) -> Tensor:
+        wanted = streams[:1] if self._recipe.mode == "video" else streams
+        return torch.cat(wanted, dim=-1).float().cpu()
 
-    def _joined(self, video: Tensor, audio: Tensor) -> Tensor:
-        return (torch.cat([video, audio], dim=-1) if self.both_streams else video).float().cpu()
-
-    def _pad(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        missing = self.max_length - states.shape[0]
-        mask = torch.arange(self.max_length) < states.shape[0]
-        return torch.nn.functional.pad(states.float().cpu(), (0, 0, 0, missing)), mask
+    def _padded(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        length = self._recipe.options.max_length
+        mask = torch.arange(length) < states.shape[0]
+        return torch.nn.functional.pad(states.float(), (0, 0, 0, length - states.shape[0])), mask
 
 
-def load_text_pipeline(
-    checkpoint: Checkpoint, config: TransformerConfig, options: EncoderOptions, *, mode: str, stage: str
-) -> TextPipeline:
-    """Load everything that captions need.
-
-    Args:
-        mode: `video` keeps the video context alone; `av` and `audio` both.
-        stage: `context` or `features`.
+def load_feature_stage(recipe: TextRecipe) -> FeatureStage:
+    """Load encoder and projection.
 
     Raises:
-        UserError: an encoder whose width fits neither the projection nor, with T5, the transformer.
+        UserError: what `TextRecipe.check` and `load_encoder` raise.
     """
-    encoder = load_encoder(options)
-    extractor = connectors = None
-    if options.backend == "t5":
-        if encoder.width != config.video_context_width:
-            raise UserError(
-                f"--text_encoder {options.path}: T5 is {encoder.width} wide, and the transformer of {checkpoint.path.name} "
-                "takes a context of "
-                ""
-                f"{config.video_context_width}. Use an encoder of that width, or --text_encoder_backend gemma, which the "
-                "released models were trained with."
-            )
-    else:
-        extractor = load_feature_extractor(checkpoint, encoder.width, device=options.device, dtype=options.dtype)
-        if stage == "context":
-            connectors = load_connectors(checkpoint, device=options.device, dtype=options.dtype)
-    return TextPipeline(
-        encoder=encoder,
-        extractor=extractor,
-        connectors=connectors,
-        both_streams=mode != "video",
-        max_length=options.max_length,
-        device=options.device,
-    )
+    recipe.check()
+    options = recipe.options
+    encoder, extractor = load_encoder(options), None
+    if options.backend != "t5":
+        extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
+    return FeatureStage(encoder, extractor, options.dtype)
+
+
+def load_finish_stage(recipe: TextRecipe) -> FinishStage:
+    """Load the connectors, where the recipe has any."""
+    options, connectors = recipe.options, None
+    if options.backend != "t5" and recipe.stage == "context":
+        connectors = load_connectors(recipe.checkpoint, device=options.device, dtype=options.dtype)
+    return FinishStage(connectors, recipe)
+
+
+def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """(text, mask) of a few prompts; leaves nothing in memory."""
+    features: list[Features] = []
+    first = load_feature_stage(recipe)
+    for start in range(0, len(prompts), _BATCH):
+        features += first.encode(prompts[start : start + _BATCH])
+    del first
+    free_memory(recipe.options.device)
+    second = load_finish_stage(recipe)
+    finished = [pair for start in range(0, len(features), _BATCH) for pair in second.finish(features[start : start + _BATCH])]
+    del second
+    free_memory(recipe.options.device)
+    return finished
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what was let go of."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def projection_fingerprint(checkpoint: Checkpoint) -> str:
