@@ -19,21 +19,20 @@ def test_av_run_in_bf16_has_the_losses_of_the_cpu(tiny_family, tmp_path):
             assert abs(ours[name] - theirs[name]) < 1e-2, (ours["step"], name)
 
 
-def test_blocks_compile_to_one_graph(tiny_family):
-    from musubi_tuner.ltxv2.transformer.load import load_transformer
-    from musubi_tuner.ltxv2.weights import open_checkpoint
-    from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
+def test_blocks_compile_to_one_graph():
+    from musubi_tuner.ltxv2.transformer.block import sequence_axes
+    from musubi_tuner.memory.checkpointing import Recompute
+    from musubi_tuner.memory.engine import BlockEngine
+    from tests import engine_parts
 
-    model = load_transformer(open_checkpoint(tiny_family.ltx23), mode="av", device="cuda", dtype=torch.bfloat16)
-    create_network(model, dim=4, alpha=4, args={}, seed=0)
+    model, network = engine_parts.make_model(3)
+    wanted = [engine_parts.step(model, network, shape) for shape in engine_parts.SHAPES]
+    model.cuda()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda block, *arguments: block(*arguments), fullgraph=True, dynamic=True)
-    model.run_block = lambda block, *arguments: compiled(block, *arguments)
-    adapter = OfficialLTXV2Wrapper(model, "sd3_0_1")
-    for steps in (6, 9, 12):
-        video, audio = torch.randn(1, 128, 2, 2, 3, device="cuda"), torch.randn(1, 8, steps, 16, device="cuda")
-        outputs = adapter.predict_latents(
-            video, torch.tensor(0.5, device="cuda"), torch.randn(1, 16, 192, device="cuda"), audio_latents=audio
-        )
-        sum(output.float().pow(2).mean() for output in outputs).backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "the first block's inputs need no gradient: a graph of its own"
+    torch._dynamo.utils.counters.clear()
+    rungs = [Recompute.NOTHING] * 3
+    model.run_block = BlockEngine(model.transformer_blocks, rungs, max_rank=engine_parts.RANK, compiled=True, sequence_axes=sequence_axes)
+    with torch.device("cuda"):
+        for shape, (loss, _) in zip(engine_parts.SHAPES, wanted, strict=True):
+            assert abs(engine_parts.step(model, network, shape)[0] - loss) < 1e-2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,17 +1,89 @@
-"""Gradient checkpointing of transformer blocks: keep a block's inputs, run it again in the backward pass."""
+"""What a block keeps for its backward pass, and what that pass computes again: a ladder of four rungs, chosen block by block.
 
-from collections.abc import Callable
+A policy looks at each operation and at the shape of its weight. Cheap work between the large matrix products (norms, modulation,
+rotation, activations, the second half of a LoRA) is always computed again.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+
+ATTENTION_OPS = {
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+_WEIGHT_ARGUMENT: dict[Any, int] = {_aten.mm.default: 1, _aten.addmm.default: 2}
+_CODES_ARGUMENT: dict[Any, int] = {}
 
 
-def run_checkpointed(block: Callable[..., Any], *arguments: Any) -> Any:
-    """Run one block so that only its inputs are kept for the backward pass. There is no dropout, so no random state is kept."""
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+class Recompute(StrEnum):
+    """What the backward pass computes again, least first. Each rung keeps less and computes more than the one before."""
+
+    NOTHING = "nothing"
+    """Outputs of frozen linears and attention are kept."""
+    FEED_FORWARD = "feed_forward"
+    """The feed-forward's wide half is computed again."""
+    ALL_BUT_ATTENTION = "all_but_attention"
+    """Only attention outputs are kept."""
+    EVERYTHING = "everything"
+    """Only the block's inputs are kept: what is commonly called gradient checkpointing."""
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Make `model`, which runs its blocks through `model.run_block`, checkpoint each of them."""
-    model.run_block = run_checkpointed
+def register_linear(operation: Any, codes_argument: int) -> None:
+    """Let the ladder treat a custom operation as a frozen linear.
+
+    Args:
+        codes_argument: which argument holds the weight, (out, in) or packed along `in`.
+    """
+    _CODES_ARGUMENT[operation] = codes_argument
+
+
+def keeps(rung: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether the output of one operation is kept.
+
+    Args:
+        max_rank: products that contract no more than this are the second half of a LoRA.
+    """
+    if rung == Recompute.EVERYTHING:
+        return False
+    if operation in ATTENTION_OPS:
+        return True
+    if rung == Recompute.ALL_BUT_ATTENTION:
+        return False
+    if operation in _WEIGHT_ARGUMENT:
+        inputs, outputs = arguments[_WEIGHT_ARGUMENT[operation]].shape
+    elif operation in _CODES_ARGUMENT:
+        outputs, inputs = arguments[_CODES_ARGUMENT[operation]].shape
+    else:
+        return False
+    if operation in _WEIGHT_ARGUMENT and inputs <= max_rank:
+        return False
+    return not (rung == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
+
+
+def checkpointed(rung: Recompute, max_rank: int) -> Callable[..., Any]:
+    """A function that runs `block(*arguments)` on this rung; it compiles as one graph with the block. There is no dropout in a block,
+    so no random state is kept."""
+
+    def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        kept = keeps(rung, max_rank, operation, arguments)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(block: Callable[..., Any], *arguments: Any) -> Any:
+        assert rung and max_rank > 0  # read here so that compiled code is guarded by them: two rungs never share a graph
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    def run_whole(block: Callable[..., Any], *arguments: Any) -> Any:
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return run_whole if rung == Recompute.EVERYTHING else run

@@ -18,7 +18,8 @@ from musubi_tuner.dataset.sampler import BatchPlan
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.networks.formats import read_lora
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
@@ -160,7 +161,8 @@ def _load_model(inputs: Inputs) -> tuple[OfficialLTXV2Wrapper, LoRANetwork]:
         factors, _ = read_lora(config.network.network_weights, network.names)
         network.load_factors(factors)
     if config.optimization.gradient_checkpointing:
-        checkpoint_blocks(transformer)
+        rungs = [Recompute.EVERYTHING] * len(transformer.transformer_blocks)
+        transformer.run_block = BlockEngine(transformer.transformer_blocks, rungs, max_rank=config.network.network_dim)
     return OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format), network
 
 

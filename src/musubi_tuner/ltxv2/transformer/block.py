@@ -53,6 +53,24 @@ class BlockSkips(NamedTuple):
     video_to_audio: Skip = False
 
 
+def sequence_axes(
+    video: Tensor | None, audio: Tensor | None, v: StreamInputs | None, a: StreamInputs | None, skips: BlockSkips
+) -> list[tuple[Tensor, int]]:
+    """Axes of a block's arguments whose length follows the clip: a compiled block takes any, without compiling again."""
+    found: list[tuple[Tensor | None, int]] = [(video, 1), (audio, 1)]
+    for inputs in (v, a):
+        if inputs is None:
+            continue
+        for table in (inputs.rope, inputs.cross_rope):
+            found += [] if table is None else [(table.cos, 2), (table.sin, 2)]
+        for modulation in (inputs.modulation, inputs.cross_modulation, inputs.cross_gate):
+            found += [] if modulation is None else [(modulation.index, 1)]
+        found += [(inputs.self_mask, 3), (inputs.key_mask, 3)]
+        if inputs.self_mask is not None and inputs.self_mask.shape[2] > 1:
+            found.append((inputs.self_mask, 2))
+    return [(tensor, axis) for tensor, axis in found if tensor is not None]
+
+
 class Block(nn.Module):
     """`streams` is ("video", "audio"), ("video",) or ("audio",)."""
 

@@ -1,6 +1,6 @@
 """The LTX-2 transformer: tokens of one or two streams in, velocity out. Names are the official ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,25 @@ TIMESTEP_RULES = ("official", "cross", "own")
 `cross` (ltx-core 1.0.0): both from the other stream's sigma. `own`: both from the stream's own tokens.
 """
 
-RunBlock = Callable[..., tuple[Tensor | None, Tensor | None]]
+States = tuple[Tensor | None, Tensor | None]
+"""(B, N, D) of video and audio; None where the stream is absent."""
+
+RunBlock = Callable[[Block, Sequence[tuple]], list[States]]
+"""(block, arguments of each of its passes) -> the next states of each pass."""
 
 
-def run_plain(block: Block, *arguments: object) -> tuple[Tensor | None, Tensor | None]:
+def run_plain(block: Block, passes: Sequence[tuple]) -> list[States]:
     """How a block is run unless `memory` puts something else in its place."""
-    return block(*arguments)
+    return [block(*arguments) for arguments in passes]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One forward pass: what `LTXModel.forward` takes."""
+
+    video: Modality | None
+    audio: Modality | None
+    perturbations: Perturbations | None = None
 
 
 class TextProjection(nn.Module):
@@ -91,30 +104,16 @@ class LTXModel(nn.Module):
 
         A stream that the model has may be left out (None): the other one then runs as if the cross attentions were off.
         """
-        perturbations = perturbations or Perturbations()
-        states: dict[str, Tensor | None] = {"": None, "audio_": None}
-        inputs: dict[str, StreamInputs | None] = {"": None, "audio_": None}
-        embedded: dict[str, Tensor] = {}
-        given = [
-            (_shape(self.config, name), own, other)
-            for name, own, other in (("video", video, audio), ("audio", audio, video))
-            if own is not None
-        ]
-        for shape, own, other in given:
-            states[shape.prefix] = self._embed_tokens(shape, own)
-            inputs[shape.prefix], embedded[shape.prefix] = self._stream_inputs(shape, own, other)
-        skip_a2v = _with_absent(perturbations.skip_audio_to_video, audio)
-        skip_v2a = _with_absent(perturbations.skip_video_to_audio, video)
+        return self.forward_many([ModelInput(video, audio, perturbations)])[0]
+
+    def forward_many(self, inputs: Sequence[ModelInput]) -> list[Velocity]:
+        """Several independent passes, each block visited once for all of them: one transfer of its weights serves all."""
+        passes = [_Pass(self, given) for given in inputs]
         for index, block in enumerate(self.transformer_blocks):
-            skips = BlockSkips(
-                perturbations.skip_video_self.get(index, False), perturbations.skip_audio_self.get(index, False), skip_a2v, skip_v2a
-            )
-            states[""], states["audio_"] = self.run_block(block, states[""], states["audio_"], inputs[""], inputs["audio_"], skips)
-        outputs = {
-            shape.prefix: self._head(shape, own, states[shape.prefix], embedded[shape.prefix]) if own.enabled else None
-            for shape, own, _ in given
-        }
-        return Velocity(outputs.get(""), outputs.get("audio_"))
+            results = self.run_block(block, [one.arguments(index) for one in passes])
+            for one, states in zip(passes, results, strict=True):
+                one.states = states
+        return [one.velocity() for one in passes]
 
     def _embed_tokens(self, shape: StreamShape, stream: Modality) -> Tensor:
         projection = self.get_submodule(f"{shape.prefix}patchify_proj")
@@ -184,6 +183,44 @@ class LTXModel(nn.Module):
         rows = Modulation(embedded[:, :, None], own.level_index).plus(self.get_parameter(f"{shape.prefix}scale_shift_table"))
         normed = F.layer_norm(x, (x.shape[-1],), eps=self.config.norm_eps)
         return self.get_submodule(f"{shape.prefix}proj_out")(modulate(normed, rows.row(0), rows.row(1)))
+
+
+class _Pass:
+    """One forward pass on its way through the blocks."""
+
+    def __init__(self, model: LTXModel, given: ModelInput) -> None:
+        self._model = model
+        self._given = given
+        self._perturbations = given.perturbations or Perturbations()
+        self._inputs: dict[str, StreamInputs] = {}
+        self._embedded: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
+        for shape, own, other in self._streams():
+            states[shape.prefix] = model._embed_tokens(shape, own)
+            self._inputs[shape.prefix], self._embedded[shape.prefix] = model._stream_inputs(shape, own, other)
+        self.states: States = (states.get(""), states.get("audio_"))
+        self._skip_a2v = _with_absent(self._perturbations.skip_audio_to_video, given.audio)
+        self._skip_v2a = _with_absent(self._perturbations.skip_video_to_audio, given.video)
+
+    def _streams(self) -> list[tuple[StreamShape, Modality, Modality | None]]:
+        video, audio = self._given.video, self._given.audio
+        pairs = (("video", video, audio), ("audio", audio, video))
+        return [(_shape(self._model.config, name), own, other) for name, own, other in pairs if own is not None]
+
+    def arguments(self, index: int) -> tuple:
+        """What the block at `index` is called with."""
+        skips = self._perturbations
+        block_skips = BlockSkips(
+            skips.skip_video_self.get(index, False), skips.skip_audio_self.get(index, False), self._skip_a2v, self._skip_v2a
+        )
+        return (*self.states, self._inputs.get(""), self._inputs.get("audio_"), block_skips)
+
+    def velocity(self) -> Velocity:
+        outputs = {}
+        for shape, own, _ in self._streams():
+            states = self.states[1] if shape.prefix else self.states[0]
+            outputs[shape.prefix] = self._model._head(shape, own, states, self._embedded[shape.prefix]) if own.enabled else None
+        return Velocity(outputs.get(""), outputs.get("audio_"))
 
 
 def _shape(config: TransformerConfig, stream: str) -> StreamShape:

@@ -1,0 +1,110 @@
+"""Runs a model's blocks in training: recomputation rung, compiled graph and streamed weights of each block in one place."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.memory.checkpointing import Recompute, checkpointed
+from musubi_tuner.memory.streaming import BlockStreamer
+
+SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
+"""Arguments of a block -> its tensors whose length follows the clip, and which axis of theirs."""
+
+
+class BlockEngine:
+    """Takes the place of a model's `run_block`.
+
+    With gradients a block runs on its rung, compiled where wanted: one graph for all blocks of a rung, at every length. Without
+    gradients (validation, previews) it runs as it is.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        rungs: Sequence[Recompute | None],
+        *,
+        max_rank: int,
+        compiled: bool = False,
+        backend: str = "inductor",
+        sequence_axes: SequenceAxes | None = None,
+        streamer: BlockStreamer | None = None,
+    ) -> None:
+        """
+        Args:
+            rungs: of each block; None keeps whatever autograd keeps.
+            max_rank: the largest rank of the network.
+            backend: of torch.compile.
+            sequence_axes: needed where `compiled`.
+        """
+        assert len(rungs) == len(blocks)
+        functions = {rung: _function(rung, max_rank, backend if compiled else None) for rung in set(rungs)}
+        self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
+        self._axes = sequence_axes if compiled else None
+        self._streamer = streamer
+        self._anchors: dict[torch.device, Tensor] = {}
+
+    def __call__(self, block: nn.Module, passes: Sequence[tuple]) -> list[tuple]:
+        if self._streamer is not None:
+            self._streamer.before_forward(block)
+        if torch.is_grad_enabled():
+            results = self._with_gradients(block, passes)
+        else:
+            results = [block(*arguments) for arguments in passes]
+        if self._streamer is not None:
+            self._streamer.after_forward(block, last=not torch.is_grad_enabled())
+        return results
+
+    def _with_gradients(self, block: nn.Module, passes: Sequence[tuple]) -> list[tuple]:
+        """The first two arguments of a pass are its states; gates around the block tell the streamer of its backward pass."""
+        entered = self._gate([arguments[:2] for arguments in passes], block, entering=True)
+        results = []
+        for states, arguments in zip(entered, passes, strict=True):
+            arguments = (*states, *arguments[2:])
+            for tensor, axis in self._axes(*arguments) if self._axes else ():
+                torch._dynamo.mark_dynamic(tensor, axis)
+            results.append(self._runs[block](block, *arguments))
+        return self._gate(results, block, entering=False)
+
+    def _gate(self, states: Sequence[tuple], block: nn.Module, *, entering: bool) -> list[tuple]:
+        flat = [tensor for pair in states for tensor in pair if tensor is not None]
+        needed = entering and not all(tensor.requires_grad for tensor in flat)
+        if self._streamer is None and not needed:
+            return list(states)
+        told = None
+        if self._streamer is not None:
+            told = self._streamer.after_backward if entering else self._streamer.before_backward
+        passed = iter(_Gate.apply(self._anchor(flat[0].device), told, block, *flat))
+        return [tuple(None if tensor is None else next(passed) for tensor in pair) for pair in states]
+
+    def _anchor(self, device: torch.device) -> Tensor:
+        """Makes all states require gradients from the first block on, so that one graph serves all blocks."""
+        if device not in self._anchors:
+            self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
+        return self._anchors[device]
+
+
+class _Gate(torch.autograd.Function):
+    """Passes tensors through, and says so in the backward pass once all their gradients are there."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, told: Callable[[nn.Module], None] | None, block: nn.Module, *tensors: Tensor) -> tuple:
+        ctx.set_materialize_grads(False)
+        ctx.told, ctx.block = told, block
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        if ctx.told is not None:
+            ctx.told(ctx.block)
+        return (None, None, None, *gradients)
+
+
+def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Callable[..., Any]:
+    run = _run_plain if rung is None else checkpointed(rung, max_rank)
+    return torch.compile(run, fullgraph=True, backend=backend) if backend else run
+
+
+def _run_plain(block: Callable[..., Any], *arguments: Any) -> Any:
+    return block(*arguments)

@@ -1,0 +1,178 @@
+"""Streaming the frozen weights of some blocks from host memory through a small ring of device buffers.
+
+Weights only ever travel to the device. Each streamed block has one contiguous host buffer, pinned where there is a GPU, and the
+block's tensors are views of one fixed slot of the ring, so a tensor that autograd or a compiled graph has saved is right again as
+soon as the slot holds the block again. Copies run on a stream of their own and are ordered by events: the host never waits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one tensor lies in a block's buffer."""
+
+    module: nn.Module
+    leaf: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One device buffer."""
+
+    buffer: Tensor
+    holds: int | None = None
+    loaded: torch.cuda.Event | None = None
+    """Recorded on the copy stream after the last copy into the buffer."""
+    free: torch.cuda.Event | None = None
+    """Recorded on the compute stream after the last use of the buffer."""
+
+
+def spread(blocks: int, streamed: int) -> list[int]:
+    """Which of `blocks` are streamed: `streamed` of them, evenly spread, so that every copy has about the same time to hide in."""
+    assert 0 <= streamed <= blocks
+    return [(2 * i + 1) * blocks // (2 * streamed) for i in range(streamed)]
+
+
+class BlockStreamer:
+    """Brings each streamed block's weights to its slot before they are read, in both directions of the pass."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, slots: int = 2, poison: bool = False) -> None:
+        """
+        Args:
+            blocks: the streamed blocks in the order of the forward pass; their frozen tensors are moved into host buffers here.
+                Tensors that require gradients stay as they are.
+            slots: buffers on the device; one is in use while the others are being filled.
+            poison: fill a slot with NaN bytes as soon as it is free, so that a stale read shows (for tests).
+        """
+        self._device = device
+        self._poison = poison
+        self._cuda = device.type == "cuda"
+        self._order = {block: number for number, block in enumerate(blocks)}
+        self._places = [_layout(block) for block in blocks]
+        self._host = [_pack(places, pinned=self._cuda) for places in self._places]
+        self._copies = torch.cuda.Stream(device) if self._cuda else None
+        size = max((buffer.numel() for buffer in self._host), default=0)
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
+        for number, places in enumerate(self._places):
+            _view(places, self._slot(number).buffer)
+        for number in range(len(self._slots)):
+            self._load(number)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._host)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(slot.buffer.numel() for slot in self._slots)
+
+    def before_forward(self, block: nn.Module) -> None:
+        self._use(block)
+
+    def after_forward(self, block: nn.Module, *, last: bool) -> None:
+        """
+        Args:
+            last: no backward pass follows: at its end the ring turns back to the first blocks.
+        """
+        number = self._order.get(block)
+        if number is None:
+            return
+        following = number + len(self._slots)
+        if following < len(self._order):
+            self._exchange(number, following)
+        elif last:
+            self._exchange(number, number % len(self._slots))
+
+    def before_backward(self, block: nn.Module) -> None:
+        self._use(block)
+
+    def after_backward(self, block: nn.Module) -> None:
+        number = self._order.get(block)
+        if number is not None and number >= len(self._slots):
+            self._exchange(number, number - len(self._slots))
+
+    def _slot(self, number: int) -> _Slot:
+        return self._slots[number % len(self._slots)]
+
+    def _use(self, block: nn.Module) -> None:
+        number = self._order.get(block)
+        if number is None:
+            return
+        slot = self._slot(number)
+        if slot.holds != number:  # after an interrupted pass: the order starts anew
+            self._load(number)
+        if slot.loaded is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.loaded)
+
+    def _exchange(self, done: int, wanted: int) -> None:
+        """Block `done` is not read any more in this direction; its slot takes block `wanted`."""
+        slot = self._slot(done)
+        if self._cuda:
+            slot.free = torch.cuda.Event()
+            slot.free.record(torch.cuda.current_stream(self._device))
+        if self._poison:
+            slot.buffer.data.fill_(0xFF)
+        if done != wanted or self._poison:
+            self._load(wanted)
+
+    def _load(self, number: int) -> None:
+        slot, host = self._slot(number), self._host[number]
+        slot.holds = number
+        # `.data` keeps autograd's version counter: saved views of the slot are valid whenever it holds their block.
+        if not self._cuda:
+            slot.buffer.data[: host.numel()].copy_(host)
+            return
+        with torch.cuda.stream(self._copies):
+            if slot.free is not None:
+                self._copies.wait_event(slot.free)
+            slot.buffer.data[: host.numel()].copy_(host, non_blocking=True)
+            slot.loaded = torch.cuda.Event()
+            slot.loaded.record(self._copies)
+
+
+def _layout(block: nn.Module) -> list[_Place]:
+    """Frozen tensors of a block, one after the other."""
+    places, offset = [], 0
+    for module in block.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for leaf, tensor in own:
+            if tensor.requires_grad:
+                continue
+            size = tensor.numel() * tensor.element_size()
+            places.append(_Place(module, leaf, tensor.shape, tensor.dtype, offset, offset + size))
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return places
+
+
+def _pack(places: Sequence[_Place], *, pinned: bool) -> Tensor:
+    """One host buffer with all tensors in it; the originals are let go of one by one."""
+    total = -(-places[-1].end // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+    for place in places:
+        tensor = getattr(place.module, place.leaf).detach()
+        buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        _set(place, torch.empty(0, dtype=place.dtype))
+    return buffer
+
+
+def _view(places: Sequence[_Place], buffer: Tensor) -> None:
+    for place in places:
+        _set(place, buffer[place.start : place.end].view(place.dtype).view(place.shape))
+
+
+def _set(place: _Place, tensor: Tensor) -> None:
+    if place.leaf in place.module._parameters:
+        place.module._parameters[place.leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        place.module._buffers[place.leaf] = tensor

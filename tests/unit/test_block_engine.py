@@ -1,0 +1,154 @@
+"""Rungs, compiled blocks, streaming and breadth-first passes give what the plain model gives."""
+
+import itertools
+
+import pytest
+import torch
+
+from musubi_tuner.ltxv2.transformer.block import sequence_axes
+from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.streaming import BlockStreamer, spread
+from tests import engine_parts as parts
+
+
+def engine(model, rungs, **options) -> BlockEngine:
+    return BlockEngine(model.transformer_blocks, rungs, max_rank=parts.RANK, **options)
+
+
+def saved_bytes(model, network) -> int:
+    """Bytes that one step keeps for its backward pass, weights apart."""
+    kept: dict[int, int] = {}
+    frozen = {tensor.data_ptr() for tensor in model.state_dict().values()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in frozen:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        parts.step(model, network, parts.SHAPES[2])
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("rung", [*Recompute, None])
+def test_every_rung_gives_the_same_bits(rung):
+    model, network = parts.make_model(3)
+    plain = parts.step(model, network)
+    model.run_block = engine(model, [rung] * 3)
+    loss, gradients = parts.step(model, network)
+    assert loss == plain[0]
+    assert parts.largest_difference(gradients, plain[1]) == 0
+
+
+def test_blocks_may_stand_on_different_rungs():
+    model, network = parts.make_model(4)
+    plain = parts.step(model, network)
+    model.run_block = engine(model, list(Recompute))
+    loss, gradients = parts.step(model, network)
+    assert loss == plain[0] and parts.largest_difference(gradients, plain[1]) == 0
+
+
+def test_whole_recomputation_keeps_less_than_half():
+    """MEM-03."""
+    model, network = parts.make_model(4)
+    plain = saved_bytes(model, network)
+    model.run_block = engine(model, [Recompute.EVERYTHING] * 4)
+    assert saved_bytes(model, network) < 0.5 * plain
+
+
+@pytest.mark.parametrize(("streamed", "slots"), [(1, 2), (3, 2), (5, 2), (5, 3), (5, 1)])
+@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING, None])
+def test_streamed_blocks_give_the_same_bits(streamed, slots, rung):
+    """Free slots are filled with NaN, so that any read of a slot that does not hold its block shows."""
+    model, network = parts.make_model(5)
+    wanted = [parts.step(model, network, seed=seed) for seed in range(3)]
+    given, _ = parts.make_input(model, parts.SHAPES[1])
+    with torch.no_grad():
+        preview = model(given.video, given.audio)
+    blocks = [model.transformer_blocks[i] for i in spread(5, streamed)]
+    streamer = BlockStreamer(blocks, torch.device("cpu"), slots=slots, poison=True)
+    model.run_block = engine(model, [rung] * 5, streamer=streamer)
+    for seed, (loss, gradients) in enumerate(wanted):
+        ours, our_gradients = parts.step(model, network, seed=seed)
+        assert ours == loss and parts.largest_difference(our_gradients, gradients) == 0
+        with torch.no_grad():
+            seen = model(given.video, given.audio)
+        assert torch.equal(seen.video, preview.video) and torch.equal(seen.audio, preview.audio)
+
+
+def test_a_stale_slot_shows():
+    """The comparison above can fail: a streamer that does not come back for the backward pass spoils the gradients."""
+    model, network = parts.make_model(5)
+    wanted = parts.step(model, network)
+    streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"), slots=2, poison=True)
+    streamer.before_backward = lambda block: None
+    streamer.after_backward = lambda block: None
+    model.run_block = engine(model, [None] * 5, streamer=streamer)
+    loss, gradients = parts.step(model, network)
+    assert loss == wanted[0] and not parts.largest_difference(gradients, wanted[1]) < 1e-3
+
+
+def test_a_pass_that_was_cut_short_does_not_spoil_the_next():
+    model, network = parts.make_model(5)
+    wanted = parts.step(model, network)
+    streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"), slots=2, poison=True)
+    model.run_block = engine(model, [Recompute.EVERYTHING] * 5, streamer=streamer)
+    given, _ = parts.make_input(model, parts.SHAPES[1])
+    model(given.video, given.audio)  # and no backward pass
+    loss, gradients = parts.step(model, network)
+    assert loss == wanted[0] and parts.largest_difference(gradients, wanted[1]) == 0
+
+
+def test_streamed_weights_leave_only_slots_on_the_device():
+    model, _ = parts.make_model(5)
+    size = sum(t.numel() * t.element_size() for t in model.transformer_blocks[0].parameters() if not t.requires_grad)
+    streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"), slots=2)
+    assert 2 * size <= streamer.device_bytes < 2.2 * size
+    assert 5 * size <= streamer.host_bytes < 5.5 * size
+
+
+def test_streamed_blocks_are_evenly_spread():
+    assert spread(48, 48) == list(range(48))
+    for blocks, streamed in itertools.product((5, 48), range(1, 6)):
+        chosen = spread(blocks, streamed)
+        gaps = [b - a for a, b in itertools.pairwise([chosen[-1] - blocks, *chosen])]
+        assert len(set(chosen)) == streamed and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(("count", "tolerance"), [(2, 0.0), (4, 1e-6)])
+@pytest.mark.parametrize("streamed", [0, 5])
+def test_breadth_first_passes_give_the_sum_of_single_ones(streamed, count, tolerance):
+    """One visit of each block serves all micro-batches; with two of them the arithmetic is the same bit for bit."""
+    model, network = parts.make_model(5)
+    inputs = [parts.make_input(model, shape, seed) for seed, shape in enumerate(parts.SHAPES[:count])]
+    for given, targets in inputs:
+        parts.loss_of(model(given.video, given.audio), targets).backward()
+    wanted = parts.taken_gradients(network)
+    streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True)
+    model.run_block = engine(model, [Recompute.EVERYTHING] * 5, streamer=streamer)
+    velocities = model.forward_many([given for given, _ in inputs])
+    sum(parts.loss_of(velocity, targets) for velocity, (_, targets) in zip(velocities, inputs, strict=True)).backward()
+    assert parts.largest_difference(parts.taken_gradients(network), wanted) <= tolerance
+
+
+CUT_ONLY = "aot_eager_decomp_partition"
+"""Captures and partitions as the real compiler does, and runs the graphs uncompiled: seconds instead of half a minute."""
+
+
+@pytest.mark.parametrize(
+    ("rung", "backend", "streamed"),
+    [(Recompute.NOTHING, "inductor", 0), (Recompute.ALL_BUT_ATTENTION, CUT_ONLY, 3), (Recompute.EVERYTHING, CUT_ONLY, 0)],
+)
+def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
+    """No graph break over four lengths and three blocks, streamed or not."""
+    model, network = parts.make_model(3)
+    wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True) if streamed else None
+    model.run_block = engine(model, [rung] * 3, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer)
+    for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
+        ours, our_gradients = parts.step(model, network, shape)
+        assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
