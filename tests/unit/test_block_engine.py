@@ -77,6 +77,17 @@ def test_streamed_blocks_give_the_same_bits(streamed, slots, rung):
         assert torch.equal(seen.video, preview.video) and torch.equal(seen.audio, preview.audio)
 
 
+@pytest.mark.parametrize("streamed", [0, 5])
+def test_inputs_on_the_host_give_the_same_bits(streamed):
+    model, network = parts.make_model(5)
+    wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
+    streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True)
+    model.run_block = engine(model, [Recompute.EVERYTHING] * 5, streamer=streamer, inputs_on_host=True)
+    for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
+        ours, our_gradients = parts.step(model, network, shape)
+        assert ours == loss and parts.largest_difference(our_gradients, gradients) == 0
+
+
 def test_a_stale_slot_shows():
     """The comparison above can fail: a streamer that does not come back for the backward pass spoils the gradients."""
     model, network = parts.make_model(5)
@@ -127,9 +138,13 @@ def test_breadth_first_passes_give_the_sum_of_single_ones(streamed, count, toler
     wanted = parts.taken_gradients(network)
     streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True)
     model.run_block = engine(model, [Recompute.EVERYTHING] * 5, streamer=streamer)
+    loads = []
+    load = streamer._load
+    streamer._load = lambda number: loads.append(number) or load(number)
     velocities = model.forward_many([given for given, _ in inputs])
     sum(parts.loss_of(velocity, targets) for velocity, (_, targets) in zip(velocities, inputs, strict=True)).backward()
     assert parts.largest_difference(parts.taken_gradients(network), wanted) <= tolerance
+    assert loads == ([2, 3, 4, 2, 1, 0] if streamed else []), "each block travels once in each direction, whatever the number of passes"
 
 
 CUT_ONLY = "aot_eager_decomp_partition"

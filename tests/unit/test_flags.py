@@ -98,7 +98,17 @@ def test_mode_comes_from_the_newer_flag_first(argv, mode):
     assert training("--ltxv2_timestep_format", "sd3_0_1", *argv).ltx_mode == mode
 
 
-@pytest.mark.parametrize("argv", [("--network_dim", "0"), ("--learning_rate", "-1"), ("--output_name", "a/b"), ("--network_alpha", "0")])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--network_dim", "0"),
+        ("--learning_rate", "-1"),
+        ("--output_name", "a/b"),
+        ("--network_alpha", "0"),
+        ("--vram_gb", "0"),
+        ("--blocks_to_swap", "-1"),
+    ],
+)
 def test_values_out_of_range_are_named(argv):
     with pytest.raises(UserError, match=argv[0]):
         training("--ltxv2_timestep_format", "sd3_0_1", *argv)
@@ -123,5 +133,6 @@ def test_flags_of_training_are_a_decision():
         "--gradient_accumulation_steps", "--max_grad_norm", "--gradient_checkpointing", "--mixed_precision", "--seed",
         "--max_data_loader_n_workers", "--output_dir", "--output_name", "--save_every_n_steps", "--save_every_n_epochs",
         "--save_precision", "--save_state", "--save_last_n_states", "--resume", "--logging_dir", "--log_with", "--log_every_n_steps",
-        "--validate_every_n_steps",
+        "--validate_every_n_steps", "--vram_gb", "--ram_gb", "--weight_format", "--fp8_base", "--fp8_scaled", "--blocks_to_swap",
+        "--compile", "--attn_mode",
     }  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from musubi_tuner.config.flags import flag
+from musubi_tuner.config.memory import MemoryOptions, check_memory_options
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.runtime.errors import UserError
 
@@ -77,7 +78,6 @@ class OptimizationOptions:
     max_train_epochs: int | None = flag("passes over the data; wins over --max_train_steps", default=None)
     gradient_accumulation_steps: int = flag("batches of one optimizer step", default=1)
     max_grad_norm: float = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
-    gradient_checkpointing: bool = flag("keep only block inputs and compute the rest again", default=True)
     mixed_precision: Literal["no", "bf16"] | None = flag(
         "dtype of the frozen weights; default: what accelerate was launched with", default=None
     )
@@ -117,6 +117,7 @@ class TrainingConfig:
     model: ModelOptions
     network: NetworkOptions
     optimization: OptimizationOptions
+    memory: MemoryOptions
     saving: SavingOptions
     preview: PreviewOptions
     logging: LoggingOptions
@@ -135,6 +136,7 @@ def check_training_config(config: TrainingConfig) -> None:
     """
     if config.mode.ltxv2_timestep_format is None:
         raise UserError(TIMESTEP_FORMAT_HELP)
+    check_memory_options(config.memory)
     optimization, saving = config.optimization, config.saving
     at_least_one = {
         "--network_dim": config.network.network_dim,

@@ -5,7 +5,8 @@ Only the tensors that are asked for are read: a 46 GB file costs its header plus
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ class Checkpoint:
         """Read one tensor through mmap, to the CPU, in its stored dtype."""
         with safe_open(self.entries[name].file, framework="pt", device="cpu") as file:
             return file.get_tensor(name)
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """`tensor` for as long as the context lasts, with each file's header read once: for many tensors."""
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                for file in {entry.file for entry in self.entries.values()}
+            }
+            yield lambda name: files[self.entries[name].file].get_tensor(name)
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """{name without its prefix: full name} of the tensors under any of `prefixes`."""
@@ -222,10 +233,11 @@ def fill(
     problems = _differences(expected, sources, checkpoint)
     if problems:
         raise UserError(f"{checkpoint.path}: its tensors do not fit {type(module).__name__}: " + "; ".join(problems) + ".")
-    for name, full_name in sources.items():
-        tensor = checkpoint.tensor(full_name)
-        tensor = place(name, tensor) if place else cast(tensor, device, dtype)
-        set_tensor(module, name, tensor)
+    with checkpoint.opened() as read:
+        for name, full_name in sources.items():
+            tensor = read(full_name)
+            tensor = place(name, tensor) if place else cast(tensor, device, dtype)
+            set_tensor(module, name, tensor)
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

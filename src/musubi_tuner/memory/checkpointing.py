@@ -21,8 +21,11 @@ ATTENTION_OPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 
-_WEIGHT_ARGUMENT: dict[Any, int] = {_aten.mm.default: 1, _aten.addmm.default: 2}
-_CODES_ARGUMENT: dict[Any, int] = {}
+_LINEARS: dict[Any, Callable[[Sequence[Any]], tuple[int, int]]] = {
+    _aten.mm.default: lambda arguments: tuple(arguments[1].shape),
+    _aten.addmm.default: lambda arguments: tuple(arguments[2].shape),
+}
+"""{operation: its arguments -> (inputs, outputs) of its weight}."""
 
 
 class Recompute(StrEnum):
@@ -38,13 +41,13 @@ class Recompute(StrEnum):
     """Only the block's inputs are kept: what is commonly called gradient checkpointing."""
 
 
-def register_linear(operation: Any, codes_argument: int) -> None:
+def register_linear(operation: Any, features: Callable[[Sequence[Any]], tuple[int, int]]) -> None:
     """Let the ladder treat a custom operation as a frozen linear.
 
     Args:
-        codes_argument: which argument holds the weight, (out, in) or packed along `in`.
+        features: the operation's arguments -> (inputs, outputs) of its weight.
     """
-    _CODES_ARGUMENT[operation] = codes_argument
+    _LINEARS[operation] = features
 
 
 def keeps(rung: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any]) -> bool:
@@ -59,13 +62,10 @@ def keeps(rung: Recompute, max_rank: int, operation: Any, arguments: Sequence[An
         return True
     if rung == Recompute.ALL_BUT_ATTENTION:
         return False
-    if operation in _WEIGHT_ARGUMENT:
-        inputs, outputs = arguments[_WEIGHT_ARGUMENT[operation]].shape
-    elif operation in _CODES_ARGUMENT:
-        outputs, inputs = arguments[_CODES_ARGUMENT[operation]].shape
-    else:
+    if operation not in _LINEARS:
         return False
-    if operation in _WEIGHT_ARGUMENT and inputs <= max_rank:
+    inputs, outputs = _LINEARS[operation](arguments)
+    if inputs <= max_rank:
         return False
     return not (rung == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 

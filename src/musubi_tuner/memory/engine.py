@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import Recompute, checkpointed
+from musubi_tuner.memory.offload import HostCheckpoint, HostStore, spread_out
 from musubi_tuner.memory.streaming import BlockStreamer
 
 SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
@@ -30,6 +31,7 @@ class BlockEngine:
         backend: str = "inductor",
         sequence_axes: SequenceAxes | None = None,
         streamer: BlockStreamer | None = None,
+        inputs_on_host: bool = False,
     ) -> None:
         """
         Args:
@@ -37,8 +39,13 @@ class BlockEngine:
             max_rank: the largest rank of the network.
             backend: of torch.compile.
             sequence_axes: needed where `compiled`.
+            inputs_on_host: blocks are computed again as a whole, and their inputs wait in host memory; rungs then say what the second
+                run keeps for its own moment.
         """
         assert len(rungs) == len(blocks)
+        if inputs_on_host:
+            rungs = [Recompute.NOTHING if compiled else None] * len(blocks)
+        self._store = HostStore() if inputs_on_host else None
         functions = {rung: _function(rung, max_rank, backend if compiled else None) for rung in set(rungs)}
         self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
         self._axes = sequence_axes if compiled else None
@@ -64,8 +71,17 @@ class BlockEngine:
             arguments = (*states, *arguments[2:])
             for tensor, axis in self._axes(*arguments) if self._axes else ():
                 torch._dynamo.mark_dynamic(tensor, axis)
-            results.append(self._runs[block](block, *arguments))
+            results.append(self._run(block, arguments))
         return self._gate(results, block, entering=False)
+
+    def _run(self, block: nn.Module, arguments: tuple) -> tuple:
+        if self._store is None:
+            return self._runs[block](block, *arguments)
+        states = arguments[:2]
+        present = tuple(tensor is not None for tensor in states)
+        given = [tensor for tensor in states if tensor is not None]
+        results = HostCheckpoint.apply(self._store, self._runs[block], block, present, arguments[2:], *given)
+        return spread_out(results, present)
 
     def _gate(self, states: Sequence[tuple], block: nn.Module, *, entering: bool) -> list[tuple]:
         flat = [tensor for pair in states for tensor in pair if tensor is not None]

@@ -1,5 +1,6 @@
 """The trainable layer: a frozen linear with a low-rank update beside it."""
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,7 @@ class LoRALinear(nn.Module):
     module with `in_features` and `out_features` that maps the last axis; B starts at zero, so the start equals the base.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base
         self.rank = rank
@@ -23,7 +24,7 @@ class LoRALinear(nn.Module):
         down = torch.empty(rank, base.in_features)
         bound = 1 / math.sqrt(base.in_features)  # kaiming uniform with a = sqrt(5), as peft starts
         down.uniform_(-bound, bound, generator=generator)
-        device = base.weight.device
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(down.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from musubi_tuner.memory.quantized import QuantizedLinear
 from musubi_tuner.runtime.errors import UserError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -53,7 +54,7 @@ def choose_targets(model: nn.Module, choice: TargetChoice) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, QuantizedLinear))
         and any(search(pattern, name) for pattern in include)
         and not any(pattern.search(name) for pattern in exclude)
     ]

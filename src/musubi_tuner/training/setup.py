@@ -1,34 +1,34 @@
 """From a config to a run: load, adapt, plan; in the order in which mistakes are cheapest to find."""
 
 import dataclasses
-import importlib
 import json
 import logging
+import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
-from musubi_tuner.dataset.collate import DrawRules
+from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
-from musubi_tuner.dataset.sampler import BatchPlan
-from musubi_tuner.ltxv2.transformer.load import load_transformer
+from musubi_tuner.dataset.sampler import BatchPlan, Draw
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.memory.checkpointing import Recompute
-from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.networks.formats import read_lora
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.loss import total_loss
 from musubi_tuner.training.metrics import Trackers
+from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
+from musubi_tuner.training.planning import describe_placement, largest_item
 from musubi_tuner.training.run import Preview, Schedule, TrainingRun
 from musubi_tuner.training.state import load_state
+from musubi_tuner.training.step import StepInputs, item_losses
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class Inputs:
 def build_run(inputs: Inputs) -> TrainingRun:
     """Load the transformer, put the network on it, and restore a state where one is given."""
     config = inputs.config
-    wrapper, network = _load_model(inputs)
+    rules = draw_rules(config, "train", config.optimization.seed)
+    loaded = _load_model(inputs, rules)
+    wrapper, network = loaded.wrapper, loaded.network
     schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
     optimization = config.optimization
     optimizer = make_optimizer(
@@ -67,8 +69,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
         parse_pairs(optimization.optimizer_args, "--optimizer_args"),
     )
     scheduler = make_scheduler(optimization.lr_scheduler, optimizer, warmup_steps=optimization.lr_warmup_steps, total_steps=schedule.total)
-    rules = draw_rules(config, "train", optimization.seed)
-    settings = _settings(config, inputs)
+    settings = _settings(config, inputs, loaded.placement.weight_format)
     start_step = 0
     if config.saving.resume is not None:
         start_step, differences = load_state(
@@ -103,7 +104,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
         validator=validator,
     )
     if inputs.processes.is_main:
-        log.info(banner(inputs, run))
+        log.info(banner(inputs, run, loaded))
     return run
 
 
@@ -140,44 +141,41 @@ def make_schedule(config: TrainingConfig, items: tuple[Item, ...], processes: in
     )
 
 
-def _load_model(inputs: Inputs) -> tuple[OfficialLTXV2Wrapper, LoRANetwork]:
+def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
     config = inputs.config
-    transformer = load_transformer(
-        inputs.checkpoint,
-        mode=config.ltx_mode,
+    batch = _largest_batch(inputs, rules)
+
+    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
+        on_device = batch.to(inputs.device)
+        started = time.perf_counter()
+        losses = item_losses(wrapper, on_device, StepInputs(video_sigma=on_device.video_sigma, audio_sigma=on_device.audio_sigma))
+        total_loss(losses, on_device.video_weight, on_device.audio_weight).backward()
+        for parameter in network.parameters():
+            parameter.grad = None
+        if inputs.device.type == "cuda":
+            torch.cuda.synchronize(inputs.device)
+        return time.perf_counter() - started
+
+    request = ModelRequest(
+        config=config,
+        checkpoint=inputs.checkpoint,
         device=inputs.device,
         dtype=inputs.dtype,
-        timestep_rule=config.mode.av_timestep_rule,
+        items=inputs.items,
+        text_tokens=batch.text.shape[1],
+        processes=inputs.processes,
     )
-    module = _network_module(config.network.network_module)
-    network = module.create_network(
-        transformer,
-        dim=config.network.network_dim,
-        alpha=config.network.network_alpha,
-        args=parse_pairs(config.network.network_args, "--network_args"),
-        seed=config.optimization.seed,
-    )
-    if config.network.network_weights is not None:
-        factors, _ = read_lora(config.network.network_weights, network.names)
-        network.load_factors(factors)
-    if config.optimization.gradient_checkpointing:
-        rungs = [Recompute.EVERYTHING] * len(transformer.transformer_blocks)
-        transformer.run_block = BlockEngine(transformer.transformer_blocks, rungs, max_rank=config.network.network_dim)
-    return OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format), network
+    return load_model(request, trial)
 
 
-def _network_module(name: str) -> ModuleType:
-    name = NETWORK_MODULE if name in NETWORK_MODULE_ALIASES else name
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--network_module {name}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}.") from error
-    if not hasattr(module, "create_network"):
-        raise UserError(f"--network_module {name}: has no function 'create_network'. The built-in one is {NETWORK_MODULE}.")
-    return module
+def _largest_batch(inputs: Inputs, rules: DrawRules) -> Batch:
+    """The batch that a plan must hold, from real caches; its draws are nobody else's."""
+    largest = largest_item(inputs.items, inputs.config.ltx_mode)
+    draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]
+    return make_batch(draws, inputs.config.ltx_mode, dataclasses.replace(rules, purpose="trial"))
 
 
-def _settings(config: TrainingConfig, inputs: Inputs) -> dict[str, Any]:
+def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
     """Flags and facts that shape the result, as plain JSON values."""
     values: dict[str, Any] = {}
     for section in (config.mode, config.network, config.optimization, config.saving):
@@ -185,7 +183,7 @@ def _settings(config: TrainingConfig, inputs: Inputs) -> dict[str, Any]:
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
                 value = getattr(section, field.name)
                 values[field.name] = str(value) if isinstance(value, Path) else value
-    values |= {"dtype": str(inputs.dtype), "processes": inputs.processes.count, "items": len(inputs.items)}
+    values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
     return json.loads(json.dumps(values))
 
 
@@ -233,7 +231,7 @@ def _report_resume(path: Path, step: int, total: int, differences: list[str]) ->
             log.warning("  %s", line)
 
 
-def banner(inputs: Inputs, run: TrainingRun) -> str:
+def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
     """What is about to be trained, in one table."""
     config = inputs.config
     streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
@@ -258,4 +256,5 @@ def banner(inputs: Inputs, run: TrainingRun) -> str:
             f"process(es), {inputs.device}",
         ),
     ]
+    rows += [*describe_placement(loaded.placement, inputs.dtype), *loaded.notes]
     return format_table(rows, ("training", ""))

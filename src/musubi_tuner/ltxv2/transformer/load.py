@@ -53,10 +53,13 @@ def load_transformer(
     needed = set(model.state_dict())
     weights = {name: full for name, full in names.items() if not name.endswith(_SCALES) and (name in needed or name not in whole)}
 
+    scales = {name: full for name, full in names.items() if name.endswith(".weight_scale")}
+    with checkpoint.opened() as read:
+        scale_of = {name.removesuffix("_scale"): read(full).float() for name, full in scales.items()}
+
     def dequantized(name: str, tensor: Tensor) -> Tensor:
-        scale_name = names.get(name.removesuffix(".weight") + ".weight_scale")
-        if scale_name is not None and name.endswith(".weight"):
-            tensor = (tensor.float() * checkpoint.tensor(scale_name).float()).to(dtype)
+        if name in scale_of:
+            tensor = (tensor.float() * scale_of[name]).to(dtype)
         return place(name, tensor) if place else cast(tensor, torch.device(device), dtype)
 
     fill(model, weights, checkpoint, device=device, dtype=dtype, place=dequantized)

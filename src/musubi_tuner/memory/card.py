@@ -1,0 +1,105 @@
+"""What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from musubi_tuner.memory.plan import Budget
+from musubi_tuner.memory.quantized import FP8
+from musubi_tuner.memory.step_model import CardRates
+
+GIB = 2**30
+_HOST_RESERVE = 6 * GIB
+"""For the process itself, its loaders and the system's file cache."""
+_DEVICE_MARGIN = 0.94
+"""Of the free device memory; the rest is for the allocator's gaps and libraries' workspaces."""
+
+
+def measure_rates(device: torch.device) -> tuple[CardRates, str | None]:
+    """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and the faster low-bit format (None where
+    the card has neither fp8 nor int8 products, or they are slower than bf16)."""
+    cuda = device.type == "cuda"
+    rows, inner, outer, heads = (4096, 4096, 16384, 32) if cuda else (256, 256, 512, 4)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
+    operations = 2.0 * rows * inner * outer
+    bf16 = operations / seconds_of(lambda: a @ b.t(), device)
+    low = {name: operations / seconds_of(run, device) for name, run in _low_bit_products(a, b, device).items()}
+    best = max(low, key=low.__getitem__, default=None)
+    best = best if best is not None and low[best] > bf16 else None
+    query = torch.randn(1, heads, rows, 128, device=device, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        attention = 4.0 * heads * rows * rows * 128 / seconds_of(lambda: F.scaled_dot_product_attention(query, query, query), device)
+    both = seconds_of(lambda: F.scaled_dot_product_attention(query, query, query).backward(query.detach()), device)
+    source = torch.empty(rows * outer, device=device, dtype=dtype)
+    size = source.numel() * source.element_size()
+    target = torch.empty_like(source)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
+    device_bytes = torch.empty(size, dtype=torch.uint8, device=device)
+    attention_work = 4.0 * heads * rows * rows * 128
+    backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)
+    rates = CardRates(
+        bf16=bf16,
+        low_bit=low[best] if best else bf16,
+        attention_forward=attention,
+        attention_backward=backward,
+        bandwidth=2 * size / seconds_of(lambda: target.copy_(source), device),
+        host_to_device=size / seconds_of(lambda: device_bytes.copy_(host, non_blocking=True), device),
+    )
+    return rates, best
+
+
+def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | None) -> Budget:
+    """What may be used: what is free now, or less where the user caps it (GB of 1024^3 bytes)."""
+    import psutil
+
+    host = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    if vram_gb is not None:
+        free = min(free, int(vram_gb * GIB))
+    if ram_gb is not None:
+        host = min(host, int(ram_gb * GIB))
+    return Budget(device=int(free * _DEVICE_MARGIN), host=max(0, host - _HOST_RESERVE))
+
+
+def can_compile(device: torch.device) -> str | None:
+    """Why blocks cannot be compiled here; None where they can."""
+    if device.type != "cuda":
+        return "compiling pays on a GPU only"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (on Windows: pip install triton-windows)"
+    return None
+
+
+def _low_bit_products(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """Products that the card has in its own instructions."""
+    if device.type != "cuda":
+        return {}
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 9):
+        a8, b8 = a.to(FP8), b.to(FP8)
+        ones = [torch.ones(shape, device=device) for shape in ((a.shape[0], 1), (1, b.shape[0]))]
+        found["fp8"] = lambda: torch._scaled_mm(a8, b8.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16)
+    if capability >= (8, 0):
+        ai, bi = a.to(torch.int8), b.to(torch.int8)
+        found["int8"] = lambda: torch._int_mm(ai, bi.t())
+    return found
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Shortest of a few runs after two to warm up."""
+    cuda = device.type == "cuda"
+    times = []
+    for _ in range(repeats + 2):
+        if cuda:
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return max(min(times[2:]), 1e-9)

@@ -1,0 +1,110 @@
+"""Whole recomputation whose kept block inputs wait in host memory instead of on the device."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One tensor on the host, and its copy on the way back."""
+
+    host: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    stored: torch.cuda.Event | None = None
+    back: Tensor | None = None
+    fetched: torch.cuda.Event | None = None
+
+
+class HostStore:
+    """Last in, first out. Copies run on a stream of their own; while one block is computed again, the inputs of the next come back."""
+
+    def __init__(self) -> None:
+        self._outstanding: list[tuple[_Kept, ...]] = []
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def put(self, tensors: Sequence[Tensor]) -> tuple[_Kept, ...]:
+        kept = tuple(self._put(tensor) for tensor in tensors)
+        self._outstanding.append(kept)
+        return kept
+
+    def take(self, kept: tuple[_Kept, ...]) -> list[Tensor]:
+        """The tensors on their device again; their host buffers are free for others."""
+        for one in kept:
+            self._fetch(one)
+        self._outstanding = [other for other in self._outstanding if other is not kept]
+        for one in self._outstanding[-1] if self._outstanding else ():
+            self._fetch(one)
+        tensors = []
+        for one in kept:
+            if one.fetched is not None:
+                torch.cuda.current_stream(one.device).wait_event(one.fetched)
+            tensors.append(one.back)
+            self._free.setdefault((one.host.shape, one.host.dtype), []).append(one.host)
+        return tensors
+
+    def _put(self, tensor: Tensor) -> _Kept:
+        free = self._free.get((tensor.shape, tensor.dtype))
+        cuda = tensor.is_cuda
+        host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+        kept = _Kept(host, tensor.device, tensor.dtype)
+        if not cuda:
+            host.copy_(tensor)
+            return kept
+        self._stream = self._stream or torch.cuda.Stream(tensor.device)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+            kept.stored = torch.cuda.Event()
+            kept.stored.record(self._stream)
+        tensor.record_stream(self._stream)
+        return kept
+
+    def _fetch(self, one: _Kept) -> None:
+        if one.back is not None:
+            return
+        if one.stored is None:
+            one.back = one.host.clone()
+            return
+        with torch.cuda.stream(self._stream):
+            one.back = one.host.to(one.device, non_blocking=True)
+            one.fetched = torch.cuda.Event()
+            one.fetched.record(self._stream)
+        one.back.record_stream(torch.cuda.current_stream(one.device))
+
+
+class HostCheckpoint(torch.autograd.Function):
+    """Runs a block without gradients, keeps its inputs in `store`, and runs it again in the backward pass.
+
+    Gradients of the block's parameters are accumulated by the second run itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, store: HostStore, run: Callable[..., Any], block: nn.Module, present: tuple[bool, ...], rest: tuple, *states: Tensor
+    ) -> tuple:
+        ctx.run, ctx.block, ctx.store, ctx.present, ctx.rest = run, block, store, present, rest
+        ctx.kept = store.put(states)
+        with torch.no_grad():
+            results = block(*spread_out(states, present), *rest)
+        return tuple(result for result in results if result is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        states = [tensor.detach().requires_grad_() for tensor in ctx.store.take(ctx.kept)]
+        with torch.enable_grad():
+            results = [one for one in ctx.run(ctx.block, *spread_out(states, ctx.present), *ctx.rest) if one is not None]
+        pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None]
+        torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
+        return (None, None, None, None, None, *(state.grad for state in states))
+
+
+def spread_out(tensors: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """`tensors` at the places that are `present`, None at the others."""
+    remaining = iter(tensors)
+    return tuple(next(remaining) if there else None for there in present)

@@ -1,0 +1,238 @@
+"""Frozen linears in few bits: fp8 and int8 that multiply in their own format, forward and backward from the same codes, and nf4.
+
+Each is one custom operation with a gradient for its input alone, so nothing of a dequantized weight is ever kept for the backward pass,
+and the recomputation ladder sees it as one linear.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musubi_tuner.memory.checkpointing import register_linear
+
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+_INT8_MAX = 127.0
+NF4_BLOCK = 64
+_TINY = 1e-12
+_SMALLEST_INT8_ROWS = 32
+"""`torch._int_mm` on CUDA wants more than 16 rows."""
+
+# Quantiles of a normal distribution, scaled to -1..1 (QLoRA, Dettmers et al. 2023, appendix E).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A weight in few bits."""
+
+    format: str
+    values: Tensor
+    """(out, in) fp8 or int8; (out, in / 2) uint8 for nf4, the even column in the high half."""
+    scale: Tensor
+    """(out,) float32; (out, in / 64) float16 for nf4."""
+
+
+def quantize(weight: Tensor, weight_format: str) -> Codes:
+    """Codes of an (out, in) weight: one scale for each output row, in nf4 for each 64 inputs of a row."""
+    weight = weight.float()
+    if weight_format == "nf4":
+        return _quantize_nf4(weight)
+    largest = _FP8_MAX if weight_format == "fp8" else _INT8_MAX
+    scale = weight.abs().amax(dim=1).clamp(min=_TINY) / largest
+    values = weight / scale[:, None]
+    return Codes(weight_format, values.to(FP8) if weight_format == "fp8" else values.round().to(torch.int8), scale)
+
+
+def dequantize(codes: Codes) -> Tensor:
+    """(out, in) float32."""
+    if codes.format == "nf4":
+        return _nf4_weight(codes.values, codes.scale, torch.float32)
+    return codes.values.float() * codes.scale[:, None]
+
+
+def relative_error(weight: Tensor, codes: Codes) -> float:
+    """|W - dequantized| / |W| in the Frobenius norm."""
+    weight = weight.float()
+    return float((weight - dequantize(codes)).norm() / weight.norm().clamp(min=_TINY))
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W in codes; frozen. Returns the dtype of `x`."""
+
+    def __init__(self, codes: Codes, bias: Tensor | None, in_features: int) -> None:
+        super().__init__()
+        self.format = codes.format
+        self.in_features = in_features
+        self.out_features = codes.values.shape[0]
+        self.register_buffer("codes", codes.values)
+        self.register_buffer("scale", codes.scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _OPERATIONS[self.format](x, self.codes, self.scale, self.bias)
+
+    def dequantized_weight(self) -> Tensor:
+        """(out, in) float32, outside autograd."""
+        return dequantize(Codes(self.format, self.codes, self.scale))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format}"
+
+
+class LowBitPlacer:
+    """Puts each tensor of a checkpoint where it belongs while it is loaded: in codes or in the compute dtype, on the device or the host.
+
+    One weight at a time is quantized, on the device, so the model in full precision is nowhere held.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        weight_format: str | None,
+        low_bit: Callable[[str], bool],
+        on_host: Callable[[str], bool],
+    ) -> None:
+        """
+        Args:
+            weight_format: None keeps all weights in `dtype`.
+            low_bit, on_host: by the name of a tensor: is it to be in codes, does it stay on the host.
+        """
+        self._device, self._dtype, self._format = device, dtype, weight_format
+        self._low_bit, self._on_host = low_bit, on_host
+        self._codes: dict[str, Codes] = {}
+        self.errors: dict[str, float] = {}
+        """Relative error of each quantized weight."""
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        target = torch.device("cpu") if self._on_host(name) else self._device
+        if self._format is None or not self._low_bit(name):
+            return tensor.to(device=target, dtype=self._dtype if tensor.is_floating_point() else None)
+        weight = tensor.to(self._device).float()
+        codes = quantize(weight, self._format)
+        self.errors[name] = relative_error(weight, codes)
+        self._codes[name] = Codes(codes.format, codes.values.to(target), codes.scale.to(target))
+        return torch.empty(0, dtype=self._dtype)
+
+    def swap_linears(self, model: nn.Module) -> None:
+        """Replace the linears whose weights are in codes; call it once the model is filled."""
+        for name, codes in self._codes.items():
+            path = name.removesuffix(".weight")
+            owner_path, _, leaf = path.rpartition(".")
+            linear = model.get_submodule(path)
+            bias = None if linear.bias is None else linear.bias.detach()
+            model.get_submodule(owner_path).add_module(leaf, QuantizedLinear(codes, bias, linear.in_features))
+        self._codes.clear()
+
+
+def _quantize_nf4(weight: Tensor) -> Codes:
+    rows, columns = weight.shape
+    assert columns % NF4_BLOCK == 0, f"nf4 needs a multiple of {NF4_BLOCK} inputs, not {columns}"
+    blocks = weight.view(rows, columns // NF4_BLOCK, NF4_BLOCK)
+    scale = blocks.abs().amax(dim=2).to(torch.float16).clamp(min=torch.finfo(torch.float16).tiny)
+    table = torch.tensor(_NF4, device=weight.device)
+    borders = (table[1:] + table[:-1]) / 2
+    indices = torch.bucketize(blocks / scale[..., None].float(), borders).to(torch.uint8).view(rows, columns)
+    return Codes("nf4", (indices[:, 0::2] << 4) | indices[:, 1::2], scale)
+
+
+def _nf4_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    table = torch.tensor(_NF4, device=codes.device, dtype=torch.float32)
+    pairs = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1)
+    values = table[pairs.int()].view(*scale.shape, NF4_BLOCK) * scale[..., None].float()
+    return values.view(codes.shape[0], -1).to(dtype)
+
+
+def _quantize_rows(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Rows scaled into -largest..largest in float32, and their scales (rows, 1)."""
+    x = x.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / largest
+    return x / scale, scale
+
+
+def _multiply_fp8(x: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) times right (K, N), column-major fp8 with (N,) scales."""
+    rows, row_scale = _quantize_rows(x, _FP8_MAX)
+    out = torch._scaled_mm(rows.to(FP8), right, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16)
+    out = out.to(x.dtype)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _multiply_int8(x: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) times right (K, N) int8 with (N,) scales."""
+    rows, row_scale = _quantize_rows(x, _INT8_MAX)
+    codes = rows.round().to(torch.int8)
+    missing = max(0, _SMALLEST_INT8_ROWS - codes.shape[0])
+    product = torch._int_mm(F.pad(codes, (0, 0, 0, missing)), right)[: codes.shape[0]]
+    out = (product.float() * row_scale * scale).to(x.dtype)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _input_gradient(multiply: Callable[..., Tensor], gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """dx = (dy * scale) codes: the output scales are folded into dy, so that the same codes serve both directions."""
+    flat = gradient.reshape(-1, gradient.shape[-1]).float() * scale
+    # Both operands of a low-bit product must be contiguous along the summed axis: the codes are turned over on the fly.
+    turned = codes.t().contiguous().t()
+    ones = torch.ones(codes.shape[1], device=codes.device)
+    return multiply(flat.to(gradient.dtype), turned, ones, None).view(*gradient.shape[:-1], codes.shape[1])
+
+
+def _define(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor], inputs_of: Callable[[Tensor], int]) -> Any:
+    """A custom operation `ltxv2::NAME(x, codes, scale, bias)` with a gradient for x."""
+
+    def run(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return forward(flat, codes, scale, bias).view(*x.shape[:-1], codes.shape[0])
+
+    def run_backward(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return backward(gradient, codes, scale)
+
+    operation = torch.library.custom_op(f"ltxv2::{name}", run, mutates_args=())
+    reverse = torch.library.custom_op(f"ltxv2::{name}_input_gradient", run_backward, mutates_args=())
+    operation.register_fake(lambda x, codes, scale, bias: x.new_empty(*x.shape[:-1], codes.shape[0]))
+    reverse.register_fake(lambda gradient, codes, scale: gradient.new_empty(*gradient.shape[:-1], inputs_of(codes)))
+
+    def keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    def differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return reverse(gradient, *ctx.saved_tensors), None, None, None
+
+    operation.register_autograd(differentiate, setup_context=keep)
+    register_linear(getattr(torch.ops.ltxv2, name).default, lambda arguments: (inputs_of(arguments[1]), arguments[1].shape[0]))
+    return operation
+
+
+def _nf4_forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, _nf4_weight(codes, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _nf4_backward(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return gradient @ _nf4_weight(codes, scale, gradient.dtype)
+
+
+_OPERATIONS = {
+    "fp8": _define(
+        "fp8_linear",
+        lambda x, codes, scale, bias: _multiply_fp8(x, codes.t(), scale, bias),
+        lambda gradient, codes, scale: _input_gradient(_multiply_fp8, gradient, codes, scale),
+        lambda codes: codes.shape[1],
+    ),
+    "int8": _define(
+        "int8_linear",
+        lambda x, codes, scale, bias: _multiply_int8(x, codes.t(), scale, bias),
+        lambda gradient, codes, scale: _input_gradient(_multiply_int8, gradient, codes, scale),
+        lambda codes: codes.shape[1],
+    ),
+    "nf4": _define("nf4_linear", _nf4_forward, _nf4_backward, lambda codes: 2 * codes.shape[1]),
+}

@@ -1,0 +1,154 @@
+"""Operations, bytes and seconds of one training step, from plain numbers: what the planner decides by and the benchmark compares with.
+
+Counts were checked against dispatch-mode counts of the real block (docs/memory_and_speed.md). A unit is one bf16 tensor of the
+video stream: tokens * video width * 2 bytes.
+"""
+
+from dataclasses import dataclass
+
+ATTENTION_BACKWARD = 2.5
+"""Floating point operations of attention's backward pass over those of its forward pass: scores are computed again."""
+
+_NF4_BYTES = 0.5 + 2 / 64
+BYTES_PER_WEIGHT = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": _NF4_BYTES}
+
+TRAFFIC_FORWARD, TRAFFIC_BACKWARD = 94.0, 103.0
+"""Units that a compiled block moves outside of its matrix products and attention, LoRA's thin products included."""
+TRAFFIC_EAGER = 2.6
+"""How many times more a block moves that is not compiled."""
+TRAFFIC_QUANTIZED = 8.0
+"""Units more in each direction where activations are quantized."""
+TRANSIENT_UNITS = 12.0
+"""Backward temporaries of the block in flight, beside what it keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """What one rung of the recomputation ladder keeps and costs."""
+
+    name: str
+    units: float
+    """Kept for each block, its input included."""
+    linear_again: float
+    """Share of the forward pass's frozen products that is computed again."""
+    attention_again: bool
+
+
+RUNGS = (
+    Rung("nothing", 16.8, 0.0, False),
+    Rung("feed_forward", 12.7, 0.25, False),
+    Rung("all_but_attention", 3.6, 0.75, False),
+    Rung("everything", 1.0, 0.75, True),
+)
+"""Units counted on the compiled block of 2.3 (tests/unit/test_block_budgets.py). The feed-forward's second product is in none: nobody
+needs its output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A transformer's sizes."""
+
+    blocks: int
+    video_dim: int
+    audio_dim: int
+    block_weights: int
+    """Weights of the large linears of one block, which can be stored in few bits."""
+    other_weights: int
+    """All the rest, which stays in the compute dtype."""
+
+    @property
+    def weights(self) -> int:
+        return self.blocks * self.block_weights + self.other_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One step's sizes; tokens are those of the whole batch of clips."""
+
+    video_tokens: int
+    audio_tokens: int
+    text_tokens: int
+    clips: int
+    trainable: int
+    optimizer_bytes: float
+    """Of the optimizer's states, for each trainable weight."""
+
+
+def linear_operations(shape: ModelShape, work: Workload) -> float:
+    """Of one block's frozen linears in the forward pass (architecture sheet 2.6 for the widths)."""
+    d, a = shape.video_dim, shape.audio_dim
+    video = (14 * d * d + 4 * d * a) * work.video_tokens
+    audio = (14 * a * a + 4 * a * a) * work.audio_tokens
+    text = (2 * d * d + 2 * a * a) * work.text_tokens * work.clips
+    return 2.0 * (video + audio + text)
+
+
+def gradient_operations(shape: ModelShape, work: Workload) -> float:
+    """Of one block's frozen linears in the backward pass: gradients of inputs alone, and none of the text."""
+    text = 2.0 * (2 * shape.video_dim**2 + 2 * shape.audio_dim**2) * work.text_tokens * work.clips
+    return linear_operations(shape, work) - text
+
+
+def attention_operations(shape: ModelShape, work: Workload) -> float:
+    """Of one block's attention in the forward pass, clips apart."""
+    v, a, t = work.video_tokens / work.clips, work.audio_tokens / work.clips, work.text_tokens
+    video = 4 * v * (v + t) * shape.video_dim
+    audio = 4 * (a * a + a * t + 2 * v * a) * shape.audio_dim
+    return work.clips * (video + audio)
+
+
+def adapter_operations(shape: ModelShape, work: Workload) -> float:
+    """Of one block's adapters, forward and backward."""
+    tokens = (work.video_tokens + work.audio_tokens) / 2
+    return 3 * 2.0 * work.trainable / shape.blocks * tokens
+
+
+def unit_bytes(shape: ModelShape, work: Workload) -> float:
+    return 2.0 * (work.video_tokens * shape.video_dim + work.audio_tokens * shape.audio_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardRates:
+    """What a card reaches, measured or assumed: operations and bytes a second."""
+
+    bf16: float
+    low_bit: float
+    """fp8 or int8 products, quantizing apart; that of bf16 where the card has neither."""
+    attention_forward: float
+    attention_backward: float
+    bandwidth: float
+    host_to_device: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSeconds:
+    """One block's time in each direction."""
+
+    forward: float
+    backward: float
+
+
+def block_seconds(shape: ModelShape, work: Workload, rates: CardRates, rung: Rung, *, weight_format: str, compiled: bool) -> BlockSeconds:
+    """Products, attention and traffic one after the other."""
+    low = weight_format in ("fp8", "int8")
+    rate = rates.low_bit if low else rates.bf16
+    linear, gradient, attention = linear_operations(shape, work), gradient_operations(shape, work), attention_operations(shape, work)
+    adapters = adapter_operations(shape, work) / 3 / rates.bf16
+    traffic = unit_bytes(shape, work) / rates.bandwidth * (1.0 if compiled else TRAFFIC_EAGER)
+    quantizing = TRAFFIC_QUANTIZED * traffic if low else 0.0
+    unpacking = shape.block_weights * (BYTES_PER_WEIGHT["nf4"] + 2 * 2) / rates.bandwidth if weight_format == "nf4" else 0.0
+    forward = linear / rate + attention / rates.attention_forward + adapters + TRAFFIC_FORWARD * traffic + quantizing + unpacking
+    backward = gradient / rate + ATTENTION_BACKWARD * attention / rates.attention_backward + 2 * adapters
+    backward += TRAFFIC_BACKWARD * traffic + quantizing + unpacking + rung.linear_again * linear / rate
+    if rung.attention_again:
+        backward += attention / rates.attention_forward + TRAFFIC_FORWARD * traffic
+    return BlockSeconds(forward=forward, backward=backward)
+
+
+def floor_seconds(shape: ModelShape, work: Workload, rates: CardRates) -> float:
+    """No recomputation, no traffic: products and attention at the card's bf16 rates."""
+    attention = attention_operations(shape, work)
+    products = linear_operations(shape, work) + gradient_operations(shape, work) + adapter_operations(shape, work)
+    return shape.blocks * (
+        products / rates.bf16 + attention / rates.attention_forward + ATTENTION_BACKWARD * attention / rates.attention_backward
+    )

@@ -1,0 +1,253 @@
+"""The transformer of a run: planned, loaded, adapted, proved by one step."""
+
+import importlib
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.ltxv2.transformer.block import sequence_axes
+from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
+from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.memory.attention import fastest_attention, use_attention
+from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.quantized import LowBitPlacer
+from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.networks.formats import read_lora
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.training.planning import (
+    Machine,
+    Placement,
+    largest_workload,
+    model_shape,
+    place_by_hand,
+    place_by_plan,
+    read_machine,
+)
+
+log = logging.getLogger(__name__)
+
+_LOW_BIT = re.compile(r"transformer_blocks\.(\d+)\.\w*(attn\w*\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.weight")
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+_TRIALS = 4
+_AFTER_TOO_LITTLE = 1.15
+"""How much more memory than predicted is reckoned with after each trial that ran out of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRequest:
+    """What a model is loaded for."""
+
+    config: TrainingConfig
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    items: tuple[Item, ...]
+    text_tokens: int
+    processes: Processes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model that is ready for its first step."""
+
+    wrapper: OfficialLTXV2Wrapper
+    network: LoRANetwork
+    placement: Placement
+    notes: tuple[tuple[str, str], ...]
+    """Rows for the banner: what was measured."""
+
+
+Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
+"""One forward and backward pass of the largest batch; returns its seconds."""
+
+
+def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
+    """Load by the plan and prove it by `trial`; where the card runs out of memory, plan again with less.
+
+    Raises:
+        UserError: no plan fits, or none held after a few trials.
+    """
+    config, device = request.config, request.device
+    machine = read_machine(device, config.memory, processes=request.processes.count)
+    if machine is None:
+        placement = place_by_hand(config.memory, read_config(request.checkpoint).num_layers, device)
+        return _load(request, placement)
+    sizes = _sizes(request)
+    factor = 1.0
+    for _ in range(_TRIALS):
+        placement = request.processes.gather(_plan(request, machine, sizes, factor))[0]
+        proved = _load_and_prove(request, placement, trial)
+        if all(request.processes.gather(proved is not None)):
+            return proved
+        factor *= _AFTER_TOO_LITTLE
+        log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
+        del proved
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise UserError(
+        "the largest batch ran out of memory however it was planned. Use a smaller resolution, fewer frames or batch_size 1, or close "
+        "other programs that use the card."
+    )
+
+
+def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial) -> LoadedModel | None:
+    """None where the device ran out of memory."""
+    try:
+        return _proved(_load(request, placement), trial, request.device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _proved(loaded: LoadedModel, trial: Trial, device: torch.device) -> LoadedModel:
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
+    seconds = trial(loaded.wrapper, loaded.network)
+    plan = loaded.placement.plan
+    text = f"{seconds:.3f} s"
+    if cuda and plan is not None:
+        peak = torch.cuda.max_memory_allocated(device)
+        text += f", {peak / 2**30:.2f} GiB on the device ({peak / plan.device_bytes - 1:+.0%} of the prediction)"
+    return LoadedModel(
+        wrapper=loaded.wrapper,
+        network=loaded.network,
+        placement=loaded.placement,
+        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of the largest batch")),
+    )
+
+
+def _sizes(request: ModelRequest) -> tuple[int, int, int]:
+    """Weights of quantizable linears, of the whole model, and of the network, counted without memory."""
+    config = request.config
+    with torch.device("meta"):
+        model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode]).requires_grad_(False)
+    low_bit = sum(p.numel() for name, p in model.named_parameters() if _LOW_BIT.fullmatch(name))
+    total = sum(p.numel() for p in model.parameters())
+    network = _make_network(model, config)
+    return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
+
+
+def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
+    config = request.config
+    low_bit, total, trainable = sizes
+    work = largest_workload(
+        request.items,
+        config.ltx_mode,
+        text_tokens=request.text_tokens,
+        trainable=trainable,
+        optimizer=config.optimization.optimizer_type,
+    )
+    shape = model_shape(read_config(request.checkpoint), low_bit, total)
+    full = "bf16" if request.dtype == torch.bfloat16 else "float32"
+    return place_by_plan(config.memory, machine, shape, work, full_format=full, factor=factor)
+
+
+def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
+    config, device = request.config, request.device
+    streamed = frozenset(placement.streamed)
+
+    def block_of(name: str) -> int | None:
+        found = _BLOCK.match(name)
+        return int(found.group(1)) if found else None
+
+    placer = LowBitPlacer(
+        device=device,
+        dtype=request.dtype,
+        weight_format=placement.weight_format,
+        low_bit=lambda name: bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept,
+        on_host=lambda name: block_of(name) in streamed,
+    )
+    transformer = load_transformer(
+        request.checkpoint,
+        mode=config.ltx_mode,
+        device=device,
+        dtype=request.dtype,
+        timestep_rule=config.mode.av_timestep_rule,
+        place=placer,
+    )
+    placer.swap_linears(transformer)
+    network = _make_network(transformer, config, device)
+    if config.network.network_weights is not None:
+        factors, _ = read_lora(config.network.network_weights, network.names)
+        network.load_factors(factors)
+    blocks = transformer.transformer_blocks
+    transformer.run_block = BlockEngine(
+        blocks,
+        placement.rungs,
+        max_rank=config.network.network_dim,
+        compiled=placement.compiled,
+        sequence_axes=sequence_axes,
+        streamer=BlockStreamer([blocks[index] for index in placement.streamed], device) if streamed else None,
+        inputs_on_host=placement.inputs_on_host,
+    )
+    notes = [("quantization", _describe_errors(placer.errors))] if placer.errors else []
+    notes += _choose_attention(request)
+    return LoadedModel(
+        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format),
+        network=network,
+        placement=placement,
+        notes=tuple(notes),
+    )
+
+
+def _describe_errors(errors: dict[str, float]) -> str:
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return f"relative error of {len(errors)} weights: {mean:.2%} in the mean, {errors[worst]:.2%} at worst ({worst})"
+
+
+def _choose_attention(request: ModelRequest) -> list[tuple[str, str]]:
+    mode, device = request.config.memory.attn_mode, request.device
+    if mode != "auto":
+        use_attention(mode)
+        return [("attention", f"{mode}, as asked")]
+    if device.type != "cuda":
+        return []
+    config = read_config(request.checkpoint)
+    work = largest_workload(request.items, request.config.ltx_mode, text_tokens=0, trainable=0, optimizer="sgd")
+    tokens = max(1, work.video_tokens or work.audio_tokens) // work.clips
+    head = config.attention_head_dim if work.video_tokens else config.audio_attention_head_dim
+    times = fastest_attention(device, request.dtype, tokens=tokens, heads=config.num_attention_heads, head_dim=head)
+    best = next(iter(times))
+    use_attention(best)
+    return [("attention", ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()) + f" -> {best}")]
+
+
+def _make_network(transformer: LTXModel, config: TrainingConfig, device: torch.device | None = None) -> LoRANetwork:
+    network: LoRANetwork = network_module(config.network.network_module).create_network(
+        transformer,
+        dim=config.network.network_dim,
+        alpha=config.network.network_alpha,
+        args=parse_pairs(config.network.network_args, "--network_args"),
+        seed=config.optimization.seed,
+    )
+    if device is not None:  # blocks that are streamed still lie on the host
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(device)
+    return network
+
+
+def network_module(name: str) -> ModuleType:
+    """The module called `name`.
+
+    Raises:
+        UserError: it cannot be imported, or makes no network.
+    """
+    name = NETWORK_MODULE if name in NETWORK_MODULE_ALIASES else name
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--network_module {name}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}.") from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name}: has no function 'create_network'. The built-in one is {NETWORK_MODULE}.")
+    return module

@@ -1,0 +1,101 @@
+"""Memory and speed flags through the real program: same result where the arithmetic is the same, and no crash in any combination."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from musubi_tuner import ltxv2_train_network
+from musubi_tuner.memory.attention import use_default_attention
+from musubi_tuner.runtime.errors import UserError
+from tests import training_parts as parts
+
+
+@pytest.fixture(scope="module")
+def data(tiny_family, tmp_path_factory):
+    return parts.make_data(tmp_path_factory.mktemp("data"), tiny_family, "av", held_out=False)
+
+
+def run(data, output, *extra: str, steps: int = 3) -> dict[str, torch.Tensor]:
+    flags = ["--output_dir", str(output), "--save_precision", "float32", "--max_train_steps", str(steps), *extra]
+    assert ltxv2_train_network.main(data.arguments(*flags)) == 0
+    return load_file(output / "ltxv2_lora.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    return run(data, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps one precision for a process; a test with another one needs a clean slate, and leaves one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--blocks_to_swap", "1"),
+        ("--blocks_to_swap", "2"),
+        ("--no-gradient_checkpointing",),
+        ("--gradient_checkpointing", "--blocks_to_swap", "2"),
+    ],
+)
+def test_flags_that_change_no_arithmetic_change_no_bit(data, plain, tmp_path, flags):
+    ours = run(data, tmp_path, *flags)
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_attention_kernels_differ_in_rounding_alone(data, plain, tmp_path):
+    """ADP-18."""
+    try:
+        ours = run(data, tmp_path, "--attn_mode", "math")
+    finally:
+        use_default_attention()
+    assert max(float((ours[name] - plain[name]).abs().max()) for name in plain) < 1e-5
+
+
+@pytest.mark.parametrize(("weight_format", "swapped"), list(itertools.product(("fp8", "int8", "nf4"), ("0", "2"))))
+def test_low_bit_weights_train_and_preview(data, plain, tmp_path, caplog, weight_format, swapped):
+    """MEM-04: every format, streamed or not, trains and previews before step 0."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("rain on a roof --w 64 --h 64 --f 9 --s 2\n", encoding="utf-8")
+    flags = ["--weight_format", weight_format, "--blocks_to_swap", swapped]
+    flags += ["--sample_prompts", str(prompts), "--sample_at_first", "--text_encoder", str(data.encoder)]
+    with caplog.at_level(logging.INFO):
+        ours = run(data, tmp_path / "out", *flags)
+    assert "relative error of" in caplog.text and weight_format in caplog.text
+    assert any((tmp_path / "out").rglob("*.mp4"))
+    learned, wanted = (torch.cat([one[name].flatten() for name in plain if "lora_B" in name]) for one in (ours, plain))
+    assert float(torch.nn.functional.cosine_similarity(learned, wanted, dim=0)) > 0.8, "three steps of Adam turn signs into sizes"
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "int8", "nf4"])
+def test_low_bit_weights_train_in_bf16(data, tmp_path, weight_format, fresh_accelerator):
+    lora = run(data, tmp_path, "--weight_format", weight_format, "--blocks_to_swap", "1", "--mixed_precision", "bf16")
+    assert all(bool(torch.isfinite(value).all()) for value in lora.values())
+
+
+def test_a_cap_is_planned_for_proved_and_kept_to(data, plain, tmp_path, caplog):
+    """The planner with this machine's measured rates; a cap between the leanest plan and the whole model."""
+    with caplog.at_level(logging.INFO):
+        ours = run(data, tmp_path, "--vram_gb", "0.04")
+    assert "predicted" in caplog.text and "forward and backward of the largest batch" in caplog.text
+    assert ours.keys() == plain.keys()
+
+
+def test_a_cap_that_nothing_fits_says_what_is_missing(data, tmp_path):
+    with pytest.raises(UserError, match="no plan fits: the leanest one .* GiB may be used.*resolution"):
+        run(data, tmp_path, "--vram_gb", "0.001")
+
+
+def test_contradicting_formats_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="--fp8_base and --weight_format nf4"):
+        run(data, tmp_path, "--fp8_base", "--weight_format", "nf4")

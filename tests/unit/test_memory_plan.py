@@ -1,0 +1,108 @@
+"""The planner against the step model: within budget, better with more, and what it says of the released models."""
+
+import itertools
+
+import pytest
+
+from musubi_tuner.memory.plan import SLOTS, Budget, Wishes, candidates, choose_plan, count_rungs, fits, leanest_plan
+from musubi_tuner.memory.step_model import (
+    RUNGS,
+    CardRates,
+    ModelShape,
+    Workload,
+    attention_operations,
+    block_seconds,
+    floor_seconds,
+    gradient_operations,
+    linear_operations,
+)
+
+GB = 10**9
+LARGE = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
+ALL_FORMATS = Wishes(formats=("bf16", "fp8", "nf4"))
+
+
+def work(video_tokens: int = 6144, audio_tokens: int = 126, clips: int = 1) -> Workload:
+    return Workload(
+        video_tokens=video_tokens, audio_tokens=audio_tokens, text_tokens=1024, clips=clips, trainable=214_000_000, optimizer_bytes=8
+    )
+
+
+def rates(bf16: float = 148, low: float = 279, forward: float = 145, backward: float = 120, bandwidth: float = 0.92, host: float = 25):
+    """A card of 24 GB, in TFLOP/s, TB/s and GB/s."""
+    return CardRates(
+        bf16=bf16 * 1e12, low_bit=low * 1e12, attention_forward=forward * 1e12, attention_backward=backward * 1e12,
+        bandwidth=bandwidth * 1e12, host_to_device=host * 1e9,
+    )  # fmt: skip
+
+
+def test_counts_are_those_of_the_real_block():
+    """TFLOP of one block at 6144 video, 126 audio and 1024 text tokens, as counted by a dispatch mode (docs/memory_and_speed.md)."""
+    assert linear_operations(LARGE, work()) / 1e12 == pytest.approx(3.439 - 0.031, rel=0.01)
+    assert gradient_operations(LARGE, work()) / 1e12 == pytest.approx(3.384 - 0.062, rel=0.01)
+    assert attention_operations(LARGE, work()) / 1e12 == pytest.approx(0.735, rel=0.002)
+
+
+def test_two_clips_are_twice_one():
+    single, double = work(1000, 50), work(2000, 100, clips=2)
+    for count in (linear_operations, gradient_operations, attention_operations):
+        assert count(LARGE, double) == pytest.approx(2 * count(LARGE, single))
+
+
+def test_each_rung_keeps_less_and_takes_longer():
+    seconds = [sum_of(block_seconds(LARGE, work(), rates(), rung, weight_format="bf16", compiled=True)) for rung in RUNGS]
+    assert seconds == sorted(seconds) and [rung.units for rung in RUNGS] == sorted((rung.units for rung in RUNGS), reverse=True)
+    assert floor_seconds(LARGE, work(), rates()) < 48 * seconds[0]
+
+
+def sum_of(seconds) -> float:
+    return seconds.forward + seconds.backward
+
+
+def test_plans_stay_in_the_budget_and_get_better_with_more():
+    shapes = (work(384, 0), work(14080, 126))
+    for one in shapes:
+        best = {}
+        for device, host in itertools.product((8, 16, 24, 80), (8, 16, 48)):
+            budget = Budget(device=device * GB, host=host * GB)
+            plan = choose_plan(LARGE, one, rates(), budget, ALL_FORMATS)
+            best[device, host] = plan
+            if plan is None:
+                assert not fits(leanest_plan(LARGE, one, rates(), ALL_FORMATS), Budget(device=device * GB, host=10**13)) or host < 48
+            else:
+                assert plan.device_bytes <= budget.device and plan.host_bytes <= budget.host
+        for (device, host), plan in best.items():
+            for (more_device, more_host), better in best.items():
+                if plan is not None and more_device >= device and more_host >= host:
+                    assert better is not None and better.score <= plan.score * 1.0002
+
+
+def test_the_best_plan_is_the_best_of_all():
+    budget = Budget(device=24 * GB, host=16 * GB)
+    chosen = choose_plan(LARGE, work(), rates(), budget, ALL_FORMATS)
+    others = [plan for plan in candidates(LARGE, work(), rates(), ALL_FORMATS) if fits(plan, budget)]
+    assert len(others) > 100 and chosen.score <= min(plan.score for plan in others) + 1e-4
+
+
+def test_released_models_fit_the_cards_that_people_own():
+    """768x512x49 with sound in 16 GB with 32 GB of host memory; 24 GB at 6k tokens without waiting for weights."""
+    small = choose_plan(LARGE, work(2688, 51), rates(87, 166, 86, 72, 0.66), Budget(device=int(15.5 * GB), host=18 * GB), ALL_FORMATS)
+    assert small is not None
+    middle = choose_plan(LARGE, work(), rates(), Budget(device=int(23.5 * GB), host=18 * GB), ALL_FORMATS)
+    assert middle is not None and middle.stalled < 0.15 * middle.seconds
+    large = choose_plan(LARGE, work(), rates(711, 1066, 620, 515, 4.3, 50), Budget(device=139 * GB, host=100 * GB), ALL_FORMATS)
+    assert large.weight_format == "bf16" and large.streamed == 0 and count_rungs(large) == {"nothing": 48}
+
+
+def test_wishes_are_kept_to():
+    fixed = Wishes(formats=("fp8",), streamed=20, rung="everything")
+    plan = choose_plan(LARGE, work(), rates(), Budget(device=24 * GB, host=48 * GB), fixed)
+    assert (plan.weight_format, plan.streamed, set(plan.rungs)) == ("fp8", 20, {"everything"})
+    assert plan.host_bytes >= 20 * LARGE.block_weights
+
+
+def test_waiting_for_weights_is_counted():
+    few = choose_plan(LARGE, work(64, 2), rates(), Budget(device=139 * GB, host=48 * GB), Wishes(formats=("bf16",), streamed=48))
+    assert few.stalled > 0.5 * few.seconds
+    assert few.device_bytes < 48 * 2 * LARGE.block_weights
+    assert SLOTS * 2 * LARGE.block_weights < few.device_bytes
