@@ -1,0 +1,355 @@
+"""Times one training step side by side: ours, diffusers with peft, ltx-core with peft, on the same random weights, in one run.
+
+    python -m benchmarks.step --sizes real --blocks 4 8 --shapes all          on a GPU
+    python -m benchmarks.step --sizes toy                                      anywhere, as a check of correctness
+
+A gate comes first: loss and LoRA gradients must agree. Times of 48 blocks are extrapolated from two depths, and say so.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import step_models as models
+from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, real_config
+from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+from musubi_tuner.memory.card import can_compile, measure_rates
+from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload, floor_seconds
+
+TOY_SHAPES = {"toy small": (2, 4, 6, 9), "toy large": (4, 6, 8, 25)}
+BLOCKS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One implementation at one shape and depth, in seconds and bytes; medians."""
+
+    implementation: str
+    shape: str
+    blocks: int
+    forward: float
+    backward: float
+    optimizer: float
+    issue: float
+    """Host seconds until the whole step was issued."""
+    kernels: int
+    saved_bytes: int
+    """Allocated more after the forward pass than before it."""
+    peak_bytes: int
+    """Allocated more at the worst moment of the step than before it."""
+    first_step: float
+    """With compiling."""
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    toy = options.sizes == "toy"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shapes = TOY_SHAPES if toy else {name: SHAPES[name] for name in (SHAPES if "all" in options.shapes else options.shapes)}
+    depths = [2] if toy else options.blocks
+    rates, _ = measure_rates(device)
+    readings: list[Reading] = []
+    gates: list[str] = []
+    for depth in depths:
+        section = _section(toy, depth)
+        config = TransformerConfig.from_checkpoint_config(section)
+        weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, 4 if toy else RANK)
+        makers = _makers(options.impl, config, section, weights, adapters, device)
+        text = 32 if toy else TEXT_TOKENS
+        sample = models.make_sample(config, shapes[next(iter(shapes))], text, device, dtype)
+        gates += check(makers, sample, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
+        for name, shape in shapes.items():
+            sample = models.make_sample(config, shape, text, device, dtype)
+            readings += time_all(makers, sample, name, depth, rounds=options.rounds)
+    text = report(readings, gates, rates, device, dtype, toy)
+    print(text)
+    if options.output:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{date.today()}-{_device_name(device).replace(' ', '-').lower()}-step"
+        (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
+        (folder / f"{stem}.json").write_text(json.dumps([asdict(one) for one in readings], indent=1), encoding="utf-8")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sizes", choices=("real", "toy"), default="real", help="layer sizes (default: real)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8], help="depths that are timed (default: 4 8)")
+    parser.add_argument("--shapes", nargs="+", default=["all"], choices=["all", *SHAPES], help="clips (default: all)")
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=["ours", "ours-rungs", "diffusers", "ltx-core"],
+        help="ours, ours-rungs, ours-eager, ours-fp8, ours-int8, ours-nf4, ours-streamed, diffusers, ltx-core\n"
+        "(default: ours ours-rungs diffusers ltx-core)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; implementations take turns (default: 5)")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--output", help="folder for the table and the numbers")
+    return parser.parse_args(argv)
+
+
+Maker = Callable[[], models.Implementation]
+
+
+def _makers(
+    names: Sequence[str],
+    config: TransformerConfig,
+    section: dict[str, Any],
+    weights: dict[str, Tensor],
+    adapters: dict[str, Tensor],
+    device: torch.device,
+) -> dict[str, Maker]:
+    """{what it is: how to build it}; what is not installed is left out with a note."""
+    compiled = can_compile(device) is None
+    word = "compiled" if compiled else "not compiled"
+
+    def ours(name: str, **options: Any) -> tuple[str, Maker]:
+        settings = {"rung": Recompute.NOTHING, "compiled": compiled, **options}
+        return name, lambda: models.ours(name, config, weights, adapters, **settings)
+
+    known: dict[str, list[tuple[str, Maker]]] = {
+        "ours": [ours(f"ours, {word}, nothing again")],
+        "ours-rungs": [ours(f"ours, {word}, {rung.replace('_', ' ')} again", rung=rung) for rung in list(Recompute)[1:]],
+        "ours-eager": [ours("ours, not compiled, everything again", rung=Recompute.EVERYTHING, compiled=False)],
+        "ours-streamed": [ours("ours, half of the blocks streamed", streamed=config.num_layers // 2)],
+        **{f"ours-{name}": [ours(f"ours, {word}, {name}", weight_format=name)] for name in ("fp8", "int8", "nf4")},
+        "diffusers": [
+            (f"diffusers + peft{word}", lambda on=on: models.diffusers_peft(config, weights, adapters, checkpointed=on))
+            for on, word in ((True, ", checkpointed"), (False, ""))
+        ],
+        "ltx-core": [
+            (f"ltx-core + peft{word}", lambda on=on: models.ltx_core_peft(section, weights, adapters, checkpointed=on))
+            for on, word in ((True, ", checkpointed"), (False, ""))
+        ],
+    }
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"--impl {' '.join(unknown)}: unknown; known are {', '.join(known)}")
+    return {title: make for name in names for title, make in known[name]}
+
+
+def check(makers: dict[str, Maker], sample: models.Sample, *, tolerance: float) -> list[str]:
+    """Everybody's loss and gradients against the first one's; quantized ones are only reported.
+
+    Raises:
+        SystemExit: they disagree.
+    """
+    lines, wanted = [], None
+    for title, make in makers.items():
+        try:
+            implementation = make()
+            loss = implementation.forward(sample)
+            loss.backward()
+        except ImportError as error:
+            lines.append(f"{title}: skipped, {error}")
+            continue
+        except torch.OutOfMemoryError:
+            lines.append(f"{title}: out of memory")
+            continue
+        flat = torch.cat([implementation.adapters[name].grad.float().flatten() for name in sorted(implementation.adapters)])
+        if wanted is None:
+            wanted = (float(loss.detach()), flat)
+        off = abs(float(loss.detach()) - wanted[0]) / wanted[0]
+        apart = float((flat - wanted[1]).norm() / wanted[1].norm())
+        lines.append(f"{title}: loss off by {off:.1e}, gradients by {apart:.1e}")
+        exact = not any(word in title for word in ("fp8", "int8", "nf4"))
+        if exact and (off > tolerance or apart > tolerance):
+            raise SystemExit(f"the gate is closed: {lines[-1]} (tolerance {tolerance})")
+        del implementation, loss
+    return lines
+
+
+def time_all(makers: dict[str, Maker], sample: models.Sample, shape: str, depth: int, *, rounds: int) -> list[Reading]:
+    """All are built on the same weights; rounds run through the list forwards and backwards in turn, so that drift falls on all alike."""
+    runners: dict[str, _Runner] = {}
+    for title, make in makers.items():
+        try:
+            runners[title] = _Runner(make(), sample)
+        except (ImportError, torch.OutOfMemoryError):
+            continue  # the gate has said so
+    for number in range(rounds):
+        for runner in list(runners.values()) if number % 2 == 0 else reversed(runners.values()):
+            runner.round()
+    return [runner.reading(title, shape, depth) for title, runner in runners.items()]
+
+
+class _Runner:
+    """One implementation with its optimizer, warmed up."""
+
+    def __init__(self, implementation: models.Implementation, sample: models.Sample) -> None:
+        self._implementation, self._sample = implementation, sample
+        self._device = sample.video.device
+        self._parameters = list(implementation.adapters.values())
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6, fused=self._device.type == "cuda")
+        self._first = _clock(self._device, self._step)
+        for _ in range(2):
+            self._step()
+        self._rows: list[tuple[float, ...]] = []
+        self._saved = self._peak = 0
+
+    def round(self) -> None:
+        """One timed step."""
+        cuda = self._device.type == "cuda"
+        before = 0
+        if cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+        started = time.perf_counter()
+        marks = [_mark(self._device)]
+        loss = self._implementation.forward(self._sample)
+        marks.append(_mark(self._device))
+        if cuda:
+            self._saved = torch.cuda.memory_allocated(self._device) - before
+        loss.backward()
+        marks.append(_mark(self._device))
+        self._update()
+        marks.append(_mark(self._device))
+        issued = time.perf_counter() - started
+        self._rows.append((*_between(marks), issued))
+        if cuda:
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - before)
+
+    def reading(self, title: str, shape: str, depth: int) -> Reading:
+        forward, backward, optimizer, issue = (statistics.median(column) for column in zip(*self._rows, strict=True))
+        return Reading(title, shape, depth, forward, backward, optimizer, issue, self._kernels(), self._saved, self._peak, self._first)
+
+    def _step(self) -> None:
+        self._implementation.forward(self._sample).backward()
+        self._update()
+
+    def _update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _kernels(self) -> int:
+        """Launched in one step; 0 on the CPU, which has none."""
+        if self._device.type != "cuda":
+            return 0
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            self._step()
+            torch.cuda.synchronize()
+        return sum(event.count for event in found.key_averages())
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(marks: list) -> list[float]:
+    if isinstance(marks[0], float):
+        return [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    torch.cuda.synchronize()
+    return [earlier.elapsed_time(later) / 1000 for earlier, later in zip(marks, marks[1:], strict=False)]
+
+
+def _clock(device: torch.device, run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def extrapolate(readings: Sequence[Reading], title: str, shape: str) -> float | None:
+    """Seconds of 48 blocks from T(n) = a + b n through two depths."""
+    points = sorted((one.blocks, one.step) for one in readings if (one.implementation, one.shape) == (title, shape))
+    if len(points) < 2:
+        return None
+    (n, first), (m, second) = points[0], points[-1]
+    return first + (second - first) / (m - n) * (BLOCKS - n)
+
+
+def report(readings: Sequence[Reading], gates: Sequence[str], rates: CardRates, device: torch.device, dtype: torch.dtype, toy: bool) -> str:
+    lines = [f"# One training step on {_device_name(device)}", ""]
+    lines.append(f"{date.today()}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {platform.platform()}.")
+    lines.append("Measured ceilings: " + ", ".join(f"{name} {value:.3g}" for name, value in asdict(rates).items()) + ".")
+    lines += ["", "Gate:", *(f"- {line}" for line in gates), ""]
+    lines.append(
+        "| shape | blocks | implementation | forward | backward | optimizer | step s | issue s | kernels | saved GB | peak above weights GB | first s |"
+    )
+    lines.append("|---" * 12 + "|")
+    for one in readings:
+        lines.append(
+            f"| {one.shape} | {one.blocks} | {one.implementation} | {one.forward:.4f} | {one.backward:.4f} | {one.optimizer:.4f} | "
+            f"{one.step:.4f} | {one.issue:.4f} | {one.kernels} | {one.saved_bytes / 1e9:.2f} | {one.peak_bytes / 1e9:.2f} | "
+            f"{one.first_step:.1f} |"
+        )
+    if not toy:
+        lines += ["", f"Extrapolated to {BLOCKS} blocks (a + b n through the depths above):", ""]
+        lines += ["| shape | implementation | step s | of the floor | against the fastest other |", "|---" * 5 + "|"]
+        for shape in dict.fromkeys(one.shape for one in readings):
+            lines += _extrapolated(readings, shape, rates)
+    if device.type != "cuda":
+        lines += ["", "A CPU says nothing of a GPU's times; kernels and memory are not measured here."]
+    return "\n".join(lines)
+
+
+def _extrapolated(readings: Sequence[Reading], shape: str, rates: CardRates) -> list[str]:
+    titles = dict.fromkeys(one.implementation for one in readings if one.shape == shape)
+    seconds = {title: value for title in titles if (value := extrapolate(readings, title, shape)) is not None}
+    others = [value for title, value in seconds.items() if not title.startswith("ours")]
+    floor = _floor(shape, rates)
+    return [
+        f"| {shape} | {title} | {value:.3f} | {floor / value:.0%} | {f'{min(others) / value:.2f}x' if others else '-'} |"
+        for title, value in seconds.items()
+    ]
+
+
+def _floor(shape: str, rates: CardRates) -> float:
+    frames, rows, columns, steps = SHAPES[shape]
+    config = real_config()
+    model = ModelShape(
+        blocks=BLOCKS, video_dim=config.video_dim, audio_dim=config.audio_dim, block_weights=386_500_000, other_weights=430_000_000
+    )
+    work = Workload(
+        video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=214_000_000, optimizer_bytes=8
+    )
+    return floor_seconds(model, work, rates)
+
+
+def _section(toy: bool, depth: int) -> dict[str, Any]:
+    from musubi_tuner.tiny import configs
+
+    section = configs.transformer_section("2.3") | {"num_layers": depth}
+    if toy:
+        return section
+    real = real_config()
+    names = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "caption_channels", "audio_num_attention_heads",
+             "audio_attention_head_dim", "audio_cross_attention_dim", "in_channels", "out_channels", "audio_in_channels",
+             "audio_out_channels")  # fmt: skip
+    return section | {name: getattr(real, name) for name in names}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
