@@ -292,7 +292,8 @@ def report(readings: Sequence[Reading], gates: Sequence[str], rates: CardRates, 
     lines.append("Measured ceilings: " + ", ".join(f"{name} {value:.3g}" for name, value in asdict(rates).items()) + ".")
     lines += ["", "Gate:", *(f"- {line}" for line in gates), ""]
     lines.append(
-        "| shape | blocks | implementation | forward | backward | optimizer | step s | issue s | kernels | saved GB | peak above weights GB | first s |"
+        "| shape | blocks | implementation | forward | backward | optimizer | step s | issue s | kernels | saved GB | "
+        "peak above weights GB | first s |"
     )
     lines.append("|---" * 12 + "|")
     for one in readings:
