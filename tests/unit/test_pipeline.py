@@ -10,13 +10,17 @@ from musubi_tuner.encoding.pipeline import Stages, run_pipeline
 from musubi_tuner.runtime.errors import UserError
 
 
-def stages(written: dict[int, int], *, batches: list[list[int]] | None = None, decode=lambda job: job, write=None) -> Stages[int, int, int]:
+def stages(
+    written: dict[int, int], *, batches: list[list[int]] | None = None, decode=lambda job: job, write=None
+) -> Stages[int, int, int, int]:
     def encode(values):
         if batches is not None:
             batches.append(list(values))
         return [value * 10 for value in values]
 
-    return Stages(decode=decode, shape=lambda value: value // 100, encode=encode, write=write or written.__setitem__)
+    return Stages(
+        decode=decode, shape=lambda value: value // 100, encode=encode, settle=lambda value: value, write=write or written.__setitem__
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -45,8 +49,8 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on() -> None:
 
     written: dict[int, int] = {}
     done = []
-    failures = run_pipeline(range(6), stages(written, decode=decode, write=write), batch_size=2, workers=2, on_done=lambda: done.append(1))
-    assert sorted(failures) == [(2, "damaged"), (4, "NaN")]
+    finished = run_pipeline(range(6), stages(written, decode=decode, write=write), batch_size=2, workers=2, on_done=lambda: done.append(1))
+    assert sorted(finished.failures) == [(2, "damaged"), (4, "NaN")]
     assert sorted(written) == [0, 1, 3, 5] and len(done) == 6
 
 
@@ -82,4 +86,16 @@ def test_no_more_is_decoded_ahead_than_workers_and_a_batch() -> None:
             held -= 1
 
     run_pipeline(range(60), stages({}, decode=decode, write=write), batch_size=2, workers=3, on_done=lambda: None)
-    assert most <= 3 + 2 + 2 + 2  # ahead, in the encoder, waiting to be written
+    assert most <= 3 + 2 + 2 + 2 + 2  # ahead, in the encoder, begun before, waiting to be written
+
+
+def test_the_report_names_the_stage_that_the_others_wait_for() -> None:
+    def slow(job: int) -> int:
+        time.sleep(0.02)
+        return job
+
+    times = run_pipeline(range(12), stages({}, decode=slow), batch_size=2, workers=2, on_done=lambda: None).times
+    decode, encode, write = times.rates()
+    assert (decode.clips, encode.clips, write.clips) == (12, 12, 12) and decode.threads == 2
+    assert decode.rate < encode.rate and decode.rate < write.rate and times.overall <= decode.rate * 1.01
+    assert "decode binds, at" in times.describe()

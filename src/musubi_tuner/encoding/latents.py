@@ -18,6 +18,7 @@ from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, latent_frames, latent_s
 from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import VideoInfo
 from musubi_tuner.media.video import choose_frames, read_frames
+from musubi_tuner.runtime.transfer import HostCopy, settled, to_device, to_host
 
 STORED_DTYPE = torch.bfloat16
 
@@ -36,14 +37,14 @@ def latent_jobs(plans: Sequence[DatasetPlan], *, encoder: str, dtype: torch.dtyp
     return list_jobs(plans, name_of=lambda clip: clip.latents, expected_of=expected, size_of=_size_of, model_version=model_version)
 
 
-def latent_stages(vae: VideoVAE) -> Stages[Job, Tensor, Tensor]:
+def latent_stages(vae: VideoVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
     """Decode frames, encode them with the VAE, write latents."""
 
-    def encode(frames: Sequence[Tensor]) -> list[Tensor]:
-        pixels = torch.stack(list(frames)).to(vae.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-        return list(vae.encode(pixels).to(device="cpu", dtype=STORED_DTYPE))
+    def encode(frames: Sequence[Tensor]) -> list[HostCopy]:
+        pixels = to_device(torch.stack(list(frames)), vae.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
+        return [to_host(latents) for latents in vae.encode(pixels).to(STORED_DTYPE)]
 
-    return Stages(decode=_decode, shape=lambda frames: frames.shape, encode=encode, write=_write)
+    return Stages(decode=_decode, shape=lambda frames: frames.shape, encode=encode, settle=settled, write=_write)
 
 
 def _decode(job: Job) -> Tensor:

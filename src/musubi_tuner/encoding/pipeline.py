@@ -1,7 +1,7 @@
 """Decode, encode and write at the same time: decoding threads ahead, the encoder in the middle, writing threads behind.
 
-Memory is bounded: no more clips are decoded ahead than there are workers plus one batch, and no more clips wait to be written than
-there are writers.
+Memory is bounded: no more clips are decoded ahead than there are workers plus one batch, one batch is on its way back from the
+encoder, and no more clips wait to be written than there are writers.
 """
 
 from collections import deque
@@ -11,48 +11,59 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from musubi_tuner.cache.store import DiskFullError
+from musubi_tuner.encoding.stage_times import StageTimes
 from musubi_tuner.runtime.errors import UserError
 
 Job = TypeVar("Job")
 Decoded = TypeVar("Decoded")
+Begun = TypeVar("Begun")
 Encoded = TypeVar("Encoded")
 
 _WRITERS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stages(Generic[Job, Decoded, Encoded]):
+class Stages(Generic[Job, Decoded, Begun, Encoded]):
     """What is done to each job."""
 
     decode: Callable[[Job], Decoded]
     """In a thread; a UserError fails this job alone."""
     shape: Callable[[Decoded], Hashable]
     """Neighbors of equal shape are encoded together."""
-    encode: Callable[[Sequence[Decoded]], Sequence[Encoded]]
+    encode: Callable[[Sequence[Decoded]], Sequence[Begun]]
+    settle: Callable[[Begun], Encoded]
+    """Waits for what `encode` has begun; called when the next batch has been begun too, so that a GPU never waits for the host."""
     write: Callable[[Job, Encoded], None]
     """In a thread; a UserError fails this job alone, a full disk ends the run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[Job]):
+    """What came of a run."""
+
+    failures: list[tuple[Job, str]]
+    """With what to tell the user."""
+    times: StageTimes
+
+
 def run_pipeline(
     jobs: Sequence[Job],
-    stages: Stages[Job, Decoded, Encoded],
+    stages: Stages[Job, Decoded, Begun, Encoded],
     *,
     batch_size: int,
     workers: int,
     on_done: Callable[[], None],
-) -> list[tuple[Job, str]]:
+) -> Finished[Job]:
     """Run all jobs in order.
 
     Args:
         on_done: called once for each job, whether it failed or not.
 
-    Returns:
-        The jobs that failed, with what to tell the user.
-
     Raises:
         DiskFullError: what was written before stays good.
     """
     failures: list[tuple[Job, str]] = []
+    times = StageTimes({"decode": max(1, workers), "encode": 1, "write": _WRITERS})
     writing: deque[tuple[Job, Future]] = deque()
 
     def finish_oldest() -> None:
@@ -65,21 +76,38 @@ def run_pipeline(
             failures.append((job, str(error)))
         on_done()
 
+    def decode(job: Job) -> Decoded:
+        with times.work("decode"):
+            return stages.decode(job)
+
+    def write(job: Job, encoded: Encoded) -> None:
+        with times.work("write"):
+            stages.write(job, encoded)
+
+    def hand_on(results: Sequence[tuple[Job, Begun]]) -> None:
+        for job, started in results:
+            with times.work("encode", 0):
+                result = stages.settle(started)
+            while len(writing) >= _WRITERS:
+                finish_oldest()
+            writing.append((job, writers.submit(write, job, result)))
+
     decoders, writers = ThreadPoolExecutor(max(1, workers)), ThreadPoolExecutor(_WRITERS)
     try:
-        decoded = _decoded_ahead(jobs, stages.decode, decoders, workers + batch_size, failures, on_done)
+        decoded = _decoded_ahead(jobs, decode, decoders, workers + batch_size, failures, on_done)
+        begun: list[tuple[Job, Begun]] = []
         for batch in _batches(decoded, stages.shape, batch_size):
-            encoded = stages.encode([value for _, value in batch])
-            for (job, _), result in zip(batch, encoded, strict=True):
-                while len(writing) >= _WRITERS:
-                    finish_oldest()
-                writing.append((job, writers.submit(stages.write, job, result)))
+            with times.work("encode", len(batch)):
+                encoded = stages.encode([value for _, value in batch])
+            hand_on(begun)
+            begun = [(job, result) for (job, _), result in zip(batch, encoded, strict=True)]
+        hand_on(begun)
         while writing:
             finish_oldest()
     finally:
         decoders.shutdown(cancel_futures=True)
         writers.shutdown()
-    return failures
+    return Finished(failures, times)
 
 
 def _decoded_ahead(

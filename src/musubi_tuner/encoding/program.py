@@ -86,7 +86,9 @@ def _encode(task: Task, todo: Sequence[Todo], work: WorkOptions, group: Processe
     stages = task.make_stages()
     with tqdm(total=len(todo), desc=task.title, unit="clip", disable=not group.is_main) as bar:
         jobs = [one.job for one in todo]
-        failures = run_pipeline(jobs, stages, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
-    for job, reason in failures:
+        finished = run_pipeline(jobs, stages, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
+    for job, reason in finished.failures:
         log.warning("WARNING: %s: %s", job.name, reason)
-    return failures
+    if group.is_main and (rates := finished.times.describe()):
+        log.info("%s", rates)
+    return finished.failures

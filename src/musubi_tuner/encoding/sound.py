@@ -23,6 +23,7 @@ from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.media.audio import read_audio
 from musubi_tuner.media.probe import VideoInfo
 from musubi_tuner.media.resample import resample
+from musubi_tuner.runtime.transfer import HostCopy, settled, to_host
 
 STORED_DTYPE = torch.bfloat16
 _LEAST_SECONDS = 0.1
@@ -43,15 +44,15 @@ def audio_jobs(plans: Sequence[DatasetPlan], *, encoder: str, model_version: str
     return list_jobs(plans, name_of=lambda clip: clip.audio, expected_of=expected, size_of=_size_of, model_version=model_version)
 
 
-def audio_stages(vae: AudioVAE) -> Stages[Job, Tensor, Tensor]:
+def audio_stages(vae: AudioVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
     """Decode sound, encode it with the VAE, write latents."""
 
-    def encode(sounds: Sequence[Tensor]) -> list[Tensor]:
+    def encode(sounds: Sequence[Tensor]) -> list[HostCopy]:
         if sounds[0].shape[1] == 0:
-            return [torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS, dtype=STORED_DTYPE) for _ in sounds]
-        return list(vae.encode(torch.stack(list(sounds))).to(device="cpu", dtype=STORED_DTYPE))
+            return [to_host(torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS, dtype=STORED_DTYPE)) for _ in sounds]
+        return [to_host(latents) for latents in vae.encode(torch.stack(list(sounds))).to(STORED_DTYPE)]
 
-    return Stages(decode=decode_sound, shape=lambda sound: sound.shape, encode=encode, write=_write)
+    return Stages(decode=decode_sound, shape=lambda sound: sound.shape, encode=encode, settle=settled, write=_write)
 
 
 def decode_sound(job: Job) -> Tensor:
