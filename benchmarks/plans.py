@@ -1,0 +1,64 @@
+"""What the planner would choose on cards that people own: `python -m benchmarks.plans`. Modelled from data sheets, not measured."""
+
+import sys
+
+from benchmarks.block_counts import SHAPES, TEXT_TOKENS
+from musubi_tuner.memory.plan import Budget, Plan, Wishes, choose_plan, count_rungs
+from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
+
+GB = 10**9
+MODEL = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
+RANK_32_ATTENTION = 214_000_000
+
+CARDS = {
+    "H200": (139, 790, 1185, 620, 515, 4.3, 50, "fp8"),
+    "H100 80G": (79, 740, 1110, 620, 515, 2.9, 50, "fp8"),
+    "RTX 5090": (31.3, 209, 390, 180, 150, 1.6, 50, "fp8"),
+    "RTX 4090": (23.5, 165, 310, 145, 120, 0.92, 25, "fp8"),
+    "RTX 3090": (23.5, 71, 200, 62, 52, 0.85, 25, "int8"),
+    "RTX 4080": (15.5, 97, 185, 86, 72, 0.66, 25, "fp8"),
+}
+"""GB of memory; TFLOP/s in bf16, in few bits, of attention forward and backward; TB/s; GB/s from the host; the format of few bits.
+Data sheets with float32 accumulation; attention and copies as published for the usual kernels."""
+
+
+def rates(card: str) -> CardRates:
+    """Products at 90 % of the data sheet."""
+    _, bf16, low, forward, backward, bandwidth, host, _ = CARDS[card]
+    return CardRates(
+        bf16=0.9e12 * bf16, low_bit=0.9e12 * low, attention_forward=1e12 * forward, attention_backward=1e12 * backward,
+        bandwidth=1e12 * bandwidth, host_to_device=1e9 * host,
+    )  # fmt: skip
+
+
+def plan_for(card: str, shape: str, *, host_gb: float) -> Plan | None:
+    """A LoRA of rank 32 on attention with AdamW, batch 1, sound, compiled blocks."""
+    frames, rows, columns, steps = SHAPES[shape]
+    work = Workload(
+        video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
+        optimizer_bytes=8,
+    )  # fmt: skip
+    budget = Budget(device=int(0.94 * CARDS[card][0] * GB), host=int(host_gb * GB))
+    return choose_plan(MODEL, work, rates(card), budget, Wishes(formats=("bf16", CARDS[card][7], "nf4")))
+
+
+def table(host_gb: float) -> str:
+    """One row for each card and shape; `host_gb` may be pinned."""
+    lines = ["| card | clip | weights | streamed | computed again | GB on the card | GB pinned | s a step | of the floor |", "|---" * 9 + "|"]
+    for card in CARDS:
+        for shape in SHAPES:
+            plan = plan_for(card, shape, host_gb=host_gb)
+            if plan is None:
+                lines.append(f"| {card} | {shape} | does not fit |" + " |" * 6)
+                continue
+            again = ", ".join(f"{name.replace('_', ' ')} ({count})" for name, count in count_rungs(plan).items())
+            again += ", inputs on the host" if plan.inputs_on_host else ""
+            lines.append(
+                f"| {card} | {shape} | {plan.weight_format} | {plan.streamed} of 48 | {again} | {plan.device_bytes / GB:.1f} | "
+                f"{plan.host_bytes / GB:.1f} | {plan.seconds:.2f} | {plan.floor / plan.seconds:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(float(sys.argv[1]) if len(sys.argv) > 1 else 18.0))
