@@ -44,7 +44,8 @@ def plan_for(card: str, shape: str, *, host_gb: float) -> Plan | None:
 
 def table(host_gb: float) -> str:
     """One row for each card and shape; `host_gb` may be pinned."""
-    lines = ["| card | clip | weights | streamed | computed again | GB on the card | GB pinned | s a step | of the floor |", "|---" * 9 + "|"]
+    head = "| card | clip | weights | streamed | computed again | GB on the card | GB pinned | s a step | of the floor |"
+    lines = [head, "|---" * 9 + "|"]
     for card in CARDS:
         for shape in SHAPES:
             plan = plan_for(card, shape, host_gb=host_gb)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.runtime.errors import UserError
+
 _ALIGNMENT = 256
 
 
@@ -158,11 +160,29 @@ def _layout(block: nn.Module) -> list[_Place]:
 def _pack(places: Sequence[_Place], *, pinned: bool) -> Tensor:
     """One host buffer with all tensors in it; the originals are let go of one by one."""
     total = -(-places[-1].end // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+    buffer = _host_buffer(total, pinned=pinned)
     for place in places:
         tensor = getattr(place.module, place.leaf).detach()
         buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         _set(place, torch.empty(0, dtype=place.dtype))
+    return buffer
+
+
+def _host_buffer(size: int, *, pinned: bool) -> Tensor:
+    """Host memory of exactly `size` bytes. Ordinary memory is registered with the driver: torch's own pinned allocator rounds up to
+    powers of two, a third more for the blocks of the released models.
+
+    Raises:
+        UserError: the system does not let so much memory be pinned.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if pinned:
+        runtime = torch.cuda.cudart()
+        if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
+            raise UserError(
+                f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, or stream "
+                "fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
+            )
     return buffer
 
 
