@@ -180,8 +180,8 @@ def _host_buffer(size: int, *, pinned: bool) -> Tensor:
         runtime = torch.cuda.cudart()
         if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
             raise UserError(
-                f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, or stream "
-                "fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
+                f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
+                "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
             )
     return buffer
 

@@ -1,0 +1,65 @@
+"""The step asks nothing of the device: no value is read on the host between the batch's arrival and the optimizer's update."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.items import list_items
+from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.ltxv2.transformer.load import load_transformer
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
+from musubi_tuner.training.gradients import clip
+from musubi_tuner.training.loss import total_loss
+from musubi_tuner.training.metrics import LossMeter
+from musubi_tuner.training.step import StepInputs, item_losses
+from tests import training_parts as parts
+
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+}
+"""Operations whose result, or its shape, the host must wait for."""
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in WAITS, f"{operation} makes the host wait for the device"
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_guard_itself_notices():
+    with NoWaiting(), pytest.raises(AssertionError, match="wait"):
+        torch.ones(3).sum().item()
+
+
+@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING])
+def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
+    data = parts.make_data(tmp_path, tiny_family, "av", held_out=False)
+    (item, *_) = list_items(load_dataset_config(data.toml).datasets, "av", data.toml)
+    rules = DrawRules(
+        seed=0, purpose="train", timestep_sampling="shifted_logit_normal", independent_audio_timestep=True, video_loss_weight=1.0,
+        audio_loss_weight=1.0,
+    )  # fmt: skip
+    batch = make_batch([Draw(item, epoch=0, repeat=0)], "av", rules)
+    model = load_transformer(open_checkpoint(data.model), mode="av", device="cpu", dtype=torch.float32)
+    network = create_network(model, dim=4, alpha=4, args={}, seed=0)
+    streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"))
+    model.run_block = BlockEngine(model.transformer_blocks, [rung] * 2, max_rank=4, streamer=streamer)
+    wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
+    optimizer, meter = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True), LossMeter(torch.device("cpu"))
+    with NoWaiting():
+        losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
+        total_loss(losses, batch.video_weight, batch.audio_weight).backward()
+        meter.add(losses, batch.size)
+        clip(network.parameters(), 1.0)
+        optimizer.step()
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())
