@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.conditioning.conditions import Conditions, StreamConditions
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper, create_network
 from musubi_tuner.preview.contexts import TextContext
 from musubi_tuner.preview.generate import Sample
+from musubi_tuner.preview.given import TEXT_ALONE, Given, video_cells
 from musubi_tuner.preview.plan import make_plan
 from musubi_tuner.preview.prompts import PreviewPrompt
 
@@ -36,7 +38,7 @@ def add_lora(wrapper: OfficialLTXV2Wrapper, *, random_b: bool) -> LoRANetwork:
 def prompt(**values: object) -> PreviewPrompt:
     base = PreviewPrompt(
         index=0, prompt="a fox", negative="", width=64, height=32, frames=9, fps=24.0, seed=3, steps=None, video_cfg=None,
-        audio_cfg=None, image=None, where="prompts.txt, line 1",
+        audio_cfg=None, where="prompts.txt, line 1",
     )  # fmt: skip
     return replace(base, **values)
 
@@ -61,4 +63,15 @@ def sample(
 ) -> Sample:
     of_prompt = of_prompt or prompt()
     plan = make_plan(of_options or options(), of_prompt, mode=mode, version=version, num_layers=wrapper.config.num_layers)
-    return Sample(prompt=of_prompt, plan=plan, positive=context(wrapper), negative=context(wrapper, 1), image=image)
+    return Sample(prompt=of_prompt, plan=plan, positive=context(wrapper), negative=context(wrapper, 1), given=first_image(of_prompt, image))
+
+
+def first_image(of_prompt: PreviewPrompt, image: torch.Tensor | None) -> Given:
+    """(1, 128, 1, h, w) latents given as the first frame."""
+    if image is None:
+        return TEXT_ALONE
+    latents = torch.zeros(1, 128, *video_cells(of_prompt))
+    latents[:, :, :1] = image
+    clean = torch.zeros(video_cells(of_prompt), dtype=torch.bool)
+    clean[0] = True
+    return Given(video=latents, conditions=Conditions(video=StreamConditions(clean=clean.flatten()[None])))

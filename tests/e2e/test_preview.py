@@ -97,7 +97,9 @@ def test_video_previews_have_no_sound_and_the_same_seed_gives_the_same_file(tiny
 def test_a_first_image_is_the_first_frame(tiny_family, tmp_path: Path) -> None:
     Image.new("RGB", (150, 80), (200, 40, 90)).save(tmp_path / "start.png")
     previewer, wrapper = build(tmp_path, tiny_family.ltx23, "video", "a fox --w 64 --h 32 --f 9 --i start.png\n")
-    assert previewer.samples[0].image.shape == (1, 128, 1, 1, 2)
+    given = previewer.samples[0].given
+    assert given.conditions.video.clean.tolist() == [[True, True, False, False]]
+    assert bool(given.video[:, :, 0].any()) and not bool(given.video[:, :, 1:].any())
     previewer(wrapper, 0, 0)
 
 

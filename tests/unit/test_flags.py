@@ -125,6 +125,7 @@ def test_flags_of_training_are_a_decision():
     """A new flag is added here on purpose."""
     names = {info.name for info in describe(TrainingConfig) if info.section != "Previews"}
     assert names == {
+        "--conditioning_config", "--first_frame_conditioning_p",
         "--dataset_config", "--ltx_mode", "--ltxv2_audio_video", "--ltxv2_timestep_format", "--timestep_sampling",
         "--independent_audio_timestep", "--av_timestep_rule", "--video_loss_weight", "--audio_loss_weight", "--ltxv2_model", "--vae",
         "--audio_vae", "--text_encoder", "--text_encoder_backend", "--tokenizer", "--max_length", "--ltxv2_backend", "--device",

@@ -19,6 +19,9 @@ from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.runtime.errors import UserError
 
+FIRST_OF_TWO = torch.tensor([[True] * 6 + [False] * 6, [False] * 12])
+"""The first frame of the first item is given."""
+
 FORMATS = ("flowmatch_1_1000", "legacy_0_1000", "sd3_0_1")
 
 
@@ -82,7 +85,7 @@ def test_contexts_reach_their_own_streams(tiny_family):
 
 def test_modality_is_frozen_and_its_timesteps_are_per_token():
     latents, fps = torch.randn(2, 128, 2, 2, 3), torch.tensor([24.0, 16.0])
-    stream = rules.first_frame(video_stream(latents, fps), 6, torch.tensor([True, False]))
+    stream = rules.keep_clean(video_stream(latents, fps), FIRST_OF_TWO)
     modality = model_input(stream, torch.zeros_like(stream.clean), torch.tensor([0.7, 0.2]))
     assert modality.timesteps[0].tolist() == pytest.approx([0.0] * 6 + [0.7] * 6)
     assert modality.timesteps[1].tolist() == pytest.approx([0.2] * 12)
@@ -94,7 +97,7 @@ def test_modality_is_frozen_and_its_timesteps_are_per_token():
 
 def test_clean_tokens_reach_the_model_unchanged_without_loss():
     latents = torch.randn(2, 128, 2, 2, 3)
-    stream = rules.first_frame(video_stream(latents, torch.full((2,), 24.0)), 6, torch.tensor([True, False]))
+    stream = rules.keep_clean(video_stream(latents, torch.full((2,), 24.0)), FIRST_OF_TWO)
     modality, _ = noised(stream, torch.randn_like(stream.clean), torch.tensor([0.7, 0.2]))
     assert torch.equal(modality.latent[0, :6], geometry.patchify_video(latents)[0, :6])
     assert loss_weights(stream).tolist() == [[0.0] * 6 + [1.0] * 6, [1.0] * 12]

@@ -145,7 +145,7 @@ def test_a_first_image_stays_as_it_is_at_level_zero(wrapper: OfficialLTXV2Wrappe
 def test_nan_is_an_error_that_names_step_pass_and_tensor(wrapper: OfficialLTXV2Wrapper) -> None:
     made = parts.sample(wrapper)
     broken = torch.full_like(made.negative.text, float("nan"))
-    bad = Sample(prompt=made.prompt, plan=made.plan, positive=made.positive, negative=TextContext(broken, None), image=None)
+    bad = Sample(prompt=made.prompt, plan=made.plan, positive=made.positive, negative=TextContext(broken, None))
     with pytest.raises(UserError, match="prompts.txt, line 1: NaN or infinity in the video velocity of the negative pass, step 1 of 3"):
         generate(wrapper, bad)
 
@@ -181,9 +181,9 @@ def test_bfloat16_weights_sample_too_and_repeat_to_the_bit(tiny_family, wrapper:
 def test_padded_texts_bring_their_mask(wrapper: OfficialLTXV2Wrapper) -> None:
     made = parts.sample(wrapper)
     mask = torch.arange(parts.TEXT_TOKENS)[None] < 5
-    padded = Sample(prompt=made.prompt, plan=made.plan, positive=TextContext(made.positive.text, mask), negative=made.negative, image=None)
+    padded = Sample(prompt=made.prompt, plan=made.plan, positive=TextContext(made.positive.text, mask), negative=made.negative)
     calls = record_calls(wrapper, padded)
     assert torch.equal(calls[0][3], mask) and calls[1][3] is None
     junk = TextContext(torch.where(mask[..., None], made.positive.text, 100.0), mask)
-    other = Sample(prompt=made.prompt, plan=made.plan, positive=junk, negative=made.negative, image=None)
+    other = Sample(prompt=made.prompt, plan=made.plan, positive=junk, negative=made.negative)
     assert torch.allclose(generate(wrapper, padded).video, generate(wrapper, other).video, atol=1e-5)

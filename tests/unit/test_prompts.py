@@ -22,7 +22,7 @@ def test_every_flag_of_a_line_is_read(tmp_path: Path) -> None:
     assert (prompt.prompt, prompt.negative) == ("Ein Häuschen, am Meer", "blurry, dark")
     assert (prompt.width, prompt.height, prompt.frames, prompt.seed, prompt.steps, prompt.fps) == (640, 480, 25, 7, 12, 16.5)
     assert (prompt.video_cfg, prompt.audio_cfg) == (2.5, 5.0)
-    assert prompt.image == tmp_path / "erstes Bild.png"
+    assert prompt.given.image == tmp_path / "erstes Bild.png"
     assert prompt.where.endswith("line 3")
 
 
@@ -36,7 +36,7 @@ def test_what_a_prompt_leaves_out_comes_from_the_defaults(tmp_path: Path) -> Non
     defaults = PromptDefaults(width=64, height=96, frames=9, fps=16.0, steps=3)
     (prompt,) = load_prompts(write(tmp_path, "a fox"), defaults)
     assert (prompt.width, prompt.height, prompt.frames, prompt.fps, prompt.steps) == (64, 96, 9, 16.0, 3)
-    assert (prompt.negative, prompt.video_cfg, prompt.audio_cfg, prompt.image) == ("", None, None, None)
+    assert (prompt.negative, prompt.video_cfg, prompt.audio_cfg, prompt.given.image) == ("", None, None, None)
 
 
 @pytest.mark.parametrize("flag", ["l", "g"])
@@ -83,7 +83,7 @@ def test_texts_to_encode_hold_negatives_and_the_empty_prompt_once(tmp_path: Path
         ("a fox --s 0", "0 steps"),
         ("a fox --fr 0", "frame rate 0"),
         ("a fox --l -1", "must not be negative"),
-        ("a fox --i nowhere.png", "first image 'nowhere.png'"),
+        ("a fox --i nowhere.png", "--i 'nowhere.png'"),
         ("--w 64 a fox", "begins with a flag"),
         ("# only a comment\n", "holds no prompt"),
     ],

@@ -1,6 +1,7 @@
 """From tokens and a noise level to what the model sees. Training and preview both pass through `model_input`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.conditioning.tokens import TokenStream
@@ -12,12 +13,15 @@ def model_input(stream: TokenStream, values: Tensor, sigma: Tensor) -> Modality:
     """The stream as the model's input.
 
     Args:
-        values: (B, N, C) what noisy tokens hold; clean tokens show `stream.clean` whatever stands here.
+        values: (B, N, C) what noisy tokens hold; clean tokens show `stream.clean` whatever stands here, and may be left out at the end.
         sigma: (B,) float32 noise level of the noisy tokens.
+
+    An item whose tokens are all clean has a stream of noise level 0: its prompt modulation and the other stream's gates follow it.
     """
     levels, index = sigma[:, None], None
     if stream.noisy is not None:
-        values = torch.where(stream.noisy[..., None], values, stream.clean)
+        values = torch.where(stream.noisy[..., None], _as_long_as(stream, values), stream.clean)
+        sigma = sigma * stream.noisy.any(dim=1)
         levels = torch.stack([sigma, torch.zeros_like(sigma)], dim=1)
         index = (~stream.noisy).long()
     return Modality(
@@ -33,9 +37,15 @@ def model_input(stream: TokenStream, values: Tensor, sigma: Tensor) -> Modality:
 
 
 def noised(stream: TokenStream, noise: Tensor, sigma: Tensor) -> tuple[Modality, Tensor]:
-    """Training's model input, and the velocity (B, N, C) that it is to predict."""
+    """Training's model input, and the velocity (B, N, C) that it is to predict; `noise` may lack the clean tokens at the end."""
+    noise = _as_long_as(stream, noise)
     values = add_noise(stream.clean, noise, sigma[:, None, None])
     return model_input(stream, values, sigma), velocity_target(stream.clean, noise)
+
+
+def _as_long_as(stream: TokenStream, values: Tensor) -> Tensor:
+    """Zeros for appended tokens."""
+    return F.pad(values, (0, 0, 0, stream.clean.shape[1] - values.shape[1]))
 
 
 def loss_weights(stream: TokenStream) -> Tensor:

@@ -1,11 +1,32 @@
-"""Rules that lay conditioning over a stream. A mode is a list of them; none is a branch of the training step."""
+"""Laying what is given over a stream. Training and preview both pass through `condition`; no mode has a branch of its own."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.tokens import TokenStream
+from musubi_tuner.conditioning.conditions import Conditions, Reference
+from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_reference
+
+
+def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dict[str, TokenStream]:
+    """The streams with what is given laid over them, and their references behind them.
+
+    Args:
+        streams: `video` and `audio`, or one of them.
+    """
+    found = {}
+    for name, stream in streams.items():
+        given = getattr(conditions, name)
+        if given.weight is not None:
+            stream = dataclasses.replace(stream, weight=given.weight if stream.weight is None else stream.weight * given.weight)
+        if given.clean is not None:
+            stream = keep_clean(stream, given.clean)
+        if given.reference is not None:
+            stream = append_clean(stream, _reference_stream(name, given.reference), given.reference.chosen)
+        found[name] = stream
+    return found
 
 
 def keep_clean(stream: TokenStream, clean: Tensor) -> TokenStream:
@@ -14,8 +35,42 @@ def keep_clean(stream: TokenStream, clean: Tensor) -> TokenStream:
     return dataclasses.replace(stream, noisy=noisy)
 
 
-def first_frame(stream: TokenStream, tokens_per_frame: int, chosen: Tensor) -> TokenStream:
-    """Image to video: the first latent frame is clean in the items that are `chosen` (B,) bool."""
-    tokens = stream.clean.shape[1]
-    in_first = torch.arange(tokens, device=stream.clean.device) < tokens_per_frame
-    return keep_clean(stream, in_first[None] & chosen[:, None])
+def append_clean(stream: TokenStream, other: TokenStream, chosen: Tensor | None) -> TokenStream:
+    """The tokens of `other` behind those of `stream`: clean, without loss, at positions of their own, without keyframe marker.
+
+    Args:
+        chosen: (B,) bool items that see them, None = all; the others have padding there.
+    """
+    batch, tokens, _ = stream.clean.shape
+    added = other.clean.shape[1]
+
+    def behind(own: Tensor | None, default: float, theirs: Tensor | float) -> Tensor:
+        """(B, N + M); `default` where the stream has no values of its own."""
+        dtype = torch.tensor(default).dtype
+        first = torch.full((batch, tokens), default, dtype=dtype, device=stream.clean.device) if own is None else own
+        second = theirs if isinstance(theirs, Tensor) else torch.full((batch, added), theirs, dtype=first.dtype, device=first.device)
+        return torch.cat([first, second.to(first.dtype)], dim=1)
+
+    visible = other.token_mask
+    if chosen is not None:
+        seen = chosen[:, None].expand(batch, added)
+        visible = seen if visible is None else visible & seen
+    masked = stream.token_mask is not None or visible is not None
+    return dataclasses.replace(
+        stream,
+        clean=torch.cat([stream.clean, other.clean], dim=1),
+        positions=torch.cat([stream.positions, other.positions], dim=2),
+        noisy=behind(stream.noisy, True, False),
+        weight=behind(stream.weight, 1.0, 0.0),
+        token_mask=behind(stream.token_mask, True, True if visible is None else visible) if masked else None,
+        keyframe_marker=None if stream.keyframe_marker is None else behind(stream.keyframe_marker, False, False),
+    )
+
+
+def _reference_stream(name: str, reference: Reference) -> TokenStream:
+    if name == "audio":
+        return audio_stream(reference.latents, reference.lengths)
+    assert reference.fps is not None
+    return video_reference(
+        reference.latents, reference.fps, spatial_factor=reference.spatial_factor, temporal_factor=reference.temporal_factor
+    )

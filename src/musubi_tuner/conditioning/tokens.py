@@ -40,6 +40,18 @@ def video_stream(latents: Tensor, fps: Tensor) -> TokenStream:
     return TokenStream(clean=geometry.patchify_video(latents).float(), positions=positions, keyframe_marker=marker)
 
 
+def video_reference(latents: Tensor, fps: Tensor, *, spatial_factor: int = 1, temporal_factor: int = 1) -> TokenStream:
+    """(B, 128, F, H, W) latents of a reference to a target of (B,) frames per second: no keyframe marker, positions of the target's scale.
+
+    Args:
+        spatial_factor: how many times smaller than the target its pictures are.
+        temporal_factor: how many of the target's frames one of its frames stands for.
+    """
+    _, _, frames, height, width = latents.shape
+    positions = geometry.reference_positions(frames, height, width, fps, spatial_factor=spatial_factor, temporal_factor=temporal_factor)
+    return TokenStream(clean=geometry.patchify_video(latents).float(), positions=positions)
+
+
 def audio_stream(latents: Tensor, lengths: Tensor | None) -> TokenStream:
     """(B, 8, T, 16) latents of which the first (B,) `lengths` steps are real; length 0 = the item has no sound.
 

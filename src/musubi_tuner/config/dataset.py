@@ -77,6 +77,10 @@ class DatasetSpec:
     """Rate to resample to by timestamp; None keeps each clip's own."""
     video_loss_weight: float | None = None
     audio_loss_weight: float | None = None
+    reference_directory: Path | None = None
+    """References by the stems of the sources."""
+    reference_downscale: int = 1
+    """How many times smaller than the clips their references are cached."""
 
     @property
     def root(self) -> Path:
@@ -87,8 +91,8 @@ class DatasetSpec:
         """What shapes planning, as plain JSON values."""
         values = {}
         for field in dataclasses.fields(self):
-            if field.name not in _NO_PLAN:
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if field.name not in _NO_PLAN and not (field.name.startswith("reference_") and self.reference_directory is None):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -106,6 +110,11 @@ class DatasetConfig:
     @property
     def all(self) -> tuple[DatasetSpec, ...]:
         return self.datasets + self.validation_datasets
+
+    @property
+    def reference_downscale(self) -> int:
+        """How many times smaller than its clips the config's references are."""
+        return next((spec.reference_downscale for spec in self.all if spec.reference_directory is not None), 1)
 
 
 def load_dataset_config(path: Path) -> DatasetConfig:

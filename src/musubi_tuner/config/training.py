@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.memory import MemoryOptions, check_memory_options
 from musubi_tuner.config.preview import PreviewOptions
@@ -114,6 +115,7 @@ class TrainingConfig:
     """All sections."""
 
     mode: ModeOptions
+    conditioning: ConditioningOptions
     model: ModelOptions
     network: NetworkOptions
     optimization: OptimizationOptions
@@ -127,6 +129,11 @@ class TrainingConfig:
         """`video`, `av` or `audio`: the explicit flag wins over the older one."""
         return self.mode.ltx_mode or ("av" if self.mode.ltxv2_audio_video else "video")
 
+    @property
+    def recipe(self) -> Recipe:
+        """What of the items is given; reads the file of `--conditioning_config`."""
+        return make_recipe(self.conditioning, self.ltx_mode)
+
 
 def check_training_config(config: TrainingConfig) -> None:
     """Rules over several fields, and ranges.
@@ -137,6 +144,7 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.mode.ltxv2_timestep_format is None:
         raise UserError(TIMESTEP_FORMAT_HELP)
     check_memory_options(config.memory)
+    make_recipe(config.conditioning, config.ltx_mode)
     optimization, saving = config.optimization, config.saving
     at_least_one = {
         "--network_dim": config.network.network_dim,

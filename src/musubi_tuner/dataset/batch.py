@@ -1,10 +1,11 @@
 """What a training step reads."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, each_tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,8 @@ class Batch:
     video_weight: Tensor
     """(B,) float32 loss weights"""
     audio_weight: Tensor
+    conditions: Conditions = NO_CONDITIONS
+    """What is given of the items."""
 
     @property
     def size(self) -> int:
@@ -45,15 +48,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`, copied without waiting."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        pinned = {
-            field.name: value.pin_memory() for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
+        return each_tensor(self, Tensor.pin_memory)

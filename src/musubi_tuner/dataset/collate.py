@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.conditioning.conditions import Conditions, StreamConditions
+from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
+from musubi_tuner.config.conditioning import Recipe
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
@@ -28,6 +31,8 @@ class DrawRules:
     independent_audio_timestep: bool
     video_loss_weight: float
     audio_loss_weight: float
+    recipe: Recipe = Recipe()
+    """What of the items is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio = None  # nobody to hear: the video stream runs alone
     drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
     text, text_mask = _stack_text(items, merged)
+    conditions = [_draw_conditions(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -74,6 +80,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
         audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
+        conditions=_stack_conditions(conditions, 0 if audio is None else audio.shape[2]),
     )
 
 
@@ -88,6 +95,30 @@ def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules
     video_noise = torch.randn(video_tokens, latents.shape[1], generator=generator) if latents is not None else None
     audio_noise = torch.randn(audio_steps, AUDIO_CHANNELS * AUDIO_BINS, generator=generator)
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise)
+
+
+def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules) -> ItemConditions:
+    def generators(*names: object) -> torch.Generator:
+        return generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat, "conditioning", *names)
+
+    video = None if latents is None else (latents.shape[2], latents.shape[3], latents.shape[4])
+    return draw_conditions(rules.recipe, ItemShape(video=video, audio_steps=audio_steps), generators)
+
+
+def _stack_conditions(found: Sequence[ItemConditions], audio_steps: int) -> Conditions:
+    """Cells in the order of tokens. Padding of sound is given where all of the item's sound is, so that its stream counts as clean."""
+    video = [one.video_clean.flatten() for one in found if one.video_clean is not None]
+    audio = None
+    if any(one.audio_clean is not None for one in found):
+        audio = torch.zeros(len(found), audio_steps, dtype=torch.bool)
+        for row, one in enumerate(found):
+            if one.audio_clean is not None:
+                audio[row, : len(one.audio_clean)] = one.audio_clean
+                audio[row, len(one.audio_clean) :] = bool(one.audio_clean.all())
+    return Conditions(
+        video=StreamConditions(clean=torch.stack(video) if video else None),
+        audio=StreamConditions(clean=audio),
+    )
 
 
 def _require(item: Item, tensors: Mapping[str, Tensor], mode: str) -> None:

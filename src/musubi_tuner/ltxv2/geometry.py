@@ -97,6 +97,23 @@ def video_positions(frames: int, height: int, width: int, fps: Tensor) -> Tensor
     return bounds.reshape(batch, 3, frames * height * width, 2)
 
 
+def reference_positions(frames: int, height: int, width: int, fps: Tensor, *, spatial_factor: int, temporal_factor: int) -> Tensor:
+    """Positions of a reference's tokens on the target's scale (architecture sheet 6, IC-LoRA).
+
+    Pixels are multiplied by `spatial_factor`; S = `temporal_factor`: seconds of the reference at fps / S, moved by -(S - 1) / fps,
+    not below 0, so that the first frame of both is the same one.
+
+    Args:
+        fps: (B,) frame rate of the target.
+
+    Returns:
+        (B, 3, F*H*W, 2) as `video_positions`.
+    """
+    positions = video_positions(frames, height, width, fps.float() / temporal_factor)
+    times = positions[:, :1] - ((temporal_factor - 1) / fps.float())[:, None, None, None]
+    return torch.cat([times.clamp(min=0), positions[:, 1:] * spatial_factor], dim=1)
+
+
 def audio_positions(steps: int, batch: int, device: torch.device | str = "cpu") -> Tensor:
     """(B, 1, T, 2) float32 seconds of audio latents: [0, .01), [.01, .05), [.05, .09) ..."""
     edges = torch.arange(steps + 1, dtype=torch.float32, device=device) * _AUDIO_MELS_PER_LATENT + 1 - _AUDIO_MELS_PER_LATENT

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,17 +48,3 @@ def decode_sounds(latents: Sequence[Tensor], checkpoint: Checkpoint, device: tor
     del vocoder
     free_memory(device)
     return sounds
-
-
-def encode_first_frame(path: Path, *, width: int, height: int, checkpoint: Checkpoint, device: torch.device) -> Tensor:
-    """An image, cut to (width, height) as training images are, as (1, 128, 1, h, w) normalized latents on the CPU."""
-    from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
-    from musubi_tuner.media.picture import cover_and_crop, read_picture
-
-    picture = cover_and_crop(read_picture(path), width, height)
-    pixels = picture.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-    vae = VideoVAE.load(checkpoint, device=device, dtype=compute_dtype(device), parts=("encoder",))
-    latents = vae.encode(pixels).cpu()
-    del vae
-    free_memory(device)
-    return latents

@@ -1,5 +1,6 @@
 """From noise to latents: the same noise levels, positions and model inputs as in training, by the same functions."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.rules import first_frame
+from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_stream
 from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.flow.guidance import guide
@@ -19,6 +21,7 @@ from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.preview.contexts import TextContext
+from musubi_tuner.preview.given import TEXT_ALONE, Given, audio_steps, video_cells
 from musubi_tuner.preview.plan import SamplingPlan
 from musubi_tuner.preview.prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
@@ -33,8 +36,8 @@ class Sample:
     positive: TextContext
     negative: TextContext | None
     """None where nothing is guided away from it."""
-    image: Tensor | None
-    """(1, 128, 1, h, w) latents of the first frame, None = text alone."""
+    given: Given = TEXT_ALONE
+    """What the prompt gives of it besides text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +71,8 @@ def generate(wrapper: OfficialLTXV2Wrapper, sample: Sample, *, advance: Callable
     """
     device = next(wrapper.parameters()).device
     plan, seed = sample.plan, sample.prompt.seed
-    streams = {name: _make_stream(sample, name, device) for name in plan.streams}
-    values = {name: _initial(stream, seed, name) for name, stream in streams.items()}
+    streams = _make_streams(sample, device)
+    values = {name: _initial(sample, stream, name) for name, stream in streams.items()}
     passes = _passes(sample)
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
     fresh = {name: generator_for(seed + STOCHASTIC_SEED_OFFSET, "preview", name) for name in streams}
@@ -85,30 +88,34 @@ def generate(wrapper: OfficialLTXV2Wrapper, sample: Sample, *, advance: Callable
     return _to_latents(sample, values)
 
 
-def _make_stream(sample: Sample, name: str, device: torch.device) -> TokenStream:
-    """The stream's tokens before noise: empty, but for a first image."""
-    prompt = sample.prompt
-    if name == "audio":
-        steps = geometry.audio_latent_steps(prompt.frames, prompt.fps)
-        return audio_stream(torch.zeros(1, geometry.AUDIO_CHANNELS, steps, geometry.AUDIO_MEL_BINS, device=device), None)
-    width, height = geometry.latent_size(prompt.width, prompt.height)
-    latents = torch.zeros(1, geometry.LATENT_CHANNELS, geometry.latent_frames(prompt.frames), height, width, device=device)
-    if sample.image is not None:
-        latents[:, :, :1] = sample.image.to(device)
-    stream = video_stream(latents, torch.tensor([prompt.fps], device=device))
-    if sample.image is None:
-        return stream
-    return first_frame(stream, height * width, torch.ones(1, dtype=torch.bool, device=device))
+def _make_streams(sample: Sample, device: torch.device) -> dict[str, TokenStream]:
+    """The streams before noise: empty but for what is given, which is laid over them as in training."""
+    prompt, given = sample.prompt, each_tensor(sample.given, lambda tensor: tensor.to(device))
+    streams = {}
+    if "video" in sample.plan.streams:
+        latents = torch.zeros(1, geometry.LATENT_CHANNELS, *video_cells(prompt), device=device) if given.video is None else given.video
+        streams["video"] = video_stream(latents, torch.tensor([prompt.fps], device=device))
+    if "audio" in sample.plan.streams:
+        shape = (1, geometry.AUDIO_CHANNELS, audio_steps(prompt), geometry.AUDIO_MEL_BINS)
+        streams["audio"] = audio_stream(torch.zeros(shape, device=device) if given.audio is None else given.audio, None)
+    return condition(streams, given.conditions)
 
 
-def _initial(stream: TokenStream, seed: int, name: str) -> Tensor:
+def _tokens(sample: Sample, name: str) -> int:
+    """Tokens of the sample itself; what a stream has behind them is reference."""
+    return audio_steps(sample.prompt) if name == "audio" else math.prod(video_cells(sample.prompt))
+
+
+def _initial(sample: Sample, stream: TokenStream, name: str) -> Tensor:
     """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; clean tokens as they are."""
-    noise = torch.randn(stream.clean.shape, generator=generator_for(seed, "preview", name)).to(stream.clean.device)
+    shape = (1, _tokens(sample, name), stream.clean.shape[2])
+    noise = torch.randn(shape, generator=generator_for(sample.prompt.seed, "preview", name)).to(stream.clean.device)
     return _lay_clean(stream, noise)
 
 
 def _lay_clean(stream: TokenStream, values: Tensor) -> Tensor:
-    return values if stream.noisy is None else torch.where(stream.noisy[..., None], values, stream.clean)
+    own = values.shape[1]
+    return values if stream.noisy is None else torch.where(stream.noisy[:, :own, None], values, stream.clean[:, :own])
 
 
 def _passes(sample: Sample) -> list[_Pass]:
@@ -146,9 +153,10 @@ def _predict(
             run.perturbations,
         )
         for name, modality in inputs.items():
-            predicted = getattr(velocity, name).float()
+            own = values[name].shape[1]
+            predicted = getattr(velocity, name)[:, :own].float()
             _require_finite(predicted, sample, number, f"{name} velocity of the {run.name} pass")
-            found[name][run.name] = velocity_to_x0(modality.latent.float(), predicted, modality.timesteps[..., None])
+            found[name][run.name] = velocity_to_x0(modality.latent[:, :own].float(), predicted, modality.timesteps[:, :own, None])
     guided = {}
     for name, weaker in found.items():
         scales = sample.plan.scales(name)
@@ -176,8 +184,7 @@ def _to_latents(sample: Sample, values: Mapping[str, Tensor]) -> PreviewLatents:
     prompt = sample.prompt
     video = audio = None
     if "video" in values:
-        width, height = geometry.latent_size(prompt.width, prompt.height)
-        video = geometry.unpatchify_video(values["video"], geometry.latent_frames(prompt.frames), height, width).cpu()
+        video = geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu()
     if "audio" in values:
         audio = geometry.unpatchify_audio(values["audio"]).cpu()
     return PreviewLatents(video=video, audio=audio)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.ltxv2.geometry import latent_frames, latent_size
+from musubi_tuner.preview.given_files import GIVEN_FLAGS, GivenFiles, check_given, read_given_files
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -47,10 +48,10 @@ class PreviewPrompt:
     video_cfg: float | None
     """None = by the command line, else by the model's version."""
     audio_cfg: float | None
-    image: Path | None
-    """First frame."""
     where: str
     """File and line or entry, for messages."""
+    given: GivenFiles = GivenFiles()
+    """Pictures, clips and sound to start from."""
 
     @property
     def seconds(self) -> float:
@@ -65,10 +66,10 @@ _FLAGS = {
     "s": "sample_steps",
     "fr": "frame_rate",
     "n": "negative_prompt",
-    "i": "image_path",
     "l": "cfg_scale",
     "g": "guidance_scale",
     "al": "audio_cfg_scale",
+    **GIVEN_FLAGS,
 }
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
 
@@ -81,10 +82,10 @@ _KINDS: dict[str, type] = {
     "sample_steps": int,
     "frame_rate": float,
     "negative_prompt": str,
-    "image_path": str,
     "cfg_scale": float,
     "guidance_scale": float,
     "audio_cfg_scale": float,
+    **dict.fromkeys(GIVEN_FLAGS.values(), str),
 }
 
 
@@ -203,8 +204,8 @@ def _to_prompt(index: int, where: str, values: Mapping[str, Any], folder: Path, 
         steps=values.get("sample_steps", defaults.steps),
         video_cfg=values.get("cfg_scale", values.get("guidance_scale")),
         audio_cfg=values.get("audio_cfg_scale", values.get("cfg_scale", values.get("guidance_scale"))),
-        image=_find_image(where, values.get("image_path"), folder),
         where=where,
+        given=read_given_files(where, values, folder),
     )
     _check_ranges(prompt)
     return prompt
@@ -231,21 +232,12 @@ def _check_ranges(prompt: PreviewPrompt) -> None:
         raise UserError(f"{prompt.where}: {error}") from error
     if not 0 < prompt.fps < float("inf"):
         raise UserError(f"{prompt.where}: frame rate {prompt.fps}: must be positive.")
+    check_given(prompt.where, prompt.given, width=prompt.width, height=prompt.height, frames=prompt.frames)
     if prompt.steps is not None and prompt.steps < 1:
         raise UserError(f"{prompt.where}: {prompt.steps} steps: 1 at least.")
     for name, scale in (("CFG scale", prompt.video_cfg), ("audio CFG scale", prompt.audio_cfg)):
         if scale is not None and not 0 <= scale < float("inf"):
             raise UserError(f"{prompt.where}: {name} {scale}: must not be negative; 1 is off.")
-
-
-def _find_image(where: str, text: str | None, folder: Path) -> Path | None:
-    """An image's path: as it stands, else beside the prompt file."""
-    if text is None:
-        return None
-    for candidate in (Path(text), folder / text):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{where}: first image {text!r}: no such file, neither here nor in {folder}.")
 
 
 def _in_words(kind: type) -> str:

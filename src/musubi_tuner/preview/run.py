@@ -20,7 +20,8 @@ from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.write import Sound
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.preview.contexts import EncodePrompts, TextContext, load_contexts
-from musubi_tuner.preview.decode import decode_sounds, encode_first_frame, to_frames, video_decoder
+from musubi_tuner.preview.decode import decode_sounds, to_frames, video_decoder
+from musubi_tuner.preview.encode import Encoders, encode_given
 from musubi_tuner.preview.generate import PreviewLatents, Sample, generate
 from musubi_tuner.preview.memory import free_memory
 from musubi_tuner.preview.plan import SamplingPlan, describe_plans, make_plan
@@ -28,7 +29,6 @@ from musubi_tuner.preview.prompts import PreviewPrompt, PromptDefaults, load_pro
 from musubi_tuner.preview.state import untouched
 from musubi_tuner.preview.write import FOLDER, write_preview
 from musubi_tuner.runtime.device import pick_device
-from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,11 @@ def make_previewer(
     free_memory(device)
     _warn_if_never(options)
     log.info("%s", describe_plans(options, prompts, plans, config.mode.timestep_sampling))
+    encoders = Encoders(vae, audio_vae, device, reference_downscale=datasets.reference_downscale)
+    samples = tuple(_make_sample(prompt, plan, contexts, encoders) for prompt, plan in zip(prompts, plans, strict=True))
+    encoders.close()
     return Previewer(
-        samples=tuple(_make_sample(prompt, plan, contexts, vae, device) for prompt, plan in zip(prompts, plans, strict=True)),
+        samples=samples,
         vae=vae if "video" in needed else None,
         audio_vae=audio_vae if "audio" in needed else None,
         folder=config.saving.output_dir / FOLDER,
@@ -163,20 +166,13 @@ def _try_decoders(vae: Checkpoint, audio_vae: Checkpoint, needed: set[str]) -> N
         decode_sounds([], audio_vae, cpu)
 
 
-def _make_sample(
-    prompt: PreviewPrompt, plan: SamplingPlan, contexts: Mapping[str, TextContext], vae: Checkpoint, device: torch.device
-) -> Sample:
-    image = None
-    if prompt.image is not None:
-        if "video" not in plan.streams:
-            raise UserError(f"{prompt.where}: --i gives a first image, but --ltx_mode audio makes no pictures.")
-        image = encode_first_frame(prompt.image, width=prompt.width, height=prompt.height, checkpoint=vae, device=device)
+def _make_sample(prompt: PreviewPrompt, plan: SamplingPlan, contexts: Mapping[str, TextContext], encoders: Encoders) -> Sample:
     return Sample(
         prompt=prompt,
         plan=plan,
         positive=contexts[prompt.prompt],
         negative=contexts[prompt.negative] if plan.needs_negative else None,
-        image=image,
+        given=encode_given(prompt, plan.streams, encoders),
     )
 
 

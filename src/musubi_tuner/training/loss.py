@@ -15,7 +15,9 @@ class ItemLosses:
     audio: Tensor | None
     """(B,), 0 for items without sound."""
     audio_present: Tensor | None
-    """(B,) bool"""
+    """(B,) bool items whose sound was supervised"""
+    video_present: Tensor | None = None
+    """(B,) bool items of whose video anything was to be generated; None = all."""
 
 
 def masked_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -15,17 +15,18 @@ log = logging.getLogger(__name__)
 
 
 class LossMeter:
-    """Sums of raw losses since the last look: video, audio, items, items with sound."""
+    """Sums of raw losses since the last look: video, audio, items, items with supervised sound, and with supervised video."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, losses: ItemLosses, items: int) -> None:
         """Without waiting for the device."""
         video = losses.video.detach().sum() if losses.video is not None else self._sums.new_zeros(())
         audio = losses.audio.detach().sum() if losses.audio is not None else self._sums.new_zeros(())
         heard = losses.audio_present.sum() if losses.audio_present is not None else self._sums.new_zeros(())
-        row = [video, audio, self._sums.new_tensor(items), heard]
+        seen = losses.video_present.sum() if losses.video_present is not None else self._sums.new_tensor(items)
+        row = [video, audio, self._sums.new_tensor(items), heard, seen]
         self._sums += torch.stack([value.to(torch.float64) for value in row])
 
     def read(self, mode: str, processes: int) -> dict[str, float]:
@@ -34,10 +35,10 @@ class LossMeter:
         self._sums.zero_()
         if processes > 1:
             torch.distributed.all_reduce(sums)
-        video, audio, items, heard = sums.tolist()
+        video, audio, items, heard, seen = sums.tolist()
         values = {}
-        if mode != "audio":
-            values["loss_video"] = video / max(items, 1)
+        if mode != "audio" and seen:
+            values["loss_video"] = video / seen
         if mode != "video":
             if heard:
                 values["loss_audio"] = audio / heard

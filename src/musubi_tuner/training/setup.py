@@ -116,6 +116,7 @@ def draw_rules(config: TrainingConfig, purpose: str, seed: int) -> DrawRules:
         independent_audio_timestep=config.mode.independent_audio_timestep,
         video_loss_weight=config.mode.video_loss_weight,
         audio_loss_weight=config.mode.audio_loss_weight,
+        recipe=config.recipe,
     )
 
 
@@ -184,6 +185,7 @@ def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None)
                 value = getattr(section, field.name)
                 values[field.name] = str(value) if isinstance(value, Path) else value
     values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
+    values["conditioning"] = config.recipe.describe()
     return json.loads(json.dumps(values))
 
 
@@ -218,6 +220,7 @@ def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ltxv2_av_timestep_rule": config.mode.av_timestep_rule,
         "ltxv2_video_loss_weight": config.mode.video_loss_weight,
         "ltxv2_audio_loss_weight": config.mode.audio_loss_weight,
+        "ltxv2_conditioning": config.recipe.describe(),
     }
 
 

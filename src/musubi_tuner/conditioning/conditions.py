@@ -1,0 +1,64 @@
+"""What is given of a batch or of a preview: the one thing that tells a mode from another in the step."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Latents that are shown beside the target, clean, with positions of their own."""
+
+    latents: Tensor
+    """(B, 128, F, H, W) video, or (B, 8, T, 16) sound"""
+    chosen: Tensor | None = None
+    """(B,) bool which items see theirs; None = all."""
+    fps: Tensor | None = None
+    """(B,) frames per second of the target; for video."""
+    lengths: Tensor | None = None
+    """(B,) real steps of sound; None = all are real."""
+    spatial_factor: int = 1
+    """How many times smaller than the target's its pictures are."""
+    temporal_factor: int = 1
+    """How many of the target's frames stand for one of its frames."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConditions:
+    """Of one stream."""
+
+    clean: Tensor | None = None
+    """(B, N) bool, True = a given token: noise level 0, no loss. None where no rule gives any."""
+    weight: Tensor | None = None
+    """(B, N) float32 loss weights of the tokens; None = 1."""
+    reference: Reference | None = None
+
+
+NOTHING_GIVEN = StreamConditions()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """Of both streams."""
+
+    video: StreamConditions = NOTHING_GIVEN
+    audio: StreamConditions = NOTHING_GIVEN
+
+
+NO_CONDITIONS = Conditions()
+
+
+def each_tensor(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
+    """`value` with `change` made to every tensor in it and in the dataclasses that it holds."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    return dataclasses.replace(
+        value, **{field.name: each_tensor(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+    )
