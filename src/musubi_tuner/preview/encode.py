@@ -164,7 +164,7 @@ def _sound(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Te
             f"{prompt.where}: --a {given.sound}: has {there:.2f} s, {end:.2f} s are needed. "
             "Give a longer sound, a smaller --f, or generate what is lacking (--at)."
         )
-    latents = encoders.sound(_padded(samples, steps))[:, :, :steps]
+    latents = encoders.sound(_fitted(samples, prompt.seconds, steps))[:, :, :steps]
     return latents * kept[None, None, :, None], kept
 
 
@@ -179,10 +179,11 @@ def _read_sound(prompt: PreviewPrompt, path: Path) -> Tensor:
     return resample(heard.samples, heard.rate, geometry.AUDIO_SAMPLE_RATE)
 
 
-def _padded(samples: Tensor, steps: int) -> Tensor:
-    """With silence behind, so that there are `steps` latents at least."""
-    wanted = steps * geometry.AUDIO_SAMPLE_RATE // geometry.AUDIO_LATENTS_PER_SECOND
-    return torch.nn.functional.pad(samples, (0, max(0, wanted - samples.shape[1])))
+def _fitted(samples: Tensor, seconds: float, steps: int) -> Tensor:
+    """Cut or filled up with silence to `seconds`, as caching does it, and to what `steps` latents need at least."""
+    wanted = round(seconds * geometry.AUDIO_SAMPLE_RATE)
+    least = (steps - 1) * geometry.AUDIO_SAMPLE_RATE // geometry.AUDIO_LATENTS_PER_SECOND
+    return torch.nn.functional.pad(samples[:, :wanted], (0, max(wanted, least) - min(samples.shape[1], wanted)))
 
 
 def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
