@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Sequence
 
-from musubi_tuner.cache.expected import LATENT_KEYS
-from musubi_tuner.cache.names import LATENTS_ENDING
+from musubi_tuner.cache.expected import LATENT_KEYS, REFERENCE_KEYS
+from musubi_tuner.cache.names import LATENTS_ENDING, REFERENCE_ENDING
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
-from musubi_tuner.encoding.latents import latent_jobs, latent_stages
+from musubi_tuner.encoding.latents import latent_jobs, latent_stages, reference_jobs, reference_stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
 from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
@@ -43,6 +43,17 @@ def main(argv: Sequence[str]) -> int:
         plans = plan_and_index(datasets, task, config.data, config.work, group)
         jobs = latent_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
         code = run_task(task, plans, jobs, config.data, config.work, group)
+        references = reference_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
+        if references:
+            shown = Task(
+                title="Reference latent caching",
+                ending=REFERENCE_ENDING,
+                required=REFERENCE_KEYS,
+                make_stages=lambda: reference_stages(
+                    VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)
+                ),
+            )
+            code = max(code, run_task(shown, plans, references, config.data, config.work, group))
         if group.is_main and caching_mode(config.data) == "video":
             _warn_of_sound(plans)
         return code

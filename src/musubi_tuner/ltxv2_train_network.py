@@ -20,6 +20,7 @@ from musubi_tuner.runtime.program import run_program
 from musubi_tuner.training.caches import wanted_caches
 from musubi_tuner.training.loop import train
 from musubi_tuner.training.metrics import loss_path, read_losses
+from musubi_tuner.training.references import check_reference_factors, check_references
 from musubi_tuner.training.report import draw_loss_curve, summary
 from musubi_tuner.training.setup import Inputs, build_run
 
@@ -65,6 +66,9 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     mode = config.ltx_mode
     items = list_items(datasets.datasets, mode, config.mode.dataset_config)
     validation_items = list_items(datasets.validation_datasets, mode, config.mode.dataset_config) if datasets.validation_datasets else ()
+    check_references(config.recipe, items, config.mode.dataset_config)
+    if config.network.network_weights is not None and config.network.network_weights.is_file():
+        check_reference_factors(config.network.network_weights, config.recipe, datasets)
     wanted = wanted_caches(config, checkpoint, read_config(checkpoint))
     verify_caches((*items, *validation_items), wanted)
     preview = None

@@ -1,15 +1,21 @@
 """The metadata that cache files must carry: stated once, for the programs that write them and for training that reads them."""
 
-from musubi_tuner.cache.index import Clip, audio_window, latents_window
+from musubi_tuner.cache.index import Clip, audio_window, latents_window, reference_window
 
 LATENT_KEYS = ("latents",)
 AUDIO_KEYS = ("audio_latents", "audio_lengths")
+REFERENCE_KEYS = ("ref_latents",)
 TEXT_KEYS = ("text", "text_mask")
 
 
 def latents_of(clip: Clip) -> dict[str, str]:
     """Of a clip's video or image latents, as far as the plan decides it."""
     return {"kind": f"{clip.kind}_latents", "source_fingerprint": clip.source_fingerprint, "window": latents_window(clip)}
+
+
+def reference_of(clip: Clip) -> dict[str, str]:
+    """Of what is shown beside a clip."""
+    return {"kind": "reference_latents", "source_fingerprint": clip.reference_fingerprint, "window": reference_window(clip)}
 
 
 def audio_of(clip: Clip) -> dict[str, str]:

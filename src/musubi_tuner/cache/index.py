@@ -66,6 +66,15 @@ class Clip:
     text: str
     has_audio: bool
     """Whether the source has an audio stream."""
+    reference: str | None = None
+    """File name of what is shown beside it (IC-LoRA); None = nothing. The next six are of it."""
+    reference_source: str = ""
+    reference_fingerprint: str = ""
+    reference_frames: int = 0
+    """1 for a picture."""
+    reference_fps: float = 0.0
+    reference_width: int = 0
+    reference_height: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +93,12 @@ def latents_window(clip: Clip) -> str:
     if clip.kind == "video":
         window |= {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps, "frames": clip.frames}
     return canonical(window)
+
+
+def reference_window(clip: Clip) -> str:
+    """The same for what is shown beside it: the same seconds, at a size and rate of its own."""
+    window = {"width": clip.reference_width, "height": clip.reference_height, "frames": clip.reference_frames}
+    return canonical(window | {"start": clip.start_seconds, "fps": clip.reference_fps})
 
 
 def audio_window(clip: Clip) -> str:

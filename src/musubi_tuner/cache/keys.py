@@ -17,6 +17,10 @@ def latents_key(frames: int, height: int, width: int, dtype: torch.dtype) -> str
     return f"latents_{frames}x{height}x{width}_{_name(dtype)}"
 
 
+def reference_latents_key(frames: int, height: int, width: int, dtype: torch.dtype) -> str:
+    return f"ref_{latents_key(frames, height, width, dtype)}"
+
+
 def audio_latents_key(steps: int, dtype: torch.dtype) -> str:
     return f"audio_latents_{steps}x1x1_{_name(dtype)}"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 PROMPT_FOLDER = "ltxv2_prompts"
 LATENTS_ENDING = "_ltxv2.safetensors"
 AUDIO_ENDING = "_ltxv2_audio.safetensors"
+REFERENCE_ENDING = "_ltxv2_ref.safetensors"
 TEXT_ENDING = "_ltxv2_te.safetensors"
 INDEX_ENDING = ".json"
-ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, TEXT_ENDING, INDEX_ENDING)
+ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, TEXT_ENDING, INDEX_ENDING)
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:
@@ -22,6 +23,11 @@ def image_latent_name(stem: str, width: int, height: int) -> str:
 def audio_sidecar_name(latent_name: str) -> str:
     """The sidecar of a video latent file."""
     return latent_name.removesuffix(LATENTS_ENDING) + AUDIO_ENDING
+
+
+def reference_sidecar_name(latent_name: str) -> str:
+    """What is shown beside a video or still."""
+    return latent_name.removesuffix(LATENTS_ENDING) + REFERENCE_ENDING
 
 
 def audio_only_name(stem: str, start_ms: int, length_ms: int) -> str:

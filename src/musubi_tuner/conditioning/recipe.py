@@ -28,8 +28,6 @@ class ItemShape:
     video: tuple[int, int, int] | None
     """(F, H, W) latent cells"""
     audio_steps: int
-    mask: Tensor | None = None
-    """(F, H, W) bool of the mask file: True = to be generated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +40,6 @@ class ItemConditions:
     """(T,) bool"""
     video_reference: bool
     """Whether the item sees its reference."""
-    audio_reference: bool
 
 
 def draw_conditions(recipe: Recipe, shape: ItemShape, generators: Generators) -> ItemConditions:
@@ -66,7 +63,6 @@ def draw_conditions(recipe: Recipe, shape: ItemShape, generators: Generators) ->
         video_clean=video,
         audio_clean=audio,
         video_reference=_chosen(recipe.probability("video", rules.Reference), generators("video", "Reference")),
-        audio_reference=_chosen(recipe.probability("audio", rules.Reference), generators("audio", "Reference")),
     )
 
 
@@ -122,10 +118,6 @@ def box(rule: rules.Box, cells: Cells, generator: torch.Generator, shape: ItemSh
     return ~(_spans(cells, range(start, start + count)) & _rectangle(cells, rule.size, generator))
 
 
-def mask(rule: rules.Mask, cells: Cells, generator: torch.Generator, shape: ItemShape) -> Tensor:
-    return torch.zeros(cells, dtype=torch.bool) if shape.mask is None else ~shape.mask
-
-
 def sound_prefix(rule: rules.SoundPrefix, cells: Cells, generator: torch.Generator, shape: ItemShape) -> Tensor:
     return _spans(cells, range(_steps(rule.seconds, cells, generator)))
 
@@ -149,7 +141,6 @@ VIDEO_CELLS: dict[type[Rule], CellRule] = {
     rules.Keyframes: keyframes,
     rules.Crop: crop,
     rules.Box: box,
-    rules.Mask: mask,
 }
 AUDIO_CELLS: dict[type[Rule], CellRule] = {
     rules.SoundPrefix: sound_prefix,

@@ -86,11 +86,6 @@ class Clean(Rule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mask(Rule):
-    """Inpainting by the dataset's mask files: white is generated, black is given."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Reference(Rule):
     """The dataset's reference is shown beside the clip (IC-LoRA)."""
 
@@ -124,7 +119,6 @@ VIDEO_RULES: dict[str, type[Rule]] = {
     "crop": Crop,
     "box": Box,
     "clean": Clean,
-    "mask": Mask,
     "reference": Reference,
 }
 AUDIO_RULES: dict[str, type[Rule]] = {
@@ -132,7 +126,6 @@ AUDIO_RULES: dict[str, type[Rule]] = {
     "suffix": SoundSuffix,
     "gap": SoundGap,
     "clean": Clean,
-    "reference": Reference,
 }
 
 

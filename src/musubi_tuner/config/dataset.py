@@ -39,8 +39,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_fps": (int, float),
     "video_loss_weight": (int, float),
     "audio_loss_weight": (int, float),
+    "reference_directory": (str,),
+    "reference_downscale": (int,),
+    "reference_temporal_scale": (int,),
 }
-_NOT_IN_GENERAL = (*_SOURCES, "cache_directory")
+_NOT_IN_GENERAL = (*_SOURCES, "cache_directory", "reference_directory")
+_COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames", "reference_downscale", "reference_temporal_scale")
 _NO_PLAN = ("batch_size", "num_repeats", "video_loss_weight", "audio_loss_weight", "label", "cache_directory")
 
 
@@ -78,9 +82,11 @@ class DatasetSpec:
     video_loss_weight: float | None = None
     audio_loss_weight: float | None = None
     reference_directory: Path | None = None
-    """References by the stems of the sources."""
+    """References by the stems of the sources; a jsonl names them by `reference_path`."""
     reference_downscale: int = 1
     """How many times smaller than the clips their references are cached."""
+    reference_temporal_scale: int = 1
+    """How many frames of the clips one frame of their references stands for."""
 
     @property
     def root(self) -> Path:
@@ -92,7 +98,7 @@ class DatasetSpec:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in _NO_PLAN and not (field.name.startswith("reference_") and self.reference_directory is None):
+            if field.name not in _NO_PLAN and not (field.name.startswith("reference_") and value in (None, 1)):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -112,9 +118,10 @@ class DatasetConfig:
         return self.datasets + self.validation_datasets
 
     @property
-    def reference_downscale(self) -> int:
-        """How many times smaller than its clips the config's references are."""
-        return next((spec.reference_downscale for spec in self.all if spec.reference_directory is not None), 1)
+    def reference_factors(self) -> tuple[int, int]:
+        """In space and time: how much coarser than the clips the references are; one pair for a whole run."""
+        spec = self.datasets[0]
+        return spec.reference_downscale, spec.reference_temporal_scale
 
 
 def load_dataset_config(path: Path) -> DatasetConfig:
@@ -144,7 +151,14 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(entries)) for name, entries in lists.items()}
     if not specs["datasets"]:
         raise UserError(f"{path}: no [[datasets]]. Give one at least, with video_directory, image_directory or audio_directory.")
-    return DatasetConfig(path, specs["datasets"], specs["validation_datasets"])
+    config = DatasetConfig(path, specs["datasets"], specs["validation_datasets"])
+    for spec in config.all:
+        if (spec.reference_downscale, spec.reference_temporal_scale) != config.reference_factors:
+            raise UserError(
+                f"{path}: {spec.label}: reference_downscale and reference_temporal_scale differ from those of datasets[0]; "
+                "a LoRA has one of each. Set them in [general]."
+            )
+    return config
 
 
 def _spec(path: Path, label: str, general: Mapping[str, Any], entry: Mapping[str, Any]) -> DatasetSpec:
@@ -158,6 +172,8 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], entry: Mapping[str
     if is_directory and not source.is_dir() and "cache_directory" not in merged or not is_directory and not source.parent.is_dir():
         raise UserError(f"{path}: {label}: {given[0]} = {entry[given[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
     values: dict[str, Any] = {key: value for key, value in merged.items() if key not in _SOURCES and key != "cache_directory"}
+    if "reference_directory" in values:
+        values["reference_directory"] = _path(path, values["reference_directory"])
     if "resolution" in values:
         values["resolution"] = _resolution(path, label, values["resolution"])
     for key in ("target_seconds", "source_fps", "target_fps"):
@@ -229,7 +245,7 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
 
     if spec.frame_extraction not in FRAME_EXTRACTIONS:
         refuse(f"frame_extraction = {spec.frame_extraction!r}: must be one of {', '.join(FRAME_EXTRACTIONS)}.")
-    for name in ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames"):
+    for name in _COUNTS:
         if getattr(spec, name) < 1:
             refuse(f"{name} = {getattr(spec, name)}: must be 1 at least.")
     for name in ("target_seconds", "source_fps", "target_fps"):
@@ -242,6 +258,11 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
             refuse(f"{name} = {value}: must not be negative.")
     if not spec.caption_extension.startswith("."):
         refuse(f"caption_extension = {spec.caption_extension!r}: must begin with a dot, such as '.txt'.")
+    step = 32 * spec.reference_downscale
+    if any(side % step for side in spec.resolution):
+        refuse(f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}.")
+    if spec.reference_directory is not None and spec.kind == "audio":
+        refuse("reference_directory is for videos and images.")
     if spec.kind == "video" and spec.frame_extraction != "full" and not spec.target_frames and spec.target_seconds is None:
         refuse("target_frames or target_seconds is needed for videos, such as target_frames = [25, 49].")
     if spec.target_frames and spec.target_seconds is not None:

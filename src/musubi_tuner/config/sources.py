@@ -1,5 +1,6 @@
 """Listing a dataset's source files and their captions."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ EXTENSIONS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
+REFERENCE_EXTENSIONS = EXTENSIONS["video"] + EXTENSIONS["image"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,8 @@ class Source:
     """Names its cache files."""
     caption: str
     """Empty where captions were not asked for and there is none."""
+    reference: Path | None = None
+    """What is shown beside it (IC-LoRA); all sources of a dataset have one, or none."""
 
 
 def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
@@ -39,12 +43,12 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         UserError: no usable file, missing or empty captions, a malformed jsonl line or one whose path leads nowhere, or two sources
             with one stem.
     """
-    pairs = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
-    sources = [Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "") for path, caption in pairs]
+    sources = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
     if not sources:
         known = ", ".join(EXTENSIONS[spec.kind])
         raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
+    sources = _with_references(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
@@ -80,15 +84,37 @@ def sources_exist(spec: DatasetSpec) -> bool:
     return spec.directory.is_dir() if spec.directory is not None else spec.jsonl_file.is_file()
 
 
-def _from_directory(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
+def _from_directory(spec: DatasetSpec) -> list[Source]:
     if not spec.directory.is_dir():
         raise UserError(f"{spec.label}: {spec.directory}: no such folder.")
-    pairs = []
+    sources = []
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            pairs.append((path, _read_text(caption).strip() if caption.is_file() else None))
-    return pairs
+            sources.append(_source(spec, path, _read_text(caption).strip() if caption.is_file() else None))
+    return sources
+
+
+def _source(spec: DatasetSpec, path: Path, caption: str | None, reference: Path | None = None) -> Source:
+    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", reference=reference)
+
+
+def _with_references(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
+    """Each source with the file of its stem in the dataset's reference folder, where there is one."""
+    if spec.reference_directory is not None:
+        if not spec.reference_directory.is_dir():
+            raise UserError(f"{spec.label}: reference_directory {spec.reference_directory}: no such folder.")
+        files = sorted(path for path in spec.reference_directory.iterdir() if path.suffix.lower() in REFERENCE_EXTENSIONS)
+        found = {path.stem.casefold(): path for path in files}
+        sources = [dataclasses.replace(source, reference=source.reference or found.get(source.stem.casefold())) for source in sources]
+    lacking = [source.name for source in sources if source.reference is None]
+    if lacking and (spec.reference_directory is not None or len(lacking) < len(sources)):
+        raise UserError(
+            f"{spec.label}: {len(lacking)} of {len(sources)} sources have no reference: {', '.join(lacking[:10])}"
+            f"{', ...' if len(lacking) > 10 else ''}. Put a video or picture with the same stem into "
+            f'{spec.reference_directory or "a folder"} (reference_directory), or a "reference_path" into each line of the jsonl.'
+        )
+    return sources
 
 
 def _others(spec: DatasetSpec) -> str:
@@ -104,14 +130,14 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
 
 
-def _from_jsonl(spec: DatasetSpec) -> list[tuple[Path, str | None]]:
+def _from_jsonl(spec: DatasetSpec) -> list[Source]:
     if not spec.jsonl_file.is_file():
         raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
     lines = _read_text(spec.jsonl_file).split("\n")
     return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _from_line(spec: DatasetSpec, where: str, line: str) -> tuple[Path, str | None]:
+def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
     field = f"{spec.kind}_path"
     try:
         entry = json.loads(line)
@@ -119,20 +145,29 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> tuple[Path, str | No
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
         raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
-    if unknown := sorted(set(entry) - {field, "caption"}):
-        raise UserError(
-            f'{where}: unknown field \'{unknown[0]}\'.{nearest(unknown[0], [field, "caption"])} Fields are "{field}" and "caption".'
-        )
+    fields = [field, "caption", "reference_path"]
+    if unknown := sorted(set(entry) - set(fields)):
+        raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], fields)} Fields are {', '.join(fields)}.")
     caption = entry.get("caption")
     if not isinstance(caption, str | None):
         raise UserError(f"{where}: caption = {caption!r}: must be text.")
-    path = Path(entry[field])
+    path = _named_file(spec, where, entry[field], EXTENSIONS[spec.kind], spec.kind)
+    reference = entry.get("reference_path")
+    if not isinstance(reference, str | None):
+        raise UserError(f"{where}: reference_path = {reference!r}: must be text.")
+    if reference is not None:
+        reference = _named_file(spec, where, reference, REFERENCE_EXTENSIONS, "video or image")
+    return _source(spec, path, caption.strip() if caption else None, reference)
+
+
+def _named_file(spec: DatasetSpec, where: str, text: str, extensions: Sequence[str], kind: str) -> Path:
+    path = Path(text)
     path = path if path.is_absolute() else spec.jsonl_file.parent / path
-    if path.suffix.lower() not in EXTENSIONS[spec.kind]:
-        raise UserError(f"{where}: {path}: no {spec.kind} file of a known kind ({', '.join(EXTENSIONS[spec.kind])}).")
+    if path.suffix.lower() not in extensions:
+        raise UserError(f"{where}: {path}: no {kind} file of a known kind ({', '.join(extensions)}).")
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file.")
-    return path, caption.strip() if caption else None
+    return path
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.conditions import Conditions, StreamConditions
+from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
 from musubi_tuner.config.conditioning import Recipe
 from musubi_tuner.dataset.batch import Batch
@@ -80,7 +80,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
         audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
-        conditions=_stack_conditions(conditions, 0 if audio is None else audio.shape[2]),
+        conditions=_stack_conditions(items, merged, conditions, 0 if audio is None else audio.shape[2]),
     )
 
 
@@ -105,7 +105,9 @@ def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, rules
     return draw_conditions(rules.recipe, ItemShape(video=video, audio_steps=audio_steps), generators)
 
 
-def _stack_conditions(found: Sequence[ItemConditions], audio_steps: int) -> Conditions:
+def _stack_conditions(
+    items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions], audio_steps: int
+) -> Conditions:
     """Cells in the order of tokens. Padding of sound is given where all of the item's sound is, so that its stream counts as clean."""
     video = [one.video_clean.flatten() for one in found if one.video_clean is not None]
     audio = None
@@ -116,8 +118,22 @@ def _stack_conditions(found: Sequence[ItemConditions], audio_steps: int) -> Cond
                 audio[row, : len(one.audio_clean)] = one.audio_clean
                 audio[row, len(one.audio_clean) :] = bool(one.audio_clean.all())
     return Conditions(
-        video=StreamConditions(clean=torch.stack(video) if video else None),
+        video=StreamConditions(clean=torch.stack(video) if video else None, reference=_stack_references(items, merged, found)),
         audio=StreamConditions(clean=audio),
+    )
+
+
+def _stack_references(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions]) -> Reference | None:
+    """What is shown beside the items that see theirs; None where no item does."""
+    chosen = [one.video_reference and item.reference_cache_path is not None for item, one in zip(items, found, strict=True)]
+    if not any(chosen):
+        return None
+    return Reference(
+        latents=_stack(items, merged, "ref_latents"),
+        chosen=None if all(chosen) else torch.tensor(chosen),
+        fps=torch.tensor([item.clip.fps for item in items], dtype=torch.float32),
+        spatial_factor=items[0].spec.reference_downscale,
+        temporal_factor=items[0].spec.reference_temporal_scale,
     )
 
 

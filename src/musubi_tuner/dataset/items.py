@@ -22,11 +22,13 @@ class Item:
     audio_latent_cache_path: Path | None
     """None in video mode, and for stills."""
     text_encoder_output_cache_path: Path
+    reference_cache_path: Path | None = None
+    """What is shown beside it (IC-LoRA); None = nothing, and in audio mode."""
 
     @property
     def cache_paths(self) -> tuple[Path, ...]:
         """In the order of merging."""
-        paths = (self.latent_cache_path, self.audio_latent_cache_path, self.text_encoder_output_cache_path)
+        paths = (self.latent_cache_path, self.audio_latent_cache_path, self.reference_cache_path, self.text_encoder_output_cache_path)
         return tuple(path for path in paths if path is not None)
 
     @property
@@ -34,7 +36,7 @@ class Item:
         """Items of one bucket stack: same dataset, same frame size, same number of frames; in audio mode about the same length."""
         if self.latent_cache_path is None:
             return (self.spec.label, round(self.clip.end_seconds - self.clip.start_seconds))
-        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames)
+        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, self.clip.reference_frames)
 
 
 def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) -> tuple[Item, ...]:
@@ -73,4 +75,5 @@ def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
         latent_cache_path=folder / clip.latents if mode != "audio" else None,
         audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
         text_encoder_output_cache_path=folder / clip.text,
+        reference_cache_path=folder / clip.reference if mode != "audio" and clip.reference is not None else None,
     )

@@ -65,6 +65,15 @@ def _item_problems(item: Item, wanted: Wanted) -> list[_Problem]:
         checks.append(
             (item.audio_latent_cache_path, expected.audio_of(item.clip) | wanted.audio, expected.AUDIO_KEYS, "ltxv2_cache_audio_latents.py")
         )
+    if item.reference_cache_path is not None:
+        checks.append(
+            (
+                item.reference_cache_path,
+                expected.reference_of(item.clip) | wanted.latents,
+                expected.REFERENCE_KEYS,
+                "ltxv2_cache_latents.py",
+            )
+        )
     checks.append((item.text_encoder_output_cache_path, {"kind": "text", **wanted.text}, ("text",), "ltxv2_cache_text_encoder_outputs.py"))
     found = [(path, reason_to_rebuild(path, entries, keys), program) for path, entries, keys, program in checks]
     return [_Problem(item.key, path, reason, program) for path, reason, program in found if reason is not None]
@@ -95,6 +104,8 @@ def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Sou
             problems.append(_Problem(item.key, path, f"its source '{name}' is gone from {spec.root}", program))
         elif file_fingerprint(source.path) != item.clip.source_fingerprint:
             problems.append(_Problem(item.key, path, f"its source '{name}' has changed since it was cached", program))
+        elif source.reference is not None and file_fingerprint(source.reference) != item.clip.reference_fingerprint:
+            problems.append(_Problem(item.key, path, f"its reference '{source.reference.name}' has changed since it was cached", program))
         elif source.caption and item.text_encoder_output_cache_path.is_file():
             entries = {"source_fingerprint": text_fingerprint(source.caption)}
             if reason_to_rebuild(item.text_encoder_output_cache_path, entries, ()) is not None:

@@ -1,15 +1,16 @@
 """Frames of planned clips -> video and image latents in cache files."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from musubi_tuner.cache import store
-from musubi_tuner.cache.expected import latents_of
+from musubi_tuner.cache.expected import latents_of, reference_of
 from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.index import Clip
-from musubi_tuner.cache.keys import latents_key
+from musubi_tuner.cache.keys import latents_key, reference_latents_key
 from musubi_tuner.encoding.jobs import Job, list_jobs
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
@@ -37,6 +38,31 @@ def latent_jobs(plans: Sequence[DatasetPlan], *, encoder: str, dtype: torch.dtyp
     return list_jobs(plans, name_of=lambda clip: clip.latents, expected_of=expected, size_of=_size_of, model_version=model_version)
 
 
+def reference_jobs(
+    plans: Sequence[DatasetPlan], *, encoder: str, dtype: torch.dtype, tiles: TileSizes, model_version: str
+) -> tuple[Job, ...]:
+    """Jobs for what is shown beside the clips; arguments as for `latent_jobs`."""
+
+    def shown(clip: Clip) -> Clip:
+        return replace(clip, width=clip.reference_width, height=clip.reference_height, frames=clip.reference_frames)
+
+    def expected(clip: Clip) -> dict[str, str]:
+        return reference_of(clip) | {"encoder_fingerprint": encoder, "encoding": _encoding(shown(clip), dtype, tiles)}
+
+    return list_jobs(
+        plans,
+        name_of=lambda clip: clip.reference,
+        expected_of=expected,
+        size_of=lambda clip: _size_of(shown(clip)),
+        model_version=model_version,
+    )
+
+
+def reference_stages(vae: VideoVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
+    """As `latent_stages`, of references."""
+    return replace(latent_stages(vae), decode=_decode_reference, write=_write_reference)
+
+
 def latent_stages(vae: VideoVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
     """Decode frames, encode them with the VAE, write latents."""
 
@@ -54,6 +80,21 @@ def _decode(job: Job) -> Tensor:
         places = choose_frames(found, clip.fps, clip.start_frame, clip.frames)
         return read_frames(found, places, clip.width, clip.height)
     return cover_and_crop(read_picture(job.planned.source.path), clip.width, clip.height)[None]
+
+
+def _decode_reference(job: Job) -> Tensor:
+    clip, found, path = job.planned.clip, job.planned.reference, job.planned.source.reference
+    size = (clip.reference_width, clip.reference_height)
+    if isinstance(found, VideoInfo):
+        start = clip.start_seconds * clip.reference_fps
+        return read_frames(found, choose_frames(found, clip.reference_fps, start, clip.reference_frames), *size)
+    assert path is not None
+    return cover_and_crop(read_picture(path), *size)[None]
+
+
+def _write_reference(job: Job, latents: Tensor) -> None:
+    _, frames, height, width = latents.shape
+    store.write(job.target, {reference_latents_key(frames, height, width, latents.dtype): latents}, {**job.expected, **job.people})
 
 
 def _write(job: Job, latents: Tensor) -> None:

@@ -20,7 +20,7 @@ def sampled_length(info: VideoInfo, fps: float) -> int:
     return int((info.times[-1] + 1 / info.fps + _SLACK_SECONDS) * fps)
 
 
-def choose_frames(info: VideoInfo, fps: float, start: int, count: int) -> tuple[int, ...]:
+def choose_frames(info: VideoInfo, fps: float, start: float, count: int) -> tuple[int, ...]:
     """Places of the frames that are on screen at the times `start / fps`, `(start + 1) / fps`, ... since the first frame."""
     return tuple(bisect.bisect_right(info.times, (start + i) / fps + _SLACK_SECONDS) - 1 for i in range(count))
 

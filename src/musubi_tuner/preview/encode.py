@@ -20,9 +20,11 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Encoders:
     """The VAEs' encoders, loaded at first use."""
 
-    def __init__(self, vae: Checkpoint, audio_vae: Checkpoint, device: torch.device, *, reference_downscale: int = 1) -> None:
+    def __init__(
+        self, vae: Checkpoint, audio_vae: Checkpoint, device: torch.device, *, reference_factors: tuple[int, int] = (1, 1)
+    ) -> None:
         self.device = device
-        self.reference_downscale = reference_downscale
+        self.reference_factors = reference_factors
         self._vae, self._audio_vae = vae, audio_vae
         self._video, self._sound = None, None
 
@@ -187,7 +189,7 @@ def _fitted(samples: Tensor, seconds: float, steps: int) -> Tensor:
 
 
 def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
-    path, factor = prompt.given.reference, encoders.reference_downscale
+    path, (factor, temporal) = prompt.given.reference, encoders.reference_factors
     if path is None:
         return None
     width, height = prompt.width // factor, prompt.height // factor
@@ -201,8 +203,14 @@ def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
 
         frames = cover_and_crop(read_picture(path), width, height)[None]
     else:
-        frames = read_clip(prompt.where, "--v", path, prompt.frames, prompt.fps, (width, height))
-    return Reference(latents=encoders.video(frames), fps=torch.tensor([prompt.fps]), spatial_factor=factor)
+        if (prompt.frames - 1) % (geometry.TEMPORAL_SCALE * temporal):
+            raise UserError(
+                f"{prompt.where}: --v: a frame of this dataset's references stands for {temporal} (reference_temporal_scale), "
+                f"so --f must be {geometry.TEMPORAL_SCALE * temporal}n+1."
+            )
+        frames = read_clip(prompt.where, "--v", path, (prompt.frames - 1) // temporal + 1, prompt.fps / temporal, (width, height))
+    fps = torch.tensor([prompt.fps])
+    return Reference(latents=encoders.video(frames), fps=fps, spatial_factor=factor, temporal_factor=temporal)
 
 
 def _reference_sound(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:

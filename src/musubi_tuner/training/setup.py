@@ -26,6 +26,7 @@ from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
 from musubi_tuner.training.planning import describe_placement, largest_item
+from musubi_tuner.training.references import reference_facts
 from musubi_tuner.training.run import Preview, Schedule, TrainingRun
 from musubi_tuner.training.state import load_state
 from musubi_tuner.training.step import StepInputs, item_losses
@@ -221,6 +222,7 @@ def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ltxv2_video_loss_weight": config.mode.video_loss_weight,
         "ltxv2_audio_loss_weight": config.mode.audio_loss_weight,
         "ltxv2_conditioning": config.recipe.describe(),
+        **reference_facts(config.recipe, inputs.datasets),
     }
 
 

@@ -1,0 +1,56 @@
+"""References in the LoRA's metadata, where those who sample with it read how large they are to be."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from musubi_tuner.cache.store import read_metadata
+from musubi_tuner.config.conditioning import Recipe, Reference
+from musubi_tuner.config.dataset import DatasetConfig
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.runtime.errors import UserError
+
+SPATIAL = "reference_downscale_factor"
+TEMPORAL = "reference_temporal_scale_factor"
+
+
+def reference_facts(recipe: Recipe, datasets: DatasetConfig) -> dict[str, object]:
+    """Entries of the metadata; none where the recipe shows no reference."""
+    if not recipe.probability("video", Reference):
+        return {}
+    space, time = (str(factor) for factor in datasets.reference_factors)
+    return {SPATIAL: space, "reference_spatial_scale_factor": space, TEMPORAL: time}
+
+
+def check_reference_factors(path: Path, recipe: Recipe, datasets: DatasetConfig) -> None:
+    """A LoRA to start from must have been trained on references of the same scale; files that do not say are taken.
+
+    Raises:
+        UserError: names both factors.
+    """
+    metadata = read_metadata(path)
+    wanted = reference_facts(recipe, datasets)
+    for key, setting in ((SPATIAL, "reference_downscale"), (TEMPORAL, "reference_temporal_scale")):
+        if key in metadata and key in wanted and metadata[key] != wanted[key]:
+            raise UserError(
+                f"--network_weights {path}: its {key} is {metadata[key]}, the dataset's {setting} is {wanted[key]}. "
+                f"Set {setting} = {metadata[key]} in {datasets.path} and cache the references again, or start without --network_weights."
+            )
+
+
+def check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path) -> None:
+    """A recipe that shows references needs them, and references need a recipe.
+
+    Raises:
+        UserError: one without the other.
+    """
+    there = any(item.reference_cache_path is not None for item in items)
+    if recipe.probability("video", Reference) and not there:
+        raise UserError(
+            f"{dataset_config}: the recipe has the rule 'reference', but no dataset has references. "
+            "Give one reference_directory (or a jsonl with reference_path) and run ltxv2_cache_latents.py."
+        )
+    if there and not recipe.probability("video", Reference):
+        raise UserError(
+            f"{dataset_config}: has references, but nothing shows them. Give --conditioning_config "
+            "conditioning_recipes/reference_video.toml (its rule is 'reference'), or take reference_directory out."
+        )
