@@ -1,10 +1,12 @@
 """Each rule: which cells it gives, that they reach the model clean without loss or gradient, and that nothing else changes them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from musubi_tuner.conditioning import recipe as recipe_module
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.noising import loss_weights, noised
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
@@ -266,3 +268,27 @@ def test_the_short_flag_is_a_rule_of_the_recipe(tmp_path: Path):
     path.write_text("[[video]]\nrule='first_frame'\n", encoding="utf-8")
     with pytest.raises(UserError, match="keep one"):
         make_recipe(ConditioningOptions(conditioning_config=path, first_frame_conditioning_p=0.5), "av")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EveryOther(rules.Rule):
+    """Every second latent frame is given."""
+
+
+def every_other(rule: EveryOther, cells: tuple[int, ...], generator: torch.Generator, shape: ItemShape) -> torch.Tensor:
+    given = torch.zeros(cells, dtype=torch.bool)
+    given[::2] = True
+    return given
+
+
+def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch):
+    """A dataclass and a function in two tables: the recipe reader, the draw and the model's input know the rule."""
+    monkeypatch.setitem(rules.VIDEO_RULES, "every_other", EveryOther)
+    monkeypatch.setitem(recipe_module.VIDEO_CELLS, EveryOther, every_other)
+    path = tmp_path / "recipe.toml"
+    path.write_text("[[video]]\nrule='every_other'\n", encoding="utf-8")
+    cells = drawn(load_recipe(path), shape=ItemShape(video=(3, 2, 4), audio_steps=0)).video_clean
+    assert frames_of(cells) == [True, False, True]
+    given = Conditions(video=StreamConditions(clean=cells.flatten()[None].expand(2, -1)))
+    modality, _ = noised(condition(streams(), given)["video"], torch.randn(2, 24, 128), torch.tensor([0.7, 0.2]))
+    assert (modality.timesteps[0] == 0).tolist() == [True] * 8 + [False] * 8 + [True] * 8

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner.config.flags import build_parser
+from musubi_tuner.preview.given_files import GIVEN_FLAGS
+from musubi_tuner.preview.prompts import _parse_line
 from tools.make_options_table import OPTIONS, PROGRAMS, render
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGS = {program.script: program.config for program in PROGRAMS}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+UNUSED = {"reference_audio_path"}
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)\)")
 
 
@@ -55,6 +58,12 @@ def test_toml_in_documents_is_valid() -> None:
     for document in DOCUMENTS:
         for text in blocks(document, "toml"):
             tomllib.loads(text)
+
+
+def test_prompt_lines_in_documents_parse_and_exercise_every_flag() -> None:
+    lines = [(path.name, line) for path in DOCUMENTS for block in blocks(path, "prompt") for line in block.splitlines()]
+    given = {key for name, line in lines for key in _parse_line(name, line)}
+    assert set(GIVEN_FLAGS.values()) - given == UNUSED
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
