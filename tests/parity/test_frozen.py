@@ -1,5 +1,6 @@
 """Our loaders of the frozen parts against ltx-core 1.0.0, from one official-format file with the tiny weights. float32, CPU."""
 
+import contextlib
 import importlib.machinery
 import json
 import sys
@@ -186,8 +187,15 @@ def test_only_the_vae_is_read_from_a_full_checkpoint(checkpoint, monkeypatch):
     from musubi_tuner.ltxv2 import weights
 
     read = []
-    original = weights.Checkpoint.tensor
-    monkeypatch.setattr(weights.Checkpoint, "tensor", lambda self, name: read.append(name) or original(self, name))
+    tensor, opened = weights.Checkpoint.tensor, weights.Checkpoint.opened
+
+    @contextlib.contextmanager
+    def watched(self: weights.Checkpoint) -> object:
+        with opened(self) as inner:
+            yield lambda name: read.append(name) or inner(name)
+
+    monkeypatch.setattr(weights.Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    monkeypatch.setattr(weights.Checkpoint, "opened", watched)
     VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",))
     assert read and all(name.startswith(("vae.encoder.", "vae.per_channel_statistics.")) for name in read)
 
