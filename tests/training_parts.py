@@ -4,9 +4,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
+from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.runtime.processes import processes
 from musubi_tuner.tiny.checkpoint import TinyFamily
 from musubi_tuner.tiny.clips import write_clips
+from musubi_tuner.training.model import ModelRequest, load_model
 
 TOML = """
 [general]
@@ -69,3 +76,19 @@ def cache(data: Data, *, sound: bool = True, text: tuple[str, ...] = ()) -> None
 
 def losses(folder: Path, name: str = "ltxv2_lora") -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / f"{name}-loss.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def load(config: TrainingConfig, data: Data) -> tuple[OfficialLTXV2Wrapper, LoRANetwork]:
+    """The model and network of a run on the CPU in float32, as the program loads them."""
+    with processes() as group:
+        request = ModelRequest(
+            config=config,
+            checkpoint=open_checkpoint(data.model),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            items=(),
+            text_tokens=0,
+            processes=group,
+        )
+        loaded = load_model(request, trial=lambda wrapper, network: 0.0)
+    return loaded.wrapper, loaded.network

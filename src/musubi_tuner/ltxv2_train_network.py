@@ -17,7 +17,7 @@ from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.runtime.program import run_program
-from musubi_tuner.training.caches import wanted_caches
+from musubi_tuner.training.caches import text_stage, wanted_caches
 from musubi_tuner.training.loop import train
 from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.references import check_reference_factors, check_references
@@ -107,7 +107,9 @@ def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePr
             device=pick_device(model.device),
             max_length=model.max_length,
         )
-        recipe = TextRecipe(checkpoint=checkpoint, config=read_config(checkpoint), options=options, mode=config.ltx_mode, stage="context")
+        recipe = TextRecipe(
+            checkpoint=checkpoint, config=read_config(checkpoint), options=options, mode=config.ltx_mode, stage=text_stage(config)
+        )
         return encode_prompts(recipe, prompts)
 
     return encode

@@ -56,7 +56,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     model.run_block = BlockEngine(model.transformer_blocks, [rung] * 2, max_rank=4, streamer=streamer)
     wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
     optimizer, meter = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True), LossMeter(torch.device("cpu"))
-    with NoWaiting():
+    with NoWaiting(), network.dropout(batch.dropout_seeds):
         losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
         meter.add(losses, batch.size)

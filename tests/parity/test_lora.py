@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import TokenStream
 from musubi_tuner.ltxv2.geometry import audio_positions, video_positions
-from musubi_tuner.networks import formats
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
+from musubi_tuner.networks.reading import read_network
 from tests.parity import models
 from tests.parity.name_maps import to_diffusers
 
@@ -80,8 +80,7 @@ def test_our_file_changes_diffusers_model_as_it_changes_ours(tmp_path, alpha):
     with torch.no_grad():
         base = models.run_diffusers(reference, data)
         network = random_network(model, alpha=alpha)
-        tensors = formats.to_file(network.factors(), torch.float32)
-        formats.check_file(tensors, network.names)
+        tensors = network.file_tensors(torch.float32)
         path = tmp_path / "a lora ü.safetensors"
         save_file(tensors, path)
 
@@ -93,7 +92,7 @@ def test_our_file_changes_diffusers_model_as_it_changes_ours(tmp_path, alpha):
 
         fresh = models.ours("2.3")
         read = create_network(fresh, dim=RANK, alpha=alpha, args={}, seed=0)
-        read.load_factors(formats.read_lora(path, read.names)[0])
+        read.load(read_network(path, read.names))
         ours = fresh(*models.modalities(data))
         live = model(*models.modalities(data))
     assert models.difference(theirs, base) > 0.1, "the LoRA does something"

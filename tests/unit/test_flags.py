@@ -126,6 +126,7 @@ def test_flags_of_training_are_a_decision():
     names = {info.name for info in describe(TrainingConfig) if info.section != "Previews"}
     assert names == {
         "--conditioning_config", "--first_frame_conditioning_p",
+        "--dim_from_weights", "--train_connectors", "--base_weights", "--base_weights_multiplier", "--audio_learning_rate",
         "--dataset_config", "--ltx_mode", "--ltxv2_audio_video", "--ltxv2_timestep_format", "--timestep_sampling",
         "--independent_audio_timestep", "--av_timestep_rule", "--video_loss_weight", "--audio_loss_weight", "--ltxv2_model", "--vae",
         "--audio_vae", "--text_encoder", "--text_encoder_backend", "--tokenizer", "--max_length", "--ltxv2_backend", "--device",

@@ -1,5 +1,7 @@
 """LoRA files: forms that are read, checks before one is written; targets; losses and optimizers."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,69 +10,123 @@ from torch import nn
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks import formats
+from musubi_tuner.networks.dora import MAGNITUDE
+from musubi_tuner.networks.full import DIFF
+from musubi_tuner.networks.lokr import W1, W2, W2_DOWN, W2_UP
+from musubi_tuner.networks.lora import DOWN, UP
 from musubi_tuner.networks.lora_ltxv2 import create_network
+from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.loss import ItemLosses, masked_mse, total_loss
 from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
+SHAPES = {
+    "lora": {DOWN: (4, 8), UP: (6, 4)},
+    "dora": {DOWN: (4, 8), UP: (6, 4), MAGNITUDE: (6,)},
+    "lokr": {W1: (2, 2), W2_UP: (3, 4), W2_DOWN: (4, 4)},
+    "loha": {"hada_w1_a": (6, 4), "hada_w1_b": (4, 8), "hada_w2_a": (6, 4), "hada_w2_b": (4, 8)},
+    "full": {DIFF: (6, 8)},
+}
+SCALED = {"lora": UP, "dora": UP, "lokr": W2_UP, "loha": "hada_w2_a"}
+ZERO = (UP, W2, W2_DOWN, "hada_w2_a", DIFF)
 
 
-def factors() -> formats.Factors:
+def contents(kind: str) -> formats.Contents:
     generator = torch.Generator().manual_seed(0)
-    return {name: (torch.randn(4, 8, generator=generator), torch.randn(6, 4, generator=generator)) for name in NAMES}
+    return {name: {leaf: torch.randn(shape, generator=generator) for leaf, shape in SHAPES[kind].items()} for name in NAMES}
 
 
-def ours(values):
+def ours(values, kind="lora"):
     return formats.to_file(values, torch.float32)
 
 
-def kohya(values):
+def ours_for_comfy(values, kind):
+    return formats.to_file(values, torch.float32, dora_key="dora_scale")
+
+
+def kohya(values, kind):
+    """Flattened names, and an alpha of half the rank."""
     tensors = {}
-    for name, (down, up) in values.items():
+    for name, own in values.items():
         key = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up / 0.5, f"{key}.alpha": torch.tensor(2.0)}
+        for leaf, value in own.items():
+            leaf = {DOWN: "lora_down.weight", UP: "lora_up.weight", MAGNITUDE: "dora_scale"}.get(leaf, leaf)
+            value = value[:, None] if leaf == "dora_scale" else value
+            tensors[f"{key}.{leaf}"] = value / 0.5 if leaf in (SCALED.get(kind), "lora_up.weight") else value
+        if kind != "full":
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
     return tensors
 
 
-def diffusers(values):
-    return {f"transformer.{name}.lora_{leaf}.weight": pair[i] for name, pair in values.items() for i, leaf in ((0, "A"), (1, "B"))}
+def lycoris(values, kind):
+    return {key.replace("lora_unet_", "lycoris_"): value for key, value in kohya(values, kind).items()}
 
 
-@pytest.mark.parametrize("form", [ours, kohya, diffusers])
-def test_every_form_reads_as_the_same_factors(tmp_path, form):
-    save_file(form(factors()), tmp_path / "a.safetensors")
-    read, _ = formats.read_lora(tmp_path / "a.safetensors", NAMES)
-    for name, pair in factors().items():
-        assert all(torch.allclose(a, b) for a, b in zip(read[name], pair, strict=True))
+def diffusers(values, kind):
+    return {f"transformer.{name}.{leaf}": value for name, own in values.items() for leaf, value in own.items()}
+
+
+@pytest.mark.parametrize("form", [ours, ours_for_comfy, kohya, lycoris, diffusers])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_form_of_every_type_reads_as_the_same_tensors(tmp_path, form, kind):
+    stored = form(contents(kind), kind)
+    save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "a.safetensors")
+    read = read_network(tmp_path / "a.safetensors", NAMES)
+    assert read.kind == kind
+    for name, own in contents(kind).items():
+        assert own.keys() == read.adapters[name].tensors.keys()
+        assert all(torch.allclose(value, read.adapters[name].tensors[leaf]) for leaf, value in own.items())
+
+
+def test_a_lokr_of_two_whole_halves_has_no_scale_as_in_lycoris(tmp_path):
+    save_file({f"{NAMES[0]}.lokr_w1": torch.ones(2, 2), f"{NAMES[0]}.lokr_w2": torch.ones(3, 4), f"{NAMES[0]}.alpha": torch.tensor(7.0)},
+              tmp_path / "a.safetensors")  # fmt: skip
+    read = read_network(tmp_path / "a.safetensors", NAMES)
+    assert torch.equal(read.adapters[NAMES[0]].tensors[W2], torch.ones(3, 4))
+
+
+def test_the_newest_file_of_a_folder_is_read(tmp_path):
+    for age, name in enumerate(("b.safetensors", "a.safetensors", "a.connectors.safetensors")):
+        save_file(
+            formats.to_file({NAMES[0]: {DOWN: torch.full((1, 8), float(age)), UP: torch.zeros(6, 1)}}, torch.float32), tmp_path / name
+        )
+        os.utime(tmp_path / name, ns=(age, age))
+    assert read_network(tmp_path, NAMES).path.name == "a.safetensors"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no .safetensors"):
+        read_network(tmp_path / "empty", NAMES)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"text_model.weight": torch.zeros(1)}, "of no LoRA form"),
+        (lambda t: t | {"text_model.weight": torch.zeros(1)}, "of no form"),
         (lambda t: {n: v for n, v in t.items() if not n.endswith("attn1.to_q.lora_B.weight")}, "no partner"),
         (lambda t: {n.replace("blocks.0", "blocks.9"): v for n, v in t.items()}, "adapts 2 module"),
+        (lambda t: t | {f"diffusion_model.{NAMES[0]}.dora_scale": torch.ones(1, 8)}, "one for each output"),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path, change, message):
-    save_file(change(ours(factors())), tmp_path / "a.safetensors")
+    save_file(change(ours(contents("lora"))), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
-        formats.read_lora(tmp_path / "a.safetensors", NAMES)
+        read_network(tmp_path / "a.safetensors", NAMES)
 
 
-def test_nothing_bad_is_written():
-    good = ours(factors())
-    formats.check_file(good, NAMES)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_nothing_bad_is_written(kind):
+    good = ours(contents(kind))
+    expected = formats.file_keys(dict.fromkeys(NAMES, SHAPES[kind]))
+    formats.check_file(good, expected, ZERO)
     key = next(iter(good))
     for tensors, message in (
         ({name: value for name, value in good.items() if name != key}, "not whole"),
         (good | {key: torch.full_like(good[key], float("nan"))}, "NaN or infinity in 1 tensor"),
-        ({name: torch.zeros_like(value) for name, value in good.items()}, "all zero"),
+        ({name: torch.zeros_like(value) if name.endswith(ZERO) else value for name, value in good.items()}, "all zero"),
     ):
         with pytest.raises(UserError, match=message):
-            formats.check_file(tensors, NAMES)
+            formats.check_file(tensors, expected, ZERO)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +145,7 @@ def model():
     [
         ("attention", {"video": 16, "audio": 16, "cross": 16}), ("attention_ff", {"video": 20, "audio": 20, "cross": 16}),
         ("video", {"video": 20, "audio": 0, "cross": 0}), ("audio", {"video": 0, "audio": 20, "cross": 0}),
-        ("cross", {"video": 0, "audio": 0, "cross": 16}),
+        ("cross", {"video": 0, "audio": 0, "cross": 16}), ("all", {"video": 20, "audio": 20, "cross": 16}),
     ],
 )  # fmt: skip
 def test_presets_choose_by_stream_and_never_gates(model, preset, counts):

@@ -57,13 +57,23 @@ class ModeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkOptions:
-    """LoRA."""
+    """Network."""
 
     network_module: str = flag("module that makes the network", default=NETWORK_MODULE)
     network_dim: int = flag("rank", default=32)
     network_alpha: float = flag("alpha; the update is scaled by alpha / rank", default=32.0)
-    network_args: tuple[str, ...] = flag("key=value: preset, include_patterns, exclude_patterns", default=())
-    network_weights: Path | None = flag("LoRA file to start from", default=None)
+    network_args: tuple[str, ...] = flag("key=value: type, preset, rank_dropout and so on (docs/networks.md)", default=())
+    network_weights: Path | None = flag("LoRA file to start from, or a folder, whose newest one is taken", default=None)
+    dim_from_weights: bool = flag("take type, modules and ranks from --network_weights", default=False)
+    train_connectors: bool = flag("adapt the text connectors too; needs caches made with --text_cache_stage features", default=False)
+    base_weights: tuple[Path, ...] = flag("LoRA files that are merged into the model before training", default=())
+    base_weights_multiplier: tuple[float, ...] = flag("strength of each of --base_weights; default: 1", default=())
+
+    @property
+    def base_networks(self) -> tuple[tuple[Path, float], ...]:
+        """Each of `base_weights` with its strength."""
+        strengths = self.base_weights_multiplier or (1.0,) * len(self.base_weights)
+        return tuple(zip(self.base_weights, strengths, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +83,7 @@ class OptimizationOptions:
     optimizer_type: str = flag("AdamW, AdamW8bit, Adafactor, Prodigy, or a class by dotted name", default="AdamW")
     optimizer_args: tuple[str, ...] = flag("key=value arguments of the optimizer", default=())
     learning_rate: float = flag("learning rate", default=1e-4)
+    audio_learning_rate: float | None = flag("learning rate of the network's audio side; default: --learning_rate", default=None)
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = flag("schedule", default="constant")
     lr_warmup_steps: int = flag("steps of linear warm-up", default=0)
     max_train_steps: int = flag("optimizer steps", default=1600)
@@ -159,6 +170,7 @@ def check_training_config(config: TrainingConfig) -> None:
     }
     not_negative = {
         "--learning_rate": optimization.learning_rate,
+        "--audio_learning_rate": optimization.audio_learning_rate or 0.0,
         "--lr_warmup_steps": optimization.lr_warmup_steps,
         "--max_grad_norm": optimization.max_grad_norm,
         "--max_data_loader_n_workers": optimization.max_data_loader_n_workers,
@@ -173,8 +185,17 @@ def check_training_config(config: TrainingConfig) -> None:
             raise UserError(f"{name} {value}: must not be negative.")
     if config.network.network_alpha <= 0:
         raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
+    _check_network(config.network)
     if any(sign in saving.output_name for sign in '/\\:*?"<>|'):
         raise UserError(f'--output_name {saving.output_name!r}: a file name without / \\ : * ? " < > |; the folder is --output_dir.')
+
+
+def _check_network(network: NetworkOptions) -> None:
+    if network.dim_from_weights and network.network_weights is None:
+        raise UserError("--dim_from_weights: needs --network_weights, the file that type, modules and ranks are taken from.")
+    given, wanted = len(network.base_weights_multiplier), len(network.base_weights)
+    if given not in (0, wanted):
+        raise UserError(f"--base_weights_multiplier: {given} number(s) for {wanted} file(s) of --base_weights; give one for each.")
 
 
 def parse_pairs(pairs: tuple[str, ...], flag_name: str) -> dict[str, str]:

@@ -39,6 +39,8 @@ class Batch:
     video_weight: Tensor
     """(B,) float32 loss weights"""
     audio_weight: Tensor
+    dropout_seeds: tuple[int, ...]
+    """Of each item: what the network drops for it."""
     conditions: Conditions = NO_CONDITIONS
     """What is given of the items."""
 

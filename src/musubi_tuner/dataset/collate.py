@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
@@ -29,6 +30,8 @@ class DrawRules:
     """`train` or `validation`: their draws never coincide."""
     timestep_sampling: str
     independent_audio_timestep: bool
+    text_features: bool = False
+    """Texts are features before the connectors: of unequal length, padded and masked."""
     video_loss_weight: float
     audio_loss_weight: float
     recipe: Recipe = Recipe()
@@ -45,6 +48,7 @@ class Drawn:
     """(N, 128)"""
     audio_noise: Tensor | None
     """(T, 128)"""
+    dropout_seed: int
 
 
 def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
@@ -63,7 +67,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     if not any(real_steps):
         audio = None  # nobody to hear: the video stream runs alone
     drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
-    text, text_mask = _stack_text(items, merged)
+    text, text_mask = _stack_text(items, merged, features=rules.text_features)
     conditions = [_draw_conditions(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
     return Batch(
         names=tuple(item.key for item in items),
@@ -81,6 +85,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
         audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
         conditions=_stack_conditions(items, merged, conditions, 0 if audio is None else audio.shape[2]),
+        dropout_seeds=tuple(one.dropout_seed for one in drawn),
     )
 
 
@@ -94,7 +99,8 @@ def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules
         audio_sigma = video_sigma
     video_noise = torch.randn(video_tokens, latents.shape[1], generator=generator) if latents is not None else None
     audio_noise = torch.randn(audio_steps, AUDIO_CHANNELS * AUDIO_BINS, generator=generator)
-    return Drawn(video_sigma, audio_sigma, video_noise, audio_noise)
+    dropout_seed = int(torch.randint(2**62, (), generator=generator))
+    return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed)
 
 
 def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules) -> ItemConditions:
@@ -161,7 +167,12 @@ def _stack(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], key: s
     return torch.stack([tensors[key] for tensors in merged])
 
 
-def _stack_text(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
+def _stack_text(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], *, features: bool) -> tuple[Tensor, Tensor | None]:
+    if features:
+        texts = [tensors["text"] for tensors in merged]
+        lengths = torch.tensor([text.shape[0] for text in texts])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return pad_sequence(texts, batch_first=True), None if bool(mask.all()) else mask
     text = _stack(items, merged, "text")
     if not all("text_mask" in tensors for tensors in merged):
         return text, None

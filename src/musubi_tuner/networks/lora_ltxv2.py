@@ -1,10 +1,9 @@
-"""The adapter around the LTX-2 transformer, and the LoRA network that is trained on it.
+"""The adapter around the LTX-2 transformer, and the network that is trained on it.
 
 `--network_module` names this module; another one with the same `create_network` works in its place.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,23 +14,28 @@ from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.flow.timestep_format import to_sigma
 from musubi_tuner.ltxv2 import geometry
+from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Velocity
 from musubi_tuner.ltxv2.transformer.model import LTXModel
-from musubi_tuner.networks.formats import Factors
-from musubi_tuner.networks.layers import LoRALinear
-from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
+from musubi_tuner.networks.arguments import network_arguments
+from musubi_tuner.networks.network import LoRANetwork
+from musubi_tuner.networks.reading import NetworkFile
+from musubi_tuner.networks.targets import choose_targets, linear_names
+from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
-
-_ARGS = ("preset", "include_patterns", "exclude_patterns")
 
 
 class OfficialLTXV2Wrapper(nn.Module):
-    """Hides the official interface: text is split by width, noise levels come in the chosen format."""
+    """Hides the official interface: text is split by width, noise levels come in the chosen format.
 
-    def __init__(self, transformer: LTXModel, timestep_format: str) -> None:
+    With `connectors` (which may be trained) the text is features before them, and contexts are made in the forward pass.
+    """
+
+    def __init__(self, transformer: LTXModel, timestep_format: str, connectors: Connectors | None = None) -> None:
         super().__init__()
         self.transformer = transformer
+        self.connectors = connectors
         self.timestep_format = timestep_format
 
     @property
@@ -54,15 +58,28 @@ class OfficialLTXV2Wrapper(nn.Module):
 
         Args:
             video, audio: inputs without context, from `conditioning.noising.model_input`.
-            text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`.
-            text_mask: (B, S) bool, True = real; None where all are.
+            text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
+            text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """
         video_text, audio_text = self.split_text(text)
+        if self.connectors is not None:
+            video_text, audio_text = self._connect(video_text, audio_text, text_mask)
+            text_mask = None
         if video is not None:
             video = replace(video, context=video_text, context_mask=text_mask)
         if audio is not None:
             audio = replace(audio, context=audio_text, context_mask=text_mask)
         return self.transformer(video, audio, perturbations)
+
+    def _connect(self, video: Tensor, audio: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Contexts (B, 1024, C) of the streams that the model has; every position of them is real."""
+        lengths = torch.full(video.shape[:1], video.shape[1], device=video.device) if mask is None else mask.sum(1)
+        contexts = {
+            stream: self.connectors.get_submodule(f"{stream}_embeddings_connector")(features, lengths)
+            for stream, features in (("video", video), ("audio", audio))
+            if stream in self.streams
+        }
+        return contexts.get("video"), contexts.get("audio")
 
     def split_text(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each stream's context, split by the configured widths and never by halves.
@@ -127,93 +144,37 @@ class OfficialLTXV2Wrapper(nn.Module):
         return to_sigma(timesteps.reshape(-1), self.timestep_format).expand(batch)
 
 
-class LoRANetwork:
-    """The adapters of one model: what is trained, saved and switched off."""
-
-    def __init__(self, layers: Mapping[str, LoRALinear], dim: int, alpha: float) -> None:
-        self.layers = dict(layers)
-        self.dim = dim
-        self.alpha = alpha
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.layers)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A and B of every layer, in a fixed order."""
-        return [parameter for layer in self.layers.values() for parameter in (layer.lora_A, layer.lora_B)]
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{name}.{leaf}": getattr(layer, leaf) for name, layer in self.layers.items() for leaf in ("lora_A", "lora_B")}
-
-    def count_by_stream(self) -> dict[str, int]:
-        return count_by_stream(self.names)
-
-    def factors(self) -> Factors:
-        """A, and B with alpha / rank folded in, under official names."""
-        return {name: (layer.lora_A.detach(), layer.lora_B.detach() * layer.scale) for name, layer in self.layers.items()}
-
-    def load_factors(self, factors: Factors) -> None:
-        """Start from a LoRA that was read by `formats.read_lora`.
-
-        Raises:
-            UserError: a rank that differs, or modules that this network does not adapt.
-        """
-        foreign = sorted(set(factors) - set(self.layers))
-        if foreign:
-            raise UserError(
-                f"--network_weights adapts {len(foreign)} module(s) that this network does not, first '{foreign[0]}'. "
-                "Choose the same targets with --network_args."
-            )
-        for name, (down, up) in factors.items():
-            layer = self.layers[name]
-            if down.shape[0] != layer.rank:
-                raise UserError(
-                    f"--network_weights has rank {down.shape[0]} at '{name}', --network_dim is {layer.rank}. Give "
-                    f"--network_dim {down.shape[0]}."
-                )
-            with torch.no_grad():
-                layer.lora_A.copy_(down)
-                layer.lora_B.copy_(up / layer.scale)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model, for as long as the context lasts."""
-        before = {name: layer.enabled for name, layer in self.layers.items()}
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.enabled = before[name]
-
-
-def create_network(transformer: nn.Module, *, dim: int, alpha: float, args: Mapping[str, str], seed: int) -> LoRANetwork:
-    """Put adapters on the transformer's chosen linears, in place.
+def create_network(
+    transformer: nn.Module, *, dim: int, alpha: float, args: Mapping[str, str], seed: int, like: NetworkFile | None = None
+) -> LoRANetwork:
+    """Put adapters on the transformer's chosen linears, in place. The start is the base model exactly.
 
     Args:
-        args: `--network_args` as key=value: `preset` (attention, attention_ff, video, audio, cross), `include_patterns` and
-            `exclude_patterns` (regular expressions over official names, separated by commas).
+        args: `--network_args` as key=value (docs/networks.md).
+        like: take type, modules and shapes from this file, with a scale of 1, in place of `dim`, `alpha` and the targets
+            (`--dim_from_weights`).
 
     Raises:
-        UserError: an unknown argument, a rank below 1, or no target.
+        UserError: an unknown argument, a value out of its range, or no target.
     """
-    for key in args:
-        if key not in _ARGS:
-            raise UserError(f"--network_args {key}=...: unknown; known are {', '.join(_ARGS)}.")
-    if dim < 1:
-        raise UserError(f"--network_dim {dim}: a rank of 1 at least.")
-    choice = TargetChoice(
-        preset=args.get("preset", "attention"),
-        include=tuple(filter(None, args.get("include_patterns", "").split(","))),
-        exclude=tuple(filter(None, args.get("exclude_patterns", "").split(","))),
-    )
+    arguments = network_arguments(args, dim=dim, alpha=alpha)
+    kind = arguments.kind or ("lora" if like is None else like.kind)
+    if like is not None and kind != like.kind:
+        raise UserError(f"--network_args type={kind}: {like.path} is of type {like.kind}, which --dim_from_weights takes over.")
+    layer_class = TYPES[kind]
     layers = {}
-    for name in choose_targets(transformer, choice):
+    for name in choose_targets(transformer, arguments.targets) if like is None else _in_order(transformer, like):
+        if like is None:
+            spec = arguments.spec(name)
+        else:
+            spec = replace(layer_class.spec_of(like.adapters[name].tensors), dropout=arguments.dropout)
         owner_name, _, leaf = name.rpartition(".")
         owner = transformer.get_submodule(owner_name)
-        layer = LoRALinear(owner.get_submodule(leaf), dim, alpha, generator_for(seed, "lora", name))
+        layer = layer_class(owner.get_submodule(leaf), spec, generator_for(seed, "lora", name))
         owner.add_module(leaf, layer)
         layers[name] = layer
-    return LoRANetwork(layers, dim, alpha)
+    return LoRANetwork(layers, arguments, kind)
+
+
+def _in_order(transformer: nn.Module, like: NetworkFile) -> list[str]:
+    return [name for name in linear_names(transformer) if name in like.adapters]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from musubi_tuner.memory.quantized import QuantizedLinear
+from musubi_tuner.networks.base import is_linear
 from musubi_tuner.runtime.errors import UserError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,6 +34,8 @@ PRESETS: Mapping[str, str] = {
     "video": rf"{_IN_BLOCK}{_VIDEO}({'|'.join(map(re.escape, ATTENTION + FEED_FORWARD))})",
     "audio": rf"{_IN_BLOCK}{_AUDIO}({'|'.join(map(re.escape, ATTENTION + FEED_FORWARD))})",
     "cross": rf"{_IN_BLOCK}{_CROSS}({'|'.join(map(re.escape, ATTENTION))})",
+    "connectors": rf"\w+_embeddings_connector\.transformer_1d_blocks\.\d+\.attn1\.({'|'.join(map(re.escape, ATTENTION))})",
+    "all": rf"{_IN_BLOCK}({_VIDEO}|{_AUDIO}|{_CROSS})({'|'.join(map(re.escape, ATTENTION + FEED_FORWARD))})",
 }
 """Over the modules that the training mode built: `video` mode has no audio modules to adapt."""
 
@@ -48,15 +50,13 @@ def choose_targets(model: nn.Module, choice: TargetChoice) -> list[str]:
     """
     if choice.preset not in PRESETS:
         raise UserError(f"--network_args preset={choice.preset}: must be one of {', '.join(PRESETS)}.")
-    include = [_compile(pattern) for pattern in (choice.include or (PRESETS[choice.preset],))]
-    exclude = [_compile(pattern) for pattern in choice.exclude]
+    include = [compile_pattern(pattern) for pattern in (choice.include or (PRESETS[choice.preset],))]
+    exclude = [compile_pattern(pattern) for pattern in choice.exclude]
     search = re.Pattern.search if choice.include else re.Pattern.fullmatch
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, QuantizedLinear))
-        and any(search(pattern, name) for pattern in include)
-        and not any(pattern.search(name) for pattern in exclude)
+        if is_linear(module) and any(search(pattern, name) for pattern in include) and not any(pattern.search(name) for pattern in exclude)
     ]
     if not names:
         wanted = " ".join(choice.include) or f"preset={choice.preset}"
@@ -74,6 +74,16 @@ def stream_of(name: str) -> str:
     return "audio" if "audio_" in name else "video"
 
 
+def is_audio_side(name: str) -> bool:
+    """Whether what an adapted linear makes goes into the sound: the audio stream's own layers, and what sound takes from the video."""
+    return "video_to_audio" in name or ("audio_" in name and "audio_to_video" not in name)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Official names of all linears, before any adapter is put on them."""
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
 def count_by_stream(names: Sequence[str]) -> dict[str, int]:
     counts = {"video": 0, "audio": 0, "cross": 0}
     for name in names:
@@ -81,7 +91,11 @@ def count_by_stream(names: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """
+    Raises:
+        UserError: no regular expression.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -1,6 +1,7 @@
 """What a run can know of the caches it needs, from the files it was given; imports no encoder."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,7 +23,7 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: T
     audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
     latents = {"encoder_fingerprint": video_vae_fingerprint(vae)} if _holds(vae, "vae.encoder.", "encoder.down_blocks.") else {}
     audio = {"encoder_fingerprint": audio_vae_fingerprint(audio_vae)} if _holds(audio_vae, "audio_vae.encoder.") else {}
-    text = {"stage": "context", "widths": "+".join(map(str, text_widths(transformer, mode)))}
+    text = {"stage": text_stage(config), "widths": "+".join(map(str, text_widths(transformer, mode)))}
     if model.text_encoder_backend is not None:
         text["backend"] = model.text_encoder_backend
     if model.max_length is not None:
@@ -32,6 +33,11 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: T
     if model.text_encoder is not None and Path(model.text_encoder).is_dir():
         text["encoder_fingerprint"] = encoder_fingerprint(_encoder_options(config))
     return Wanted(latents=latents, audio=audio, text=text, arguments=_arguments(config))
+
+
+def text_stage(config: TrainingConfig) -> Literal["context", "features"]:
+    """Connectors that are trained read what comes before them."""
+    return "features" if config.network.train_connectors else "context"
 
 
 def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:
@@ -57,6 +63,7 @@ def _arguments(config: TrainingConfig) -> dict[str, str]:
     encoder = _quoted(model.text_encoder) if model.text_encoder else "ENCODER_FOLDER"
     text = f" --text_encoder_backend {model.text_encoder_backend}" if model.text_encoder_backend else ""
     text += f" --max_length {model.max_length}" if model.max_length else ""
+    text += " --text_cache_stage features" if text_stage(config) == "features" else ""
     return {
         "ltxv2_cache_latents.py": f"{dataset} --vae {vae}",
         "ltxv2_cache_audio_latents.py": f"{dataset} --audio_vae {_quoted(model.audio_vae) if model.audio_vae else vae}",

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.cache.store import serialize, write_bytes
-from musubi_tuner.networks.formats import check_file, to_file
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.runtime.errors import UserError
 
@@ -23,18 +22,24 @@ def lora_path(folder: Path, name: str, *, step: int | None = None, epoch: int | 
     return folder / f"{name}.safetensors"
 
 
+def connectors_path(path: Path) -> Path:
+    """Where the adapters of the text connectors lie that belong to the LoRA `path`."""
+    return path.with_name(f"{path.stem}.connectors.safetensors")
+
+
 def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Check the network and write it through a temporary file.
+    """Check the network and write it through a temporary file; adapters of the text connectors go to a file beside it.
 
     Raises:
         UserError: the network is not whole, not finite or all zero; or the disk is full.
     """
-    tensors = to_file(network.factors(), dtype)
+    parts = {path: network.of_transformer(), connectors_path(path): network.of_connectors()}
     try:
-        check_file(tensors, network.names)
+        files = {target: part.file_tensors(dtype) for target, part in parts.items() if part is not None}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    write_bytes(path, serialize(tensors, metadata))
+    for target, tensors in files.items():
+        write_bytes(target, serialize(tensors, metadata))
 
 
 def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int) -> dict[str, str]:

@@ -83,10 +83,11 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, step
     seen = []
     for _ in range(accumulation):
         batch = next(batches)
-        losses = item_losses(run.wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
-        loss = total_loss(losses, batch.video_weight, batch.audio_weight)
-        if loss.requires_grad:
-            (loss / accumulation).backward()
+        with run.network.dropout(batch.dropout_seeds):  # the backward pass computes blocks again, under the same masks
+            losses = item_losses(run.wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
+            loss = total_loss(losses, batch.video_weight, batch.audio_weight)
+            if loss.requires_grad:
+                (loss / accumulation).backward()
         meter.add(losses, batch.size)
         seen.append((batch.names, losses))
     parameters = run.network.parameters()

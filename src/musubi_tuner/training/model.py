@@ -1,16 +1,16 @@
 """The transformer of a run: planned, loaded, adapted, proved by one step."""
 
-import importlib
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
-from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item
+from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
@@ -19,10 +19,10 @@ from musubi_tuner.memory.attention import fastest_attention, use_attention
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer
-from musubi_tuner.networks.formats import read_lora
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.training.adapters import adapted_connectors, make_network, read_start, with_base_networks
 from musubi_tuner.training.planning import (
     Machine,
     Placement,
@@ -133,8 +133,19 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode]).requires_grad_(False)
     low_bit = sum(p.numel() for name, p in model.named_parameters() if _LOW_BIT.fullmatch(name))
     total = sum(p.numel() for p in model.parameters())
-    network = _make_network(model, config)
+    if config.network.train_connectors:
+        total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
+    network = make_network(config, model, read_start(config, request.checkpoint, model))
     return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
+
+
+def _trained_whole(request: ModelRequest) -> frozenset[str]:
+    """Linears that train as they are, which no quantization may touch."""
+    if "type=full" not in request.config.network.network_args:
+        return frozenset()
+    with torch.device("meta"):
+        model = LTXModel(read_config(request.checkpoint), STREAMS[request.config.ltx_mode])
+    return frozenset(make_network(request.config, model, None).names)
 
 
 def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
@@ -155,6 +166,7 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], 
 def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
     config, device = request.config, request.device
     streamed = frozenset(placement.streamed)
+    whole = _trained_whole(request)
 
     def block_of(name: str) -> int | None:
         found = _BLOCK.match(name)
@@ -164,7 +176,9 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
         device=device,
         dtype=request.dtype,
         weight_format=placement.weight_format,
-        low_bit=lambda name: bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept,
+        low_bit=lambda name: (
+            bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept and name.removesuffix(".weight") not in whole
+        ),
         on_host=lambda name: block_of(name) in streamed,
     )
     transformer = load_transformer(
@@ -173,18 +187,15 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
         device=device,
         dtype=request.dtype,
         timestep_rule=config.mode.av_timestep_rule,
-        place=placer,
+        place=with_base_networks(config.network, request.checkpoint, placer),
     )
     placer.swap_linears(transformer)
-    network = _make_network(transformer, config, device)
-    if config.network.network_weights is not None:
-        factors, _ = read_lora(config.network.network_weights, network.names)
-        network.load_factors(factors)
+    network, connectors = _adapt(request, transformer)
     blocks = transformer.transformer_blocks
     transformer.run_block = BlockEngine(
         blocks,
         placement.rungs,
-        max_rank=config.network.network_dim,
+        max_rank=network.max_rank,
         compiled=placement.compiled,
         sequence_axes=sequence_axes,
         streamer=BlockStreamer([blocks[index] for index in placement.streamed], device) if streamed else None,
@@ -193,11 +204,27 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
     notes = [("quantization", _describe_errors(placer.errors))] if placer.errors else []
     notes += _choose_attention(request)
     return LoadedModel(
-        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format),
+        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format, connectors),
         network=network,
         placement=placement,
         notes=tuple(notes),
     )
+
+
+def _adapt(request: ModelRequest, transformer: LTXModel) -> tuple[LoRANetwork, Connectors | None]:
+    """The network on the device, started where a start was given, and the connectors where they are trained."""
+    config, device, connectors = request.config, request.device, None
+    start = read_start(config, request.checkpoint, transformer)
+    network = make_network(config, transformer, start)
+    if start is not None:
+        network.load(start)
+        log.info("starting from %s: %s", start.path, network.describe())
+    for parameter in network.parameters():  # blocks that are streamed still lie on the host
+        parameter.data = parameter.data.to(device)
+    if config.network.train_connectors:
+        connectors, part = adapted_connectors(config, request.checkpoint, transformer, network.kind, device=device, dtype=request.dtype)
+        network = network.joined_with(part)
+    return network, connectors
 
 
 def _describe_errors(errors: dict[str, float]) -> str:
@@ -221,33 +248,3 @@ def _choose_attention(request: ModelRequest) -> list[tuple[str, str]]:
     best = next(iter(times))
     use_attention(best)
     return [("attention", ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()) + f" -> {best}")]
-
-
-def _make_network(transformer: LTXModel, config: TrainingConfig, device: torch.device | None = None) -> LoRANetwork:
-    network: LoRANetwork = network_module(config.network.network_module).create_network(
-        transformer,
-        dim=config.network.network_dim,
-        alpha=config.network.network_alpha,
-        args=parse_pairs(config.network.network_args, "--network_args"),
-        seed=config.optimization.seed,
-    )
-    if device is not None:  # blocks that are streamed still lie on the host
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(device)
-    return network
-
-
-def network_module(name: str) -> ModuleType:
-    """The module called `name`.
-
-    Raises:
-        UserError: it cannot be imported, or makes no network.
-    """
-    name = NETWORK_MODULE if name in NETWORK_MODULE_ALIASES else name
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--network_module {name}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}.") from error
-    if not hasattr(module, "create_network"):
-        raise UserError(f"--network_module {name}: has no function 'create_network'. The built-in one is {NETWORK_MODULE}.")
-    return module

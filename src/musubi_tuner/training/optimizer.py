@@ -21,10 +21,13 @@ _KNOWN = {
 _PACKAGES = {"bitsandbytes": "pip install bitsandbytes", "prodigyopt": "pip install prodigyopt"}
 
 
-def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float, args: Mapping[str, str]) -> Optimizer:
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], learning_rate: float, args: Mapping[str, str]
+) -> Optimizer:
     """The optimizer called `name` (short name in any case, or a class by dotted name).
 
     Args:
+        parameters: parameters, or groups of them with an `lr` each (`LoRANetwork.parameter_groups`).
         args: keyword arguments as text; each is read as a Python literal where it is one.
 
     Raises:

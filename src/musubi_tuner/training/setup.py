@@ -15,6 +15,7 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -65,7 +66,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
     optimization = config.optimization
     optimizer = make_optimizer(
         optimization.optimizer_type,
-        network.parameters(),
+        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
         optimization.learning_rate,
         parse_pairs(optimization.optimizer_args, "--optimizer_args"),
     )
@@ -115,6 +116,7 @@ def draw_rules(config: TrainingConfig, purpose: str, seed: int) -> DrawRules:
         purpose=purpose,
         timestep_sampling=config.mode.timestep_sampling,
         independent_audio_timestep=config.mode.independent_audio_timestep,
+        text_features=config.network.train_connectors,
         video_loss_weight=config.mode.video_loss_weight,
         audio_loss_weight=config.mode.audio_loss_weight,
         recipe=config.recipe,
@@ -150,8 +152,9 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
         on_device = batch.to(inputs.device)
         started = time.perf_counter()
-        losses = item_losses(wrapper, on_device, StepInputs(video_sigma=on_device.video_sigma, audio_sigma=on_device.audio_sigma))
-        total_loss(losses, on_device.video_weight, on_device.audio_weight).backward()
+        with network.dropout(batch.dropout_seeds):
+            losses = item_losses(wrapper, on_device, StepInputs(video_sigma=on_device.video_sigma, audio_sigma=on_device.audio_sigma))
+            total_loss(losses, on_device.video_weight, on_device.audio_weight).backward()
         for parameter in network.parameters():
             parameter.grad = None
         if inputs.device.type == "cuda":
@@ -164,7 +167,7 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
         device=inputs.device,
         dtype=inputs.dtype,
         items=inputs.items,
-        text_tokens=batch.text.shape[1],
+        text_tokens=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
         processes=inputs.processes,
     )
     return load_model(request, trial)
@@ -183,11 +186,10 @@ def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None)
     for section in (config.mode, config.network, config.optimization, config.saving):
         for field in dataclasses.fields(section):
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
-                value = getattr(section, field.name)
-                values[field.name] = str(value) if isinstance(value, Path) else value
+                values[field.name] = getattr(section, field.name)
     values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
     values["conditioning"] = config.recipe.describe()
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values, default=str))
 
 
 def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
@@ -205,7 +207,12 @@ def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ss_network_dim": config.network.network_dim,
         "ss_network_alpha": config.network.network_alpha,
         "ss_network_args": list(config.network.network_args),
+        "ltxv2_network_type": network.kind,
+        "ltxv2_network_shape": network.describe(),
+        "ltxv2_network_scaling": "folded into the tensors; there is no alpha to apply",
+        "ltxv2_base_weights": [f"{path.name} x {strength:g}" for path, strength in config.network.base_networks],
         "ss_learning_rate": config.optimization.learning_rate,
+        "ltxv2_audio_learning_rate": config.optimization.audio_learning_rate,
         "ss_optimizer": config.optimization.optimizer_type,
         "ss_lr_scheduler": config.optimization.lr_scheduler,
         "ss_max_train_steps": config.optimization.max_train_steps,
@@ -249,10 +256,8 @@ def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
                 "torch.", ""
             ),
         ),
-        (
-            "LoRA",
-            f"rank {config.network.network_dim}, alpha {config.network.network_alpha:g}, {streams} linears, {parameters:,} parameters",
-        ),
+        ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
+        *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],
         ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound"),
         ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),
         (

@@ -1,0 +1,67 @@
+"""Base LoRAs: trained networks that become part of the frozen weights, tensor by tensor, while these are loaded.
+
+A weight is merged in float32, before it is quantized where it is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from musubi_tuner.networks.reading import NetworkFile, StoredAdapter
+from musubi_tuner.networks.types import TYPES
+from musubi_tuner.runtime.errors import UserError
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseNetwork:
+    """One network to merge, and how strongly: W + multiplier (merged W - W)."""
+
+    file: NetworkFile
+    multiplier: float
+
+
+def merge_weight(weight: Tensor, adapter: StoredAdapter, multiplier: float) -> Tensor:
+    """(out, in) float32 with one adapter merged in.
+
+    Raises:
+        ValueError: the adapter's tensors do not fit the weight.
+    """
+    try:
+        merged = TYPES[adapter.kind].merged(weight, adapter.tensors)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if merged.shape != weight.shape:
+        raise ValueError(f"{tuple(merged.shape)} for a weight of {tuple(weight.shape)}")
+    return merged if multiplier == 1 else weight + multiplier * (merged - weight)
+
+
+def merging_place(networks: Sequence[BaseNetwork], place: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """A `place` for `ltxv2.weights.fill` that merges `networks`, in their order, and then does what `place` does.
+
+    Merged weights reach `place` in float32, the others as they are.
+    """
+
+    def merged(name: str, tensor: Tensor) -> Tensor:
+        module = name.removesuffix(_WEIGHT)
+        if name.endswith(_WEIGHT) and any(module in network.file.adapters for network in networks):
+            weight = tensor.float()
+            for network in networks:
+                adapter = network.file.adapters.get(module)
+                if adapter is not None:
+                    weight = _merged(network, module, weight, adapter)
+            tensor = weight
+        return place(name, tensor)
+
+    return merged
+
+
+def _merged(network: BaseNetwork, module: str, weight: Tensor, adapter: StoredAdapter) -> Tensor:
+    try:
+        return merge_weight(weight, adapter, network.multiplier)
+    except ValueError as error:
+        raise UserError(
+            f"--base_weights {network.file.path}: '{module}' does not fit this model ({error}). It was made for another model."
+        ) from error

@@ -1,0 +1,196 @@
+"""Each network type through the real program: trained, saved, read back, merged; starts, base LoRAs, rates, resuming."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from musubi_tuner import ltxv2_train_network
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.memory.quantized import QuantizedLinear
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.types import TYPES
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import processes
+from musubi_tuner.training.loop import train
+from musubi_tuner.training.setup import build_run
+from tests import training_parts as parts
+from tests.conftest import REPOSITORY
+
+ARGS = {
+    "lora": ["rank_dropout=0.2", "module_dropout=0.1", "neuron_dropout=0.1", "rank_stabilized=true", "audio_dim=2", "ranks=attn2:3"],
+    "dora": ["type=dora", "preset=cross"],
+    "lokr": ["type=lokr", "factor=4", "preset=all"],
+    "loha": ["type=loha", "rank_dropout=0.2"],
+    "full": ["type=full", r"include_patterns=blocks\.1\.attn1\.to_[qv]$,audio_ff"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_family, tmp_path_factory):
+    return parts.make_data(tmp_path_factory.mktemp("daten ü"), tiny_family, "av", held_out=False)
+
+
+def config_of(data: parts.Data, output: Path, *extra: str):
+    flags = ("--output_dir", str(output), "--save_precision", "float32", "--max_train_steps", "3", *extra)
+    return ltxv2_train_network.parse_arguments(data.arguments(*flags))
+
+
+def load(data: parts.Data, output: Path, *extra: str):
+    config = config_of(data, output, *extra)
+    return parts.load(config, data)
+
+
+@torch.no_grad()
+def outputs(wrapper: OfficialLTXV2Wrapper) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = wrapper.config
+    text = torch.randn(1, 16, config.video_context_width + config.audio_context_width, generator=generator)
+    video = torch.randn(1, 128, 2, 2, 3, generator=generator)
+    audio = torch.randn(1, 8, 6, 16, generator=generator)
+    return list(wrapper.predict_latents(video, torch.tensor(500.0), text, audio_latents=audio))
+
+
+def difference(left: list[Tensor], right: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_path, kind):
+    config = config_of(data, tmp_path, "--network_args", *ARGS[kind], "--learning_rate", "1e-2")
+    with processes() as group:
+        run = build_run(ltxv2_train_network._gather_inputs(config, group))
+        train(run)
+    live = outputs(run.wrapper)
+    path = tmp_path / "ltxv2_lora.safetensors"
+    with run.network.disabled():
+        base = outputs(run.wrapper)
+    assert difference(live, base) > 1e-2, "something was learned"
+
+    fresh, _ = load(data, tmp_path, "--network_args", *ARGS[kind], "--network_weights", str(path))
+    assert difference(outputs(fresh), live) < 1e-4
+    shaped, network = load(data, tmp_path, "--network_weights", str(path), "--dim_from_weights")
+    assert network.kind == kind and set(network.names) == set(run.network.names)
+    assert difference(outputs(shaped), live) < 1e-4
+    merged, network = load(data, tmp_path, "--base_weights", str(path))
+    assert network.kind == "lora", "the new network starts on top"
+    assert difference(outputs(merged), live) < 1e-4
+    half, _ = load(data, tmp_path, "--base_weights", str(path), str(path), "--base_weights_multiplier", "0.0", "1.0")
+    assert difference(outputs(half), live) < 1e-4
+
+    tensors = load_file(path)
+    assert not any("alpha" in name for name in tensors) and all(name.startswith("diffusion_model.") for name in tensors)
+    metadata = open_checkpoint(path).metadata
+    assert metadata["ltxv2_network_type"] == kind and "folded" in metadata["ltxv2_network_scaling"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_a_resumed_run_equals_an_undisturbed_one_with_dropout_of_every_kind(data, tmp_path, kind):
+    args = [*ARGS[kind], "module_dropout=0.2"] if kind == "dora" else ARGS[kind]
+    flags = ["--network_args", *args, "--save_precision", "float32", "--save_state", "--save_every_n_steps", "2"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder, extra in (
+        (whole, ["--max_train_steps", "4"]),
+        (halves, ["--max_train_steps", "2"]),
+        (halves, ["--max_train_steps", "4", "--resume", str(halves / "ltxv2_lora-step00000002-state")]),
+    ):
+        assert ltxv2_train_network.main(data.arguments("--output_dir", str(folder), *flags, *extra)) == 0
+    one, other = (load_file(folder / "ltxv2_lora.safetensors") for folder in (whole, halves))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_checkpointing_changes_no_gradient_under_dropout(data, tmp_path):
+    files = []
+    for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
+        folder = tmp_path / flag
+        extra = ("--save_precision", "float32", "--max_train_steps", "2", flag, "--network_args", *ARGS["lora"])
+        assert ltxv2_train_network.main(data.arguments("--output_dir", str(folder), *extra)) == 0
+        files.append(load_file(folder / "ltxv2_lora.safetensors"))
+    assert all(torch.allclose(files[0][name], files[1][name], atol=1e-6) for name in files[0])
+
+
+def test_base_loras_stand_in_banner_and_metadata_and_add_up(data, tmp_path, caplog):
+    name = "transformer_blocks.0.attn1.to_q"
+    generator = torch.Generator().manual_seed(0)
+    pair = {"lora_A.weight": torch.randn(2, 128, generator=generator), "lora_B.weight": torch.randn(128, 2, generator=generator)}
+    save_file({f"diffusion_model.{name}.{leaf}": value for leaf, value in pair.items()}, tmp_path / "style.safetensors")
+    kohya = {"lora_down.weight": pair["lora_A.weight"], "lora_up.weight": pair["lora_B.weight"], "alpha": torch.tensor(1.0)}
+    save_file({f"lora_unet_{name.replace('.', '_')}.{leaf}": value for leaf, value in kohya.items()}, tmp_path / "motion.safetensors")
+    flags = ("--base_weights", str(tmp_path / "style.safetensors"), str(tmp_path / "motion.safetensors"),
+             "--base_weights_multiplier", "0.5", "2")  # fmt: skip
+    plain, _ = load(data, tmp_path)
+    merged, network = load(data, tmp_path, *flags)
+    weights = [wrapper.transformer.get_submodule(name).base.weight for wrapper in (plain, merged)]
+    expected = (0.5 + 2 * 0.5) * pair["lora_B.weight"] @ pair["lora_A.weight"]
+    assert torch.allclose(weights[1] - weights[0], expected, atol=1e-4)
+    other = "transformer_blocks.1.attn1.to_q"
+    assert torch.equal(*(wrapper.transformer.get_submodule(other).base.weight for wrapper in (plain, merged)))
+    with caplog.at_level(logging.INFO):
+        assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "1", *flags)) == 0
+    assert "motion.safetensors x 2" in caplog.text
+    metadata = open_checkpoint(tmp_path / "ltxv2_lora.safetensors").metadata
+    assert json.loads(metadata["ltxv2_base_weights"]) == ["style.safetensors x 0.5", "motion.safetensors x 2"]
+
+
+def test_files_that_do_not_fit_are_refused(data, tmp_path):
+    def stored(name: str, module: str, width: int, metadata: dict[str, str] | None = None) -> str:
+        tensors = {
+            f"diffusion_model.{module}.lora_A.weight": torch.ones(2, width),
+            f"diffusion_model.{module}.lora_B.weight": torch.ones(128, 2),
+        }
+        save_file(tensors, tmp_path / name, metadata)
+        return str(tmp_path / name)
+
+    query = "transformer_blocks.0.attn1.to_q"
+    foreign, wide = stored("a.safetensors", "blocks.0.attn1.to_q", 128), stored("b.safetensors", query, 64)
+    old = stored("c.safetensors", query, 128, {"ss_base_model_version": "ltx-2.0"})
+    for flags, message in (
+        (("--base_weights", foreign), "adapts 1 module"),
+        (("--base_weights", wide), "does not fit this model"),
+        (("--base_weights", wide, "--base_weights_multiplier", "1", "2"), "2 number"),
+        (("--network_weights", foreign), "adapts 1 module"),
+        (("--network_weights", wide, "--network_dim", "2"), "in the file and"),
+        (("--network_weights", old, "--network_dim", "2"), "trained on ltx-2.0"),
+        (("--network_weights", wide), "--network_dim 2"),
+        (("--network_weights", wide, "--network_args", "type=dora"), "type=lora"),
+        (("--network_weights", wide, "--network_args", "type=dora", "--dim_from_weights"), "takes over"),
+        (("--dim_from_weights",), "needs --network_weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(data, tmp_path, *flags)
+
+
+def test_the_audio_side_learns_at_its_own_rate(data, tmp_path):
+    flags = ("--audio_learning_rate", "0", "--max_train_steps", "2")
+    assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), *flags)) == 0
+    ups = {
+        name: bool(value.any()) for name, value in load_file(tmp_path / "ltxv2_lora.safetensors").items() if name.endswith("lora_B.weight")
+    }
+    silent = {name for name, moved in ups.items() if not moved}
+    assert silent == {name for name in ups if ".audio_attn" in name or "video_to_audio" in name} and len(silent) < len(ups)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_trains_on_quantized_and_streamed_weights(data, tmp_path, kind):
+    memory = ("--weight_format", "nf4", "--blocks_to_swap", "1")
+    wrapper, network = load(data, tmp_path, "--network_args", *ARGS[kind], *memory)
+    linears = [module for module in wrapper.modules() if isinstance(module, QuantizedLinear)]
+    assert linears and any(isinstance(layer.base, QuantizedLinear) for layer in network.layers.values()) == (kind != "full")
+    flags = ("--max_train_steps", "2", "--save_precision", "float32", "--network_args", *ARGS[kind], *memory)
+    assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), *flags)) == 0
+    path = tmp_path / "ltxv2_lora.safetensors"
+    started, network = load(data, tmp_path, "--network_args", *ARGS[kind], *memory, "--network_weights", str(path))
+    with network.disabled():
+        base = outputs(started)
+    assert difference(outputs(started), base) > 1e-4
+    assert all(bool(torch.isfinite(value).all()) for value in load_file(path).values())
+
+
+def test_references_need_an_adapter(data, tmp_path):
+    recipe = ("--conditioning_config", str(REPOSITORY / "conditioning_recipes" / "reference_video.toml"))
+    with pytest.raises(UserError, match="type=full.*references"):
+        load(data, tmp_path, *recipe, "--network_args", *ARGS["full"])
