@@ -146,7 +146,8 @@ class LoRANetwork:
             return
         drawn = [torch.rand(self._thresholds.numel(), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         kept = (torch.stack(drawn) >= self._thresholds) * self._gains
-        kept = kept.to(self.parameters()[0].device, non_blocking=True)[:, None]
+        device = self.parameters()[0].device
+        kept = (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)[:, None]
         start = 0
         for layer in self.layers.values():
             masks = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.conditioning import Reference
-from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, NetworkOptions, TrainingConfig, parse_pairs
+from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
 from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, transformer_names
@@ -26,14 +26,17 @@ log = logging.getLogger(__name__)
 Place = Callable[[str, Tensor], Tensor]
 
 
-def with_base_networks(options: NetworkOptions, checkpoint: Checkpoint, place: Place) -> Place:
+def with_base_networks(config: TrainingConfig, checkpoint: Checkpoint, place: Place) -> Place:
     """`place`, after base LoRAs were merged into each weight as it is read."""
+    options = config.network
     if not options.base_weights:
         return place
     known = [name.removesuffix(".weight") for name in transformer_names(checkpoint) if name.endswith(".weight")]
     networks = [BaseNetwork(read_network(path, known), strength) for path, strength in options.base_networks]
     for network in networks:
         log.info("merging %s x %g: %d module(s)", network.file.path.name, network.multiplier, len(network.file.adapters))
+    if config.ltx_mode != "av":
+        log.info("what they hold of streams that --ltx_mode %s does not build is left aside", config.ltx_mode)
     return merging_place(networks, place)
 
 

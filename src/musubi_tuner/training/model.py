@@ -187,7 +187,7 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
         device=device,
         dtype=request.dtype,
         timestep_rule=config.mode.av_timestep_rule,
-        place=with_base_networks(config.network, request.checkpoint, placer),
+        place=with_base_networks(config, request.checkpoint, placer),
     )
     placer.swap_linears(transformer)
     network, connectors = _adapt(request, transformer)
