@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from musubi_tuner.cache.expected import AUDIO_KEYS
-from musubi_tuner.cache.names import AUDIO_ENDING
+from musubi_tuner.cache.expected import AUDIO_KEYS, REFERENCE_AUDIO_KEYS
+from musubi_tuner.cache.names import AUDIO_ENDING, REFERENCE_AUDIO_ENDING
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import AudioCachingConfig, check_work, first_given
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
-from musubi_tuner.encoding.sound import audio_jobs, audio_stages
+from musubi_tuner.encoding.sound import audio_jobs, audio_stages, reference_audio_jobs, reference_audio_stages
 from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE, audio_vae_fingerprint
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.device import pick_device
@@ -36,7 +36,17 @@ def main(argv: Sequence[str]) -> int:
         )
         plans = plan_and_index(datasets, task, config.data, config.work, group)
         jobs = audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
-        return run_task(task, plans, jobs, config.data, config.work, group)
+        code = run_task(task, plans, jobs, config.data, config.work, group)
+        references = reference_audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
+        if references:
+            played = Task(
+                title="Reference audio caching",
+                ending=REFERENCE_AUDIO_ENDING,
+                required=REFERENCE_AUDIO_KEYS,
+                make_stages=lambda: reference_audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
+            )
+            code = max(code, run_task(played, plans, references, config.data, config.work, group))
+        return code
 
 
 if __name__ == "__main__":

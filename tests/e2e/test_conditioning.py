@@ -28,7 +28,7 @@ from musubi_tuner.training.step import StepInputs, item_losses
 from tests import preview_parts, training_parts
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "conditioning_recipes"
-READY = sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "reference_video")  # needs data of its own: test_references
+READY = sorted(path.stem for path in RECIPES.glob("*.toml") if not path.stem.startswith("reference"))
 TOML = """
 [general]
 resolution = [96, 64]
@@ -42,6 +42,7 @@ target_frames = [17]
 image_directory = "stills"
 cache_directory = "stills cache"
 """
+# Recipes of references need data of their own: test_references, test_reference_sound.
 SIZE = "--w 96 --h 64 --f 17"
 
 

@@ -229,7 +229,7 @@ def test_reference_sound_is_masked_where_it_is_padded():
         ("[[vidoe]]\nrule='prefix'\n", ("unknown section 'vidoe'", "Did you mean 'video'")),
         ("[video]\nrule='prefix'\n", ("must be written [[video]]",)),
         ("[[video]]\nrule='prefx'\n", ("rule = 'prefx'", "Did you mean 'prefix'")),
-        ("[[audio]]\nrule='box'\n", ("rule = 'box'", "prefix, suffix, gap, clean")),
+        ("[[audio]]\nrule='box'\n", ("rule = 'box'", "prefix, suffix, gap, clean, reference")),
         ("[[video]]\nrule='prefix'\nlatentframes=2\n", ("unknown key 'latentframes'", "Did you mean 'latent_frames'")),
         ("[[video]]\nrule='prefix'\nprobability=1.5\n", ("probability = 1.5", "from 0 to 1")),
         ("[[video]]\nrule='prefix'\nlatent_frames=[3,1]\n", ("the lowest comes first",)),

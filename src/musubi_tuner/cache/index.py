@@ -75,6 +75,13 @@ class Clip:
     reference_fps: float = 0.0
     reference_width: int = 0
     reference_height: int = 0
+    sound_source: str = ""
+    """A video's sound file, where it is not in the video's own."""
+    sound_fingerprint: str = ""
+    reference_sound: str | None = None
+    """File name of what is played beside its sound; None = nothing."""
+    reference_sound_source: str = ""
+    reference_sound_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +106,11 @@ def reference_window(clip: Clip) -> str:
     """The same for what is shown beside it: the same seconds, at a size and rate of its own."""
     window = {"width": clip.reference_width, "height": clip.reference_height, "frames": clip.reference_frames}
     return canonical(window | {"start": clip.start_seconds, "fps": clip.reference_fps})
+
+
+def reference_audio_window(clip: Clip) -> str:
+    """Of what is played beside its sound: from its own beginning, as long as the clip at most."""
+    return canonical({"longest": clip.end_seconds - clip.start_seconds})
 
 
 def audio_window(clip: Clip) -> str:

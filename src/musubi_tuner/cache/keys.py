@@ -6,6 +6,7 @@ import torch
 
 AUDIO_LENGTHS = "audio_lengths"
 AUDIO_LENGTHS_KEY = "audio_lengths_int32"
+REFERENCE_AUDIO_LENGTHS_KEY = "ref_audio_lengths_int32"
 TEXT_MASK_KEY = "text_mask"
 
 _DTYPE = re.compile(r"_(bfloat16|float16|float32|float64|float8_e4m3fn|float8_e5m2|u?int8|int16|int32|int64|bool)$")
@@ -23,6 +24,10 @@ def reference_latents_key(frames: int, height: int, width: int, dtype: torch.dty
 
 def audio_latents_key(steps: int, dtype: torch.dtype) -> str:
     return f"audio_latents_{steps}x1x1_{_name(dtype)}"
+
+
+def reference_audio_latents_key(steps: int, dtype: torch.dtype) -> str:
+    return f"ref_{audio_latents_key(steps, dtype)}"
 
 
 def text_key(dtype: torch.dtype) -> str:

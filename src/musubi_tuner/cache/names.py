@@ -7,9 +7,10 @@ PROMPT_FOLDER = "ltxv2_prompts"
 LATENTS_ENDING = "_ltxv2.safetensors"
 AUDIO_ENDING = "_ltxv2_audio.safetensors"
 REFERENCE_ENDING = "_ltxv2_ref.safetensors"
+REFERENCE_AUDIO_ENDING = "_ltxv2_ref_audio.safetensors"
 TEXT_ENDING = "_ltxv2_te.safetensors"
 INDEX_ENDING = ".json"
-ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, TEXT_ENDING, INDEX_ENDING)
+ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, REFERENCE_AUDIO_ENDING, TEXT_ENDING, INDEX_ENDING)
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:
@@ -28,6 +29,11 @@ def audio_sidecar_name(latent_name: str) -> str:
 def reference_sidecar_name(latent_name: str) -> str:
     """What is shown beside a video or still."""
     return latent_name.removesuffix(LATENTS_ENDING) + REFERENCE_ENDING
+
+
+def reference_audio_name(audio_name: str) -> str:
+    """What is played beside a sound."""
+    return audio_name.removesuffix(AUDIO_ENDING) + REFERENCE_AUDIO_ENDING
 
 
 def audio_only_name(stem: str, start_ms: int, length_ms: int) -> str:

@@ -40,6 +40,7 @@ class ItemConditions:
     """(T,) bool"""
     video_reference: bool
     """Whether the item sees its reference."""
+    audio_reference: bool
 
 
 def draw_conditions(recipe: Recipe, shape: ItemShape, generators: Generators) -> ItemConditions:
@@ -63,6 +64,7 @@ def draw_conditions(recipe: Recipe, shape: ItemShape, generators: Generators) ->
         video_clean=video,
         audio_clean=audio,
         video_reference=_chosen(recipe.probability("video", rules.Reference), generators("video", "Reference")),
+        audio_reference=_chosen(recipe.probability("audio", rules.Reference), generators("audio", "Reference")),
     )
 
 

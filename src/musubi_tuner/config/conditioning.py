@@ -87,7 +87,7 @@ class Clean(Rule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference(Rule):
-    """The dataset's reference is shown beside the clip (IC-LoRA)."""
+    """The dataset's reference is shown or played beside the clip (IC-LoRA)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,7 @@ AUDIO_RULES: dict[str, type[Rule]] = {
     "suffix": SoundSuffix,
     "gap": SoundGap,
     "clean": Clean,
+    "reference": Reference,
 }
 
 

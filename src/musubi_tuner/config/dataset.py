@@ -40,10 +40,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "video_loss_weight": (int, float),
     "audio_loss_weight": (int, float),
     "reference_directory": (str,),
+    "reference_audio_directory": (str,),
+    "separate_audio_directory": (str,),
     "reference_downscale": (int,),
     "reference_temporal_scale": (int,),
 }
-_NOT_IN_GENERAL = (*_SOURCES, "cache_directory", "reference_directory")
+_BESIDE = ("reference_directory", "reference_audio_directory", "separate_audio_directory")
+"""Folders of files that belong to the sources, by stem."""
+_NOT_IN_GENERAL = (*_SOURCES, "cache_directory", *_BESIDE)
 _COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames", "reference_downscale", "reference_temporal_scale")
 _NO_PLAN = ("batch_size", "num_repeats", "video_loss_weight", "audio_loss_weight", "label", "cache_directory")
 
@@ -83,6 +87,10 @@ class DatasetSpec:
     audio_loss_weight: float | None = None
     reference_directory: Path | None = None
     """References by the stems of the sources; a jsonl names them by `reference_path`."""
+    reference_audio_directory: Path | None = None
+    """Sounds that are played beside the sources' own; in a jsonl `reference_audio_path`."""
+    separate_audio_directory: Path | None = None
+    """The videos' sound, in place of what is in their files; in a jsonl `audio_path`."""
     reference_downscale: int = 1
     """How many times smaller than the clips their references are cached."""
     reference_temporal_scale: int = 1
@@ -98,7 +106,7 @@ class DatasetSpec:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in _NO_PLAN and not (field.name.startswith("reference_") and value in (None, 1)):
+            if field.name not in _NO_PLAN and not (field.name.startswith(("reference_", "separate_")) and value in (None, 1)):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -172,8 +180,9 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], entry: Mapping[str
     if is_directory and not source.is_dir() and "cache_directory" not in merged or not is_directory and not source.parent.is_dir():
         raise UserError(f"{path}: {label}: {given[0]} = {entry[given[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
     values: dict[str, Any] = {key: value for key, value in merged.items() if key not in _SOURCES and key != "cache_directory"}
-    if "reference_directory" in values:
-        values["reference_directory"] = _path(path, values["reference_directory"])
+    for key in _BESIDE:
+        if key in values:
+            values[key] = _path(path, values[key])
     if "resolution" in values:
         values["resolution"] = _resolution(path, label, values["resolution"])
     for key in ("target_seconds", "source_fps", "target_fps"):
@@ -263,6 +272,10 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
         refuse(f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}.")
     if spec.reference_directory is not None and spec.kind == "audio":
         refuse("reference_directory is for videos and images.")
+    if spec.separate_audio_directory is not None and spec.kind != "video":
+        refuse("separate_audio_directory is for videos.")
+    if spec.reference_audio_directory is not None and spec.kind == "image":
+        refuse("reference_audio_directory is for videos and sounds.")
     if spec.kind == "video" and spec.frame_extraction != "full" and not spec.target_frames and spec.target_seconds is None:
         refuse("target_frames or target_seconds is needed for videos, such as target_frames = [25, 49].")
     if spec.target_frames and spec.target_seconds is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ EXTENSIONS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
-REFERENCE_EXTENSIONS = EXTENSIONS["video"] + EXTENSIONS["image"]
+_PICTURES, _SOUNDS = EXTENSIONS["video"] + EXTENSIONS["image"], EXTENSIONS["audio"] + EXTENSIONS["video"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,34 @@ class Source:
     caption: str
     """Empty where captions were not asked for and there is none."""
     reference: Path | None = None
-    """What is shown beside it (IC-LoRA); all sources of a dataset have one, or none."""
+    """What is shown beside it (IC-LoRA); of this and the next two, all sources of a dataset have one, or none."""
+    reference_sound: Path | None = None
+    """What is played beside its sound."""
+    sound: Path | None = None
+    """A video's sound, in place of what is in its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Files that belong to sources."""
+
+    field: str
+    """Of `Source`."""
+    directory: str
+    """Key of a dataset: their folder."""
+    path: str
+    """Field of a jsonl line."""
+    extensions: tuple[str, ...]
+    what: str
+
+
+_BESIDE = (
+    _Beside("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
+    _Beside("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
+    _Beside("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
+)
+_FITTING = {"video": _BESIDE, "image": _BESIDE[:1], "audio": _BESIDE[1:2]}
+"""By the kind of the dataset."""
 
 
 def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
@@ -48,7 +75,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         known = ", ".join(EXTENSIONS[spec.kind])
         raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
-    sources = _with_references(spec, sources)
+    sources = _with_files_beside(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
@@ -95,25 +122,27 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     return sources
 
 
-def _source(spec: DatasetSpec, path: Path, caption: str | None, reference: Path | None = None) -> Source:
-    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", reference=reference)
+def _source(spec: DatasetSpec, path: Path, caption: str | None, beside: Mapping[str, Path] | None = None) -> Source:
+    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", **(beside or {}))
 
 
-def _with_references(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
-    """Each source with the file of its stem in the dataset's reference folder, where there is one."""
-    if spec.reference_directory is not None:
-        if not spec.reference_directory.is_dir():
-            raise UserError(f"{spec.label}: reference_directory {spec.reference_directory}: no such folder.")
-        files = sorted(path for path in spec.reference_directory.iterdir() if path.suffix.lower() in REFERENCE_EXTENSIONS)
-        found = {path.stem.casefold(): path for path in files}
-        sources = [dataclasses.replace(source, reference=source.reference or found.get(source.stem.casefold())) for source in sources]
-    lacking = [source.name for source in sources if source.reference is None]
-    if lacking and (spec.reference_directory is not None or len(lacking) < len(sources)):
-        raise UserError(
-            f"{spec.label}: {len(lacking)} of {len(sources)} sources have no reference: {', '.join(lacking[:10])}"
-            f"{', ...' if len(lacking) > 10 else ''}. Put a video or picture with the same stem into "
-            f'{spec.reference_directory or "a folder"} (reference_directory), or a "reference_path" into each line of the jsonl.'
-        )
+def _with_files_beside(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
+    """Each source with the files of its stem in the dataset's further folders."""
+    for kind in _FITTING[spec.kind]:
+        folder: Path | None = getattr(spec, kind.directory)
+        if folder is not None:
+            if not folder.is_dir():
+                raise UserError(f"{spec.label}: {kind.directory} {folder}: no such folder.")
+            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in kind.extensions}
+            named = {source.name: getattr(source, kind.field) or found.get(source.stem.casefold()) for source in sources}
+            sources = [dataclasses.replace(source, **{kind.field: named[source.name]}) for source in sources]
+        lacking = [source.name for source in sources if getattr(source, kind.field) is None]
+        if lacking and (folder is not None or len(lacking) < len(sources)):
+            raise UserError(
+                f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {kind.what}: {', '.join(lacking[:10])}"
+                f"{', ...' if len(lacking) > 10 else ''}. Put a file with the same stem ({', '.join(kind.extensions)}) into "
+                f'{folder or "a folder"} ({kind.directory}), or a "{kind.path}" into each line of the jsonl.'
+            )
     return sources
 
 
@@ -145,19 +174,20 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
         raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
-    fields = [field, "caption", "reference_path"]
+    beside = {kind.path: kind for kind in _FITTING[spec.kind]}
+    fields = [field, "caption", *beside]
     if unknown := sorted(set(entry) - set(fields)):
         raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], fields)} Fields are {', '.join(fields)}.")
     caption = entry.get("caption")
     if not isinstance(caption, str | None):
         raise UserError(f"{where}: caption = {caption!r}: must be text.")
     path = _named_file(spec, where, entry[field], EXTENSIONS[spec.kind], spec.kind)
-    reference = entry.get("reference_path")
-    if not isinstance(reference, str | None):
-        raise UserError(f"{where}: reference_path = {reference!r}: must be text.")
-    if reference is not None:
-        reference = _named_file(spec, where, reference, REFERENCE_EXTENSIONS, "video or image")
-    return _source(spec, path, caption.strip() if caption else None, reference)
+    files = {}
+    for key in beside.keys() & entry.keys():
+        if not isinstance(entry[key], str):
+            raise UserError(f"{where}: {key} = {entry[key]!r}: must be text.")
+        files[beside[key].field] = _named_file(spec, where, entry[key], beside[key].extensions, beside[key].what)
+    return _source(spec, path, caption.strip() if caption else None, files)
 
 
 def _named_file(spec: DatasetSpec, where: str, text: str, extensions: Sequence[str], kind: str) -> Path:

@@ -125,7 +125,25 @@ def _stack_conditions(
                 audio[row, len(one.audio_clean) :] = bool(one.audio_clean.all())
     return Conditions(
         video=StreamConditions(clean=torch.stack(video) if video else None, reference=_stack_references(items, merged, found)),
-        audio=StreamConditions(clean=audio),
+        audio=StreamConditions(clean=audio, reference=_stack_reference_sounds(items, merged, found)),
+    )
+
+
+def _stack_reference_sounds(
+    items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions]
+) -> Reference | None:
+    """What is played beside the items that hear theirs, padded with zeros to the longest; None where no item does."""
+    chosen = [one.audio_reference and item.reference_audio_cache_path is not None for item, one in zip(items, found, strict=True)]
+    if not any(chosen):
+        return None
+    lengths = [int(tensors["ref_audio_lengths"]) for tensors in merged]
+    stacked = torch.zeros(len(items), AUDIO_CHANNELS, max(lengths), AUDIO_BINS, dtype=merged[0]["ref_audio_latents"].dtype)
+    for row, (tensors, length) in enumerate(zip(merged, lengths, strict=True)):
+        stacked[row, :, :length] = tensors["ref_audio_latents"]
+    return Reference(
+        latents=stacked,
+        chosen=None if all(chosen) else torch.tensor(chosen),
+        lengths=None if min(lengths) == max(lengths) else torch.tensor(lengths),
     )
 
 

@@ -24,11 +24,14 @@ class Item:
     text_encoder_output_cache_path: Path
     reference_cache_path: Path | None = None
     """What is shown beside it (IC-LoRA); None = nothing, and in audio mode."""
+    reference_audio_cache_path: Path | None = None
+    """What is played beside its sound; None = nothing, and in video mode."""
 
     @property
     def cache_paths(self) -> tuple[Path, ...]:
         """In the order of merging."""
-        paths = (self.latent_cache_path, self.audio_latent_cache_path, self.reference_cache_path, self.text_encoder_output_cache_path)
+        given = (self.reference_cache_path, self.reference_audio_cache_path)
+        paths = (self.latent_cache_path, self.audio_latent_cache_path, *given, self.text_encoder_output_cache_path)
         return tuple(path for path in paths if path is not None)
 
     @property
@@ -76,4 +79,5 @@ def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
         audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
         text_encoder_output_cache_path=folder / clip.text,
         reference_cache_path=folder / clip.reference if mode != "audio" and clip.reference is not None else None,
+        reference_audio_cache_path=folder / clip.reference_sound if mode != "video" and clip.reference_sound is not None else None,
     )

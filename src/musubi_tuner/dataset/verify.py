@@ -74,6 +74,9 @@ def _item_problems(item: Item, wanted: Wanted) -> list[_Problem]:
                 "ltxv2_cache_latents.py",
             )
         )
+    if item.reference_audio_cache_path is not None:
+        entries = expected.reference_audio_of(item.clip) | wanted.audio
+        checks.append((item.reference_audio_cache_path, entries, expected.REFERENCE_AUDIO_KEYS, "ltxv2_cache_audio_latents.py"))
     checks.append((item.text_encoder_output_cache_path, {"kind": "text", **wanted.text}, ("text",), "ltxv2_cache_text_encoder_outputs.py"))
     found = [(path, reason_to_rebuild(path, entries, keys), program) for path, entries, keys, program in checks]
     return [_Problem(item.key, path, reason, program) for path, reason, program in found if reason is not None]
@@ -104,8 +107,9 @@ def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Sou
             problems.append(_Problem(item.key, path, f"its source '{name}' is gone from {spec.root}", program))
         elif file_fingerprint(source.path) != item.clip.source_fingerprint:
             problems.append(_Problem(item.key, path, f"its source '{name}' has changed since it was cached", program))
-        elif source.reference is not None and file_fingerprint(source.reference) != item.clip.reference_fingerprint:
-            problems.append(_Problem(item.key, path, f"its reference '{source.reference.name}' has changed since it was cached", program))
+        elif changed := _changed_beside(item, source):
+            mends = "ltxv2_cache_latents.py" if changed.startswith("reference '") else "ltxv2_cache_audio_latents.py"
+            problems.append(_Problem(item.key, path, f"its {changed} has changed since it was cached", mends))
         elif source.caption and item.text_encoder_output_cache_path.is_file():
             entries = {"source_fingerprint": text_fingerprint(source.caption)}
             if reason_to_rebuild(item.text_encoder_output_cache_path, entries, ()) is not None:
@@ -114,6 +118,17 @@ def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Sou
                     _Problem(item.key, item.text_encoder_output_cache_path, "the caption has changed since it was cached", text)
                 )
     return problems
+
+
+def _changed_beside(item: Item, source: Source) -> str:
+    """Which of the files that belong to a source is not what it was; empty where all are."""
+    clip = item.clip
+    files = (
+        ("reference", source.reference, clip.reference_fingerprint),
+        ("sound file", source.sound, clip.sound_fingerprint),
+        ("reference sound", source.reference_sound, clip.reference_sound_fingerprint),
+    )
+    return next((f"{what} '{path.name}'" for what, path, cached in files if path is not None and file_fingerprint(path) != cached), "")
 
 
 def _by_source(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -83,7 +83,7 @@ def _decode(job: Job) -> Tensor:
 
 
 def _decode_reference(job: Job) -> Tensor:
-    clip, found, path = job.planned.clip, job.planned.reference, job.planned.source.reference
+    clip, found, path = job.planned.clip, job.planned.beside.reference, job.planned.source.reference
     size = (clip.reference_width, clip.reference_height)
     if isinstance(found, VideoInfo):
         start = clip.start_seconds * clip.reference_fps

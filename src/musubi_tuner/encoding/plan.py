@@ -12,7 +12,7 @@ from musubi_tuner.cache.names import audio_only_name, audio_sidecar_name, image_
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.config.sources import Source, list_all_sources
 from musubi_tuner.encoding.buckets import bucket_for
-from musubi_tuner.encoding.references import PlanRow, probe_reference, with_references
+from musubi_tuner.encoding.references import FilesBeside, PlanRow, probe_files_beside, with_files_beside
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, Window, audio_windows, target_lengths, video_windows
 from musubi_tuner.media.picture import picture_size
 from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_video
@@ -32,9 +32,7 @@ class Probed:
     found: VideoInfo | SoundInfo | tuple[int, int] | None
     """None where the file cannot be read; a still has its size."""
     problem: str
-    reference: VideoInfo | tuple[int, int] | None = None
-    """What was found in its reference."""
-    reference_fingerprint: str = ""
+    beside: FilesBeside = FilesBeside()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +42,7 @@ class PlannedClip:
     clip: Clip
     source: Source
     found: VideoInfo | SoundInfo | tuple[int, int]
-    reference: VideoInfo | tuple[int, int] | None = None
+    beside: FilesBeside = FilesBeside()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +96,9 @@ def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) 
             found, row = _plan_image(spec, one, one.found, still_fps)
         else:
             found, row = _plan_audio(spec, one, one.found)
-        if one.reference is not None and found:
-            found, row = with_references(spec, one.source, found, row, one.reference, one.reference_fingerprint)
-        clips += [PlannedClip(clip=clip, source=one.source, found=one.found, reference=one.reference) for clip in found]
+        if found:
+            found, row = with_files_beside(spec, one.source, found, row, one.beside)
+        clips += [PlannedClip(clip=clip, source=one.source, found=one.found, beside=one.beside) for clip in found]
         rows.append(row)
     if not clips:
         reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5]) + ("; ..." if len(rows) > 5 else "")
@@ -119,17 +117,8 @@ def _probe(spec: DatasetSpec, source: Source) -> Probed:
         if isinstance(found, VideoInfo) and spec.source_fps is not None:
             times = tuple(i / spec.source_fps for i in range(len(found.stamps)))
             found = dataclasses.replace(found, times=times, fps=spec.source_fps, is_variable=False)
-        reference, fingerprint = None, ""
-        if source.reference is not None:
-            reference, fingerprint = probe_reference(source.reference), file_fingerprint(source.reference)
-        return Probed(
-            source=source,
-            fingerprint=file_fingerprint(source.path),
-            found=found,
-            problem="",
-            reference=reference,
-            reference_fingerprint=fingerprint,
-        )
+        beside = probe_files_beside(source)
+        return Probed(source=source, fingerprint=file_fingerprint(source.path), found=found, problem="", beside=beside)
     except UserError as error:
         return Probed(source=source, fingerprint="", found=None, problem=str(error))
 
@@ -160,7 +149,7 @@ def _plan_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> tuple[list[C
     notes = [f"{len(used)} of {total} frames"] if len(used) < total else []
     if info.is_variable:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
-    if info.sound is not None and info.sound.rate:
+    if info.sound is not None and info.sound.rate and one.beside.sound is None:
         lacking = max(clip.end_seconds for clip in clips) - (info.sound.end - info.start)
         if lacking > 1 / fps:
             notes.append(f"its sound ends {lacking:.2f} s early; that stretch is not learned from")

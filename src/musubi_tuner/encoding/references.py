@@ -1,16 +1,17 @@
-"""Planning references: what is shown beside a clip (IC-LoRA) covers the same seconds, at a size and rate of its own."""
+"""Files that belong to a source: what is shown beside it (IC-LoRA) covers the same seconds, at a size and rate of its own; what is
+played beside its sound starts at its own beginning; sound of its own file is cut by the same seconds as the pictures."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.index import Clip
-from musubi_tuner.cache.names import reference_sidecar_name
+from musubi_tuner.cache.names import reference_audio_name, reference_sidecar_name
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.sources import EXTENSIONS, Source
 from musubi_tuner.media.picture import picture_size
-from musubi_tuner.media.probe import VideoInfo, probe_video
+from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_video
 from musubi_tuner.media.video import sampled_length
 
 
@@ -25,16 +26,63 @@ class PlanRow:
     note: str
 
 
-def probe_reference(path: Path) -> VideoInfo | tuple[int, int]:
-    """A video, or a picture's size.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilesBeside:
+    """What was found in the files that belong to a source; None = there is no such file."""
+
+    reference: VideoInfo | tuple[int, int] | None = None
+    """A picture has its size."""
+    reference_fingerprint: str = ""
+    sound: SoundInfo | None = None
+    sound_fingerprint: str = ""
+    reference_sound: SoundInfo | None = None
+    reference_sound_fingerprint: str = ""
+
+
+def probe_files_beside(source: Source) -> FilesBeside:
+    """Look into the files that belong to a source.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: one cannot be read.
     """
-    return picture_size(path) if path.suffix.lower() in EXTENSIONS["image"] else probe_video(path)
+    reference = None
+    if source.reference is not None:
+        look = picture_size if source.reference.suffix.lower() in EXTENSIONS["image"] else probe_video
+        reference = look(source.reference)
+    return FilesBeside(
+        reference=reference,
+        reference_fingerprint="" if source.reference is None else file_fingerprint(source.reference),
+        sound=None if source.sound is None else probe_sound(source.sound),
+        sound_fingerprint="" if source.sound is None else file_fingerprint(source.sound),
+        reference_sound=None if source.reference_sound is None else probe_sound(source.reference_sound),
+        reference_sound_fingerprint="" if source.reference_sound is None else file_fingerprint(source.reference_sound),
+    )
 
 
-def with_references(
+def with_files_beside(
+    spec: DatasetSpec, source: Source, clips: Sequence[Clip], row: PlanRow, beside: FilesBeside
+) -> tuple[list[Clip], PlanRow]:
+    """The clips with what belongs to them; none, and the reason, where a reference does not reach as far as its clips."""
+    planned = [_with_sounds(source, clip, beside) for clip in clips]
+    if beside.reference is None:
+        return planned, row
+    return _with_references(spec, source, planned, row, beside.reference, beside.reference_fingerprint)
+
+
+def _with_sounds(source: Source, clip: Clip, beside: FilesBeside) -> Clip:
+    if source.sound is not None:
+        clip = dataclasses.replace(clip, has_audio=True, sound_source=source.sound.as_posix(), sound_fingerprint=beside.sound_fingerprint)
+    if source.reference_sound is not None and clip.audio is not None:
+        clip = dataclasses.replace(
+            clip,
+            reference_sound=reference_audio_name(clip.audio),
+            reference_sound_source=source.reference_sound.as_posix(),
+            reference_sound_fingerprint=beside.reference_sound_fingerprint,
+        )
+    return clip
+
+
+def _with_references(
     spec: DatasetSpec, source: Source, clips: Sequence[Clip], row: PlanRow, found: VideoInfo | tuple[int, int], fingerprint: str
 ) -> tuple[list[Clip], PlanRow]:
     """The clips with their references; none, and the reason, where a reference does not reach as far as its clips."""

@@ -43,14 +43,21 @@ def check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path
     Raises:
         UserError: one without the other.
     """
-    there = any(item.reference_cache_path is not None for item in items)
-    if recipe.probability("video", Reference) and not there:
-        raise UserError(
-            f"{dataset_config}: the recipe has the rule 'reference', but no dataset has references. "
-            "Give one reference_directory (or a jsonl with reference_path) and run ltxv2_cache_latents.py."
-        )
-    if there and not recipe.probability("video", Reference):
-        raise UserError(
-            f"{dataset_config}: has references, but nothing shows them. Give --conditioning_config "
-            "conditioning_recipes/reference_video.toml (its rule is 'reference'), or take reference_directory out."
-        )
+    files = {
+        "video": ("reference_cache_path", "reference_directory", "reference_path", "ltxv2_cache_latents.py"),
+        "audio": ("reference_audio_cache_path", "reference_audio_directory", "reference_audio_path", "ltxv2_cache_audio_latents.py"),
+    }
+    for stream, (field, directory, path, program) in files.items():
+        there = any(getattr(item, field) is not None for item in items)
+        wanted = recipe.probability(stream, Reference) > 0
+        if wanted and not there:
+            raise UserError(
+                f"{dataset_config}: the recipe has the rule 'reference' for {stream}, but no dataset has references. "
+                f"Give one {directory} (or a jsonl with {path}) and run {program}."
+            )
+        if there and not wanted:
+            ready = "reference_video" if stream == "video" else "reference_sound"
+            raise UserError(
+                f"{dataset_config}: has references ({directory}), but nothing shows them. Give --conditioning_config "
+                f"conditioning_recipes/{ready}.toml (its rule is 'reference'), or take {directory} out."
+            )
