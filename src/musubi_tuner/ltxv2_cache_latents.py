@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Sequence
 
-from musubi_tuner.cache.expected import LATENT_KEYS, REFERENCE_KEYS
-from musubi_tuner.cache.names import LATENTS_ENDING, REFERENCE_ENDING
+from musubi_tuner.cache.expected import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
+from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDING
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
 from musubi_tuner.encoding.latents import latent_jobs, latent_stages, reference_jobs, reference_stages
+from musubi_tuner.encoding.masks import mask_jobs, mask_stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
 from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
@@ -54,6 +55,10 @@ def main(argv: Sequence[str]) -> int:
                 ),
             )
             code = max(code, run_task(shown, plans, references, config.data, config.work, group))
+        masks = mask_jobs(plans, model_version=checkpoint.model_version)
+        if masks:
+            task = Task(title="Mask caching", ending=MASK_ENDING, required=MASK_KEYS, make_stages=mask_stages)
+            code = max(code, run_task(task, plans, masks, config.data, config.work, group))
         if group.is_main and caching_mode(config.data) == "video":
             _warn_of_sound(plans)
         return code

@@ -6,6 +6,7 @@ LATENT_KEYS = ("latents",)
 AUDIO_KEYS = ("audio_latents", "audio_lengths")
 REFERENCE_KEYS = ("ref_latents",)
 REFERENCE_AUDIO_KEYS = ("ref_audio_latents", "ref_audio_lengths")
+MASK_KEYS = ("video_mask",)
 TEXT_KEYS = ("text", "text_mask")
 
 
@@ -17,6 +18,11 @@ def latents_of(clip: Clip) -> dict[str, str]:
 def reference_of(clip: Clip) -> dict[str, str]:
     """Of what is shown beside a clip."""
     return {"kind": "reference_latents", "source_fingerprint": clip.reference_fingerprint, "window": reference_window(clip)}
+
+
+def mask_of(clip: Clip) -> dict[str, str]:
+    """Of a clip's mask: cut and resized as the clip itself."""
+    return {"kind": "mask", "source_fingerprint": clip.mask_fingerprint, "window": latents_window(clip)}
 
 
 def reference_audio_of(clip: Clip) -> dict[str, str]:

@@ -75,6 +75,10 @@ class Clip:
     reference_fps: float = 0.0
     reference_width: int = 0
     reference_height: int = 0
+    mask: str | None = None
+    """File name of its mask; None = there is none."""
+    mask_source: str = ""
+    mask_fingerprint: str = ""
     sound_source: str = ""
     """A video's sound file, where it is not in the video's own."""
     sound_fingerprint: str = ""

@@ -7,6 +7,7 @@ import torch
 AUDIO_LENGTHS = "audio_lengths"
 AUDIO_LENGTHS_KEY = "audio_lengths_int32"
 REFERENCE_AUDIO_LENGTHS_KEY = "ref_audio_lengths_int32"
+VIDEO_MASK_KEY = "video_mask"
 TEXT_MASK_KEY = "text_mask"
 
 _DTYPE = re.compile(r"_(bfloat16|float16|float32|float64|float8_e4m3fn|float8_e5m2|u?int8|int16|int32|int64|bool)$")

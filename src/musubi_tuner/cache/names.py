@@ -8,9 +8,10 @@ LATENTS_ENDING = "_ltxv2.safetensors"
 AUDIO_ENDING = "_ltxv2_audio.safetensors"
 REFERENCE_ENDING = "_ltxv2_ref.safetensors"
 REFERENCE_AUDIO_ENDING = "_ltxv2_ref_audio.safetensors"
+MASK_ENDING = "_ltxv2_mask.safetensors"
 TEXT_ENDING = "_ltxv2_te.safetensors"
 INDEX_ENDING = ".json"
-ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, REFERENCE_AUDIO_ENDING, TEXT_ENDING, INDEX_ENDING)
+ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, REFERENCE_AUDIO_ENDING, MASK_ENDING, TEXT_ENDING, INDEX_ENDING)
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:
@@ -29,6 +30,10 @@ def audio_sidecar_name(latent_name: str) -> str:
 def reference_sidecar_name(latent_name: str) -> str:
     """What is shown beside a video or still."""
     return latent_name.removesuffix(LATENTS_ENDING) + REFERENCE_ENDING
+
+
+def mask_sidecar_name(latent_name: str) -> str:
+    return latent_name.removesuffix(LATENTS_ENDING) + MASK_ENDING
 
 
 def reference_audio_name(audio_name: str) -> str:

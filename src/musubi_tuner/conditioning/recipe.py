@@ -14,6 +14,9 @@ from musubi_tuner.config import conditioning as rules
 from musubi_tuner.config.conditioning import Range, Recipe, Rule
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 
+_WHITE = 0.5
+"""A cell of which more is white is generated."""
+
 Generators = Callable[..., torch.Generator]
 """Names -> a generator that depends on the item and these names alone."""
 Cells = tuple[int, ...]
@@ -28,6 +31,8 @@ class ItemShape:
     video: tuple[int, int, int] | None
     """(F, H, W) latent cells"""
     audio_steps: int
+    mask: Tensor | None = None
+    """(F, H, W) share of white in its mask; None = it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +125,10 @@ def box(rule: rules.Box, cells: Cells, generator: torch.Generator, shape: ItemSh
     return ~(_spans(cells, range(start, start + count)) & _rectangle(cells, rule.size, generator))
 
 
+def mask(rule: rules.Mask, cells: Cells, generator: torch.Generator, shape: ItemShape) -> Tensor:
+    return torch.zeros(cells, dtype=torch.bool) if shape.mask is None else shape.mask <= _WHITE
+
+
 def sound_prefix(rule: rules.SoundPrefix, cells: Cells, generator: torch.Generator, shape: ItemShape) -> Tensor:
     return _spans(cells, range(_steps(rule.seconds, cells, generator)))
 
@@ -143,6 +152,7 @@ VIDEO_CELLS: dict[type[Rule], CellRule] = {
     rules.Keyframes: keyframes,
     rules.Crop: crop,
     rules.Box: box,
+    rules.Mask: mask,
 }
 AUDIO_CELLS: dict[type[Rule], CellRule] = {
     rules.SoundPrefix: sound_prefix,

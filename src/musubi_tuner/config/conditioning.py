@@ -86,6 +86,11 @@ class Clean(Rule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Mask(Rule):
+    """Inpainting by the dataset's masks: white is generated, black is given. Without this rule a mask weighs the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reference(Rule):
     """The dataset's reference is shown or played beside the clip (IC-LoRA)."""
 
@@ -119,6 +124,7 @@ VIDEO_RULES: dict[str, type[Rule]] = {
     "crop": Crop,
     "box": Box,
     "clean": Clean,
+    "mask": Mask,
     "reference": Reference,
 }
 AUDIO_RULES: dict[str, type[Rule]] = {

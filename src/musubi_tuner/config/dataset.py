@@ -41,11 +41,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "audio_loss_weight": (int, float),
     "reference_directory": (str,),
     "reference_audio_directory": (str,),
+    "mask_directory": (str,),
     "separate_audio_directory": (str,),
     "reference_downscale": (int,),
     "reference_temporal_scale": (int,),
 }
-_BESIDE = ("reference_directory", "reference_audio_directory", "separate_audio_directory")
+_BESIDE = ("reference_directory", "mask_directory", "reference_audio_directory", "separate_audio_directory")
 """Folders of files that belong to the sources, by stem."""
 _NOT_IN_GENERAL = (*_SOURCES, "cache_directory", *_BESIDE)
 _COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames", "reference_downscale", "reference_temporal_scale")
@@ -89,6 +90,8 @@ class DatasetSpec:
     """References by the stems of the sources; a jsonl names them by `reference_path`."""
     reference_audio_directory: Path | None = None
     """Sounds that are played beside the sources' own; in a jsonl `reference_audio_path`."""
+    mask_directory: Path | None = None
+    """Masks by the stems of the sources, white counts; in a jsonl `mask_path`."""
     separate_audio_directory: Path | None = None
     """The videos' sound, in place of what is in their files; in a jsonl `audio_path`."""
     reference_downscale: int = 1
@@ -106,7 +109,7 @@ class DatasetSpec:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in _NO_PLAN and not (field.name.startswith(("reference_", "separate_")) and value in (None, 1)):
+            if field.name not in _NO_PLAN and not (field.name.startswith(("reference_", "separate_", "mask_")) and value in (None, 1)):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -272,6 +275,8 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
         refuse(f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}.")
     if spec.reference_directory is not None and spec.kind == "audio":
         refuse("reference_directory is for videos and images.")
+    if spec.mask_directory is not None and spec.kind == "audio":
+        refuse("mask_directory is for videos and images.")
     if spec.separate_audio_directory is not None and spec.kind != "video":
         refuse("separate_audio_directory is for videos.")
     if spec.reference_audio_directory is not None and spec.kind == "image":

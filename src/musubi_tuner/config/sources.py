@@ -30,7 +30,9 @@ class Source:
     caption: str
     """Empty where captions were not asked for and there is none."""
     reference: Path | None = None
-    """What is shown beside it (IC-LoRA); of this and the next two, all sources of a dataset have one, or none."""
+    """What is shown beside it (IC-LoRA); of this and the next three, all sources of a dataset have one, or none."""
+    mask: Path | None = None
+    """Video or picture, white where it counts."""
     reference_sound: Path | None = None
     """What is played beside its sound."""
     sound: Path | None = None
@@ -53,10 +55,11 @@ class _Beside:
 
 _BESIDE = (
     _Beside("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
+    _Beside("mask", "mask_directory", "mask_path", _PICTURES, "mask"),
     _Beside("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
     _Beside("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
 )
-_FITTING = {"video": _BESIDE, "image": _BESIDE[:1], "audio": _BESIDE[1:2]}
+_FITTING = {"video": _BESIDE, "image": _BESIDE[:2], "audio": _BESIDE[2:3]}
 """By the kind of the dataset."""
 
 

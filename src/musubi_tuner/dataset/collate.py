@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.config.conditioning import Mask, Recipe
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
@@ -68,7 +68,10 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio = None  # nobody to hear: the video stream runs alone
     drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
     text, text_mask = _stack_text(items, merged, features=rules.text_features)
-    conditions = [_draw_conditions(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
+    conditions = [
+        _draw_conditions(draw, latents, steps, tensors.get("video_mask"), rules)
+        for draw, steps, tensors in zip(draws, real_steps, merged, strict=True)
+    ]
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -84,7 +87,9 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
         audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
-        conditions=_stack_conditions(items, merged, conditions, 0 if audio is None else audio.shape[2]),
+        conditions=_stack_conditions(
+            items, merged, conditions, 0 if audio is None else audio.shape[2], weighs=not rules.recipe.probability("video", Mask)
+        ),
         dropout_seeds=tuple(one.dropout_seed for one in drawn),
     )
 
@@ -103,18 +108,24 @@ def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed)
 
 
-def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules) -> ItemConditions:
+def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, mask: Tensor | None, rules: DrawRules) -> ItemConditions:
     def generators(*names: object) -> torch.Generator:
         return generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat, "conditioning", *names)
 
     video = None if latents is None else (latents.shape[2], latents.shape[3], latents.shape[4])
-    return draw_conditions(rules.recipe, ItemShape(video=video, audio_steps=audio_steps), generators)
+    return draw_conditions(rules.recipe, ItemShape(video=video, audio_steps=audio_steps, mask=mask), generators)
 
 
 def _stack_conditions(
-    items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions], audio_steps: int
+    items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions], audio_steps: int, *, weighs: bool
 ) -> Conditions:
-    """Cells in the order of tokens. Padding of sound is given where all of the item's sound is, so that its stream counts as clean."""
+    """Cells in the order of tokens. Masks weigh the loss where no rule uses them.
+
+    Padding of sound is given where all of the item's sound is, so that its stream counts as clean.
+    """
+    weight = None
+    if weighs and any("video_mask" in tensors for tensors in merged):
+        weight = _stack(items, merged, "video_mask").flatten(1)
     video = [one.video_clean.flatten() for one in found if one.video_clean is not None]
     audio = None
     if any(one.audio_clean is not None for one in found):
@@ -124,7 +135,9 @@ def _stack_conditions(
                 audio[row, : len(one.audio_clean)] = one.audio_clean
                 audio[row, len(one.audio_clean) :] = bool(one.audio_clean.all())
     return Conditions(
-        video=StreamConditions(clean=torch.stack(video) if video else None, reference=_stack_references(items, merged, found)),
+        video=StreamConditions(
+            clean=torch.stack(video) if video else None, weight=weight, reference=_stack_references(items, merged, found)
+        ),
         audio=StreamConditions(clean=audio, reference=_stack_reference_sounds(items, merged, found)),
     )
 

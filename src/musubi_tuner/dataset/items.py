@@ -24,13 +24,15 @@ class Item:
     text_encoder_output_cache_path: Path
     reference_cache_path: Path | None = None
     """What is shown beside it (IC-LoRA); None = nothing, and in audio mode."""
+    mask_cache_path: Path | None = None
+    """Where it counts; None = everywhere, and in audio mode."""
     reference_audio_cache_path: Path | None = None
     """What is played beside its sound; None = nothing, and in video mode."""
 
     @property
     def cache_paths(self) -> tuple[Path, ...]:
         """In the order of merging."""
-        given = (self.reference_cache_path, self.reference_audio_cache_path)
+        given = (self.mask_cache_path, self.reference_cache_path, self.reference_audio_cache_path)
         paths = (self.latent_cache_path, self.audio_latent_cache_path, *given, self.text_encoder_output_cache_path)
         return tuple(path for path in paths if path is not None)
 
@@ -79,5 +81,6 @@ def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
         audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
         text_encoder_output_cache_path=folder / clip.text,
         reference_cache_path=folder / clip.reference if mode != "audio" and clip.reference is not None else None,
+        mask_cache_path=folder / clip.mask if mode != "audio" and clip.mask is not None else None,
         reference_audio_cache_path=folder / clip.reference_sound if mode != "video" and clip.reference_sound is not None else None,
     )

@@ -74,6 +74,8 @@ def _item_problems(item: Item, wanted: Wanted) -> list[_Problem]:
                 "ltxv2_cache_latents.py",
             )
         )
+    if item.mask_cache_path is not None:
+        checks.append((item.mask_cache_path, expected.mask_of(item.clip), expected.MASK_KEYS, "ltxv2_cache_latents.py"))
     if item.reference_audio_cache_path is not None:
         entries = expected.reference_audio_of(item.clip) | wanted.audio
         checks.append((item.reference_audio_cache_path, entries, expected.REFERENCE_AUDIO_KEYS, "ltxv2_cache_audio_latents.py"))
@@ -108,7 +110,7 @@ def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Sou
         elif file_fingerprint(source.path) != item.clip.source_fingerprint:
             problems.append(_Problem(item.key, path, f"its source '{name}' has changed since it was cached", program))
         elif changed := _changed_beside(item, source):
-            mends = "ltxv2_cache_latents.py" if changed.startswith("reference '") else "ltxv2_cache_audio_latents.py"
+            mends = "ltxv2_cache_latents.py" if changed.startswith(("reference '", "mask")) else "ltxv2_cache_audio_latents.py"
             problems.append(_Problem(item.key, path, f"its {changed} has changed since it was cached", mends))
         elif source.caption and item.text_encoder_output_cache_path.is_file():
             entries = {"source_fingerprint": text_fingerprint(source.caption)}
@@ -125,6 +127,7 @@ def _changed_beside(item: Item, source: Source) -> str:
     clip = item.clip
     files = (
         ("reference", source.reference, clip.reference_fingerprint),
+        ("mask", source.mask, clip.mask_fingerprint),
         ("sound file", source.sound, clip.sound_fingerprint),
         ("reference sound", source.reference_sound, clip.reference_sound_fingerprint),
     )

@@ -4,10 +4,11 @@ played beside its sound starts at its own beginning; sound of its own file is cu
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.index import Clip
-from musubi_tuner.cache.names import reference_audio_name, reference_sidecar_name
+from musubi_tuner.cache.names import mask_sidecar_name, reference_audio_name, reference_sidecar_name
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.sources import EXTENSIONS, Source
 from musubi_tuner.media.picture import picture_size
@@ -33,6 +34,8 @@ class FilesBeside:
     reference: VideoInfo | tuple[int, int] | None = None
     """A picture has its size."""
     reference_fingerprint: str = ""
+    mask: VideoInfo | tuple[int, int] | None = None
+    mask_fingerprint: str = ""
     sound: SoundInfo | None = None
     sound_fingerprint: str = ""
     reference_sound: SoundInfo | None = None
@@ -45,13 +48,11 @@ def probe_files_beside(source: Source) -> FilesBeside:
     Raises:
         UserError: one cannot be read.
     """
-    reference = None
-    if source.reference is not None:
-        look = picture_size if source.reference.suffix.lower() in EXTENSIONS["image"] else probe_video
-        reference = look(source.reference)
     return FilesBeside(
-        reference=reference,
+        reference=None if source.reference is None else _probe_pictures(source.reference),
         reference_fingerprint="" if source.reference is None else file_fingerprint(source.reference),
+        mask=None if source.mask is None else _probe_pictures(source.mask),
+        mask_fingerprint="" if source.mask is None else file_fingerprint(source.mask),
         sound=None if source.sound is None else probe_sound(source.sound),
         sound_fingerprint="" if source.sound is None else file_fingerprint(source.sound),
         reference_sound=None if source.reference_sound is None else probe_sound(source.reference_sound),
@@ -64,9 +65,37 @@ def with_files_beside(
 ) -> tuple[list[Clip], PlanRow]:
     """The clips with what belongs to them; none, and the reason, where a reference does not reach as far as its clips."""
     planned = [_with_sounds(source, clip, beside) for clip in clips]
+    if beside.mask is not None:
+        if short := _too_short("mask", source.mask, beside.mask, planned):
+            return [], _failed(source, short)
+        planned = [_with_mask(source, clip, beside) for clip in planned]
     if beside.reference is None:
         return planned, row
+    if short := _too_short("reference", source.reference, beside.reference, planned):
+        return [], _failed(source, short)
     return _with_references(spec, source, planned, row, beside.reference, beside.reference_fingerprint)
+
+
+def _probe_pictures(path: Path) -> VideoInfo | tuple[int, int]:
+    return picture_size(path) if path.suffix.lower() in EXTENSIONS["image"] else probe_video(path)
+
+
+def _too_short(what: str, path: Path | None, found: VideoInfo | tuple[int, int], clips: Sequence[Clip]) -> str:
+    """Why a video that belongs to clips does not reach as far as they do; empty where it does."""
+    if not isinstance(found, VideoInfo):
+        return ""
+    for clip in clips:
+        there, last = sampled_length(found, clip.fps), clip.start_frame + clip.frames
+        if there < last:
+            return f"its {what} {path} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
+    return ""
+
+
+def _with_mask(source: Source, clip: Clip, beside: FilesBeside) -> Clip:
+    assert clip.latents is not None and source.mask is not None
+    return dataclasses.replace(
+        clip, mask=mask_sidecar_name(clip.latents), mask_source=source.mask.as_posix(), mask_fingerprint=beside.mask_fingerprint
+    )
 
 
 def _with_sounds(source: Source, clip: Clip, beside: FilesBeside) -> Clip:
@@ -94,12 +123,6 @@ def _with_references(
             frames, fps = (clip.frames - 1) // scale + 1, clip.fps / scale
             if (clip.frames - 1) % (8 * scale):
                 return [], _failed(source, f"{clip.frames} frames with reference_temporal_scale = {scale}: must be {8 * scale}n+1")
-            there = sampled_length(found, clip.fps)
-            last = clip.start_frame + clip.frames
-            if there < last:
-                return [], _failed(
-                    source, f"its reference {source.reference} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
-                )
         assert clip.latents is not None and source.reference is not None
         planned.append(
             dataclasses.replace(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from musubi_tuner.cache.store import read_metadata
-from musubi_tuner.config.conditioning import Recipe, Reference
+from musubi_tuner.config.conditioning import Mask, Recipe, Reference
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
@@ -43,6 +43,11 @@ def check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path
     Raises:
         UserError: one without the other.
     """
+    if recipe.probability("video", Mask) and not any(item.mask_cache_path is not None for item in items):
+        raise UserError(
+            f"{dataset_config}: the recipe has the rule 'mask', but no dataset has masks. "
+            "Give one mask_directory (or a jsonl with mask_path) and run ltxv2_cache_latents.py."
+        )
     files = {
         "video": ("reference_cache_path", "reference_directory", "reference_path", "ltxv2_cache_latents.py"),
         "audio": ("reference_audio_cache_path", "reference_audio_directory", "reference_audio_path", "ltxv2_cache_audio_latents.py"),
