@@ -19,6 +19,7 @@ from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import create_network
 
 RANK = 32
@@ -92,6 +93,7 @@ def count_block(rung: Recompute | None, shape: Sequence[int], config: Transforme
         model = LTXModel(config).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         create_network(model, dim=RANK, alpha=RANK, args={}, seed=0)
+        group_projections(model)
         model.run_block = BlockEngine(
             model.transformer_blocks, [rung], max_rank=RANK, compiled=True, backend=backend, sequence_axes=lambda *arguments: []
         )

@@ -18,6 +18,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer, spread
+from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import create_network
 from tests.parity.name_maps import to_diffusers
 
@@ -129,6 +130,7 @@ def ours(
     rank = next(value.shape[0] for key, value in adapters.items() if key.endswith("lora_A"))
     network = create_network(model, dim=rank, alpha=rank, args={}, seed=0)
     _copy(network.named_parameters(), adapters, first.device)
+    group_projections(model)
     blocks = model.transformer_blocks
     chosen = [blocks[index] for index in spread(len(blocks), streamed)]
     streamer = BlockStreamer(chosen, first.device) if chosen else None

@@ -9,6 +9,7 @@ from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.streaming import BlockStreamer, spread
+from musubi_tuner.networks.grouped import group_projections
 from tests import engine_parts as parts
 
 
@@ -163,6 +164,33 @@ def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
     torch._dynamo.utils.counters.clear()
     streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True) if streamed else None
     model.run_block = engine(model, [rung] * 3, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer)
+    for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
+        ours, our_gradients = parts.step(model, network, shape)
+        assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_grouped_adapters_give_what_single_ones_give():
+    model, network = parts.make_model(3)
+    wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
+    assert group_projections(model) == 3 * 6
+    for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
+        ours, our_gradients = parts.step(model, network, shape)
+        assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-6
+    with network.disabled(), torch.no_grad():
+        given, targets = parts.make_input(model, parts.SHAPES[0])
+        base = float(parts.loss_of(model(given.video, given.audio), targets))
+    assert abs(base - wanted[0][0]) > 1e-4, "a network that is switched off is off in groups too"
+
+
+@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING])
+def test_grouped_adapters_compile_to_one_graph(rung):
+    model, network = parts.make_model(2)
+    wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
+    group_projections(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.run_block = engine(model, [rung] * 2, compiled=True, backend=CUT_ONLY, sequence_axes=sequence_axes)
     for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5

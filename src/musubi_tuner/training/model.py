@@ -19,6 +19,7 @@ from musubi_tuner.memory.attention import fastest_attention, use_attention
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
@@ -191,6 +192,7 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
     )
     placer.swap_linears(transformer)
     network, connectors = _adapt(request, transformer)
+    group_projections(transformer)
     blocks = transformer.transformer_blocks
     transformer.run_block = BlockEngine(
         blocks,

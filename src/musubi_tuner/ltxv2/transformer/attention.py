@@ -1,11 +1,16 @@
 """Attention with query and key norm over all heads, optional per-head gates (architecture sheet 2.7)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.modality import Skip
 from musubi_tuner.ltxv2.transformer.rope import RopeTable, rotate
+
+ProjectTogether = Callable[[Tensor, tuple[str, ...]], tuple[Tensor, ...]]
+"""(x, names of this module's linears) -> what each of them makes of x."""
 
 
 class Attention(nn.Module):
@@ -25,6 +30,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner)
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
+        self.project_together: ProjectTogether | None = None
+        """Takes the place of separate calls of linears that read the same tensor; None = they are called one by one."""
 
     def forward(
         self,
@@ -42,8 +49,11 @@ class Attention(nn.Module):
             mask: (B, 1, Nq or 1, Nk), bool (True = may attend) or additive in the dtype of `x`.
             skip: samples whose attention result is replaced by their values (self-attention only).
         """
-        values = self.to_v(context)
-        mixed = values if skip is True else self._attend(x, context, values, query_rope, key_rope, mask)
+        if skip is True:
+            mixed = values = self.to_v(context)
+        else:
+            query, key, values = self._project(x, context)
+            mixed = self._attend(query, key, values, query_rope, key_rope, mask)
         if isinstance(skip, Tensor):
             mixed = torch.where(skip[:, None, None], values, mixed)
         if self.to_gate_logits is not None:
@@ -51,11 +61,26 @@ class Attention(nn.Module):
             mixed = (mixed.unflatten(-1, (self.heads, -1)) * gates[..., None]).flatten(-2)
         return self.to_out[0](mixed)
 
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before norm and heads."""
+        if self.project_together is None:
+            return self.to_q(x), self.to_k(context), self.to_v(context)
+        if x is context:
+            query, key, values = self.project_together(x, ("to_q", "to_k", "to_v"))
+            return query, key, values
+        key, values = self.project_together(context, ("to_k", "to_v"))
+        return self.to_q(x), key, values
+
     def _attend(
-        self, x: Tensor, context: Tensor, values: Tensor, query_rope: RopeTable | None, key_rope: RopeTable | None, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        values: Tensor,
+        query_rope: RopeTable | None,
+        key_rope: RopeTable | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        query = self._heads(self.q_norm(self.to_q(x)))
-        key = self._heads(self.k_norm(self.to_k(context)))
+        query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
         if query_rope is not None:
             query = rotate(query, query_rope, interleaved=self.interleaved)
         if key_rope is not None:
