@@ -1,7 +1,9 @@
 """A transformer of a few blocks with a LoRA, and one training step of it: what the tests of memory and speed share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ SHAPES = ((2, 2, 3, 9), (3, 4, 4, 17), (4, 3, 5, 26), (1, 4, 6, 5))
 """Latent frames, rows and columns, and steps of sound."""
 
 
-def make_model(layers: int = 5, version: str = "2.3") -> tuple[LTXModel, LoRANetwork]:
+def make_model(layers: int = 5, version: str = "2.3", args: Mapping[str, str] = MappingProxyType({})) -> tuple[LTXModel, LoRANetwork]:
     """Toy width, random weights, a LoRA whose B is not zero."""
     config = dataclasses.replace(TransformerConfig.from_checkpoint_config(configs.transformer_section(version)), num_layers=layers)
     model = LTXModel(config)
@@ -29,7 +31,7 @@ def make_model(layers: int = 5, version: str = "2.3") -> tuple[LTXModel, LoRANet
             spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
             parameter.normal_(std=spread, generator=generator)
     model.requires_grad_(False)
-    network = create_network(model, dim=RANK, alpha=RANK, args={}, seed=0)
+    network = create_network(model, dim=RANK, alpha=RANK, args=args, seed=0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.05, generator=generator)
@@ -64,6 +66,18 @@ def step(model: LTXModel, network: LoRANetwork, shape: Sequence[int] = SHAPES[0]
     loss = loss_of(model(given.video, given.audio), targets)
     loss.backward()
     return loss.item(), taken_gradients(network)
+
+
+@contextmanager
+def watched(model: LTXModel) -> Iterator[list[ModelInput]]:
+    """Collects what the model is given, pass by pass, and lets it run."""
+    seen: list[ModelInput] = []
+    run = model.forward_many
+    model.forward_many = lambda inputs: seen.extend(inputs) or run(inputs)
+    try:
+        yield seen
+    finally:
+        del model.forward_many
 
 
 def taken_gradients(network: LoRANetwork) -> list[Tensor]:

@@ -25,7 +25,7 @@ from musubi_tuner.preview.prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
 from musubi_tuner.training.step import StepInputs, item_losses
-from tests import preview_parts, training_parts
+from tests import engine_parts, preview_parts, training_parts
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "conditioning_recipes"
 READY = sorted(path.stem for path in RECIPES.glob("*.toml") if not path.stem.startswith("reference"))
@@ -185,13 +185,9 @@ def test_a_preview_builds_the_inputs_that_training_builds(data, wrapper, tiny_fa
 
 
 def spy(wrapper: OfficialLTXV2Wrapper, run) -> tuple[Modality, Modality]:
-    calls = []
-    handle = wrapper.transformer.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
-    try:
+    with engine_parts.watched(wrapper.transformer) as seen:
         run()
-    finally:
-        handle.remove()
-    return calls[0][0], calls[0][1]
+    return seen[0].video, seen[0].audio
 
 
 def write_first_frame(clip: Path, folder: Path) -> Path:

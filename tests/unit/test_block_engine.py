@@ -170,13 +170,17 @@ def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_grouped_adapters_give_what_single_ones_give():
-    model, network = parts.make_model(3)
-    wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
+@pytest.mark.parametrize("dropout", [{}, {"rank_dropout": "0.4", "module_dropout": "0.3"}, {"neuron_dropout": "0.3"}])
+def test_grouped_adapters_give_what_single_ones_give(dropout):
+    model, network = parts.make_model(3, args={"rank_dropout": "0"} | dropout)
+    assert network.drops == bool(dropout)
+    with network.dropout((5,)):
+        wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
     assert group_projections(model) == 3 * 6
-    for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
-        ours, our_gradients = parts.step(model, network, shape)
-        assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-6
+    with network.dropout((5,)):
+        for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
+            ours, our_gradients = parts.step(model, network, shape)
+            assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-6
     with network.disabled(), torch.no_grad():
         given, targets = parts.make_input(model, parts.SHAPES[0])
         base = float(parts.loss_of(model(given.video, given.audio), targets))

@@ -18,6 +18,7 @@ from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.loss import masked_mse
+from tests import engine_parts
 from tests import preview_parts as parts
 
 SHAPE = ItemShape(video=(5, 4, 6), audio_steps=40)
@@ -143,14 +144,12 @@ def test_clean_tokens_reach_the_model_unchanged_at_level_zero_without_loss_or_gr
     """What the real transformer is given, and what its loss pulls at."""
     wrapper = parts.load_wrapper(tiny_family.ltx23)
     plain, given, conditions = streams(), condition(streams(), clean_cells()), clean_cells()
-    seen = []
-    handle = wrapper.transformer.register_forward_pre_hook(lambda module, arguments: seen.extend(arguments[:2]))
     sigma = torch.tensor([0.7, 0.2])
     inputs = {name: noised(stream, torch.randn(stream.clean.shape), sigma) for name, stream in given.items()}
     text = torch.randn(2, 16, wrapper.config.video_context_width + wrapper.config.audio_context_width)
-    velocity = wrapper(inputs["video"][0], inputs["audio"][0], text)
-    handle.remove()
-    for name, modality, predicted in zip(("video", "audio"), seen, velocity, strict=True):
+    with engine_parts.watched(wrapper.transformer) as seen:
+        velocity = wrapper(inputs["video"][0], inputs["audio"][0], text)
+    for name, modality, predicted in zip(("video", "audio"), (seen[0].video, seen[0].audio), velocity, strict=True):
         clean = getattr(conditions, name).clean
         assert torch.equal(modality.latent[clean], plain[name].clean[clean])
         assert bool((modality.timesteps[clean] == 0).all()) and torch.equal(

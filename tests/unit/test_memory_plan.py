@@ -3,7 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
+from musubi_tuner.config.memory import MemoryOptions
 from musubi_tuner.memory.plan import SLOTS, Budget, Wishes, candidates, choose_plan, count_rungs, fits, leanest_plan
 from musubi_tuner.memory.step_model import (
     RUNGS,
@@ -16,6 +18,7 @@ from musubi_tuner.memory.step_model import (
     gradient_operations,
     linear_operations,
 )
+from musubi_tuner.training.planning import Machine, place_by_plan
 
 GB = 10**9
 LARGE = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
@@ -106,3 +109,15 @@ def test_waiting_for_weights_is_counted():
     assert few.stalled > 0.5 * few.seconds
     assert few.device_bytes < 48 * 2 * LARGE.block_weights
     assert SLOTS * 2 * LARGE.block_weights < few.device_bytes
+
+
+def test_micro_batches_share_a_visit_where_weights_are_waited_for():
+    """32 GB card, blocks streamed by order, few tokens: four micro-batches cost hardly more than one."""
+    options = MemoryOptions(blocks_to_swap=48, compile=False, weight_format="bf16")
+    machine = Machine(device=torch.device("cpu"), budget=Budget(device=30 * GB, host=48 * GB), rates=rates(), low_format=None)
+    alone = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16")
+    together = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16", micro_batches=4)
+    assert alone.passes == 1 and together.passes == 4
+    assert together.plan.seconds / 4 < 0.6 * alone.plan.seconds
+    many = place_by_plan(options, machine, LARGE, work(6144, 126), full_format="bf16", micro_batches=4)
+    assert many.passes == 1, "nothing is waited for, or four do not fit"

@@ -46,5 +46,14 @@ def iterate_batches(
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if workers else None,
     )
+    ahead: Batch | None = None  # its copy runs while the batch before it is trained on
     for batch in loader:
-        yield batch.to(device)
+        moved = batch.to(device)
+        if device.type != "cuda":
+            yield moved
+            continue
+        if ahead is not None:
+            yield ahead
+        ahead = moved
+    if ahead is not None:
+        yield ahead

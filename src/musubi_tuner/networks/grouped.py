@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.attention import Attention
-from musubi_tuner.networks.base import run_base
+from musubi_tuner.networks.base import multiply, run_base
 from musubi_tuner.networks.lora import LoRALayer
 
 
 def group_projections(model: nn.Module) -> int:
     """Let every attention of `model` run the LoRA of its queries, keys and values together. Returns how many do.
 
-    Whatever else sits on a linear (another type of adapter, none, one that is switched off or drops out) is run by itself.
+    Whatever else sits on a linear (another type of adapter, none, one that is switched off or drops inputs) is run by itself.
     """
     count = 0
     for module in model.modules():
@@ -33,17 +33,18 @@ class _Group:
         linears = [self._linears[name] for name in names]
         if not all(_plain(linear) for linear in linears):
             return tuple(linear(x) for linear in linears)
-        ranks = [linear.rank for linear in linears]
         down = torch.cat([linear.lora_A for linear in linears]).to(x.dtype)
-        lows = F.linear(x, down).flatten(0, -2).split(ranks, dim=-1)
+        lows = F.linear(x, down).split([linear.rank for linear in linears], dim=-1)
         return tuple(_added(linear, x, low) for linear, low in zip(linears, lows, strict=True))
 
 
 def _plain(linear: nn.Module) -> bool:
-    return isinstance(linear, LoRALayer) and linear.enabled and linear.masks is None
+    return isinstance(linear, LoRALayer) and linear.enabled and (linear.masks is None or linear.masks.inputs is None)
 
 
 def _added(linear: LoRALayer, x: Tensor, low: Tensor) -> Tensor:
+    if linear.masks is not None:  # the second half is linear, so a mask of the whole change may lie on the first one
+        low = multiply(multiply(low, linear.masks.inner), linear.masks.module)
     y = run_base(linear.base, x)
     up = (linear.lora_B * linear.scale).to(x.dtype)
-    return torch.addmm(y.flatten(0, -2), low, up.t()).view(y.shape)
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t()).view(y.shape)

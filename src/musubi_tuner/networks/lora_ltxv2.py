@@ -3,8 +3,8 @@
 `--network_module` names this module; another one with the same `create_network` works in its place.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,24 @@ from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Velocity
-from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
 from musubi_tuner.networks.arguments import network_arguments
 from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import choose_targets, linear_names
 from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperInput:
+    """What `OfficialLTXV2Wrapper.forward` takes."""
+
+    video: Modality | None
+    audio: Modality | None
+    text: Tensor
+    text_mask: Tensor | None = None
+    perturbations: Perturbations | None = None
 
 
 class OfficialLTXV2Wrapper(nn.Module):
@@ -61,15 +72,23 @@ class OfficialLTXV2Wrapper(nn.Module):
             text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
             text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """
-        video_text, audio_text = self.split_text(text)
+        return self.forward_many([WrapperInput(video, audio, text, text_mask, perturbations)])[0]
+
+    def forward_many(self, inputs: Sequence[WrapperInput]) -> list[Velocity]:
+        """Several independent passes, for which each block is visited once."""
+        return self.transformer.forward_many([self._with_text(one) for one in inputs])
+
+    def _with_text(self, given: WrapperInput) -> ModelInput:
+        video, audio, mask = given.video, given.audio, given.text_mask
+        video_text, audio_text = self.split_text(given.text)
         if self.connectors is not None:
-            video_text, audio_text = self._connect(video_text, audio_text, text_mask)
-            text_mask = None
+            video_text, audio_text = self._connect(video_text, audio_text, mask)
+            mask = None
         if video is not None:
-            video = replace(video, context=video_text, context_mask=text_mask)
+            video = replace(video, context=video_text, context_mask=mask)
         if audio is not None:
-            audio = replace(audio, context=audio_text, context_mask=text_mask)
-        return self.transformer(video, audio, perturbations)
+            audio = replace(audio, context=audio_text, context_mask=mask)
+        return ModelInput(video, audio, given.perturbations)
 
     def _connect(self, video: Tensor, audio: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Contexts (B, 1024, C) of the streams that the model has; every position of them is real."""

@@ -39,6 +39,11 @@ class LoRANetwork:
         """Full fine-tuning; reference conditioning needs an adapter and refuses it."""
         return self.kind == "full"
 
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training; masks are those of one batch, so two are not run together then."""
+        return self._thresholds is not None
+
     def describe(self) -> str:
         """Type, rank and alpha in a few words, for the banner and the metadata."""
         specs = {(layer.spec.rank, layer.spec.alpha) for layer in self.layers.values()}

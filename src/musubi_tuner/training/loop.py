@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ from tqdm import tqdm
 
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import iterate_batches
-from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training.finite import FiniteCheck
 from musubi_tuner.training.gradients import average_gradients, clip
 from musubi_tuner.training.interrupt import Interrupt
 from musubi_tuner.training.loss import total_loss
 from musubi_tuner.training.metrics import LossFile, LossMeter, loss_path
+from musubi_tuner.training.pace import Pace
 from musubi_tuner.training.run import TrainingRun
-from musubi_tuner.training.step import StepInputs, item_losses
+from musubi_tuner.training.step import drawn_levels, item_losses_of_all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -45,18 +49,24 @@ def train(run: TrainingRun) -> Outcome:
     bar = tqdm(
         total=run.schedule.total, initial=run.start_step, unit="step", desc="training", disable=not run.processes.is_main, file=sys.stderr
     )
+    finite, pace = FiniteCheck(), Pace()
     started = time.monotonic()
     with Interrupt() as interrupt, bar:
         if run.start_step == 0:
             _validate(run, outcome, loss_file, 0)
             _preview(run, 0, run.schedule.preview_first)
         for step in range(run.start_step + 1, run.schedule.total + 1):
-            norm = _optimize(run, batches, meter, step)
+            begun = time.monotonic()
+            norm = _optimize(run, batches, meter, finite, step)
             outcome.step = step
             if step % run.schedule.log_every == 0 or step == run.schedule.total:
                 outcome.losses = _log(run, meter, loss_file, bar, step, norm)
             bar.update()
+            if (warning := pace.add(time.monotonic() - begun)) and run.processes.is_main:
+                log.warning("WARNING: step %d: %s", step, warning)
             outcome.interrupted = _agree(run, interrupt.requested)
+            if _saves(run, step, outcome.interrupted):
+                finite.settle()
             _after_step(run, outcome, loss_file, step)
             if outcome.interrupted:
                 break
@@ -77,49 +87,30 @@ def _batches(run: TrainingRun) -> Iterator[Batch]:
     )
 
 
-def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, step: int) -> Tensor:
+def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, finite: FiniteCheck, step: int) -> Tensor:
     """One optimizer step: accumulate, average over processes, clip, check, update. Returns the gradient norm."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen = []
-    for _ in range(accumulation):
-        batch = next(batches)
-        with run.network.dropout(batch.dropout_seeds):  # the backward pass computes blocks again, under the same masks
-            losses = item_losses(run.wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
-            loss = total_loss(losses, batch.video_weight, batch.audio_weight)
-            if loss.requires_grad:
-                (loss / accumulation).backward()
-        meter.add(losses, batch.size)
-        seen.append((batch.names, losses))
+    for start in range(0, accumulation, run.passes):
+        together = [next(batches) for _ in range(min(run.passes, accumulation - start))]
+        seeds = together[0].dropout_seeds if len(together) == 1 else ()
+        with run.network.dropout(seeds):  # the backward pass computes blocks again, under the same masks
+            losses = item_losses_of_all(run.wrapper, together, [drawn_levels(batch) for batch in together])
+            totals = [total_loss(one, batch.video_weight, batch.audio_weight) for one, batch in zip(losses, together, strict=True)]
+            learned = [total / accumulation for total in totals if total.requires_grad]
+            if learned:
+                torch.autograd.backward(learned)
+        for one, batch in zip(losses, together, strict=True):
+            meter.add(one, batch.size)
+            seen.append((batch.names, one))
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
-    if not bool(torch.isfinite(norm)):
-        raise UserError(_not_finite(step, seen))
+    finite.add(step, norm, seen)
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def _not_finite(step: int, seen: list) -> str:
-    rows = []
-    for names, losses in seen:
-        for stream, values in (("video", losses.video), ("audio", losses.audio)):
-            if values is not None:
-                rows += [
-                    f"{stream} loss {value} of {name}"
-                    for name, value in zip(names, values.tolist(), strict=True)
-                    if value != value or abs(value) == float("inf")
-                ]
-    where = (
-        "; ".join(rows)
-        if rows
-        else "the losses are finite, a gradient is not; items " + ", ".join(name for names, _ in seen for name in names)
-    )
-    return (
-        f"step {step}: not finite: {where}. Nothing was updated or saved by this step; the last saved file is good. "
-        "Check these items' caches, or lower --learning_rate, and resume from the last state."
-    )
 
 
 def _log(run: TrainingRun, meter: LossMeter, loss_file: LossFile | None, bar: tqdm, step: int, norm: Tensor) -> dict[str, float]:
@@ -139,6 +130,12 @@ def _agree(run: TrainingRun, requested: bool) -> bool:
     flag = torch.tensor(float(requested), device=run.device)
     torch.distributed.all_reduce(flag)
     return bool(flag)
+
+
+def _saves(run: TrainingRun, step: int, interrupted: bool) -> bool:
+    schedule = run.schedule
+    by_step = bool(schedule.save_every) and step % schedule.save_every == 0
+    return interrupted or step == schedule.total or by_step or schedule.ends_epoch(step, schedule.save_every_epochs)
 
 
 def _after_step(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:

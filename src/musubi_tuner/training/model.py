@@ -67,8 +67,8 @@ class LoadedModel:
     """Rows for the banner: what was measured."""
 
 
-Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
-"""One forward and backward pass of the largest batch; returns its seconds."""
+Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork, int], float]
+"""One forward and backward pass of the largest batch, as often as the number says in one visit of each block; returns its seconds."""
 
 
 def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
@@ -112,8 +112,9 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device) -> LoadedMo
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
-    seconds = trial(loaded.wrapper, loaded.network)
+    passes = loaded.placement.passes
+    trial(loaded.wrapper, loaded.network, passes)  # compiles, and finds attention plans
+    seconds = trial(loaded.wrapper, loaded.network, passes)
     plan = loaded.placement.plan
     text = f"{seconds:.3f} s"
     if cuda and plan is not None:
@@ -123,12 +124,16 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device) -> LoadedMo
         wrapper=loaded.wrapper,
         network=loaded.network,
         placement=loaded.placement,
-        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of the largest batch")),
+        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of {_what(passes)}")),
     )
 
 
-def _sizes(request: ModelRequest) -> tuple[int, int, int]:
-    """Weights of quantizable linears, of the whole model, and of the network, counted without memory."""
+def _what(passes: int) -> str:
+    return "the largest batch" if passes == 1 else f"{passes} of the largest batch"
+
+
+def _sizes(request: ModelRequest) -> tuple[int, int, int, bool]:
+    """Weights of quantizable linears, of the whole model, and of the network, counted without memory; whether the network drops out."""
     config = request.config
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode]).requires_grad_(False)
@@ -137,7 +142,7 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
     if config.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
     network = make_network(config, model, read_start(config, request.checkpoint, model))
-    return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
+    return low_bit, total, sum(parameter.numel() for parameter in network.parameters()), network.drops
 
 
 def _trained_whole(request: ModelRequest) -> frozenset[str]:
@@ -149,9 +154,9 @@ def _trained_whole(request: ModelRequest) -> frozenset[str]:
     return frozenset(make_network(request.config, model, None).names)
 
 
-def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
+def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, bool], factor: float) -> Placement:
     config = request.config
-    low_bit, total, trainable = sizes
+    low_bit, total, trainable, drops = sizes
     work = largest_workload(
         request.items,
         config.ltx_mode,
@@ -161,7 +166,15 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], 
     )
     shape = model_shape(read_config(request.checkpoint), low_bit, total)
     full = "bf16" if request.dtype == torch.bfloat16 else "float32"
-    return place_by_plan(config.memory, machine, shape, work, full_format=full, factor=factor)
+    return place_by_plan(
+        config.memory,
+        machine,
+        shape,
+        work,
+        full_format=full,
+        factor=factor,
+        micro_batches=1 if drops else config.optimization.gradient_accumulation_steps,  # masks are those of one batch
+    )
 
 
 def _load(request: ModelRequest, placement: Placement) -> LoadedModel:

@@ -1,5 +1,6 @@
 """From a run's settings, data and machine to how the model is held and run."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 AUDIO_STEPS_PER_SECOND = 25
 _KEPT_AT_EACH_END = 2
+_CLEARLY = 0.95
 _FEW_BLOCKS = 12
 """Models of fewer blocks than this keep none of them out of quantization."""
 
@@ -50,8 +52,10 @@ class Placement:
     rungs: tuple[Recompute | None, ...]
     inputs_on_host: bool
     compiled: bool
+    passes: int = 1
+    """Micro-batches for which each block is visited once."""
     plan: Plan | None
-    """None where nothing was planned: on the CPU without a cap."""
+    """None where nothing was planned: on the CPU without a cap. Of all passes together."""
 
 
 def kept_blocks(blocks: int) -> frozenset[int]:
@@ -105,6 +109,13 @@ def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trai
     )
 
 
+def times(work: Workload, count: int) -> Workload:
+    """As many such batches at once."""
+    return dataclasses.replace(
+        work, video_tokens=count * work.video_tokens, audio_tokens=count * work.audio_tokens, clips=count * work.clips
+    )
+
+
 def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device) -> Placement:
     """What the flags say, and plain defaults for the rest."""
     weight_format = options.wanted_format if options.wanted_format not in ("auto", "bf16") else None
@@ -122,13 +133,21 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device) -> 
 
 
 def place_by_plan(
-    options: MemoryOptions, machine: Machine, shape: ModelShape, work: Workload, *, full_format: str, factor: float = 1.0
+    options: MemoryOptions,
+    machine: Machine,
+    shape: ModelShape,
+    work: Workload,
+    *,
+    full_format: str,
+    factor: float = 1.0,
+    micro_batches: int = 1,
 ) -> Placement:
-    """The best plan that fits.
+    """The best plan that fits; of all micro-batches of an optimizer step in one visit of each block, where that is clearly faster.
 
     Args:
         full_format: `bf16` or `float32`, the compute dtype.
         factor: real bytes over predicted ones, where a trial has shown that they differ.
+        micro_batches: that may be run together.
 
     Raises:
         UserError: nothing fits; says what is missing and what would help.
@@ -147,7 +166,11 @@ def place_by_plan(
         compiled=compiled,
     )
     budget = Budget(device=int(machine.budget.device / factor), host=machine.budget.host)
-    plan = choose_plan(shape, work, machine.rates, budget, wishes)
+    plan, passes = choose_plan(shape, work, machine.rates, budget, wishes), 1
+    if plan is not None and plan.stalled and micro_batches > 1:
+        together = choose_plan(shape, times(work, micro_batches), machine.rates, budget, wishes)
+        if together is not None and together.score / micro_batches < _CLEARLY * plan.score:
+            plan, passes = together, micro_batches
     if plan is None:
         raise UserError(_nothing_fits(leanest_plan(shape, work, machine.rates, wishes), machine.budget, work))
     full = plan.weight_format == full_format
@@ -158,6 +181,7 @@ def place_by_plan(
         rungs=tuple(Recompute(name) for name in plan.rungs),
         inputs_on_host=plan.inputs_on_host,
         compiled=compiled,
+        passes=passes,
         plan=plan,
     )
 
@@ -198,7 +222,8 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     counts = {rung: placement.rungs.count(rung) for rung in placement.rungs}
     again = ", ".join(f"{(rung or 'nothing, all is kept').replace('_', ' ')} ({count})" for rung, count in counts.items())
     rows.append(("computed again", again + (", block inputs on the host" if placement.inputs_on_host else "")))
-    rows.append(("blocks", "compiled" if placement.compiled else "not compiled"))
+    together = f", {placement.passes} micro-batches in one visit" if placement.passes > 1 else ""
+    rows.append(("blocks", ("compiled" if placement.compiled else "not compiled") + together))
     plan = placement.plan
     if plan is not None:
         rows.append(("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"))

@@ -64,6 +64,8 @@ class TrainingRun:
     facts: Mapping[str, object]
     """Entries of the LoRA file's metadata."""
     trackers: Trackers
+    passes: int
+    """Micro-batches for which each block is visited once."""
     preview: Preview | None
     validator: Validator | None
 

@@ -30,7 +30,7 @@ from musubi_tuner.training.planning import describe_placement, largest_item
 from musubi_tuner.training.references import reference_facts
 from musubi_tuner.training.run import Preview, Schedule, TrainingRun
 from musubi_tuner.training.state import load_state
-from musubi_tuner.training.step import StepInputs, item_losses
+from musubi_tuner.training.step import drawn_levels, item_losses_of_all
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
         settings=settings,
         facts=_facts(inputs, network),
         trackers=Trackers(inputs.accelerator),
+        passes=loaded.placement.passes,
         preview=inputs.preview,
         validator=validator,
     )
@@ -149,12 +150,12 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
     config = inputs.config
     batch = _largest_batch(inputs, rules)
 
-    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
-        on_device = batch.to(inputs.device)
+    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork, passes: int) -> float:
+        batches = [batch.to(inputs.device)] * passes
         started = time.perf_counter()
-        with network.dropout(batch.dropout_seeds):
-            losses = item_losses(wrapper, on_device, StepInputs(video_sigma=on_device.video_sigma, audio_sigma=on_device.audio_sigma))
-            total_loss(losses, on_device.video_weight, on_device.audio_weight).backward()
+        with network.dropout(batch.dropout_seeds if passes == 1 else ()):
+            losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches])
+            sum(total_loss(one, batches[0].video_weight, batches[0].audio_weight) for one in losses).backward()
         for parameter in network.parameters():
             parameter.grad = None
         if inputs.device.type == "cuda":

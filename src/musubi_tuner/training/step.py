@@ -1,5 +1,6 @@
 """One forward pass of training: batch -> tokens -> noised input -> velocity -> losses. Every mode takes this one path."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_stream
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.timestep_format import model_sigma
-from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, WrapperInput
 from musubi_tuner.training.loss import ItemLosses, masked_mse
 
 
@@ -22,25 +24,48 @@ class StepInputs:
     audio_sigma: Tensor
 
 
+def drawn_levels(batch: Batch) -> StepInputs:
+    """The noise levels that were drawn for the batch's items."""
+    return StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma)
+
+
 def item_losses(wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs) -> ItemLosses:
     """Raw losses of each item and stream of `batch`, at the given noise levels."""
-    streams = condition(_streams(batch), batch.conditions)
-    video_input = audio_input = None
-    video_target = audio_target = video_weight = audio_weight = None
-    if "video" in streams:
-        video_input, video_target = noised(streams["video"], batch.video_noise, model_sigma(levels.video_sigma, wrapper.timestep_format))
-        video_weight = loss_weights(streams["video"])
-    if "audio" in streams:
-        audio_input, audio_target = noised(streams["audio"], batch.audio_noise, model_sigma(levels.audio_sigma, wrapper.timestep_format))
-        audio_weight = loss_weights(streams["audio"])
-    velocity = wrapper(video_input, audio_input, batch.text, batch.text_mask)
-    video = None if video_input is None else masked_mse(velocity.video, video_target, video_weight)
-    video_present = None if video_input is None else video_weight.sum(1) > 0
-    if audio_input is None:
-        return ItemLosses(video=video, audio=None, audio_present=None, video_present=video_present)
-    present = audio_weight.sum(1) > 0
-    audio = masked_mse(velocity.audio, audio_target, audio_weight)
-    return ItemLosses(video=video, audio=audio, audio_present=present, video_present=video_present)
+    return item_losses_of_all(wrapper, [batch], [levels])[0]
+
+
+def item_losses_of_all(wrapper: OfficialLTXV2Wrapper, batches: Sequence[Batch], levels: Sequence[StepInputs]) -> list[ItemLosses]:
+    """The same of several batches, for which the model visits each of its blocks once."""
+    passes = [_Pass(wrapper, batch, given) for batch, given in zip(batches, levels, strict=True)]
+    velocities = wrapper.forward_many([WrapperInput(one.inputs["video"], one.inputs["audio"], one.text, one.text_mask) for one in passes])
+    return [one.losses(velocity) for one, velocity in zip(passes, velocities, strict=True)]
+
+
+class _Pass:
+    """One batch on its way through the model."""
+
+    def __init__(self, wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs) -> None:
+        self.text, self.text_mask = batch.text, batch.text_mask
+        noise = {"video": batch.video_noise, "audio": batch.audio_noise}
+        sigmas = {"video": levels.video_sigma, "audio": levels.audio_sigma}
+        self.inputs: dict[str, Modality | None] = {"video": None, "audio": None}
+        self._targets: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        for name, stream in condition(_streams(batch), batch.conditions).items():
+            sigma = model_sigma(sigmas[name], wrapper.timestep_format)
+            self.inputs[name], self._targets[name] = noised(stream, noise[name], sigma)
+            self._weights[name] = loss_weights(stream)
+
+    def losses(self, velocity: Velocity) -> ItemLosses:
+        predictions = {"video": velocity.video, "audio": velocity.audio}
+        values = {name: masked_mse(predictions[name], target, self._weights[name]) for name, target in self._targets.items()}
+        present = {name: weight.sum(1) > 0 for name, weight in self._weights.items()}
+        return ItemLosses(
+            video=values.get("video"),
+            audio=values.get("audio"),
+            audio_present=present.get("audio"),
+            video_present=present.get("video"),
+        )
 
 
 def _streams(batch: Batch) -> dict[str, TokenStream]:
