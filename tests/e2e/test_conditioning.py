@@ -15,6 +15,7 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
@@ -100,7 +101,7 @@ def test_a_resumed_run_with_a_recipe_is_the_run_it_would_have_been(data, tmp_pat
 
 def draw_rules(recipe: Recipe, seed: int = 1) -> DrawRules:
     return DrawRules(
-        seed=seed, purpose="train", timestep_sampling="uniform", independent_audio_timestep=True, video_loss_weight=1.0,
+        seed=seed, purpose="train", sigma=SigmaSettings(kind="uniform"), independent_audio_timestep=True, video_loss_weight=1.0,
         audio_loss_weight=1.0, recipe=recipe,
     )  # fmt: skip
 

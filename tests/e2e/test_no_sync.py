@@ -8,6 +8,7 @@ from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.checkpointing import Recompute
@@ -46,7 +47,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     data = parts.make_data(tmp_path, tiny_family, "av", held_out=False)
     (item, *_) = list_items(load_dataset_config(data.toml).datasets, "av", data.toml)
     rules = DrawRules(
-        seed=0, purpose="train", timestep_sampling="shifted_logit_normal", independent_audio_timestep=True, video_loss_weight=1.0,
+        seed=0, purpose="train", sigma=SigmaSettings(kind="shifted_logit_normal"), independent_audio_timestep=True, video_loss_weight=1.0,
         audio_loss_weight=1.0,
     )  # fmt: skip
     batch = make_batch([Draw(item, epoch=0, repeat=0)], "av", rules)

@@ -17,7 +17,7 @@ from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, load_r
 from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.loss import masked_mse
+from musubi_tuner.training.loss import masked_mean, squared_error
 from tests import engine_parts
 from tests import preview_parts as parts
 
@@ -159,10 +159,10 @@ def test_clean_tokens_reach_the_model_unchanged_at_level_zero_without_loss_or_gr
         assert torch.equal(modality.sigma, sigma), "the stream is still noisy"
         held = predicted.detach().requires_grad_()
         weight = loss_weights(given[name])
-        masked_mse(held, inputs[name][1], weight).sum().backward()
+        masked_mean(squared_error(held, inputs[name][1]), weight).sum().backward()
         assert not held.grad[clean].any() and bool(held.grad[~clean].any(-1).all())
         error = (held.detach()[0] - inputs[name][1][0]).pow(2)[~clean[0]].mean()
-        assert torch.allclose(masked_mse(held, inputs[name][1], weight)[0], error, atol=1e-5)
+        assert torch.allclose(masked_mean(squared_error(held, inputs[name][1]), weight)[0], error, atol=1e-5)
 
 
 def test_a_stream_that_is_wholly_given_has_noise_level_zero_itself():
@@ -170,7 +170,7 @@ def test_a_stream_that_is_wholly_given_has_noise_level_zero_itself():
     stream = condition(streams(), everything)["audio"]
     modality, target = noised(stream, torch.randn(2, 12, 128), torch.tensor([0.7, 0.2]))
     assert modality.sigma.tolist() == pytest.approx([0.0, 0.2])
-    assert masked_mse(torch.randn_like(target), target, loss_weights(stream))[0] == 0
+    assert masked_mean(squared_error(torch.randn_like(target), target), loss_weights(stream))[0] == 0
 
 
 def test_weights_of_a_stream_and_of_its_conditions_multiply():

@@ -13,12 +13,13 @@ from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.runtime.errors import UserError
 
 RULES = DrawRules(
     seed=1,
     purpose="train",
-    timestep_sampling="shifted_logit_normal",
+    sigma=SigmaSettings(kind="shifted_logit_normal"),
     independent_audio_timestep=True,
     video_loss_weight=1.0,
     audio_loss_weight=1.0,

@@ -136,5 +136,8 @@ def test_flags_of_training_are_a_decision():
         "--max_data_loader_n_workers", "--output_dir", "--output_name", "--save_every_n_steps", "--save_every_n_epochs",
         "--save_precision", "--save_state", "--save_last_n_states", "--resume", "--logging_dir", "--log_with", "--log_every_n_steps",
         "--validate_every_n_steps", "--vram_gb", "--ram_gb", "--weight_format", "--fp8_base", "--fp8_scaled", "--blocks_to_swap",
-        "--compile", "--attn_mode",
+        "--compile", "--attn_mode", "--timestep_args", "--min_timestep", "--max_timestep", "--loss_type", "--huber_delta",
+        "--weighting_scheme", "--min_snr_gamma", "--noise_offset", "--caption_dropout_rate", "--video_caption_dropout_rate",
+        "--audio_caption_dropout_rate", "--audio_balance", "--audio_supervision_mode", "--audio_supervision_min_ratio",
+        "--audio_supervision_warmup_steps", "--lr_scheduler_type", "--lr_scheduler_args", "--lr_decay_steps",
     }  # fmt: skip

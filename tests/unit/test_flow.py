@@ -6,7 +6,7 @@ import torch
 from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.flow.noising import add_noise, velocity_target, velocity_to_x0, x0_to_velocity
 from musubi_tuner.flow.shift import mu_for_tokens
-from musubi_tuner.flow.sigma import SAMPLERS, stretched
+from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, stretched
 from musubi_tuner.flow.timestep_format import TIMESTEP_FORMATS, model_sigma, to_sigma, to_timestep
 
 
@@ -35,7 +35,7 @@ def test_noising_and_velocity_are_one_line():
 @pytest.mark.parametrize("tokens", [576, 1024, 4096, 6144])
 def test_shifted_logit_normal_has_the_quantiles_of_its_formula(tokens):
     generator = torch.Generator().manual_seed(1)
-    draws = torch.tensor([SAMPLERS["shifted_logit_normal"](tokens, generator) for _ in range(20000)], dtype=torch.float64)
+    draws = torch.tensor([draw_sigma(SigmaSettings(), tokens, generator) for _ in range(20000)], dtype=torch.float64)
     grid = torch.erfinv(2 * torch.linspace(0.0005, 0.9995, 4000, dtype=torch.float64) - 1) * 2**0.5
     normal = torch.tensor([stretched(float(value), mu_for_tokens(tokens)) for value in grid], dtype=torch.float64)
     for level in (0.05, 0.2, 0.5, 0.8, 0.95):
@@ -47,7 +47,7 @@ def test_shifted_logit_normal_has_the_quantiles_of_its_formula(tokens):
 
 def test_uniform_covers_the_range_evenly():
     generator = torch.Generator().manual_seed(2)
-    draws = torch.tensor([SAMPLERS["uniform"](1000, generator) for _ in range(20000)]).sort().values
+    draws = torch.tensor([draw_sigma(SigmaSettings(kind="uniform"), 1000, generator) for _ in range(20000)]).sort().values
     assert float((draws - torch.linspace(0, 1, 20000)).abs().max()) < 0.015
 
 

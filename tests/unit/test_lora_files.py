@@ -18,8 +18,8 @@ from musubi_tuner.networks.lora_ltxv2 import create_network
 from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.loss import ItemLosses, masked_mse, total_loss
-from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
+from musubi_tuner.training.loss import ItemLosses, masked_mean, squared_error, total_loss
+from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
 SHAPES = {
@@ -171,29 +171,36 @@ def test_patterns_and_their_mistakes(model):
 def test_loss_is_a_masked_mean_and_weights_multiply_it():
     prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    losses = masked_mse(prediction, target, weight)
+    losses = masked_mean(squared_error(prediction, target), weight)
     assert torch.allclose(losses[0], (prediction[0, :2] - target[0, :2]).pow(2).mean())
     assert losses[1] == 0, "an item whose tokens all weigh nothing"
     changed = target.clone()
     changed[0, 2] = 1e6
-    assert torch.equal(masked_mse(prediction, changed, weight), losses)
+    assert torch.equal(masked_mean(squared_error(prediction, changed), weight), losses)
     items = ItemLosses(video=torch.tensor([1.0, 3.0]), audio=torch.tensor([2.0, 0.0]), audio_present=torch.tensor([True, False]))
     assert float(total_loss(items, torch.tensor([1.0, 0.5]), torch.tensor([2.0, 2.0]))) == pytest.approx((1 + 1.5 + 4) / 2)
     video_only = ItemLosses(video=items.video, audio=None, audio_present=None)
     assert float(total_loss(video_only, torch.ones(2), torch.ones(2))) == 2
 
 
-@pytest.mark.parametrize("name", ["AdamW", "adamw8bit", "Adafactor", "Prodigy", "torch.optim.SGD"])
+OPTIMIZERS = (
+    "AdamW", "adamw8bit", "Adafactor", "Lion", "Lion8bit", "CAME", "Prodigy", "AdamWScheduleFree", "ProdigyPlusScheduleFree",
+    "torch.optim.SGD",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_descend(name):
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(8, 8) * 3)
-    optimizer = make_optimizer(name, [parameter], 1.0 if name == "Prodigy" else 0.05, {})
+    optimizer = make_optimizer(name, [parameter], 1.0 if name.startswith("Prodigy") else 0.05, {})
     before = float(parameter.pow(2).mean())
-    for _ in range(200):
+    for _ in range(600 if name.startswith("ProdigyPlus") else 200):
         optimizer.zero_grad()
         parameter.pow(2).mean().mul(10).backward()
         optimizer.step()
-    assert float(parameter.pow(2).mean()) < 0.5 * before
+    with evaluating(optimizer):
+        assert float(parameter.pow(2).mean()) < 0.5 * before
 
 
 def test_optimizer_mistakes_are_named():
@@ -209,17 +216,46 @@ def test_optimizer_mistakes_are_named():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.75, 0.5, 0.125]), ("cosine", [0.5, 1, 0.854, 0.5, 0.038])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.75, 0.5, 0.125]),
+        ("cosine", [0.5, 1, 0.854, 0.5, 0.038]),
+        ("cosine_with_restarts", [0.5, 1, 0.25, 0.75, 0.75]),
+        ("polynomial", [0.5, 1, 0.5625, 0.25, 0.015625]),
+    ],
 )
 def test_schedules(name, expected):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = make_scheduler(name, optimizer, warmup_steps=1, total_steps=9)
+    rates = run_schedule(optimizer, ScheduleOptions(name=name, total_steps=9, warmup=1))
+    assert [rates[i] for i in (0, 1, 3, 5, 8)] == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(UserError, match="lr_warmup_steps"):
+        make_scheduler(optimizer, ScheduleOptions(name=name, total_steps=9, warmup=9))
+
+
+def run_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> list[float]:
+    scheduler = make_scheduler(optimizer, options)
     rates = []
-    for _ in range(9):
+    for _ in range(options.total_steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert [rates[i] for i in (0, 1, 3, 5, 8)] == pytest.approx(expected, abs=2e-3)
-    with pytest.raises(UserError, match="lr_warmup_steps"):
-        make_scheduler(name, optimizer, warmup_steps=9, total_steps=9)
+    return rates
+
+
+def test_schedules_take_shares_decay_and_classes():
+    def rates(**options) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return run_schedule(optimizer, ScheduleOptions(**{"name": "constant", "total_steps": 10} | options))
+
+    assert rates(warmup=0.2, decay=0.3) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3], abs=1e-6)
+    assert rates(class_name="torch.optim.lr_scheduler.StepLR", args={"step_size": "5", "gamma": "0.1"})[-1] == pytest.approx(0.1)
+    assert rates(name="polynomial", args={"power": "1"})[5] == pytest.approx(0.5)
+    for wrong, message in (
+        ({"args": {"power": "1"}}, "lr_scheduler_args power"), ({"name": "cosine", "decay": 2}, "falls by itself"),
+        ({"class_name": "torch.optim.lr_scheduler.Nothing"}, "cannot be imported"),
+        ({"class_name": "torch.optim.lr_scheduler.StepLR", "args": {"size": "1"}}, "size"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            rates(**wrong)

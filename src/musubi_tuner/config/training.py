@@ -6,6 +6,7 @@ from typing import Literal
 
 from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
 from musubi_tuner.config.flags import flag
+from musubi_tuner.config.losses import LossOptions, SoundOptions, check_loss_options
 from musubi_tuner.config.memory import MemoryOptions, check_memory_options
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.runtime.errors import UserError
@@ -48,11 +49,6 @@ class ModeOptions:
     ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] | None = flag(
         "how noise levels are written down; must be given", default=None
     )
-    timestep_sampling: Literal["shifted_logit_normal", "uniform"] = flag("how noise levels are drawn", default="shifted_logit_normal")
-    independent_audio_timestep: bool = flag("draw the sound's noise level apart from the video's", default=True)
-    av_timestep_rule: Literal["official", "cross", "own"] = flag("who drives the cross attention between the streams", default="official")
-    video_loss_weight: float = flag("weight of the video loss; a dataset's own weight wins", default=1.0)
-    audio_loss_weight: float = flag("weight of the audio loss; a dataset's own weight wins", default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +76,21 @@ class NetworkOptions:
 class OptimizationOptions:
     """Optimization."""
 
-    optimizer_type: str = flag("AdamW, AdamW8bit, Adafactor, Prodigy, or a class by dotted name", default="AdamW")
+    optimizer_type: str = flag(
+        "AdamW, AdamW8bit, PagedAdamW8bit, Adafactor, Lion, Lion8bit, CAME, Prodigy, AdamWScheduleFree, ProdigyPlusScheduleFree, "
+        "or a class by dotted name",
+        default="AdamW",
+    )
     optimizer_args: tuple[str, ...] = flag("key=value arguments of the optimizer", default=())
     learning_rate: float = flag("learning rate", default=1e-4)
     audio_learning_rate: float | None = flag("learning rate of the network's audio side; default: --learning_rate", default=None)
-    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = flag("schedule", default="constant")
-    lr_warmup_steps: int = flag("steps of linear warm-up", default=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = flag(
+        "schedule", default="constant"
+    )
+    lr_scheduler_type: str | None = flag("scheduler class by dotted name, in place of --lr_scheduler", default=None)
+    lr_scheduler_args: tuple[str, ...] = flag("key=value: num_cycles, power, or arguments of the class", default=())
+    lr_warmup_steps: float = flag("steps of linear warm-up, or a share of the run below 1", default=0.0)
+    lr_decay_steps: float = flag("steps at the end over which a constant rate falls to 0, or a share below 1", default=0.0)
     max_train_steps: int = flag("optimizer steps", default=1600)
     max_train_epochs: int | None = flag("passes over the data; wins over --max_train_steps", default=None)
     gradient_accumulation_steps: int = flag("batches of one optimizer step", default=1)
@@ -129,6 +134,8 @@ class TrainingConfig:
     conditioning: ConditioningOptions
     model: ModelOptions
     network: NetworkOptions
+    losses: LossOptions
+    sound: SoundOptions
     optimization: OptimizationOptions
     memory: MemoryOptions
     saving: SavingOptions
@@ -155,6 +162,9 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.mode.ltxv2_timestep_format is None:
         raise UserError(TIMESTEP_FORMAT_HELP)
     check_memory_options(config.memory)
+    check_loss_options(config.losses, config.sound, config.ltx_mode)
+    if config.network.train_connectors and (config.losses.video_caption_dropout_rate or config.losses.audio_caption_dropout_rate):
+        raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
     make_recipe(config.conditioning, config.ltx_mode)
     optimization, saving = config.optimization, config.saving
     at_least_one = {
@@ -172,10 +182,9 @@ def check_training_config(config: TrainingConfig) -> None:
         "--learning_rate": optimization.learning_rate,
         "--audio_learning_rate": optimization.audio_learning_rate or 0.0,
         "--lr_warmup_steps": optimization.lr_warmup_steps,
+        "--lr_decay_steps": optimization.lr_decay_steps,
         "--max_grad_norm": optimization.max_grad_norm,
         "--max_data_loader_n_workers": optimization.max_data_loader_n_workers,
-        "--video_loss_weight": config.mode.video_loss_weight,
-        "--audio_loss_weight": config.mode.audio_loss_weight,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:

@@ -41,6 +41,10 @@ class Batch:
     audio_weight: Tensor
     dropout_seeds: tuple[int, ...]
     """Of each item: what the network drops for it."""
+    audio_expected: int = 0
+    """Items whose sound should be trained."""
+    audio_supervised: int = 0
+    """Those of them that have sound."""
     conditions: Conditions = NO_CONDITIONS
     """What is given of the items."""
 

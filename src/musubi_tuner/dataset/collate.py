@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +16,38 @@ from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.draws import generator_for
-from musubi_tuner.flow.sigma import SAMPLERS
+from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma
+from musubi_tuner.flow.weighting import loss_weight
 from musubi_tuner.runtime.errors import UserError
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionDropout:
+    """Shares of items whose text is replaced by the empty prompt's, in both streams or in one."""
+
+    both: float
+    video: float
+    audio: float
+    empty: Path
+    """Cache file of the empty prompt."""
+    video_width: int
+    """Of the video's part of a text."""
+
+    def apply(self, text: Tensor, generator: torch.Generator) -> Tensor:
+        """
+        Args:
+            text: (S, W) of one item.
+        """
+        both, video, audio = (share > lot for share, lot in zip((self.both, self.video, self.audio), _lots(generator, 3), strict=True))
+        if not (both or video or audio):
+            return text
+        empty = merge_sources([self.empty])["text"].to(text.dtype)
+        if both or (video and audio):
+            return empty
+        parts = (empty, text) if video else (text, empty)
+        return torch.cat([parts[0][:, : self.video_width], parts[1][:, self.video_width :]], dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +57,14 @@ class DrawRules:
     seed: int
     purpose: str
     """`train` or `validation`: their draws never coincide."""
-    timestep_sampling: str
+    sigma: SigmaSettings = SigmaSettings()
     independent_audio_timestep: bool
+    weighting_scheme: str = "none"
+    """Weight of the loss by noise level."""
+    noise_offset: float = 0.0
+    """Strength of an offset of the video's noise that all cells of a channel share."""
+    dropped: CaptionDropout | None = None
+    """None: every item keeps its caption."""
     text_features: bool = False
     """Texts are features before the connectors: of unequal length, padded and masked."""
     video_loss_weight: float
@@ -49,6 +84,9 @@ class Drawn:
     audio_noise: Tensor | None
     """(T, 128)"""
     dropout_seed: int
+    video_weight: float
+    audio_weight: float
+    """Of the losses, by noise level."""
 
 
 def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
@@ -61,6 +99,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     items = [draw.item for draw in draws]
     for item, tensors in zip(items, merged, strict=True):
         _require(item, tensors, mode)
+    merged = [_with_captions_dropped(draw, tensors, rules) for draw, tensors in zip(draws, merged, strict=True)]
     latents = _stack(items, merged, "latents") if mode != "audio" else None
     audio, lengths, padded = _stack_audio(items, merged) if mode != "video" else (None, None, False)
     real_steps = [0] * len(items) if lengths is None else lengths.tolist()
@@ -68,10 +107,14 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio = None  # nobody to hear: the video stream runs alone
     drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
     text, text_mask = _stack_text(items, merged, features=rules.text_features)
-    conditions = [
+    found = [
         _draw_conditions(draw, latents, steps, tensors.get("video_mask"), rules)
         for draw, steps, tensors in zip(draws, real_steps, merged, strict=True)
     ]
+    conditions = _stack_conditions(
+        items, merged, found, 0 if audio is None else audio.shape[2], weighs=not rules.recipe.probability("video", Mask)
+    )
+    expected, supervised = _count_sound(items, real_steps, conditions, mode)
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -85,27 +128,59 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_noise=None if audio is None else torch.stack([_pad(one.audio_noise, audio.shape[2]) for one in drawn]),
         video_sigma=torch.tensor([one.video_sigma for one in drawn], dtype=torch.float32),
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
-        video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight),
-        audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight),
-        conditions=_stack_conditions(
-            items, merged, conditions, 0 if audio is None else audio.shape[2], weighs=not rules.recipe.probability("video", Mask)
-        ),
+        video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight) * torch.tensor([one.video_weight for one in drawn]),
+        audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight) * torch.tensor([one.audio_weight for one in drawn]),
+        conditions=conditions,
+        audio_expected=expected,
+        audio_supervised=supervised,
         dropout_seeds=tuple(one.dropout_seed for one in drawn),
     )
 
 
 def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules) -> Drawn:
-    generator = generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat)
-    sampler = SAMPLERS[rules.timestep_sampling]
+    names = (draw.epoch, draw.item.key, draw.repeat)
+    generator = generator_for(rules.seed, rules.purpose, *names)
+    turn = draw.epoch * draw.item.spec.num_repeats + draw.repeat
     video_tokens = 0 if latents is None else latents[0, 0].numel()
-    video_sigma = sampler(video_tokens or audio_steps, generator)
-    audio_sigma = sampler(audio_steps, generator)
+    video_sigma = draw_sigma(rules.sigma, video_tokens or audio_steps, generator, turn)
+    audio_sigma = draw_sigma(rules.sigma, audio_steps, generator, turn)
     if not rules.independent_audio_timestep or not audio_steps:
         audio_sigma = video_sigma
     video_noise = torch.randn(video_tokens, latents.shape[1], generator=generator) if latents is not None else None
     audio_noise = torch.randn(audio_steps, AUDIO_CHANNELS * AUDIO_BINS, generator=generator)
     dropout_seed = int(torch.randint(2**62, (), generator=generator))
-    return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed)
+    if rules.noise_offset and video_noise is not None:
+        own = generator_for(rules.seed, rules.purpose, *names, "noise offset")
+        video_noise = video_noise + rules.noise_offset * torch.randn(1, video_noise.shape[1], generator=own)
+    weights = (
+        loss_weight(rules.weighting_scheme, sigma, rules.sigma, tokens)
+        for sigma, tokens in ((video_sigma, video_tokens or audio_steps), (audio_sigma, audio_steps))
+    )
+    return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed, *weights)
+
+
+def _with_captions_dropped(draw: Draw, tensors: dict[str, Tensor], rules: DrawRules) -> dict[str, Tensor]:
+    if rules.dropped is None:
+        return tensors
+    generator = generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat, "caption")
+    text = rules.dropped.apply(tensors["text"], generator)
+    replaced = tensors | {"text": text}
+    if text.shape != tensors["text"].shape and "text_mask" in tensors:
+        replaced["text_mask"] = torch.ones(text.shape[0], dtype=torch.bool)
+    return replaced
+
+
+def _lots(generator: torch.Generator, count: int) -> list[float]:
+    return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+
+def _count_sound(items: Sequence[Item], lengths: Sequence[int], conditions: Conditions, mode: str) -> tuple[int, int]:
+    """Items whose sound should be trained (clips whose sound is not given), and those of them that have some."""
+    if mode == "video":
+        return 0, 0
+    given = [False] * len(items) if conditions.audio.clean is None else conditions.audio.clean.all(1).tolist()
+    wanted = [item.clip.kind != "image" and not whole for item, whole in zip(items, given, strict=True)]
+    return sum(wanted), sum(one and length > 0 for one, length in zip(wanted, lengths, strict=True))
 
 
 def _draw_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, mask: Tensor | None, rules: DrawRules) -> ItemConditions:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 
@@ -9,41 +11,117 @@ from musubi_tuner.flow.shift import mu_for_tokens
 
 _HIGH_PERCENTILE = 3.0902  # standard normal quantile at 99.9 %
 _LOW_PERCENTILE = -2.5758  # at 0.5 %
-_EPS = 1e-3
-_UNIFORM_SHARE = 0.1
+STRATA = 8
+_STRIDE = 5
+"""Without a common divisor with STRATA, so that eight turns visit all strata, in a mixed order."""
+_GRID = 512
 
-SigmaSampler = Callable[[int, torch.Generator], float]
-"""(tokens of the stream, generator) -> sigma in 0..1."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SigmaSettings:
+    """How noise levels are drawn."""
+
+    kind: str = "shifted_logit_normal"
+    shift: float | None = None
+    """mu of the shifted sampler; None = from the stream's own length."""
+    std: float = 1.0
+    mean: float = 0.0
+    """Of `logit_normal`."""
+    uniform_prob: float = 0.1
+    """Share of even draws of the shifted sampler."""
+    eps: float = 1e-3
+    """Below this the shifted sampler is reflected."""
+    low: float = 0.0
+    high: float = 1.0
+    """All draws are scaled into low..high."""
 
 
-def shifted_logit_normal(tokens: int, generator: torch.Generator) -> float:
+def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int = 0) -> float:
+    """One noise level.
+
+    Args:
+        tokens: of the stream.
+        turn: how often the item was drawn before; `stratified` goes through its strata by it.
+    """
+    value = SAMPLERS[settings.kind](settings, tokens, generator, turn)
+    return settings.low + (settings.high - settings.low) * value
+
+
+def shifted_logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
     """The official sampler: logit-normal shifted by length, stretched between two percentiles, one draw in ten uniform.
 
-    u = sigmoid(mu + n); r = (u - lo) / (hi - lo) with lo, hi the percentiles; r < 1e-3 is reflected to 2e-3 - r.
+    u = sigmoid(mu + n); r = (u - lo) / (hi - lo) with lo, hi the percentiles; r < eps is reflected to 2 eps - r.
     """
     normal = torch.randn((), generator=generator, dtype=torch.float64).item()
     lot = torch.rand((), generator=generator, dtype=torch.float64).item()
     even = torch.rand((), generator=generator, dtype=torch.float64).item()
-    if lot < _UNIFORM_SHARE:
-        return _EPS + (1 - _EPS) * even
-    return stretched(normal, mu_for_tokens(tokens))
+    if lot < settings.uniform_prob:
+        return settings.eps + (1 - settings.eps) * even
+    return stretched(normal, _mu(settings, tokens), std=settings.std, eps=settings.eps)
 
 
-def stretched(normal: float, mu: float) -> float:
+def stretched(normal: float, mu: float, *, std: float = 1.0, eps: float = 1e-3) -> float:
     """Sigma of one standard normal draw: also the quantile function of the sampler without its uniform share."""
-    low, high = _sigmoid(mu + _LOW_PERCENTILE), _sigmoid(mu + _HIGH_PERCENTILE)
-    ratio = (_sigmoid(mu + normal) - low) / (high - low)
-    if ratio < _EPS:
-        ratio = 2 * _EPS - ratio
+    low, high = _sigmoid(mu + std * _LOW_PERCENTILE), _sigmoid(mu + std * _HIGH_PERCENTILE)
+    ratio = (_sigmoid(mu + std * normal) - low) / (high - low)
+    if ratio < eps:
+        ratio = 2 * eps - ratio
     return min(max(ratio, 0.0), 1.0)
 
 
-def uniform(tokens: int, generator: torch.Generator) -> float:
+def uniform(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
     """Uniform in [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-SAMPLERS: dict[str, SigmaSampler] = {"shifted_logit_normal": shifted_logit_normal, "uniform": uniform}
+def logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
+    """sigmoid(mean + std n), the same for every length (Esser et al. 2024, arXiv 2403.03206)."""
+    return _sigmoid(settings.mean + settings.std * torch.randn((), generator=generator, dtype=torch.float64).item())
+
+
+def stratified(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
+    """The shifted sampler's quantile of an even draw within one of eight strata; eight turns of an item visit each of them once."""
+    stratum = (_STRIDE * turn) % STRATA
+    share = (stratum + torch.rand((), generator=generator, dtype=torch.float64).item()) / STRATA
+    return _quantile(settings, tokens, share)
+
+
+SigmaSampler = Callable[[SigmaSettings, int, torch.Generator, int], float]
+SAMPLERS: dict[str, SigmaSampler] = {
+    "shifted_logit_normal": shifted_logit_normal,
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "stratified": stratified,
+}
+
+
+def expected(settings: SigmaSettings, tokens: int, function: Callable[[float], float]) -> float:
+    """Mean of `function(sigma)` over the distribution that is drawn from, by its quantiles."""
+
+    def scaled(value: float) -> float:
+        return function(settings.low + (settings.high - settings.low) * value)
+
+    shares = [(place + 0.5) / _GRID for place in range(_GRID)]
+    even = sum(map(scaled, shares)) / _GRID
+    if settings.kind == "uniform":
+        return even
+    if settings.kind == "logit_normal":
+        return sum(scaled(_sigmoid(settings.mean + settings.std * _normal(share))) for share in shares) / _GRID
+    shifted = sum(scaled(_quantile(settings, tokens, share)) for share in shares) / _GRID
+    share_even = settings.uniform_prob if settings.kind == "shifted_logit_normal" else 0.0
+    return share_even * even + (1 - share_even) * shifted
+
+
+def _quantile(settings: SigmaSettings, tokens: int, share: float) -> float:
+    return stretched(_normal(share), _mu(settings, tokens), std=settings.std, eps=settings.eps)
+
+
+def _normal(share: float) -> float:
+    return NormalDist().inv_cdf(min(max(share, 1e-9), 1 - 1e-9))
+
+
+def _mu(settings: SigmaSettings, tokens: int) -> float:
+    return mu_for_tokens(tokens) if settings.shift is None else settings.shift
 
 
 def _sigmoid(x: float) -> float:

@@ -17,7 +17,7 @@ def group_projections(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if isinstance(module, Attention) and isinstance(module.to_k, LoRALayer) and isinstance(module.to_v, LoRALayer):
+        if isinstance(module, Attention) and _plain(module.to_k) and _plain(module.to_v):
             module.project_together = _Group(module)
             count += 1
     return count
@@ -39,7 +39,7 @@ class _Group:
 
 
 def _plain(linear: nn.Module) -> bool:
-    return isinstance(linear, LoRALayer) and linear.enabled and (linear.masks is None or linear.masks.inputs is None)
+    return type(linear) is LoRALayer and linear.enabled and (linear.masks is None or linear.masks.inputs is None)
 
 
 def _added(linear: LoRALayer, x: Tensor, low: Tensor) -> Tensor:

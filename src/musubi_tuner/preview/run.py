@@ -113,7 +113,7 @@ def make_previewer(
     device = pick_device(config.model.device)
     free_memory(device)
     _warn_if_never(options)
-    log.info("%s", describe_plans(options, prompts, plans, config.mode.timestep_sampling))
+    log.info("%s", describe_plans(options, prompts, plans, config.losses.timestep_sampling))
     encoders = Encoders(vae, audio_vae, device, reference_factors=datasets.reference_factors)
     samples = tuple(_make_sample(prompt, plan, contexts, encoders) for prompt, plan in zip(prompts, plans, strict=True))
     encoders.close()

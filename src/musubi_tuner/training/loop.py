@@ -15,16 +15,20 @@ from tqdm import tqdm
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import iterate_batches
 from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training.balance import at_bound
 from musubi_tuner.training.finite import FiniteCheck
 from musubi_tuner.training.gradients import average_gradients, clip
 from musubi_tuner.training.interrupt import Interrupt
 from musubi_tuner.training.loss import total_loss
 from musubi_tuner.training.metrics import LossFile, LossMeter, loss_path
+from musubi_tuner.training.optimizer import evaluating
 from musubi_tuner.training.pace import Pace
 from musubi_tuner.training.run import TrainingRun
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
 
 log = logging.getLogger(__name__)
+
+_BALANCE_TOLD_EVERY = 100
 
 
 @dataclass(slots=True)
@@ -65,6 +69,8 @@ def train(run: TrainingRun) -> Outcome:
             if (warning := pace.add(time.monotonic() - begun)) and run.processes.is_main:
                 log.warning("WARNING: step %d: %s", step, warning)
             outcome.interrupted = _agree(run, interrupt.requested)
+            if (warning := run.supervision.check(step, run.device, run.processes.count)) and run.processes.is_main:
+                log.warning("WARNING: %s", warning)
             if _saves(run, step, outcome.interrupted):
                 finite.settle()
             _after_step(run, outcome, loss_file, step)
@@ -95,26 +101,42 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, fini
         together = [next(batches) for _ in range(min(run.passes, accumulation - start))]
         seeds = together[0].dropout_seeds if len(together) == 1 else ()
         with run.network.dropout(seeds):  # the backward pass computes blocks again, under the same masks
-            losses = item_losses_of_all(run.wrapper, together, [drawn_levels(batch) for batch in together])
-            totals = [total_loss(one, batch.video_weight, batch.audio_weight) for one, batch in zip(losses, together, strict=True)]
+            losses = item_losses_of_all(run.wrapper, together, [drawn_levels(batch) for batch in together], run.error)
+            totals = [total_loss(one, batch.video_weight, _audio_weight(run, batch)) for one, batch in zip(losses, together, strict=True)]
             learned = [total / accumulation for total in totals if total.requires_grad]
             if learned:
                 torch.autograd.backward(learned)
         for one, batch in zip(losses, together, strict=True):
             meter.add(one, batch.size)
+            run.supervision.add(batch.audio_expected, batch.audio_supervised)
+            if run.balance is not None:
+                run.balance.add(one)
             seen.append((batch.names, one))
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
     finite.add(step, norm, seen)
+    if run.balance is not None:
+        run.balance.step(run.processes.count)
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
+def _audio_weight(run: TrainingRun, batch: Batch) -> Tensor:
+    """Of each item; with the balance on, its multiplier stands in for `--audio_loss_weight`, and datasets that weigh 0 stay out."""
+    if run.balance is None:
+        return batch.audio_weight
+    return (batch.audio_weight > 0) * run.balance.multiplier()
+
+
 def _log(run: TrainingRun, meter: LossMeter, loss_file: LossFile | None, bar: tqdm, step: int, norm: Tensor) -> dict[str, float]:
     values = meter.read(run.config.ltx_mode, run.processes.count)
+    if run.balance is not None:
+        values["audio_balance"] = float(run.balance.multiplier())
+        if (message := at_bound(values["audio_balance"])) and step % _BALANCE_TOLD_EVERY == 0:
+            log.warning("WARNING: step %d: %s", step, message)
     values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
     bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
     if loss_file is not None:
@@ -161,12 +183,19 @@ def _after_step(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, 
 def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_too: bool = False) -> None:
     if run.processes.is_main:
         metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
-        checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
+        with evaluating(run.optimizer):
+            checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
         outcome.files.append(path)
         if run.config.saving.save_state or state_too:
             folder = state.state_path(run.output_dir, run.name, step)
             state.save_state(
-                folder, network=run.network, optimizer=run.optimizer, scheduler=run.scheduler, step=step, settings=run.settings
+                folder,
+                network=run.network,
+                optimizer=run.optimizer,
+                scheduler=run.scheduler,
+                step=step,
+                settings=run.settings,
+                watched=run.watched,
             )
             state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states)
             outcome.files.append(folder)
@@ -175,7 +204,8 @@ def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_to
 def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:
     if run.validator is None:
         return
-    values = run.validator.run(run.wrapper)
+    with evaluating(run.optimizer):
+        values = run.validator.run(run.wrapper)
     outcome.first_validation = outcome.first_validation or values
     outcome.last_validation = values
     if loss_file is not None:
@@ -186,4 +216,5 @@ def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, st
 def _preview(run: TrainingRun, step: int, wanted: bool) -> None:
     if run.preview is None or not wanted:
         return
-    run.preview(run.wrapper, step, run.schedule.epoch(step))
+    with evaluating(run.optimizer):
+        run.preview(run.wrapper, step, run.schedule.epoch(step))

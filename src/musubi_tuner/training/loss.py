@@ -1,8 +1,11 @@
 """Velocity loss per item and stream."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,16 +23,31 @@ class ItemLosses:
     """(B,) bool items of whose video anything was to be generated; None = all."""
 
 
-def masked_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """(B,) mean of the squared error over channels and weighted tokens; 0 for an item whose tokens all weigh nothing.
+ErrorFunction = Callable[[Tensor, Tensor], Tensor]
+"""(prediction, target), float32 -> error of each element."""
+
+
+def error_function(kind: str, delta: float) -> ErrorFunction:
+    """`mse`: e^2; `mae`: |e|; `huber`: e^2 / 2 up to `delta`, and delta (|e| - delta / 2) beyond it."""
+    if kind == "mse":
+        return squared_error
+    if kind == "mae":
+        return partial(F.l1_loss, reduction="none")
+    return partial(F.huber_loss, reduction="none", delta=delta)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).pow(2)
+
+
+def masked_mean(error: Tensor, weight: Tensor) -> Tensor:
+    """(B,) mean of (B, N, C) errors over channels and weighted tokens; 0 for an item whose tokens all weigh nothing.
 
     Args:
-        prediction, target: (B, N, C).
         weight: (B, N).
     """
-    error = (prediction.float() - target).pow(2).mean(-1)
     total = weight.sum(1)
-    return (error * weight).sum(1) / total.clamp(min=1e-8) * (total > 0)
+    return (error.mean(-1) * weight).sum(1) / total.clamp(min=1e-8) * (total > 0)
 
 
 def total_loss(losses: ItemLosses, video_weight: Tensor, audio_weight: Tensor) -> Tensor:

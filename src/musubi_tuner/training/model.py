@@ -200,7 +200,7 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
         mode=config.ltx_mode,
         device=device,
         dtype=request.dtype,
-        timestep_rule=config.mode.av_timestep_rule,
+        timestep_rule=config.losses.av_timestep_rule,
         place=with_base_networks(config, request.checkpoint, placer),
     )
     placer.swap_linears(transformer)

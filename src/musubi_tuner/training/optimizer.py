@@ -2,7 +2,9 @@
 
 import ast
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +16,25 @@ from musubi_tuner.runtime.errors import UserError
 _KNOWN = {
     "adamw": "torch.optim.AdamW",
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
     "adafactor": "torch.optim.Adafactor",
+    "lion": "bitsandbytes.optim.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "came": "came_pytorch.CAME",
     "prodigy": "prodigyopt.Prodigy",
+    "prodigyplusschedulefree": "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree",
+    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
     "sgd": "torch.optim.SGD",
 }
-_PACKAGES = {"bitsandbytes": "pip install bitsandbytes", "prodigyopt": "pip install prodigyopt"}
+_PACKAGES = {
+    "bitsandbytes": "pip install bitsandbytes",
+    "prodigyopt": "pip install prodigyopt",
+    "came_pytorch": "pip install came-pytorch",
+    "prodigyplus": "pip install prodigy-plus-schedule-free",
+    "schedulefree": "pip install schedulefree",
+}
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+_CYCLES, _POWER = 3, 2.0
 
 
 def make_optimizer(
@@ -40,39 +56,116 @@ def make_optimizer(
         )
     optimizer_class = _import_class(name, dotted)
     try:
-        return optimizer_class(parameters, lr=learning_rate, **{key: _literal(value) for key, value in args.items()})
+        optimizer = optimizer_class(parameters, lr=learning_rate, **{key: _literal(value) for key, value in args.items()})
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_type {name} with --optimizer_args {dict(args)}: {error}.") from error
+    with evaluating(optimizer):
+        return optimizer
 
 
-def make_scheduler(name: str, optimizer: Optimizer, *, warmup_steps: int, total_steps: int) -> lr_scheduler.LRScheduler:
-    """Linear warm-up, then the schedule called `name` over what is left of `total_steps`.
+@contextmanager
+def evaluating(optimizer: Optimizer) -> Iterator[None]:
+    """Weights as they are to be saved and looked at: schedule-free optimizers keep others while they train.
 
-    `linear` and `polynomial` end at zero, `cosine` at zero, `cosine_with_restarts` has three cycles.
+    They come back from it to the bit, so that saving and looking change nothing of a run.
+    """
+    if not (callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleOptions:
+    """What `make_scheduler` is told."""
+
+    name: str
+    total_steps: int
+    warmup: float = 0.0
+    """Steps, or a share of the run below 1."""
+    decay: float = 0.0
+    """Steps at the end over which a constant rate falls to zero, or a share of the run below 1."""
+    class_name: str | None = None
+    """A scheduler class by dotted name, in place of `name`."""
+    args: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_scheduler(optimizer: Optimizer, options: ScheduleOptions) -> lr_scheduler.LRScheduler:
+    """Linear warm-up, then the schedule over what is left of the run.
+
+    `linear`, `polynomial` and `cosine` end at zero; `cosine_with_restarts` has three cycles. `args` may hold `num_cycles` and `power`,
+    or the arguments of the class.
 
     Raises:
-        UserError: a warm-up that leaves no step.
+        UserError: a warm-up or decay that leaves no step, an unknown argument, or a class that cannot be made.
     """
-    if warmup_steps >= total_steps:
-        raise UserError(f"--lr_warmup_steps {warmup_steps}: must be less than the {total_steps} steps of the run.")
-    rest = total_steps - warmup_steps
-    main: lr_scheduler.LRScheduler
-    if name == "constant":
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    elif name == "linear":
-        main = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
-    elif name == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
-    elif name == "cosine_with_restarts":
-        main = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=max(1, -(-rest // 3)))
-    elif name == "polynomial":
-        main = lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=2.0)
-    else:
-        raise UserError(f"--lr_scheduler {name}: unknown.")
-    if warmup_steps == 0:
-        return main
-    warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
-    return lr_scheduler.SequentialLR(optimizer, [warmup, main], milestones=[warmup_steps])
+    warmup, decay = (_steps(value, options.total_steps) for value in (options.warmup, options.decay))
+    if warmup + decay >= options.total_steps:
+        raise UserError(
+            f"--lr_warmup_steps {options.warmup:g} and --lr_decay_steps {options.decay:g}: must be less than the {options.total_steps} "
+            "steps of the run."
+        )
+    rest = options.total_steps - warmup
+    parts, milestones = [], []
+    if warmup:
+        parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup))
+        milestones.append(warmup)
+    parts.append(_from_class(optimizer, options) if options.class_name else _named(optimizer, options, rest))
+    if decay:
+        if options.class_name or options.name not in ("constant", "constant_with_warmup"):
+            raise UserError(f"--lr_decay_steps {options.decay:g}: is for a constant rate; --lr_scheduler {options.name} falls by itself.")
+        parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=decay))
+        milestones.append(options.total_steps - decay)
+    return parts[0] if len(parts) == 1 else lr_scheduler.SequentialLR(optimizer, parts, milestones=milestones)
+
+
+def _steps(value: float, total: int) -> int:
+    return round(value * total) if 0 < value < 1 else round(value)
+
+
+def _named(optimizer: Optimizer, options: ScheduleOptions, rest: int) -> lr_scheduler.LRScheduler:
+    known = {"cosine_with_restarts": "num_cycles", "polynomial": "power"}.get(options.name)
+    for key in options.args:
+        if key != known:
+            raise UserError(f"--lr_scheduler_args {key}=...: --lr_scheduler {options.name} takes {known or 'none'}.")
+    if options.name in ("constant", "constant_with_warmup"):
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    if options.name == "linear":
+        return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=rest)
+    if options.name == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
+    if options.name == "cosine_with_restarts":
+        cycles = int(_literal(options.args.get("num_cycles", str(_CYCLES))))
+        return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=max(1, -(-rest // cycles)))
+    return lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=float(_literal(options.args.get("power", str(_POWER)))))
+
+
+def _from_class(optimizer: Optimizer, options: ScheduleOptions) -> lr_scheduler.LRScheduler:
+    dotted = str(options.class_name)
+    module_name, _, class_name = dotted.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name or "torch.optim.lr_scheduler"), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {dotted}: cannot be imported ({error}). Give a class by dotted name, such as "
+            "torch.optim.lr_scheduler.StepLR."
+        ) from error
+    try:
+        made = found(optimizer, **{key: _literal(value) for key, value in options.args.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lr_scheduler_type {dotted} with --lr_scheduler_args {dict(options.args)}: {error}.") from error
+    if not isinstance(made, lr_scheduler.LRScheduler):
+        raise UserError(f"--lr_scheduler_type {dotted}: is no scheduler of torch's kind.")
+    return made
 
 
 def _import_class(name: str, dotted: str) -> Any:

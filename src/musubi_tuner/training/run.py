@@ -14,7 +14,11 @@ from musubi_tuner.dataset.collate import DrawRules
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.training.balance import AudioBalance
+from musubi_tuner.training.loss import ErrorFunction
 from musubi_tuner.training.metrics import Trackers
+from musubi_tuner.training.state import Watched
+from musubi_tuner.training.supervision import AudioSupervision
 from musubi_tuner.training.validation import Validator
 
 Preview = Callable[[OfficialLTXV2Wrapper, int, int], None]
@@ -64,10 +68,20 @@ class TrainingRun:
     facts: Mapping[str, object]
     """Entries of the LoRA file's metadata."""
     trackers: Trackers
+    error: ErrorFunction
+    balance: AudioBalance | None
+    """None where the audio loss has a fixed weight."""
+    supervision: AudioSupervision
     passes: int
     """Micro-batches for which each block is visited once."""
     preview: Preview | None
     validator: Validator | None
+
+    @property
+    def watched(self) -> dict[str, Watched]:
+        """What has a state of its own beside network and optimizer."""
+        found: dict[str, Watched] = {"supervision": self.supervision}
+        return found if self.balance is None else found | {"balance": self.balance}
 
     @property
     def output_dir(self) -> Path:

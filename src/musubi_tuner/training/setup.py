@@ -9,28 +9,34 @@ from typing import Any
 
 import torch
 
+from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.config.dataset import DatasetConfig
+from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.training import TrainingConfig, parse_pairs
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
+from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.tables import format_table
-from musubi_tuner.training.loss import total_loss
+from musubi_tuner.training.balance import AudioBalance
+from musubi_tuner.training.loss import error_function, total_loss
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
-from musubi_tuner.training.optimizer import make_optimizer, make_scheduler
+from musubi_tuner.training.optimizer import ScheduleOptions, make_optimizer, make_scheduler
 from musubi_tuner.training.planning import describe_placement, largest_item
 from musubi_tuner.training.references import reference_facts
 from musubi_tuner.training.run import Preview, Schedule, TrainingRun
-from musubi_tuner.training.state import load_state
+from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
+from musubi_tuner.training.supervision import AudioSupervision
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ class Inputs:
 def build_run(inputs: Inputs) -> TrainingRun:
     """Load the transformer, put the network on it, and restore a state where one is given."""
     config = inputs.config
-    rules = draw_rules(config, "train", config.optimization.seed)
+    rules = draw_rules(config, "train", config.optimization.seed, caption_dropout(inputs))
     loaded = _load_model(inputs, rules)
     wrapper, network = loaded.wrapper, loaded.network
     schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
@@ -70,12 +76,25 @@ def build_run(inputs: Inputs) -> TrainingRun:
         optimization.learning_rate,
         parse_pairs(optimization.optimizer_args, "--optimizer_args"),
     )
-    scheduler = make_scheduler(optimization.lr_scheduler, optimizer, warmup_steps=optimization.lr_warmup_steps, total_steps=schedule.total)
+    scheduler = make_scheduler(
+        optimizer,
+        ScheduleOptions(
+            name=optimization.lr_scheduler,
+            total_steps=schedule.total,
+            warmup=optimization.lr_warmup_steps,
+            decay=optimization.lr_decay_steps,
+            class_name=optimization.lr_scheduler_type,
+            args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
+        ),
+    )
     settings = _settings(config, inputs, loaded.placement.weight_format)
     start_step = 0
+    balance = AudioBalance(inputs.device) if config.sound.audio_balance == "ema" else None
+    supervision = AudioSupervision(config.sound)
+    watched: dict[str, Watched] = {"supervision": supervision} | ({} if balance is None else {"balance": balance})
     if config.saving.resume is not None:
         start_step, differences = load_state(
-            config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings
+            config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
         )
         _report_resume(config.saving.resume, start_step, schedule.total, differences)
     validator = None
@@ -102,6 +121,9 @@ def build_run(inputs: Inputs) -> TrainingRun:
         settings=settings,
         facts=_facts(inputs, network),
         trackers=Trackers(inputs.accelerator),
+        error=error_function(config.losses.loss_type, config.losses.huber_delta),
+        balance=balance,
+        supervision=supervision,
         passes=loaded.placement.passes,
         preview=inputs.preview,
         validator=validator,
@@ -111,16 +133,62 @@ def build_run(inputs: Inputs) -> TrainingRun:
     return run
 
 
-def draw_rules(config: TrainingConfig, purpose: str, seed: int) -> DrawRules:
+def draw_rules(config: TrainingConfig, purpose: str, seed: int, dropped: CaptionDropout | None = None) -> DrawRules:
+    losses, sound = config.losses, config.sound
+    training = purpose == "train"
     return DrawRules(
         seed=seed,
         purpose=purpose,
-        timestep_sampling=config.mode.timestep_sampling,
-        independent_audio_timestep=config.mode.independent_audio_timestep,
+        sigma=sigma_settings(losses),
+        independent_audio_timestep=losses.independent_audio_timestep,
+        weighting_scheme=losses.weighting_scheme if training else "none",
+        noise_offset=losses.noise_offset if training else 0.0,
+        dropped=dropped if training else None,
         text_features=config.network.train_connectors,
-        video_loss_weight=config.mode.video_loss_weight,
-        audio_loss_weight=config.mode.audio_loss_weight,
+        video_loss_weight=sound.video_loss_weight,
+        audio_loss_weight=sound.audio_loss_weight,
         recipe=config.recipe,
+    )
+
+
+def sigma_settings(losses: LossOptions) -> SigmaSettings:
+    """
+    Raises:
+        UserError: an unknown key of `--timestep_args`, or a value that is no number.
+    """
+    known = {"shift", "std", "mean", "uniform_prob", "eps"}
+    values = {}
+    for key, text in parse_pairs(losses.timestep_args, "--timestep_args").items():
+        if key not in known:
+            raise UserError(f"--timestep_args {key}={text}: unknown; known are {', '.join(sorted(known))}.")
+        try:
+            values[key] = float(text)
+        except ValueError:
+            raise UserError(f"--timestep_args {key}={text}: must be a number.") from None
+    low, high = losses.min_timestep / 1000, losses.max_timestep / 1000
+    return SigmaSettings(kind=losses.timestep_sampling, low=low, high=high, **values)
+
+
+def caption_dropout(inputs: Inputs) -> CaptionDropout | None:
+    """
+    Raises:
+        UserError: the empty prompt is not cached.
+    """
+    losses = inputs.config.losses
+    if not losses.drops_captions:
+        return None
+    empty = prompt_path(inputs.datasets.datasets[0].cache_directory, "")
+    if not empty.is_file():
+        raise UserError(
+            f"{empty}: the empty prompt is not cached, and dropped captions are replaced by it. Run ltxv2_cache_text_encoder_outputs.py "
+            "with the same --dataset_config; it always caches it."
+        )
+    return CaptionDropout(
+        both=losses.caption_dropout_rate,
+        video=losses.video_caption_dropout_rate,
+        audio=losses.audio_caption_dropout_rate,
+        empty=empty,
+        video_width=read_config(inputs.checkpoint).video_context_width,
     )
 
 
@@ -184,7 +252,7 @@ def _largest_batch(inputs: Inputs, rules: DrawRules) -> Batch:
 def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
     """Flags and facts that shape the result, as plain JSON values."""
     values: dict[str, Any] = {}
-    for section in (config.mode, config.network, config.optimization, config.saving):
+    for section in (config.mode, config.network, config.losses, config.sound, config.optimization, config.saving):
         for field in dataclasses.fields(section):
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
                 values[field.name] = getattr(section, field.name)
@@ -224,11 +292,16 @@ def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ltxv2_mode": config.ltx_mode,
         "ltxv2_adapted_streams": ",".join(adapted),
         "ltxv2_timestep_format": str(config.mode.ltxv2_timestep_format),
-        "ltxv2_timestep_sampling": config.mode.timestep_sampling,
-        "ltxv2_independent_audio_timestep": config.mode.independent_audio_timestep,
-        "ltxv2_av_timestep_rule": config.mode.av_timestep_rule,
-        "ltxv2_video_loss_weight": config.mode.video_loss_weight,
-        "ltxv2_audio_loss_weight": config.mode.audio_loss_weight,
+        "ltxv2_timestep_sampling": config.losses.timestep_sampling,
+        "ltxv2_timestep_args": list(config.losses.timestep_args),
+        "ltxv2_timestep_range": [config.losses.min_timestep, config.losses.max_timestep],
+        "ltxv2_loss_type": config.losses.loss_type,
+        "ltxv2_weighting_scheme": config.losses.weighting_scheme,
+        "ltxv2_audio_balance": config.sound.audio_balance,
+        "ltxv2_independent_audio_timestep": config.losses.independent_audio_timestep,
+        "ltxv2_av_timestep_rule": config.losses.av_timestep_rule,
+        "ltxv2_video_loss_weight": config.sound.video_loss_weight,
+        "ltxv2_audio_loss_weight": config.sound.audio_loss_weight,
         "ltxv2_conditioning": config.recipe.describe(),
         **reference_facts(config.recipe, inputs.datasets),
     }

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,18 +23,31 @@ def state_path(folder: Path, name: str, step: int) -> Path:
     return folder / f"{name}-step{step:08d}{_SUFFIX}"
 
 
+class Watched(Protocol):
+    """Something with a state of its own that goes on with the run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def save_state(
-    path: Path, *, network: LoRANetwork, optimizer: Optimizer, scheduler: LRScheduler, step: int, settings: Mapping[str, Any]
+    path: Path,
+    *,
+    network: LoRANetwork,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    step: int,
+    settings: Mapping[str, Any],
+    watched: Mapping[str, Watched],
 ) -> None:
     """Write the state folder, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, temporary / _NETWORK)
-    torch.save(
-        {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()},
-        temporary / _OPTIMIZER,
-    )
+    stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
+    torch.save(stored | {name: one.state_dict() for name, one in watched.items()}, temporary / _OPTIMIZER)
     progress = {"step": step, "settings": dict(settings)}
     (temporary / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
@@ -42,7 +55,13 @@ def save_state(
 
 
 def load_state(
-    path: Path, *, network: LoRANetwork, optimizer: Optimizer, scheduler: LRScheduler, settings: Mapping[str, Any]
+    path: Path,
+    *,
+    network: LoRANetwork,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    settings: Mapping[str, Any],
+    watched: Mapping[str, Watched],
 ) -> tuple[int, list[str]]:
     """Restore a run.
 
@@ -73,6 +92,9 @@ def load_state(
         raise UserError(f"--resume {path}: the state is of another optimizer ({error}). Resume with the same --optimizer_type.") from error
     scheduler.load_state_dict(stored["scheduler"])
     torch.set_rng_state(stored["torch_rng"])
+    for name, one in watched.items():
+        if name in stored:  # what was switched on since then starts anew; the settings' difference is listed
+            one.load_state_dict(stored[name])
     return progress["step"], _differences(progress["settings"], settings)
 
 

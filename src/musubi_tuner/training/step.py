@@ -12,7 +12,7 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.timestep_format import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, WrapperInput
-from musubi_tuner.training.loss import ItemLosses, masked_mse
+from musubi_tuner.training.loss import ErrorFunction, ItemLosses, masked_mean, squared_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +34,13 @@ def item_losses(wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs)
     return item_losses_of_all(wrapper, [batch], [levels])[0]
 
 
-def item_losses_of_all(wrapper: OfficialLTXV2Wrapper, batches: Sequence[Batch], levels: Sequence[StepInputs]) -> list[ItemLosses]:
+def item_losses_of_all(
+    wrapper: OfficialLTXV2Wrapper, batches: Sequence[Batch], levels: Sequence[StepInputs], error: ErrorFunction = squared_error
+) -> list[ItemLosses]:
     """The same of several batches, for which the model visits each of its blocks once."""
     passes = [_Pass(wrapper, batch, given) for batch, given in zip(batches, levels, strict=True)]
     velocities = wrapper.forward_many([WrapperInput(one.inputs["video"], one.inputs["audio"], one.text, one.text_mask) for one in passes])
-    return [one.losses(velocity) for one, velocity in zip(passes, velocities, strict=True)]
+    return [one.losses(velocity, error) for one, velocity in zip(passes, velocities, strict=True)]
 
 
 class _Pass:
@@ -56,9 +58,11 @@ class _Pass:
             self.inputs[name], self._targets[name] = noised(stream, noise[name], sigma)
             self._weights[name] = loss_weights(stream)
 
-    def losses(self, velocity: Velocity) -> ItemLosses:
+    def losses(self, velocity: Velocity, error: ErrorFunction) -> ItemLosses:
         predictions = {"video": velocity.video, "audio": velocity.audio}
-        values = {name: masked_mse(predictions[name], target, self._weights[name]) for name, target in self._targets.items()}
+        values = {
+            name: masked_mean(error(predictions[name].float(), target), self._weights[name]) for name, target in self._targets.items()
+        }
         present = {name: weight.sum(1) > 0 for name, weight in self._weights.items()}
         return ItemLosses(
             video=values.get("video"),

@@ -1,0 +1,127 @@
+"""Balance, strict sound, losses, dropped captions, optimizers and noise levels through the real program."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from musubi_tuner import ltxv2_train_network
+from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
+from musubi_tuner.dataset.items import list_items
+from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.tiny.clips import write_clip
+from tests import training_parts as parts
+
+
+@pytest.fixture(scope="module")
+def data(tiny_family, tmp_path_factory):
+    return parts.make_data(tmp_path_factory.mktemp("data"), tiny_family, "av", held_out=False)
+
+
+def run(data, output, *extra: str) -> dict[str, torch.Tensor]:
+    assert ltxv2_train_network.main(data.arguments("--output_dir", str(output), "--save_precision", "float32", *extra)) == 0
+    return load_file(output / "ltxv2_lora.safetensors")
+
+
+def test_a_balanced_run_is_logged_and_resumes_bit_for_bit(data, tmp_path):
+    flags = ["--audio_balance", "ema", "--audio_supervision_mode", "error", "--audio_supervision_warmup_steps", "1"]
+    whole = run(data, tmp_path / "whole", *flags, "--max_train_steps", "6")
+    halves = tmp_path / "halves"
+    run(data, halves, *flags, "--max_train_steps", "6", "--save_state", "--save_every_n_steps", "3")
+    (halves / "ltxv2_lora.safetensors").unlink()
+    resumed = run(data, halves, *flags, "--max_train_steps", "6", "--resume", str(halves / "ltxv2_lora-step00000003-state"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = parts.losses(tmp_path / "whole")
+    assert [row["audio_balance"] for row in rows] == [row["audio_balance"] for row in parts.losses(halves)]
+    for row in rows[1:]:
+        assert 0.05 <= row["audio_balance"] <= 20
+    assert rows[-1]["audio_balance"] != rows[1]["audio_balance"]
+    plain = run(data, tmp_path / "plain", "--max_train_steps", "6")
+    assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_strict_sound_stops_a_run_that_is_half_silent(data, tiny_family, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(data.folder / "clips", folder / "clips")
+    (folder / "mute").mkdir()
+    for number in range(3):
+        write_clip(folder / "mute" / f"mute_{number}.mp4", torch.randint(0, 255, (25, 64, 96, 3), dtype=torch.uint8))
+        (folder / "mute" / f"mute_{number}.txt").write_text("noise", encoding="utf-8")
+    toml = folder / "dataset.toml"
+    toml.write_text(
+        parts.TOML.format(batch_size=1).split("[[validation_datasets]]")[0]
+        + '[[datasets]]\nvideo_directory = "mute"\ncache_directory = "mute cache"\n',
+        encoding="utf-8",
+    )
+    half = parts.Data(folder, toml, data.model, "av", data.encoder)
+    parts.cache(half)
+    flags = ["--max_train_steps", "12", "--audio_supervision_warmup_steps", "6"]
+    with pytest.raises(UserError, match="items that should have sound had it.*audio_supervision_min_ratio is 0.9"):
+        run(half, tmp_path / "out", *flags, "--audio_supervision_mode", "error")
+    run(half, tmp_path / "out", *flags, "--audio_supervision_mode", "error", "--audio_supervision_min_ratio", "0.2")
+    rows = parts.losses(tmp_path / "out")
+    assert {row["audio_supervised"] for row in rows} == {0.0, 1.0}, "each item keeps its own supervision"
+
+
+def test_losses_noise_levels_and_weights_train_and_are_recorded(data, tmp_path, caplog):
+    flags = ["--loss_type", "huber", "--huber_delta", "0.5", "--weighting_scheme", "cosmap", "--timestep_sampling", "stratified"]
+    flags += ["--timestep_args", "shift=1.5", "std=0.8", "--min_timestep", "100", "--max_timestep", "900", "--noise_offset", "0.1"]
+    ours = run(data, tmp_path, *flags, "--max_train_steps", "2")
+    plain = run(data, tmp_path / "plain", "--max_train_steps", "2")
+    assert any(not torch.equal(ours[name], plain[name]) for name in plain)
+    with safe_open(tmp_path / "ltxv2_lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ltxv2_loss_type"] == "huber" and json.loads(metadata["ltxv2_timestep_args"]) == ["shift=1.5", "std=0.8"]
+    with pytest.raises(UserError, match="--timestep_args shft=1: unknown; known are eps, mean, shift"):
+        run(data, tmp_path, "--timestep_args", "shft=1")
+
+
+@pytest.mark.parametrize("optimizer", ["Lion", "CAME", "AdamWScheduleFree", "ProdigyPlusScheduleFree"])
+def test_optimizers_resume_bit_for_bit(data, tmp_path, optimizer):
+    flags = ["--optimizer_type", optimizer, "--max_train_steps", "4", "--lr_warmup_steps", "0.25"]
+    whole = run(data, tmp_path / "whole", *flags)
+    halves = tmp_path / "halves"
+    run(data, halves, *flags, "--save_state", "--save_every_n_steps", "2")
+    (halves / "ltxv2_lora.safetensors").unlink()
+    resumed = run(data, halves, *flags, "--resume", str(halves / "ltxv2_lora-step00000002-state"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_dropped_captions_are_the_empty_prompt_by_stream(data):
+    config = load_dataset_config(data.toml)
+    items = list_items(config.datasets, "av", data.toml)
+    empty = prompt_path(config.datasets[0].cache_directory, "")
+    blank = load_file(empty)["text_bfloat16"]
+    rules = DrawRules(seed=0, purpose="train", independent_audio_timestep=True, video_loss_weight=1.0, audio_loss_weight=1.0)
+    kept = make_batch([Draw(items[0], 0, 0)], "av", rules).text[0]
+    width = 128
+
+    def text(**shares: float) -> torch.Tensor:
+        dropped = CaptionDropout(**{"both": 0.0, "video": 0.0, "audio": 0.0} | shares, empty=empty, video_width=width)
+        return make_batch([Draw(items[0], 0, 0)], "av", dataclasses.replace(rules, dropped=dropped)).text[0]
+
+    assert torch.equal(text(), kept) and torch.equal(text(both=1.0), blank) and not torch.equal(kept, blank)
+    video, audio = text(video=1.0), text(audio=1.0)
+    assert torch.equal(video[:, :width], blank[:, :width]) and torch.equal(video[:, width:], kept[:, width:])
+    assert torch.equal(audio[:, :width], kept[:, :width]) and torch.equal(audio[:, width:], blank[:, width:])
+    dropped = CaptionDropout(both=0.3, video=0.0, audio=0.0, empty=empty, video_width=width)
+    rules = dataclasses.replace(rules, dropped=dropped)
+    share = sum(torch.equal(make_batch([Draw(items[0], epoch, 0)], "av", rules).text[0], blank) for epoch in range(100)) / 100
+    assert 0.15 < share < 0.45
+
+
+def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
+    run(data, tmp_path, "--caption_dropout_rate", "0.5", "--max_train_steps", "2")
+    folder = tmp_path / "copy"
+    shutil.copytree(data.folder, folder)
+    prompt_path(folder / "cache", "").unlink()
+    copy = parts.Data(folder, folder / "dataset.toml", data.model, "av", data.encoder)
+    with pytest.raises(UserError, match="the empty prompt is not cached.*ltxv2_cache_text_encoder_outputs.py"):
+        run(copy, tmp_path, "--caption_dropout_rate", "0.5")
