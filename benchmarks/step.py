@@ -9,6 +9,7 @@ A gate comes first: loss and LoRA gradients must agree. Times of 48 blocks are e
 import argparse
 import json
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -26,7 +27,17 @@ from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, real_config
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.memory.card import can_compile, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
-from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload, floor_seconds
+from musubi_tuner.memory.step_model import (
+    ATTENTION_BACKWARD,
+    CardRates,
+    ModelShape,
+    Workload,
+    adapter_operations,
+    attention_operations,
+    floor_seconds,
+    gradient_operations,
+    linear_operations,
+)
 
 TOY_SHAPES = {"toy small": (2, 4, 6, 9), "toy large": (4, 6, 8, 25)}
 BLOCKS = 48
@@ -59,6 +70,8 @@ class Reading:
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
+    if options.ltx_core:
+        sys.path.insert(0, options.ltx_core)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     toy = options.sizes == "toy"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -72,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         config = TransformerConfig.from_checkpoint_config(section)
         weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, 4 if toy else RANK)
         makers = _makers(options.impl, config, section, weights, adapters, device)
+        makers |= {path: _other(path, config, section, weights, adapters) for path in options.other}
         text = 32 if toy else TEXT_TOKENS
         sample = models.make_sample(config, shapes[next(iter(shapes))], text, device, dtype)
         gates += check(makers, sample, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
@@ -98,9 +112,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--impl",
         nargs="+",
         default=["ours", "ours-rungs", "diffusers", "ltx-core"],
-        help="ours, ours-rungs, ours-eager, ours-fp8, ours-int8, ours-nf4, ours-streamed, diffusers, ltx-core\n"
+        help="ours, ours-rungs, ours-eager, ours-fp8, ours-int8, ours-nf4, ours-streamed, ours-fp8-streamed,\n"
+        "diffusers, ltx-core "
         "(default: ours ours-rungs diffusers ltx-core)",
     )
+    parser.add_argument("--ltx_core", help="folder of a checkout whose ltx_core is taken in place of the installed one")
+    parser.add_argument("--other", nargs="*", default=[], help="Python files of other trainers, each with\n"
+                        "make(config, section, weights, adapters) -> benchmarks.step_models.Implementation; one that is not there\n"
+                        "is left out with a note")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; implementations take turns (default: 5)")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--output", help="folder for the table and the numbers")
@@ -131,6 +150,7 @@ def _makers(
         "ours-rungs": [ours(f"ours, {word}, {rung.replace('_', ' ')} again", rung=rung) for rung in list(Recompute)[1:]],
         "ours-eager": [ours("ours, not compiled, everything again", rung=Recompute.EVERYTHING, compiled=False)],
         "ours-streamed": [ours("ours, half of the blocks streamed", streamed=config.num_layers // 2)],
+        "ours-fp8-streamed": [ours("ours, fp8, half of the blocks streamed", weight_format="fp8", streamed=config.num_layers // 2)],
         **{f"ours-{name}": [ours(f"ours, {word}, {name}", weight_format=name)] for name in ("fp8", "int8", "nf4")},
         "diffusers": [
             (f"diffusers + peft{word}", lambda on=on: models.diffusers_peft(config, weights, adapters, checkpointed=on))
@@ -145,6 +165,19 @@ def _makers(
     if unknown:
         raise SystemExit(f"--impl {' '.join(unknown)}: unknown; known are {', '.join(known)}")
     return {title: make for name in names for title, make in known[name]}
+
+
+def _other(path: str, config: TransformerConfig, section: dict[str, Any], weights: dict[str, Tensor], adapters: dict[str, Tensor]) -> Maker:
+    """Another trainer, through a file that builds its model from official names and gives its adapters under them."""
+
+    def make() -> models.Implementation:
+        if not Path(path).is_file():
+            raise ImportError(f"{path} is not there")
+        made = runpy.run_path(path)["make"](config, section, weights, adapters)
+        assert isinstance(made, models.Implementation)
+        return made
+
+    return make
 
 
 def check(makers: dict[str, Maker], sample: models.Sample, *, tolerance: float) -> list[str]:
@@ -293,14 +326,14 @@ def report(readings: Sequence[Reading], gates: Sequence[str], rates: CardRates, 
     lines += ["", "Gate:", *(f"- {line}" for line in gates), ""]
     lines.append(
         "| shape | blocks | implementation | forward | backward | optimizer | step s | issue s | kernels | saved GB | "
-        "peak above weights GB | first s |"
+        "peak above weights GB | first s | TFLOP/s |"
     )
-    lines.append("|---" * 12 + "|")
+    lines.append("|---" * 13 + "|")
     for one in readings:
         lines.append(
             f"| {one.shape} | {one.blocks} | {one.implementation} | {one.forward:.4f} | {one.backward:.4f} | {one.optimizer:.4f} | "
             f"{one.step:.4f} | {one.issue:.4f} | {one.kernels} | {one.saved_bytes / 1e9:.2f} | {one.peak_bytes / 1e9:.2f} | "
-            f"{one.first_step:.1f} |"
+            f"{one.first_step:.1f} | {_tflops(one):.3g} |"
         )
     if not toy:
         lines += ["", f"Extrapolated to {BLOCKS} blocks (a + b n through the depths above):", ""]
@@ -324,15 +357,33 @@ def _extrapolated(readings: Sequence[Reading], shape: str, rates: CardRates) -> 
 
 
 def _floor(shape: str, rates: CardRates) -> float:
+    return floor_seconds(*_model_and_work(shape, BLOCKS), rates)
+
+
+def _tflops(one: Reading) -> float:
+    """Operations of a step without recomputation, the same for all, over its time; 0 at toy sizes, which have no such count."""
+    if one.shape not in SHAPES:
+        return 0.0
+    model, work = _model_and_work(one.shape, one.blocks)
+    products = linear_operations(model, work) + gradient_operations(model, work) + adapter_operations(model, work)
+    return one.blocks * (products + (1 + ATTENTION_BACKWARD) * attention_operations(model, work)) / one.step / 1e12
+
+
+def _model_and_work(shape: str, blocks: int) -> tuple[ModelShape, Workload]:
     frames, rows, columns, steps = SHAPES[shape]
     config = real_config()
     model = ModelShape(
-        blocks=BLOCKS, video_dim=config.video_dim, audio_dim=config.audio_dim, block_weights=386_500_000, other_weights=430_000_000
+        blocks=blocks, video_dim=config.video_dim, audio_dim=config.audio_dim, block_weights=386_500_000, other_weights=430_000_000
     )
     work = Workload(
-        video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=214_000_000, optimizer_bytes=8
+        video_tokens=frames * rows * columns,
+        audio_tokens=steps,
+        text_tokens=TEXT_TOKENS,
+        clips=1,
+        trainable=214_000_000 * blocks // BLOCKS,
+        optimizer_bytes=8,
     )
-    return floor_seconds(model, work, rates)
+    return model, work
 
 
 def _section(toy: bool, depth: int) -> dict[str, Any]:

@@ -7,15 +7,28 @@ from benchmarks import step
 pytest.importorskip("ltx_core", reason="the reference implementation of the benchmark")
 
 
+OTHER = """
+from benchmarks import step_models
+
+def make(config, section, weights, adapters):
+    return step_models.ltx_core_peft(section, weights, adapters, checkpointed=False)
+"""
+"""What somebody writes to have another trainer timed."""
+
+
 def test_step_benchmark_passes_its_gate_and_writes_its_table(tmp_path, capsys):
     wanted = ["ours", "ours-eager", "ours-streamed", "ours-fp8", "diffusers", "ltx-core"]
     argv = ["--sizes", "toy", "--device", "cpu", "--rounds", "1", "--output", str(tmp_path), "--impl", *wanted]
+    other = tmp_path / "other.py"
+    other.write_text(OTHER, encoding="utf-8")
+    argv += ["--other", str(other), str(tmp_path / "absent.py")]
     assert step.main(argv) == 0
     (table,) = tmp_path.glob("*-step.md")
     text = table.read_text(encoding="utf-8")
     for title in ("ours, not compiled, nothing again", "diffusers + peft, checkpointed", "ltx-core + peft", "fp8", "streamed"):
         assert f"- {title}" in text.replace("ours, half of the blocks streamed", "streamed").replace("ours, not compiled, fp8", "fp8")
-    assert text.count("| toy large |") == 8 and (tmp_path / table.with_suffix(".json").name).is_file()
+    assert f"{tmp_path / 'absent.py'}: skipped" in text and f"- {other}: loss off by" in text
+    assert text.count("| toy large |") == 9 and (tmp_path / table.with_suffix(".json").name).is_file()
 
 
 def test_the_gate_can_close(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.networks.grouped import group_projections
 from tests import engine_parts as parts
@@ -199,3 +200,26 @@ def test_grouped_adapters_compile_to_one_graph(rung):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("weight_format", "tolerance"), [("fp8", 0.06), ("int8", 0.02), ("nf4", 1e-5)])
+def test_low_bit_blocks_give_what_their_dequantized_weights_give(weight_format, tolerance):
+    """Streamed, on every rung. What is left is the rounding of activations and gradients to fp8 and int8."""
+    exact, exact_network = parts.make_model(3)
+    low, network = parts.make_model(3)
+    for name, module in list(exact.named_modules()):
+        if "transformer_blocks" not in name or not name.endswith(("base", "net.2", "proj")):
+            continue
+        codes = quantize(module.weight.data, weight_format)
+        module.weight.data = dequantize(codes)
+        owner, _, leaf = name.rpartition(".")
+        low.get_submodule(owner).add_module(leaf, QuantizedLinear(codes, module.bias.data, module.in_features))
+    wanted = parts.step(exact, exact_network)
+    streamer = BlockStreamer(list(low.transformer_blocks), torch.device("cpu"), slots=2, poison=True)
+    for rung in Recompute:
+        low.run_block = engine(low, [rung] * 3, streamer=streamer)
+        loss, gradients = parts.step(low, network)
+        ours, theirs = (torch.cat([one.flatten() for one in found]) for found in (gradients, wanted[1]))
+        assert abs(loss - wanted[0]) < tolerance * wanted[0]
+        assert float((ours - theirs).norm() / theirs.norm()) < max(tolerance, 1e-4)
+        assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.99
