@@ -1,5 +1,6 @@
 """Trains a LoRA from caches: `accelerate launch ltxv2_train_network.py`."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.references import check_reference_factors, check_references
 from musubi_tuner.training.report import draw_loss_curve, summary
 from musubi_tuner.training.setup import Inputs, build_run
+from musubi_tuner.training.state import newest_state
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.contexts import EncodePrompts
@@ -40,7 +42,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    config = parse_arguments(argv)
+    config = _with_newest_state(parse_arguments(argv))
     with processes() as group:
         run = build_run(_gather_inputs(config, group))
         outcome = train(run)
@@ -49,6 +51,17 @@ def main(argv: Sequence[str]) -> int:
             draw_loss_curve(read_losses(loss_path(run.output_dir, run.name)), run.output_dir / f"{run.name}-loss.png")
             log.info("\n%s", summary(run, outcome))
     return 0
+
+
+def _with_newest_state(config: TrainingConfig) -> TrainingConfig:
+    """What `--autoresume` means, said as `--resume`."""
+    saving = config.saving
+    if not saving.autoresume:
+        return config
+    found = newest_state(saving.output_dir, saving.output_name)
+    if found is None:
+        log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
+    return dataclasses.replace(config, saving=dataclasses.replace(saving, resume=found))
 
 
 def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:

@@ -256,3 +256,31 @@ def test_audio_program_and_training_agree_on_what_is_missing(data, tmp_path):
     argv = ["--dataset_config", str(broken.toml), "--vae", str(broken.model), "--device", "cpu"]
     assert ltxv2_cache_audio_latents.main(argv) == 0
     run(broken, tmp_path / "out", "--max_train_steps", "1")
+
+
+def test_retention_keeps_the_newest_of_steps_and_of_epochs(video_data, tmp_path):
+    others = [tmp_path / name for name in ("ltxv2_lora-2-step00000001.safetensors", "ltxv2_lora-notes.safetensors")]
+    for other in others:
+        other.write_bytes(b"of somebody else")
+    flags = ["--max_train_steps", "10", "--save_every_n_steps", "2", "--save_every_n_epochs", "1", "--save_last_n", "2"]
+    run(video_data, tmp_path, *flags)  # epochs end at steps 3, 6 and 9; step 6 has its file by step
+    left = {path.name for path in tmp_path.glob("*.safetensors")} - {other.name for other in others}
+    assert left == {
+        "ltxv2_lora.safetensors", "ltxv2_lora-step00000006.safetensors", "ltxv2_lora-step00000008.safetensors",
+        "ltxv2_lora-000001.safetensors", "ltxv2_lora-000003.safetensors",
+    }  # fmt: skip
+    assert all(other.is_file() for other in others)
+
+
+def test_autoresume_starts_anew_and_then_goes_on_to_the_same_lora(video_data, tmp_path, caplog):
+    flags = ["--save_precision", "float32", "--save_state", "--save_every_n_steps", "2"]
+    whole = run(video_data, tmp_path / "whole", *flags, "--max_train_steps", "5")
+    with caplog.at_level("INFO"):
+        run(video_data, tmp_path / "halves", *flags, "--max_train_steps", "3", "--autoresume")
+    assert "starts at step 0" in caplog.text
+    (tmp_path / "halves" / "ltxv2_lora-2-step00000009-state").mkdir()  # of another run
+    resumed = run(video_data, tmp_path / "halves", *flags, "--max_train_steps", "5", "--autoresume")
+    assert [row["step"] for row in parts.losses(tmp_path / "halves") if "loss_video" in row] == [1, 2, 3, 4, 5]
+    assert same(whole, resumed)
+    with pytest.raises(UserError, match="--autoresume with --resume"):
+        run(video_data, tmp_path / "both", "--autoresume", "--resume", str(tmp_path))

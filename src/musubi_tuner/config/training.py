@@ -110,10 +110,12 @@ class SavingOptions:
     output_name: str = flag("name of the LoRA file", default="ltxv2_lora")
     save_every_n_steps: int | None = flag("save the LoRA every N steps", default=None)
     save_every_n_epochs: int | None = flag("save the LoRA every N epochs", default=None)
+    save_last_n: int | None = flag("how many LoRAs of steps, and how many of epochs, are kept; default: all", default=None)
     save_precision: Literal["bfloat16", "float16", "float32"] = flag("dtype of the LoRA file", default="bfloat16")
     save_state: bool = flag("save the training state with every LoRA", default=False)
     save_last_n_states: int = flag("how many states are kept; older ones are removed", default=2)
     resume: Path | None = flag("state folder to go on from, exactly", default=None)
+    autoresume: bool = flag("go on from the newest state of this --output_name in --output_dir, where there is one", default=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +176,7 @@ def check_training_config(config: TrainingConfig) -> None:
         "--gradient_accumulation_steps": optimization.gradient_accumulation_steps,
         "--save_every_n_steps": saving.save_every_n_steps,
         "--save_every_n_epochs": saving.save_every_n_epochs,
+        "--save_last_n": saving.save_last_n,
         "--save_last_n_states": saving.save_last_n_states,
         "--log_every_n_steps": config.logging.log_every_n_steps,
         "--validate_every_n_steps": config.logging.validate_every_n_steps,
@@ -195,6 +198,8 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.network.network_alpha <= 0:
         raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
     _check_network(config.network)
+    if saving.autoresume and saving.resume is not None:
+        raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
     if any(sign in saving.output_name for sign in '/\\:*?"<>|'):
         raise UserError(f'--output_name {saving.output_name!r}: a file name without / \\ : * ? " < > |; the folder is --output_dir.')
 

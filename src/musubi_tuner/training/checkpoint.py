@@ -1,6 +1,7 @@
 """Writing LoRA files: checked, atomic, with the metadata that model sites and our own loader read."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dty
         raise UserError(f"{path}: {error}") from error
     for target, tensors in files.items():
         write_bytes(target, serialize(tensors, metadata))
+
+
+def remove_old_loras(folder: Path, name: str, keep: int) -> None:
+    """Keep the newest `keep` LoRAs of steps and as many of epochs, with what lies beside them; the final one always stays."""
+    of_step, of_epoch = re.compile(re.escape(name) + r"-step\d{8}\.safetensors"), re.compile(re.escape(name) + r"-\d{6}\.safetensors")
+    for pattern in (of_step, of_epoch):
+        saved = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+        for path in saved[:-keep]:
+            path.unlink()
+            connectors_path(path).unlink(missing_ok=True)
 
 
 def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int) -> dict[str, str]:

@@ -186,6 +186,9 @@ def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_to
         with evaluating(run.optimizer):
             checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
         outcome.files.append(path)
+        if run.config.saving.save_last_n is not None:
+            checkpoint.remove_old_loras(run.output_dir, run.name, run.config.saving.save_last_n)
+            outcome.files = [file for file in outcome.files if file.exists()]
         if run.config.saving.save_state or state_too:
             folder = state.state_path(run.output_dir, run.name, step)
             state.save_state(

@@ -42,7 +42,17 @@ from musubi_tuner.training.validation import Validator
 log = logging.getLogger(__name__)
 
 _VALIDATIONS_PER_RUN = 10
-_WHERE_ONLY = {"output_dir", "output_name", "logging_dir", "log_with", "resume", "device", "max_data_loader_n_workers", "network_weights"}
+_WHERE_ONLY = {
+    "output_dir",
+    "output_name",
+    "logging_dir",
+    "log_with",
+    "resume",
+    "autoresume",
+    "device",
+    "max_data_loader_n_workers",
+    "network_weights",
+}
 """Settings that change nothing in the result, so that a resumed run may differ in them."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,9 +101,21 @@ def load_state(
 
 def remove_old_states(folder: Path, name: str, keep: int) -> None:
     """Keep the newest `keep` states of this run."""
-    states = sorted(path for path in folder.glob(f"{name}-step*{_SUFFIX}") if path.is_dir())
-    for path in states[:-keep]:
+    for path in _states(folder, name)[:-keep]:
         shutil.rmtree(path)
+
+
+def newest_state(folder: Path, name: str) -> Path | None:
+    """What `--autoresume` goes on from; None where this run has left no state."""
+    return next(reversed(_states(folder, name)), None)
+
+
+def _states(folder: Path, name: str) -> list[Path]:
+    """State folders of the run `name`, oldest first."""
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(rf"{re.escape(name)}-step\d{{8}}{_SUFFIX}")
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
