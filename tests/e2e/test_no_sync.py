@@ -17,7 +17,7 @@ from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.training.gradients import clip
 from musubi_tuner.training.loss import total_loss
-from musubi_tuner.training.metrics import LossMeter
+from musubi_tuner.training.metrics import LossMeter, NoiseLevelMeter
 from musubi_tuner.training.step import StepInputs, item_losses
 from tests import training_parts as parts
 
@@ -56,11 +56,13 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"))
     model.run_block = BlockEngine(model.transformer_blocks, [rung] * 2, max_rank=4, streamer=streamer)
     wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
-    optimizer, meter = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True), LossMeter(torch.device("cpu"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    meter, levels = LossMeter(torch.device("cpu")), NoiseLevelMeter(torch.device("cpu"))
     with NoWaiting(), network.dropout(batch.dropout_seeds):
         losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
         meter.add(losses, batch.size)
+        levels.add(losses, batch.video_sigma, batch.audio_sigma)
         clip(network.parameters(), 1.0)
         optimizer.step()
     assert all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())

@@ -52,6 +52,9 @@ def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path):
     steps = [row for row in rows if "loss_video" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["loss_audio"] > 0 and row["audio_supervised"] == 1 for row in steps)
+    for row in steps:  # one item a step: its loss is the whole of the one range that it falls into
+        ranges = {name: value for name, value in row.items() if name.startswith("noise_level/")}
+        assert sorted(ranges.values()) == pytest.approx(sorted((row["loss_video"], row["loss_audio"]))), ranges
     assert {row["step"] for row in rows if "validation/loss_audio" in row} == {0, 1, 2, 3}
     metadata = open_checkpoint(tmp_path / "ltxv2_lora.safetensors").metadata
     assert metadata["ltxv2_adapted_streams"] == "video,audio,cross"
@@ -125,10 +128,10 @@ def test_interrupt_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypat
 
     original = loop._log
 
-    def interrupt_at_two(run_, meter, loss_file, bar, step, norm):
+    def interrupt_at_two(run_, meters, loss_file, bar, step, norm):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        return original(run_, meter, loss_file, bar, step, norm)
+        return original(run_, meters, loss_file, bar, step, norm)
 
     monkeypatch.setattr(loop, "_log", interrupt_at_two)
     with caplog.at_level("INFO"):

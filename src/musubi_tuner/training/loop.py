@@ -20,7 +20,7 @@ from musubi_tuner.training.finite import FiniteCheck
 from musubi_tuner.training.gradients import average_gradients, clip
 from musubi_tuner.training.interrupt import Interrupt
 from musubi_tuner.training.loss import total_loss
-from musubi_tuner.training.metrics import LossFile, LossMeter, loss_path
+from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
 from musubi_tuner.training.optimizer import evaluating
 from musubi_tuner.training.pace import Pace
 from musubi_tuner.training.run import TrainingRun
@@ -29,6 +29,8 @@ from musubi_tuner.training.step import drawn_levels, item_losses_of_all
 log = logging.getLogger(__name__)
 
 _BALANCE_TOLD_EVERY = 100
+
+Meters = tuple[LossMeter, NoiseLevelMeter]
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Outcome:
 def train(run: TrainingRun) -> Outcome:
     """Run from `run.start_step` to the end, or to the first Ctrl-C."""
     outcome = Outcome(step=run.start_step)
-    meter = LossMeter(run.device)
+    meter, levels = LossMeter(run.device), NoiseLevelMeter(run.device)
     loss_file = LossFile(loss_path(run.output_dir, run.name), run.start_step) if run.processes.is_main else None
     batches = _batches(run)
     bar = tqdm(
@@ -61,10 +63,10 @@ def train(run: TrainingRun) -> Outcome:
             _preview(run, 0, run.schedule.preview_first)
         for step in range(run.start_step + 1, run.schedule.total + 1):
             begun = time.monotonic()
-            norm = _optimize(run, batches, meter, finite, step)
+            norm = _optimize(run, batches, (meter, levels), finite, step)
             outcome.step = step
             if step % run.schedule.log_every == 0 or step == run.schedule.total:
-                outcome.losses = _log(run, meter, loss_file, bar, step, norm)
+                outcome.losses = _log(run, (meter, levels), loss_file, bar, step, norm)
             bar.update()
             if (warning := pace.add(time.monotonic() - begun)) and run.processes.is_main:
                 log.warning("WARNING: step %d: %s", step, warning)
@@ -93,7 +95,7 @@ def _batches(run: TrainingRun) -> Iterator[Batch]:
     )
 
 
-def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, finite: FiniteCheck, step: int) -> Tensor:
+def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite: FiniteCheck, step: int) -> Tensor:
     """One optimizer step: accumulate, average over processes, clip, check, update. Returns the gradient norm."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen = []
@@ -107,7 +109,8 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meter: LossMeter, fini
             if learned:
                 torch.autograd.backward(learned)
         for one, batch in zip(losses, together, strict=True):
-            meter.add(one, batch.size)
+            meters[0].add(one, batch.size)
+            meters[1].add(one, batch.video_sigma, batch.audio_sigma)
             run.supervision.add(batch.audio_expected, batch.audio_supervised)
             if run.balance is not None:
                 run.balance.add(one)
@@ -131,14 +134,15 @@ def _audio_weight(run: TrainingRun, batch: Batch) -> Tensor:
     return (batch.audio_weight > 0) * run.balance.multiplier()
 
 
-def _log(run: TrainingRun, meter: LossMeter, loss_file: LossFile | None, bar: tqdm, step: int, norm: Tensor) -> dict[str, float]:
-    values = meter.read(run.config.ltx_mode, run.processes.count)
+def _log(run: TrainingRun, meters: Meters, loss_file: LossFile | None, bar: tqdm, step: int, norm: Tensor) -> dict[str, float]:
+    values = meters[0].read(run.config.ltx_mode, run.processes.count)
     if run.balance is not None:
         values["audio_balance"] = float(run.balance.multiplier())
         if (message := at_bound(values["audio_balance"])) and step % _BALANCE_TOLD_EVERY == 0:
             log.warning("WARNING: step %d: %s", step, message)
     values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
     bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+    values |= meters[1].read(run.processes.count)
     if loss_file is not None:
         loss_file.write(step, values)
     run.trackers.log(values, step)

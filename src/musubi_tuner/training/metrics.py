@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from musubi_tuner.training.loss import ItemLosses
 
@@ -43,6 +44,45 @@ class LossMeter:
             if heard:
                 values["loss_audio"] = audio / heard
             values["audio_supervised"] = heard / max(items, 1)
+        return values
+
+
+LEVELS = 4
+"""Ranges of equal width into which noise levels are sorted for the log."""
+
+
+class NoiseLevelMeter:
+    """Sums of raw losses by range of noise level since the last look; kept on the device, as `LossMeter` is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, 2, LEVELS, dtype=torch.float64, device=device)
+        """Of video and audio: losses, and items that are in them."""
+
+    def add(self, losses: ItemLosses, video_sigma: Tensor, audio_sigma: Tensor) -> None:
+        """
+        Args:
+            video_sigma, audio_sigma: (B,) levels at which the losses were taken.
+        """
+        rows = ((losses.video, losses.video_present, video_sigma), (losses.audio, losses.audio_present, audio_sigma))
+        for sums, (values, present, sigma) in zip(self._sums, rows, strict=True):
+            if values is None:
+                continue
+            seen = torch.ones_like(values, dtype=torch.float64) if present is None else present.double()
+            index = (sigma * LEVELS).long().clamp(0, LEVELS - 1)
+            sums[0].scatter_add_(0, index, values.detach().double() * seen)
+            sums[1].scatter_add_(0, index, seen)
+
+    def read(self, processes: int) -> dict[str, float]:
+        """Means over all processes of the ranges that were met, such as `noise_level/loss_video_0.25-0.50`; then start again."""
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if processes > 1:
+            torch.distributed.all_reduce(sums)
+        values = {}
+        for name, (totals, counts) in zip(("loss_video", "loss_audio"), sums.tolist(), strict=True):
+            for level, (total, count) in enumerate(zip(totals, counts, strict=True)):
+                if count:
+                    values[f"noise_level/{name}_{level / LEVELS:.2f}-{(level + 1) / LEVELS:.2f}"] = total / count
         return values
 
 
