@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     prompts = []
     if config.data.sample_prompts is not None:
         prompts = all_prompt_texts(load_prompts(config.data.sample_prompts, PromptDefaults()))
+    if config.data.dop_prompt is not None:
+        prompts = [*prompts, config.data.dop_prompt]
     recipe = _recipe(config)
     recipe.check()
     jobs = list_text_jobs(datasets, prompts, _common_metadata(recipe))

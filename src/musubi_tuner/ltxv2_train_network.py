@@ -99,6 +99,7 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
         datasets=datasets,
         items=items,
         validation_items=validation_items,
+        wanted=wanted,
         preview=preview,
     )
 

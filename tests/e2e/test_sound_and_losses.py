@@ -117,6 +117,22 @@ def test_dropped_captions_are_the_empty_prompt_by_stream(data):
     assert 0.15 < share < 0.45
 
 
+def test_a_dataset_has_a_rate_of_its_own(data, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(data.folder, folder)
+    copy = dataclasses.replace(data, folder=folder, toml=folder / "dataset.toml")
+    text = copy.toml.read_text(encoding="utf-8")
+    copy.toml.write_text(f"{text}\ncaption_dropout_rate = 1.0\n", encoding="utf-8")
+    dropped = run(copy, tmp_path / "dropped", "--max_train_steps", "2")
+    everywhere = run(data, tmp_path / "everywhere", "--max_train_steps", "2", "--caption_dropout_rate", "1")
+    plain = run(data, tmp_path / "plain", "--max_train_steps", "2")
+    assert all(torch.equal(dropped[name], everywhere[name]) for name in plain)
+    assert any(not torch.equal(dropped[name], plain[name]) for name in plain)
+    copy.toml.write_text(f"{text}\ncaption_dropout_rate = 1.5\n", encoding="utf-8")
+    with pytest.raises(UserError, match="caption_dropout_rate = 1.5: a share between 0 and 1"):
+        run(copy, tmp_path / "refused")
+
+
 def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
     run(data, tmp_path, "--caption_dropout_rate", "0.5", "--max_train_steps", "2")
     folder = tmp_path / "copy"

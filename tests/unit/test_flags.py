@@ -140,5 +140,5 @@ def test_flags_of_training_are_a_decision():
         "--weighting_scheme", "--min_snr_gamma", "--noise_offset", "--caption_dropout_rate", "--video_caption_dropout_rate",
         "--audio_caption_dropout_rate", "--audio_balance", "--audio_supervision_mode", "--audio_supervision_min_ratio",
         "--audio_supervision_warmup_steps", "--lr_scheduler_type", "--lr_scheduler_args", "--lr_decay_steps",
-        "--save_last_n", "--autoresume",
+        "--save_last_n", "--autoresume", "--dop_prompt", "--dop_weight", "--audio_dop_weight", "--ema_decay",
     }  # fmt: skip

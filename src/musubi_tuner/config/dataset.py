@@ -39,6 +39,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "target_fps": (int, float),
     "video_loss_weight": (int, float),
     "audio_loss_weight": (int, float),
+    "preserve_base": (bool,),
+    "caption_dropout_rate": (int, float),
     "reference_directory": (str,),
     "reference_audio_directory": (str,),
     "mask_directory": (str,),
@@ -50,7 +52,16 @@ _BESIDE = ("reference_directory", "mask_directory", "reference_audio_directory",
 """Folders of files that belong to the sources, by stem."""
 _NOT_IN_GENERAL = (*_SOURCES, "cache_directory", *_BESIDE)
 _COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames", "reference_downscale", "reference_temporal_scale")
-_NO_PLAN = ("batch_size", "num_repeats", "video_loss_weight", "audio_loss_weight", "label", "cache_directory")
+_NO_PLAN = (
+    "batch_size",
+    "num_repeats",
+    "video_loss_weight",
+    "audio_loss_weight",
+    "preserve_base",
+    "caption_dropout_rate",
+    "label",
+    "cache_directory",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +97,9 @@ class DatasetSpec:
     """Rate to resample to by timestamp; None keeps each clip's own."""
     video_loss_weight: float | None = None
     audio_loss_weight: float | None = None
+    caption_dropout_rate: float | None = None
+    preserve_base: bool = False
+    """Its items keep what the base model makes of them, in place of learning their content."""
     reference_directory: Path | None = None
     """References by the stems of the sources; a jsonl names them by `reference_path`."""
     reference_audio_directory: Path | None = None
@@ -268,6 +282,8 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
         value = getattr(spec, name)
         if value is not None and value < 0:
             refuse(f"{name} = {value}: must not be negative.")
+    if spec.caption_dropout_rate is not None and not 0 <= spec.caption_dropout_rate <= 1:
+        refuse(f"caption_dropout_rate = {spec.caption_dropout_rate}: a share between 0 and 1.")
     if not spec.caption_extension.startswith("."):
         refuse(f"caption_extension = {spec.caption_extension!r}: must begin with a dot, such as '.txt'.")
     step = 32 * spec.reference_downscale

@@ -47,6 +47,32 @@ class SoundOptions:
     audio_supervision_warmup_steps: int = flag("steps before the share is looked at", default=50)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreservationOptions:
+    """Keeping what the base model knows."""
+
+    dop_prompt: str | None = flag(
+        "prompt, such as the class of what is trained, on which the adapter is held to the base model; '' = the empty one", default=None
+    )
+    dop_weight: float = flag("weight of that loss", default=1.0)
+    audio_dop_weight: float = flag("weight of holding the sound of items without any to the base model's; 0 = off", default=0.0)
+
+
+def check_preservation(preservation: PreservationOptions, mode: str) -> None:
+    """
+    Raises:
+        UserError: a weight that is negative, or a mode that has no sound.
+    """
+    for name, value in (("--dop_weight", preservation.dop_weight), ("--audio_dop_weight", preservation.audio_dop_weight)):
+        if value < 0:
+            raise UserError(f"{name} {value:g}: must not be negative.")
+    if preservation.audio_dop_weight and mode != "av":
+        raise UserError(
+            f"--audio_dop_weight {preservation.audio_dop_weight:g}: keeps the sound that goes with pictures; --ltx_mode {mode} trains one "
+            "of them. Give av, or leave it out."
+        )
+
+
 def check_loss_options(losses: LossOptions, sound: SoundOptions, mode: str) -> None:
     """Rules over several fields, and ranges.
 

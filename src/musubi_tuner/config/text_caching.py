@@ -14,6 +14,7 @@ class TextDataOptions:
 
     dataset_config: Path = flag("dataset TOML")
     sample_prompts: Path | None = flag("prompt file whose texts are cached too, so that training needs no encoder", default=None)
+    dop_prompt: str | None = flag("prompt of training's --dop_prompt, cached too", default=None)
     ltx_mode: Literal["video", "av", "audio"] | None = flag("what will be trained; default: video", default=None, aliases=("--ltx2_mode",))
     ltxv2_audio_video: bool = flag("older way to say --ltx_mode av", default=False)
     text_cache_stage: Literal["context", "features"] = flag(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.losses import LossOptions, SoundOptions, check_loss_options
+from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_loss_options, check_preservation
 from musubi_tuner.config.memory import MemoryOptions, check_memory_options
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.runtime.errors import UserError
@@ -94,6 +94,7 @@ class OptimizationOptions:
     max_train_steps: int = flag("optimizer steps", default=1600)
     max_train_epochs: int | None = flag("passes over the data; wins over --max_train_steps", default=None)
     gradient_accumulation_steps: int = flag("batches of one optimizer step", default=1)
+    ema_decay: float = flag("save, preview and measure a moving average of the weights, such as 0.999; 0 = off", default=0.0)
     max_grad_norm: float = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
     mixed_precision: Literal["no", "bf16"] | None = flag(
         "dtype of the frozen weights; default: what accelerate was launched with", default=None
@@ -138,6 +139,7 @@ class TrainingConfig:
     network: NetworkOptions
     losses: LossOptions
     sound: SoundOptions
+    preservation: PreservationOptions
     optimization: OptimizationOptions
     memory: MemoryOptions
     saving: SavingOptions
@@ -165,6 +167,7 @@ def check_training_config(config: TrainingConfig) -> None:
         raise UserError(TIMESTEP_FORMAT_HELP)
     check_memory_options(config.memory)
     check_loss_options(config.losses, config.sound, config.ltx_mode)
+    check_preservation(config.preservation, config.ltx_mode)
     if config.network.train_connectors and (config.losses.video_caption_dropout_rate or config.losses.audio_caption_dropout_rate):
         raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
     make_recipe(config.conditioning, config.ltx_mode)
@@ -195,6 +198,8 @@ def check_training_config(config: TrainingConfig) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise UserError(f"{name} {value}: must not be negative.")
+    if not 0 <= optimization.ema_decay < 1:
+        raise UserError(f"--ema_decay {optimization.ema_decay:g}: a share of 0 or more and below 1, such as 0.999.")
     if config.network.network_alpha <= 0:
         raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
     _check_network(config.network)

@@ -9,6 +9,17 @@ from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Taught:
+    """Items that learn what the base model predicts for the same input, in place of their own content. All (B,)."""
+
+    video: Tensor
+    """float32 weights of that loss; 0 = learns its own content."""
+    audio: Tensor
+    imagined: Tensor | None = None
+    """bool items without sound, for which the base model first makes some; None = none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """B items of equal shape. Every tensor is on one device; noise and noise levels were drawn for each item by name."""
 
@@ -47,6 +58,8 @@ class Batch:
     """Those of them that have sound."""
     conditions: Conditions = NO_CONDITIONS
     """What is given of the items."""
+    taught: Taught | None = None
+    """None: every item learns its own content."""
 
     @property
     def size(self) -> int:

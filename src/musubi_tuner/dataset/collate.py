@@ -11,16 +11,19 @@ from torch.nn.utils.rnn import pad_sequence
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
 from musubi_tuner.config.conditioning import Mask, Recipe
-from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma
 from musubi_tuner.flow.weighting import loss_weight
+from musubi_tuner.ltxv2.geometry import audio_latent_steps
 from musubi_tuner.runtime.errors import UserError
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16
+_LEAST_IMAGINED_STEPS = 25
+"""A second: what a still is given where the base model makes its sound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +38,14 @@ class CaptionDropout:
     video_width: int
     """Of the video's part of a text."""
 
-    def apply(self, text: Tensor, generator: torch.Generator) -> Tensor:
+    def apply(self, text: Tensor, generator: torch.Generator, own_share: float | None) -> Tensor:
         """
         Args:
             text: (S, W) of one item.
+            own_share: of the item's dataset, in place of `both`.
         """
-        both, video, audio = (share > lot for share, lot in zip((self.both, self.video, self.audio), _lots(generator, 3), strict=True))
+        shares = (self.both if own_share is None else own_share, self.video, self.audio)
+        both, video, audio = (share > lot for share, lot in zip(shares, _lots(generator, 3), strict=True))
         if not (both or video or audio):
             return text
         empty = merge_sources([self.empty])["text"].to(text.dtype)
@@ -71,6 +76,10 @@ class DrawRules:
     audio_loss_weight: float
     recipe: Recipe = Recipe()
     """What of the items is given."""
+    preserves: bool = False
+    """Whether datasets with `preserve_base` learn from the base model."""
+    audio_dop_weight: float = 0.0
+    """Above 0, items without sound are to keep the base model's, with this weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +110,11 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         _require(item, tensors, mode)
     merged = [_with_captions_dropped(draw, tensors, rules) for draw, tensors in zip(draws, merged, strict=True)]
     latents = _stack(items, merged, "latents") if mode != "audio" else None
-    audio, lengths, padded = _stack_audio(items, merged) if mode != "video" else (None, None, False)
-    real_steps = [0] * len(items) if lengths is None else lengths.tolist()
-    if not any(real_steps):
-        audio = None  # nobody to hear: the video stream runs alone
-    drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, real_steps, strict=True)]
+    real_steps = _sound_lengths(merged) if mode != "video" else [0] * len(items)
+    imagined = [_imagined_steps(item, rules) if steps == 0 else 0 for item, steps in zip(items, real_steps, strict=True)]
+    lengths = [real or made for real, made in zip(real_steps, imagined, strict=True)]
+    audio = _stack_audio(merged, lengths) if any(lengths) else None  # nobody to hear: the video stream runs alone
+    drawn = [_draw(draw, latents, steps, rules) for draw, steps in zip(draws, lengths, strict=True)]
     text, text_mask = _stack_text(items, merged, features=rules.text_features)
     found = [
         _draw_conditions(draw, latents, steps, tensors.get("video_mask"), rules)
@@ -115,6 +124,10 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         items, merged, found, 0 if audio is None else audio.shape[2], weighs=not rules.recipe.probability("video", Mask)
     )
     expected, supervised = _count_sound(items, real_steps, conditions, mode)
+    by_level = (torch.tensor([one.video_weight for one in drawn]), torch.tensor([one.audio_weight for one in drawn]))
+    video_weight = _weights(items, "video_loss_weight", rules.video_loss_weight) * by_level[0]
+    audio_weight = _weights(items, "audio_loss_weight", rules.audio_loss_weight) * by_level[1]
+    taught = _taught(items, imagined, video_weight, audio_weight, rules)
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -122,14 +135,15 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         text=text,
         text_mask=text_mask,
         audio_latents=audio,
-        audio_lengths=lengths,
-        audio_padded=padded,
+        audio_lengths=torch.tensor(lengths) if mode != "video" else None,
+        audio_padded=audio is not None and min(lengths) < audio.shape[2],
         video_noise=None if latents is None else torch.stack([one.video_noise for one in drawn]),
         audio_noise=None if audio is None else torch.stack([_pad(one.audio_noise, audio.shape[2]) for one in drawn]),
         video_sigma=torch.tensor([one.video_sigma for one in drawn], dtype=torch.float32),
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
-        video_weight=_weights(items, "video_loss_weight", rules.video_loss_weight) * torch.tensor([one.video_weight for one in drawn]),
-        audio_weight=_weights(items, "audio_loss_weight", rules.audio_loss_weight) * torch.tensor([one.audio_weight for one in drawn]),
+        video_weight=video_weight if taught is None else video_weight * (taught.video == 0),
+        audio_weight=audio_weight if taught is None else audio_weight * (taught.audio == 0),
+        taught=taught,
         conditions=conditions,
         audio_expected=expected,
         audio_supervised=supervised,
@@ -163,7 +177,7 @@ def _with_captions_dropped(draw: Draw, tensors: dict[str, Tensor], rules: DrawRu
     if rules.dropped is None:
         return tensors
     generator = generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat, "caption")
-    text = rules.dropped.apply(tensors["text"], generator)
+    text = rules.dropped.apply(tensors["text"], generator, draw.item.spec.caption_dropout_rate)
     replaced = tensors | {"text": text}
     if text.shape != tensors["text"].shape and "text_mask" in tensors:
         replaced["text_mask"] = torch.ones(text.shape[0], dtype=torch.bool)
@@ -286,16 +300,37 @@ def _stack_text(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], *
     return text, None if bool(mask.all()) else mask
 
 
-def _stack_audio(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, bool]:
-    """Sound padded with zeros to the longest; an item without a sidecar (a still) or with an empty one has length 0."""
-    lengths = [int(tensors["audio_lengths"]) if "audio_lengths" in tensors else 0 for tensors in merged]
-    longest = max(1, *lengths)
+def _sound_lengths(merged: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Real steps; an item without a sidecar (a still) or with an empty one has none."""
+    return [int(tensors["audio_lengths"]) if "audio_lengths" in tensors else 0 for tensors in merged]
+
+
+def _imagined_steps(item: Item, rules: DrawRules) -> int:
+    """Length of the sound that the base model makes for an item without any."""
+    return max(_LEAST_IMAGINED_STEPS, audio_latent_steps(item.clip.frames, item.clip.fps)) if rules.audio_dop_weight else 0
+
+
+def _stack_audio(merged: Sequence[Mapping[str, Tensor]], lengths: Sequence[int]) -> Tensor:
+    """Sound padded with zeros to the longest; zeros where there is none."""
     dtype = next((tensors["audio_latents"].dtype for tensors in merged if "audio_latents" in tensors), torch.float32)
-    stacked = torch.zeros(len(items), AUDIO_CHANNELS, longest, AUDIO_BINS, dtype=dtype)
-    for row, (tensors, length) in enumerate(zip(merged, lengths, strict=True)):
-        if length:
+    stacked = torch.zeros(len(merged), AUDIO_CHANNELS, max(lengths), AUDIO_BINS, dtype=dtype)
+    for row, tensors in enumerate(merged):
+        if "audio_latents" in tensors and (length := int(tensors["audio_lengths"])):
             stacked[row, :, :length] = tensors["audio_latents"][:, :length]
-    return stacked, torch.tensor(lengths), any(length < longest for length in lengths)
+    return stacked
+
+
+def _taught(items: Sequence[Item], imagined: Sequence[int], video_weight: Tensor, audio_weight: Tensor, rules: DrawRules) -> Taught | None:
+    """Which items learn from the base model; None where none does."""
+    preserved = torch.tensor([rules.preserves and item.spec.preserve_base for item in items])
+    made = torch.tensor([steps > 0 for steps in imagined])
+    if not (preserved.any() or made.any()):
+        return None
+    return Taught(
+        video=video_weight * preserved,
+        audio=torch.where(made, rules.audio_dop_weight, audio_weight * preserved),
+        imagined=made if made.any() else None,
+    )
 
 
 def _pad(noise: Tensor, steps: int) -> Tensor:

@@ -16,8 +16,8 @@ from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 
 
 def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: TransformerConfig) -> Wanted:
-    """Fingerprints of every encoder that can be looked at: the VAEs where a file holds them, connectors and "
-    "projection, the encoder's folder."""
+    """Fingerprints of every encoder that can be looked at: the VAEs where a file holds them, connectors and projection, the encoder's
+    folder."""
     mode, model = config.ltx_mode, config.model
     vae = checkpoint if model.vae is None else open_checkpoint(model.vae)
     audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)

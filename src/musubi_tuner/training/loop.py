@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,8 @@ from musubi_tuner.training.balance import at_bound
 from musubi_tuner.training.finite import FiniteCheck
 from musubi_tuner.training.gradients import average_gradients, clip
 from musubi_tuner.training.interrupt import Interrupt
-from musubi_tuner.training.loss import total_loss
+from musubi_tuner.training.loss import ItemLosses, total_loss
 from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
-from musubi_tuner.training.optimizer import evaluating
 from musubi_tuner.training.pace import Pace
 from musubi_tuner.training.run import TrainingRun
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
@@ -103,13 +102,13 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
         together = [next(batches) for _ in range(min(run.passes, accumulation - start))]
         seeds = together[0].dropout_seeds if len(together) == 1 else ()
         with run.network.dropout(seeds):  # the backward pass computes blocks again, under the same masks
-            losses = item_losses_of_all(run.wrapper, together, [drawn_levels(batch) for batch in together], run.error)
+            together = [run.base.with_imagined_sound(batch) for batch in together]
+            losses = _losses(run, together)
             totals = [total_loss(one, batch.video_weight, _audio_weight(run, batch)) for one, batch in zip(losses, together, strict=True)]
-            learned = [total / accumulation for total in totals if total.requires_grad]
-            if learned:
-                torch.autograd.backward(learned)
-        for one, batch in zip(losses, together, strict=True):
-            meters[0].add(one, batch.size)
+            _learn([total / accumulation for total in totals])
+            kept = _hold_to_prompt(run, together, accumulation)
+        for one, held, batch in zip(losses, kept, together, strict=True):
+            meters[0].add(one, batch.size, held)
             meters[1].add(one, batch.video_sigma, batch.audio_sigma)
             run.supervision.add(batch.audio_expected, batch.audio_supervised)
             if run.balance is not None:
@@ -123,8 +122,31 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
         run.balance.step(run.processes.count)
     run.optimizer.step()
     run.scheduler.step()
+    if run.average is not None:
+        run.average.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _losses(run: TrainingRun, batches: Sequence[Batch]) -> list[ItemLosses]:
+    return item_losses_of_all(run.wrapper, batches, [drawn_levels(batch) for batch in batches], run.error, run.base)
+
+
+def _learn(totals: Sequence[Tensor]) -> None:
+    """Gradients of the losses that have any; where all of a batch was given, nothing is learned from it."""
+    learned = [total for total in totals if total.requires_grad]
+    if learned:
+        torch.autograd.backward(learned)
+
+
+def _hold_to_prompt(run: TrainingRun, batches: Sequence[Batch], accumulation: int) -> list[Tensor | None]:
+    """`--dop_prompt`: learn to predict under the prompt what the base model predicts. Returns the raw losses (B,) of each batch."""
+    preservation = run.prompt_preservation
+    if preservation is None:
+        return [None] * len(batches)
+    held = [one.preserved for one in _losses(run, [preservation.batch(batch) for batch in batches])]
+    _learn([preservation.weight * one.mean() / accumulation for one in held])
+    return [one.detach() for one in held]
 
 
 def _audio_weight(run: TrainingRun, batch: Batch) -> Tensor:
@@ -187,7 +209,7 @@ def _after_step(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, 
 def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_too: bool = False) -> None:
     if run.processes.is_main:
         metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
-        with evaluating(run.optimizer):
+        with run.evaluating():
             checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
         outcome.files.append(path)
         if run.config.saving.save_last_n is not None:
@@ -211,7 +233,7 @@ def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_to
 def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:
     if run.validator is None:
         return
-    with evaluating(run.optimizer):
+    with run.evaluating():
         values = run.validator.run(run.wrapper)
     outcome.first_validation = outcome.first_validation or values
     outcome.last_validation = values
@@ -223,5 +245,5 @@ def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, st
 def _preview(run: TrainingRun, step: int, wanted: bool) -> None:
     if run.preview is None or not wanted:
         return
-    with evaluating(run.optimizer):
+    with run.evaluating():
         run.preview(run.wrapper, step, run.schedule.epoch(step))

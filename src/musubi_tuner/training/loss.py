@@ -21,6 +21,10 @@ class ItemLosses:
     """(B,) bool items whose sound was supervised"""
     video_present: Tensor | None = None
     """(B,) bool items of whose video anything was to be generated; None = all."""
+    preserved: Tensor | None = None
+    """(B,) weighted distance from the base model's prediction, of items that learn from it (`Batch.taught`); None where none does."""
+    preserved_present: Tensor | None = None
+    """(B,) bool items that are in it"""
 
 
 ErrorFunction = Callable[[Tensor, Tensor], Tensor]
@@ -63,4 +67,6 @@ def total_loss(losses: ItemLosses, video_weight: Tensor, audio_weight: Tensor) -
         parts.append(losses.video * video_weight)
     if losses.audio is not None:
         parts.append(losses.audio * audio_weight)
+    if losses.preserved is not None:
+        parts.append(losses.preserved)
     return torch.stack(parts).sum(0).mean()

@@ -16,19 +16,24 @@ log = logging.getLogger(__name__)
 
 
 class LossMeter:
-    """Sums of raw losses since the last look: video, audio, items, items with supervised sound, and with supervised video."""
+    """Sums since the last look: raw losses of video and audio, items, items with supervised sound and with supervised video, distance
+    from the base model of items that learn from it and their number, distance under the prompt of `--dop_prompt` and its number."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(9, dtype=torch.float64, device=device)
 
-    def add(self, losses: ItemLosses, items: int) -> None:
-        """Without waiting for the device."""
-        video = losses.video.detach().sum() if losses.video is not None else self._sums.new_zeros(())
-        audio = losses.audio.detach().sum() if losses.audio is not None else self._sums.new_zeros(())
-        heard = losses.audio_present.sum() if losses.audio_present is not None else self._sums.new_zeros(())
-        seen = losses.video_present.sum() if losses.video_present is not None else self._sums.new_tensor(items)
-        row = [video, audio, self._sums.new_tensor(items), heard, seen]
-        self._sums += torch.stack([value.to(torch.float64) for value in row])
+    def add(self, losses: ItemLosses, items: int, held: Tensor | None = None) -> None:
+        """Without waiting for the device.
+
+        Args:
+            held: (B,) distance from the base model under the prompt of `--dop_prompt`.
+        """
+        count = self._sums.new_tensor(items)
+        seen = count if losses.video_present is None else losses.video_present.sum()
+        of_prompt = (None, None) if held is None else (held, torch.ones_like(held))
+        row = [losses.video, losses.audio, count, losses.audio_present, seen, losses.preserved, losses.preserved_present, *of_prompt]
+        nothing = self._sums.new_zeros(())
+        self._sums += torch.stack([nothing if value is None else value.detach().to(torch.float64).sum() for value in row])
 
     def read(self, mode: str, processes: int) -> dict[str, float]:
         """Means over all processes, and the share of items whose sound was supervised; then start again."""
@@ -36,7 +41,7 @@ class LossMeter:
         self._sums.zero_()
         if processes > 1:
             torch.distributed.all_reduce(sums)
-        video, audio, items, heard, seen = sums.tolist()
+        video, audio, items, heard, seen, preserved, taught, held, asked = sums.tolist()
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
@@ -44,6 +49,10 @@ class LossMeter:
             if heard:
                 values["loss_audio"] = audio / heard
             values["audio_supervised"] = heard / max(items, 1)
+        if taught:
+            values["loss_preserved"] = preserved / taught
+        if asked:
+            values["loss_dop"] = held / asked
         return values
 
 

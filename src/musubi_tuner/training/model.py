@@ -25,10 +25,12 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.adapters import adapted_connectors, make_network, read_start, with_base_networks
 from musubi_tuner.training.planning import (
+    AVERAGE_BYTES,
     Machine,
     Placement,
     largest_workload,
     model_shape,
+    optimizer_bytes,
     place_by_hand,
     place_by_plan,
     read_machine,
@@ -162,7 +164,7 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, b
         config.ltx_mode,
         text_tokens=request.text_tokens,
         trainable=trainable,
-        optimizer=config.optimization.optimizer_type,
+        state_bytes=optimizer_bytes(config.optimization.optimizer_type) + (AVERAGE_BYTES if config.optimization.ema_decay else 0),
     )
     shape = model_shape(read_config(request.checkpoint), low_bit, total)
     full = "bf16" if request.dtype == torch.bfloat16 else "float32"
@@ -256,7 +258,7 @@ def _choose_attention(request: ModelRequest) -> list[tuple[str, str]]:
     if device.type != "cuda":
         return []
     config = read_config(request.checkpoint)
-    work = largest_workload(request.items, request.config.ltx_mode, text_tokens=0, trainable=0, optimizer="sgd")
+    work = largest_workload(request.items, request.config.ltx_mode, text_tokens=0, trainable=0, state_bytes=0)
     tokens = max(1, work.video_tokens or work.audio_tokens) // work.clips
     head = config.attention_head_dim if work.video_tokens else config.audio_attention_head_dim
     times = fastest_attention(device, request.dtype, tokens=tokens, heads=config.num_attention_heads, head_dim=head)

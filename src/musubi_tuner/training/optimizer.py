@@ -63,13 +63,18 @@ def make_optimizer(
         return optimizer
 
 
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether it trains other weights than those that count."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
 @contextmanager
 def evaluating(optimizer: Optimizer) -> Iterator[None]:
     """Weights as they are to be saved and looked at: schedule-free optimizers keep others while they train.
 
     They come back from it to the bit, so that saving and looking change nothing of a run.
     """
-    if not (callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))):
+    if not is_schedule_free(optimizer):
         yield
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -27,6 +27,8 @@ _FEW_BLOCKS = 12
 
 _OPTIMIZER_BYTES = {"adamw8bit": 2.0, "pagedadamw8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "prodigy": 16.0, "came": 4.1}
 _USUAL_OPTIMIZER_BYTES = 8.0
+AVERAGE_BYTES = 4.0
+"""Of a moving average of the weights, for each of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +97,8 @@ def largest_item(items: Sequence[Item], mode: str) -> Item:
     return max(items, key=lambda item: sum(token_counts(item, mode)))
 
 
-def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trainable: int, optimizer: str) -> Workload:
-    """The batch with the most tokens."""
+def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trainable: int, state_bytes: float) -> Workload:
+    """The batch with the most tokens; `state_bytes` are those kept for each trainable weight beside its gradient."""
     largest = largest_item(items, mode)
     video, audio = token_counts(largest, mode)
     return Workload(
@@ -105,7 +107,7 @@ def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trai
         text_tokens=text_tokens,
         clips=largest.spec.batch_size,
         trainable=trainable,
-        optimizer_bytes=optimizer_bytes(optimizer),
+        optimizer_bytes=state_bytes,
     )
 
 

@@ -1,6 +1,7 @@
 """Everything that the loop needs, built by `setup` and not changed after."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from musubi_tuner.dataset.collate import DrawRules
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.loss import ErrorFunction
 from musubi_tuner.training.metrics import Trackers
+from musubi_tuner.training.optimizer import evaluating
+from musubi_tuner.training.preservation import BaseModel, PromptPreservation
 from musubi_tuner.training.state import Watched
 from musubi_tuner.training.supervision import AudioSupervision
 from musubi_tuner.training.validation import Validator
@@ -72,16 +76,22 @@ class TrainingRun:
     balance: AudioBalance | None
     """None where the audio loss has a fixed weight."""
     supervision: AudioSupervision
+    watched: Mapping[str, Watched]
+    """What has a state of its own beside network and optimizer."""
+    average: WeightAverage | None
+    """None where the weights count as they are."""
+    base: BaseModel
+    prompt_preservation: PromptPreservation | None
     passes: int
     """Micro-batches for which each block is visited once."""
     preview: Preview | None
     validator: Validator | None
 
-    @property
-    def watched(self) -> dict[str, Watched]:
-        """What has a state of its own beside network and optimizer."""
-        found: dict[str, Watched] = {"supervision": self.supervision}
-        return found if self.balance is None else found | {"balance": self.balance}
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Weights as they are to be saved and looked at."""
+        with evaluating(self.optimizer), nullcontext() if self.average is None else self.average.applied():
+            yield
 
     @property
     def output_dir(self) -> Path:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.training import TrainingConfig, parse_pairs
@@ -17,6 +16,7 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.dataset.verify import Wanted
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -26,17 +26,20 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.loss import error_function, total_loss
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
-from musubi_tuner.training.optimizer import ScheduleOptions, make_optimizer, make_scheduler
+from musubi_tuner.training.optimizer import ScheduleOptions, is_schedule_free, make_optimizer, make_scheduler
 from musubi_tuner.training.planning import describe_placement, largest_item
+from musubi_tuner.training.preservation import BaseModel
+from musubi_tuner.training.prompts import caption_dropout, prompt_preservation
 from musubi_tuner.training.references import reference_facts
 from musubi_tuner.training.run import Preview, Schedule, TrainingRun
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
-from musubi_tuner.training.supervision import AudioSupervision
+from musubi_tuner.training.supervision import AudioSupervision, silence_warning
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -69,13 +72,18 @@ class Inputs:
     datasets: DatasetConfig
     items: tuple[Item, ...]
     validation_items: tuple[Item, ...]
+    wanted: Wanted
+    """What the caches of this run must be."""
     preview: Preview | None
 
 
 def build_run(inputs: Inputs) -> TrainingRun:
     """Load the transformer, put the network on it, and restore a state where one is given."""
     config = inputs.config
-    rules = draw_rules(config, "train", config.optimization.seed, caption_dropout(inputs))
+    datasets, wanted = inputs.datasets.datasets, inputs.wanted.text
+    dropped = caption_dropout(config.losses, datasets, wanted, read_config(inputs.checkpoint).video_context_width)
+    rules = draw_rules(config, "train", config.optimization.seed, dropped)
+    held = prompt_preservation(config.preservation, datasets, wanted, inputs.device)
     loaded = _load_model(inputs, rules)
     wrapper, network = loaded.wrapper, loaded.network
     schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
@@ -101,7 +109,13 @@ def build_run(inputs: Inputs) -> TrainingRun:
     start_step = 0
     balance = AudioBalance(inputs.device) if config.sound.audio_balance == "ema" else None
     supervision = AudioSupervision(config.sound)
-    watched: dict[str, Watched] = {"supervision": supervision} | ({} if balance is None else {"balance": balance})
+    if optimization.ema_decay and is_schedule_free(optimizer):
+        raise UserError(
+            f"--ema_decay {optimization.ema_decay:g}: --optimizer_type {optimization.optimizer_type} averages already; give one."
+        )
+    average = WeightAverage(network.named_parameters(), optimization.ema_decay) if optimization.ema_decay else None
+    with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
+    watched = {name: one for name, one in with_state.items() if one is not None}
     if config.saving.resume is not None:
         start_step, differences = load_state(
             config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
@@ -134,12 +148,18 @@ def build_run(inputs: Inputs) -> TrainingRun:
         error=error_function(config.losses.loss_type, config.losses.huber_delta),
         balance=balance,
         supervision=supervision,
+        watched=watched,
+        average=average,
+        base=BaseModel(wrapper, network),
+        prompt_preservation=held,
         passes=loaded.placement.passes,
         preview=inputs.preview,
         validator=validator,
     )
     if inputs.processes.is_main:
         log.info(banner(inputs, run, loaded))
+        if (warning := silence_warning(inputs.items, config.ltx_mode, config.preservation.audio_dop_weight)) is not None:
+            log.warning("WARNING: %s", warning)
     return run
 
 
@@ -158,6 +178,8 @@ def draw_rules(config: TrainingConfig, purpose: str, seed: int, dropped: Caption
         video_loss_weight=sound.video_loss_weight,
         audio_loss_weight=sound.audio_loss_weight,
         recipe=config.recipe,
+        preserves=training,
+        audio_dop_weight=config.preservation.audio_dop_weight if training else 0.0,
     )
 
 
@@ -177,29 +199,6 @@ def sigma_settings(losses: LossOptions) -> SigmaSettings:
             raise UserError(f"--timestep_args {key}={text}: must be a number.") from None
     low, high = losses.min_timestep / 1000, losses.max_timestep / 1000
     return SigmaSettings(kind=losses.timestep_sampling, low=low, high=high, **values)
-
-
-def caption_dropout(inputs: Inputs) -> CaptionDropout | None:
-    """
-    Raises:
-        UserError: the empty prompt is not cached.
-    """
-    losses = inputs.config.losses
-    if not losses.drops_captions:
-        return None
-    empty = prompt_path(inputs.datasets.datasets[0].cache_directory, "")
-    if not empty.is_file():
-        raise UserError(
-            f"{empty}: the empty prompt is not cached, and dropped captions are replaced by it. Run ltxv2_cache_text_encoder_outputs.py "
-            "with the same --dataset_config; it always caches it."
-        )
-    return CaptionDropout(
-        both=losses.caption_dropout_rate,
-        video=losses.video_caption_dropout_rate,
-        audio=losses.audio_caption_dropout_rate,
-        empty=empty,
-        video_width=read_config(inputs.checkpoint).video_context_width,
-    )
 
 
 def make_schedule(config: TrainingConfig, items: tuple[Item, ...], processes: int, *, has_validation: bool) -> Schedule:
@@ -232,7 +231,9 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
         batches = [batch.to(inputs.device)] * passes
         started = time.perf_counter()
         with network.dropout(batch.dropout_seeds if passes == 1 else ()):
-            losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches])
+            base = BaseModel(wrapper, network)
+            batches = [base.with_imagined_sound(one) for one in batches]
+            losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches], base=base)
             sum(total_loss(one, batches[0].video_weight, batches[0].audio_weight) for one in losses).backward()
         for parameter in network.parameters():
             parameter.grad = None
@@ -262,7 +263,8 @@ def _largest_batch(inputs: Inputs, rules: DrawRules) -> Batch:
 def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
     """Flags and facts that shape the result, as plain JSON values."""
     values: dict[str, Any] = {}
-    for section in (config.mode, config.network, config.losses, config.sound, config.optimization, config.saving):
+    sections = (config.mode, config.network, config.losses, config.sound, config.preservation, config.optimization, config.saving)
+    for section in sections:
         for field in dataclasses.fields(section):
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
                 values[field.name] = getattr(section, field.name)
@@ -312,6 +314,10 @@ def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ltxv2_av_timestep_rule": config.losses.av_timestep_rule,
         "ltxv2_video_loss_weight": config.sound.video_loss_weight,
         "ltxv2_audio_loss_weight": config.sound.audio_loss_weight,
+        "ltxv2_dop_prompt": "" if config.preservation.dop_prompt is None else config.preservation.dop_prompt,
+        "ltxv2_dop_weight": config.preservation.dop_weight if config.preservation.dop_prompt is not None else 0.0,
+        "ltxv2_audio_dop_weight": config.preservation.audio_dop_weight,
+        "ltxv2_ema_decay": config.optimization.ema_decay,
         "ltxv2_conditioning": config.recipe.describe(),
         **reference_facts(config.recipe, inputs.datasets),
     }

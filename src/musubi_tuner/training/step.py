@@ -1,8 +1,9 @@
 """One forward pass of training: batch -> tokens -> noised input -> velocity -> losses. Every mode takes this one path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from musubi_tuner.conditioning.noising import loss_weights, noised
@@ -24,6 +25,10 @@ class StepInputs:
     audio_sigma: Tensor
 
 
+Forward = Callable[[Sequence[WrapperInput]], list[Velocity]]
+"""Independent passes through a model."""
+
+
 def drawn_levels(batch: Batch) -> StepInputs:
     """The noise levels that were drawn for the batch's items."""
     return StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma)
@@ -35,11 +40,24 @@ def item_losses(wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs)
 
 
 def item_losses_of_all(
-    wrapper: OfficialLTXV2Wrapper, batches: Sequence[Batch], levels: Sequence[StepInputs], error: ErrorFunction = squared_error
+    wrapper: OfficialLTXV2Wrapper,
+    batches: Sequence[Batch],
+    levels: Sequence[StepInputs],
+    error: ErrorFunction = squared_error,
+    base: Forward | None = None,
 ) -> list[ItemLosses]:
-    """The same of several batches, for which the model visits each of its blocks once."""
+    """The same of several batches, for which the model visits each of its blocks once.
+
+    Args:
+        base: the model without its adapters, asked first where a batch has items that learn from it (`Batch.taught`).
+    """
     passes = [_Pass(wrapper, batch, given) for batch, given in zip(batches, levels, strict=True)]
-    velocities = wrapper.forward_many([WrapperInput(one.inputs["video"], one.inputs["audio"], one.text, one.text_mask) for one in passes])
+    learning = [one for one in passes if one.taught is not None]
+    if learning:
+        assert base is not None
+        for one, velocity in zip(learning, base([one.given for one in learning]), strict=True):
+            one.base_velocity = velocity
+    velocities = wrapper.forward_many([one.given for one in passes])
     return [one.losses(velocity, error) for one, velocity in zip(passes, velocities, strict=True)]
 
 
@@ -47,16 +65,18 @@ class _Pass:
     """One batch on its way through the model."""
 
     def __init__(self, wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs) -> None:
-        self.text, self.text_mask = batch.text, batch.text_mask
+        self.taught = batch.taught
+        self.base_velocity: Velocity | None = None
         noise = {"video": batch.video_noise, "audio": batch.audio_noise}
         sigmas = {"video": levels.video_sigma, "audio": levels.audio_sigma}
-        self.inputs: dict[str, Modality | None] = {"video": None, "audio": None}
+        inputs: dict[str, Modality | None] = {"video": None, "audio": None}
         self._targets: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         for name, stream in condition(_streams(batch), batch.conditions).items():
             sigma = model_sigma(sigmas[name], wrapper.timestep_format)
-            self.inputs[name], self._targets[name] = noised(stream, noise[name], sigma)
+            inputs[name], self._targets[name] = noised(stream, noise[name], sigma)
             self._weights[name] = loss_weights(stream)
+        self.given = WrapperInput(inputs["video"], inputs["audio"], batch.text, batch.text_mask)
 
     def losses(self, velocity: Velocity, error: ErrorFunction) -> ItemLosses:
         predictions = {"video": velocity.video, "audio": velocity.audio}
@@ -64,12 +84,32 @@ class _Pass:
             name: masked_mean(error(predictions[name].float(), target), self._weights[name]) for name, target in self._targets.items()
         }
         present = {name: weight.sum(1) > 0 for name, weight in self._weights.items()}
+        preserved = preserved_present = None
+        if self.taught is not None:
+            preserved, preserved_present = self._preserved(predictions, present, error)
+            for name in values:
+                own = getattr(self.taught, name) == 0
+                values[name], present[name] = values[name] * own, present[name] & own
         return ItemLosses(
             video=values.get("video"),
             audio=values.get("audio"),
             audio_present=present.get("audio"),
             video_present=present.get("video"),
+            preserved=preserved,
+            preserved_present=preserved_present,
         )
+
+    def _preserved(
+        self, predictions: Mapping[str, Tensor | None], present: Mapping[str, Tensor], error: ErrorFunction
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) weighted distance from the base model's prediction over both streams, and (B,) bool items that have one."""
+        targets = {"video": self.base_velocity.video, "audio": self.base_velocity.audio}
+        parts, items = [], []
+        for name, weight in self._weights.items():
+            share = getattr(self.taught, name)
+            parts.append(masked_mean(error(predictions[name].float(), targets[name].float()), weight) * share)
+            items.append(present[name] & (share > 0))
+        return torch.stack(parts).sum(0), torch.stack(items).any(0)
 
 
 def _streams(batch: Batch) -> dict[str, TokenStream]:

@@ -1,11 +1,12 @@
 """Strict sound: whether the items that should have sound really trained it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed
 
 from musubi_tuner.config.losses import SoundOptions
+from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -62,3 +63,13 @@ class AudioSupervision:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.expected, self.supervised = int(state["expected"]), int(state["supervised"])
+
+
+def silence_warning(items: Sequence[Item], mode: str, audio_dop_weight: float) -> str | None:
+    """What to say before a run with sound whose clips have none."""
+    if mode != "av" or audio_dop_weight or any(item.clip.has_audio for item in items):
+        return None
+    return (
+        f"--ltx_mode av, and none of the {len(items)} items has sound: the video alone is trained, and nothing holds the sound that goes "
+        "with it to the base model's. Give --audio_dop_weight 1 for that, or train with --ltx_mode video."
+    )
