@@ -25,6 +25,7 @@ from musubi_tuner.training.references import check_reference_factors, check_refe
 from musubi_tuner.training.report import draw_loss_curve, summary
 from musubi_tuner.training.setup import Inputs, build_run
 from musubi_tuner.training.state import newest_state
+from musubi_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.contexts import EncodePrompts
@@ -94,7 +95,7 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
         processes=group,
         device=accelerator.device if config.model.device is None else pick_device(config.model.device),
         dtype=_weight_dtype(accelerator.mixed_precision),
-        accelerator=accelerator,
+        trackers=Trackers(accelerator, logging_options.log_with, config.saving.output_name, config.flat()),
         checkpoint=checkpoint,
         datasets=datasets,
         items=items,

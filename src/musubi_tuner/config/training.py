@@ -1,8 +1,8 @@
 """Everything that `ltxv2_train_network.py` can be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
 from musubi_tuner.config.flags import flag
@@ -150,6 +150,11 @@ class TrainingConfig:
     def ltx_mode(self) -> str:
         """`video`, `av` or `audio`: the explicit flag wins over the older one."""
         return self.mode.ltx_mode or ("av" if self.mode.ltxv2_audio_video else "video")
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its name."""
+        sections = (getattr(self, section.name) for section in fields(self))
+        return {option.name: getattr(section, option.name) for section in sections for option in fields(section)}
 
     @property
     def recipe(self) -> Recipe:

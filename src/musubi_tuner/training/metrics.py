@@ -1,18 +1,14 @@
 """Losses on their way to the screen, the loss file and the trackers. They stay on the device until somebody looks."""
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from musubi_tuner.training.loss import ItemLosses
-
-log = logging.getLogger(__name__)
 
 
 class LossMeter:
@@ -121,27 +117,3 @@ def loss_path(folder: Path, name: str) -> Path:
 def read_losses(path: Path) -> list[dict[str, float]]:
     """The rows of a loss file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-class Trackers:
-    """accelerate's trackers; one that fails is warned of and never stops training."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-        self._failed = False
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        if self._failed:
-            return
-        try:
-            self._accelerator.log(dict(values), step=step)
-        except Exception as error:  # whatever a tracker raises: reporting must not end a run
-            self._failed = True
-            log.warning("WARNING: the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
-
-    def close(self) -> None:
-        """Flush and end the trackers."""
-        try:
-            self._accelerator.end_training()
-        except Exception as error:  # as above
-            log.warning("WARNING: the tracker failed at the end (%s: %s).", type(error).__name__, error)

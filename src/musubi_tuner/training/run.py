@@ -18,11 +18,11 @@ from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.loss import ErrorFunction
-from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.optimizer import evaluating
 from musubi_tuner.training.preservation import BaseModel, PromptPreservation
 from musubi_tuner.training.state import Watched
 from musubi_tuner.training.supervision import AudioSupervision
+from musubi_tuner.training.trackers import Trackers
 from musubi_tuner.training.validation import Validator
 
 Preview = Callable[[OfficialLTXV2Wrapper, int, int], None]

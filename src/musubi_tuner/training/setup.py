@@ -29,7 +29,6 @@ from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.loss import error_function, total_loss
-from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.training.optimizer import ScheduleOptions, is_schedule_free, make_optimizer, make_scheduler
 from musubi_tuner.training.planning import describe_placement, largest_item
@@ -40,6 +39,7 @@ from musubi_tuner.training.run import Preview, Schedule, TrainingRun
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
 from musubi_tuner.training.supervision import AudioSupervision, silence_warning
+from musubi_tuner.training.trackers import Trackers
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Inputs:
     processes: Processes
     device: torch.device
     dtype: torch.dtype
-    accelerator: Any
+    trackers: Trackers
     checkpoint: Checkpoint
     datasets: DatasetConfig
     items: tuple[Item, ...]
@@ -144,7 +144,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
         start_step=start_step,
         settings=settings,
         facts=_facts(inputs, network),
-        trackers=Trackers(inputs.accelerator),
+        trackers=inputs.trackers,
         error=error_function(config.losses.loss_type, config.losses.huber_delta),
         balance=balance,
         supervision=supervision,
