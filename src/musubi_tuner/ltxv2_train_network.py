@@ -90,11 +90,12 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
         from musubi_tuner.preview.run import make_previewer
 
         preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint), wanted_text=wanted.text)
+    device = accelerator.device if config.model.device is None else pick_device(config.model.device)
     return Inputs(
         config=config,
         processes=group,
-        device=accelerator.device if config.model.device is None else pick_device(config.model.device),
-        dtype=_weight_dtype(accelerator.mixed_precision),
+        device=device,
+        dtype=_weight_dtype(accelerator.mixed_precision, config.optimization.mixed_precision, device),
         trackers=Trackers(accelerator, logging_options.log_with, config.saving.output_name, config.flat()),
         checkpoint=checkpoint,
         datasets=datasets,
@@ -130,11 +131,16 @@ def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePr
     return encode
 
 
-def _weight_dtype(mixed_precision: str) -> torch.dtype:
+def _weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) -> torch.dtype:
+    """
+    Args:
+        mixed_precision: accelerate's, which is "no" also where nobody said so.
+        asked: of our own flag; None = nothing.
+    """
     if mixed_precision == "bf16":
         return torch.bfloat16
     if mixed_precision == "no":
-        return torch.float32
+        return torch.bfloat16 if asked is None and device.type == "cuda" else torch.float32
     raise UserError(
         f"mixed precision {mixed_precision!r}: LTX-2 is trained in bf16 (or 'no' for float32). Launch with --mixed_precision bf16."
     )

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
+from musubi_tuner import ltxv2_train_network
 from musubi_tuner.config.flags import describe, flag, parse
 from musubi_tuner.config.training import TrainingConfig, check_training_config, parse_pairs
 from musubi_tuner.runtime.errors import UserError
@@ -142,3 +144,19 @@ def test_flags_of_training_are_a_decision():
         "--audio_supervision_warmup_steps", "--lr_scheduler_type", "--lr_scheduler_args", "--lr_decay_steps",
         "--save_last_n", "--autoresume", "--dop_prompt", "--dop_weight", "--audio_dop_weight", "--ema_decay",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "device", "expected"),
+    [
+        ("bf16", None, "cpu", torch.bfloat16), ("no", None, "cuda", torch.bfloat16), ("no", "no", "cuda", torch.float32),
+        ("no", None, "cpu", torch.float32),
+    ],
+)  # fmt: skip
+def test_weights_are_bf16_on_a_gpu_unless_float32_is_asked_for(launched, asked, device, expected):
+    assert ltxv2_train_network._weight_dtype(launched, asked, torch.device(device)) == expected
+
+
+def test_other_precisions_are_refused():
+    with pytest.raises(UserError, match="mixed precision 'fp16'.*bf16"):
+        ltxv2_train_network._weight_dtype("fp16", None, torch.device("cpu"))

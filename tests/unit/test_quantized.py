@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from musubi_tuner.memory import fused
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize, relative_error
 
 FORMATS = {"fp8": 0.04, "int8": 0.02, "nf4": 0.12}
@@ -58,3 +59,26 @@ def test_operations_keep_their_contract():
         x = torch.randn(40, 128, requires_grad=True)
         operation = getattr(torch.ops.ltxv2, f"{weight_format}_linear").default
         torch.library.opcheck(operation, (x, layer.codes, layer.scale, None), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_fused_kernels_equal_the_plain_operations_also_within_a_compiled_graph(weight_format, monkeypatch):
+    """What runs on a GPU, compiled for the CPU: chains of small operations as one kernel, called by an operation within another graph."""
+    layer = QuantizedLinear(quantize(weight(), weight_format), torch.randn(96), 128)
+    x = torch.randn(2, 20, 128, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    seed = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+
+    def run(function) -> tuple[torch.Tensor, torch.Tensor]:
+        given = x.clone().requires_grad_()
+        y = function(given)
+        y.backward(seed)
+        return y.detach(), given.grad
+
+    plain = run(layer)
+    calls = []
+    monkeypatch.setattr(fused, "compiles_for", lambda tensor: not calls.append(tensor.shape))
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        for ours, theirs in zip(run(function), plain, strict=True):
+            torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)  # a code may round the other way
+            assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
+    assert calls

@@ -97,7 +97,7 @@ class OptimizationOptions:
     ema_decay: float = flag("save, preview and measure a moving average of the weights, such as 0.999; 0 = off", default=0.0)
     max_grad_norm: float = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
     mixed_precision: Literal["no", "bf16"] | None = flag(
-        "dtype of the frozen weights; default: what accelerate was launched with", default=None
+        "dtype of the frozen weights, no = float32; default: bf16 on a GPU, else what accelerate was launched with", default=None
     )
     seed: int = flag("seed of data order, noise and initial weights", default=42)
     max_data_loader_n_workers: int = flag("processes that read caches ahead", default=2)

@@ -1,6 +1,7 @@
 """What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
 
 import importlib.util
+import logging
 import time
 from collections.abc import Callable
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from musubi_tuner.memory.plan import Budget
-from musubi_tuner.memory.quantized import FP8
+from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 _HOST_RESERVE = 6 * GIB
@@ -20,14 +23,14 @@ _DEVICE_MARGIN = 0.94
 
 def measure_rates(device: torch.device) -> tuple[CardRates, str | None]:
     """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and the faster low-bit format (None where
-    the card has neither fp8 nor int8 products, or they are slower than bf16)."""
+    the card has neither fp8 nor int8 products, or a whole linear in them is slower than in bf16)."""
     cuda = device.type == "cuda"
     rows, inner, outer, heads = (4096, 4096, 16384, 32) if cuda else (256, 256, 512, 4)
     dtype = torch.bfloat16 if cuda else torch.float32
     a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
     operations = 2.0 * rows * inner * outer
     bf16 = operations / seconds_of(lambda: a @ b.t(), device)
-    low = {name: operations / seconds_of(run, device) for name, run in _low_bit_products(a, b, device).items()}
+    low = _low_bit_rates(a, b, operations)
     best = max(low, key=low.__getitem__, default=None)
     best = best if best is not None and low[best] > bf16 else None
     query = torch.randn(1, heads, rows, 128, device=device, dtype=dtype, requires_grad=True)
@@ -74,19 +77,20 @@ def can_compile(device: torch.device) -> str | None:
     return None
 
 
-def _low_bit_products(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """Products that the card has in its own instructions."""
-    if device.type != "cuda":
+def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[str, float]:
+    """Of a whole linear in each format that the card multiplies in, with the conversion of its input."""
+    if not a.is_cuda:
         return {}
-    found: dict[str, Callable[[], torch.Tensor]] = {}
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 9):
-        a8, b8 = a.to(FP8), b.to(FP8)
-        ones = [torch.ones(shape, device=device) for shape in ((a.shape[0], 1), (1, b.shape[0]))]
-        found["fp8"] = lambda: torch._scaled_mm(a8, b8.t(), scale_a=ones[0], scale_b=ones[1], out_dtype=torch.bfloat16)
-    if capability >= (8, 0):
-        ai, bi = a.to(torch.int8), b.to(torch.int8)
-        found["int8"] = lambda: torch._int_mm(ai, bi.t())
+    capability = torch.cuda.get_device_capability(a.device)
+    found: dict[str, float] = {}
+    for name, first in (("fp8", (8, 9)), ("int8", (8, 0))):
+        if capability < first:
+            continue
+        codes = quantize(b, name)
+        try:
+            found[name] = operations / seconds_of(lambda: low_bit_linear(a, codes), a.device)  # noqa: B023 - run at once
+        except RuntimeError as error:  # a card or build without this product
+            log.info("%s products do not run on this card: %s", name, str(error).splitlines()[0])
     return found
 
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import register_linear
+from musubi_tuner.memory.fused import compiles_for, fused
 
 FP8 = torch.float8_e4m3fn
-_FP8_MAX = 448.0
-_INT8_MAX = 127.0
 NF4_BLOCK = 64
 _TINY = 1e-12
+_ENTRIES_AT_ONCE = 2**21
 _SMALLEST_INT8_ROWS = 32
 """`torch._int_mm` on CUDA wants more than 16 rows."""
 
@@ -46,10 +46,8 @@ def quantize(weight: Tensor, weight_format: str) -> Codes:
     weight = weight.float()
     if weight_format == "nf4":
         return _quantize_nf4(weight)
-    largest = _FP8_MAX if weight_format == "fp8" else _INT8_MAX
-    scale = weight.abs().amax(dim=1).clamp(min=_TINY) / largest
-    values = weight / scale[:, None]
-    return Codes(weight_format, values.to(FP8) if weight_format == "fp8" else values.round().to(torch.int8), scale)
+    values, scale = _quantize_rows(weight, None, FP8 if weight_format == "fp8" else torch.int8)
+    return Codes(weight_format, values, scale[:, 0])
 
 
 def dequantize(codes: Codes) -> Tensor:
@@ -78,7 +76,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _OPERATIONS[self.format](x, self.codes, self.scale, self.bias)
+        return low_bit_linear(x, Codes(self.format, self.codes, self.scale), self.bias)
 
     def dequantized_weight(self) -> Tensor:
         """(out, in) float32, outside autograd."""
@@ -142,49 +140,75 @@ def _quantize_nf4(weight: Tensor) -> Codes:
     scale = blocks.abs().amax(dim=2).to(torch.float16).clamp(min=torch.finfo(torch.float16).tiny)
     table = torch.tensor(_NF4, device=weight.device)
     borders = (table[1:] + table[:-1]) / 2
-    indices = torch.bucketize(blocks / scale[..., None].float(), borders).to(torch.uint8).view(rows, columns)
+    indices = torch.bucketize(blocks / scale[..., None].float(), borders, out_int32=True).to(torch.uint8).view(rows, columns)
     return Codes("nf4", (indices[:, 0::2] << 4) | indices[:, 1::2], scale)
 
 
 def _nf4_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in); where nothing can be fused, some rows at a time, as the steps between would take many times the weight's own room."""
+    if compiles_for(codes):
+        return _nf4_rows(codes, scale, dtype)
+    weight = torch.empty(codes.shape[0], 2 * codes.shape[1], device=codes.device, dtype=dtype)
+    rows = max(1, _ENTRIES_AT_ONCE // codes.shape[1])
+    for start in range(0, codes.shape[0], rows):
+        weight[start : start + rows] = _nf4_rows(codes[start : start + rows], scale[start : start + rows], dtype)
+    return weight
+
+
+@fused
+def _nf4_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     table = torch.tensor(_NF4, device=codes.device, dtype=torch.float32)
     pairs = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1)
     values = table[pairs.int()].view(*scale.shape, NF4_BLOCK) * scale[..., None].float()
     return values.view(codes.shape[0], -1).to(dtype)
 
 
-def _quantize_rows(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Rows scaled into -largest..largest in float32, and their scales (rows, 1)."""
-    x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / largest
-    return x / scale, scale
+@fused
+def _quantize_rows(x: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of `x` (M, K), times (K,) `factors` where there are any, scaled into the range of `dtype`, and their scales (M, 1)."""
+    x = x.float() if factors is None else x.float() * factors
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _LARGEST[dtype]
+    rows = x / scale
+    return (rows if dtype == FP8 else rows.round()).to(dtype), scale
 
 
-def _multiply_fp8(x: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K) times right (K, N), column-major fp8 with (N,) scales."""
-    rows, row_scale = _quantize_rows(x, _FP8_MAX)
-    out = torch._scaled_mm(rows.to(FP8), right, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16)
-    out = out.to(x.dtype)
-    return out if bias is None else out + bias.to(out.dtype)
+@fused
+def _scaled(product: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An int32 product (M, N) in the numbers that it stands for."""
+    out = product.float() * row_scale * scale
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def _multiply_int8(x: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K) times right (K, N) int8 with (N,) scales."""
-    rows, row_scale = _quantize_rows(x, _INT8_MAX)
-    codes = rows.round().to(torch.int8)
-    missing = max(0, _SMALLEST_INT8_ROWS - codes.shape[0])
-    product = torch._int_mm(F.pad(codes, (0, 0, 0, missing)), right)[: codes.shape[0]]
-    out = (product.float() * row_scale * scale).to(x.dtype)
-    return out if bias is None else out + bias.to(out.dtype)
+def _multiply_fp8(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """fp8 rows (M, K) times right (K, N), column-major fp8 with (N,) scales."""
+    out = torch._scaled_mm(rows, right, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16).to(dtype)
+    return out if bias is None else out + bias.to(dtype)
 
 
-def _input_gradient(multiply: Callable[..., Tensor], gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _multiply_int8(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int8 rows (M, K) times right (K, N) int8 with (N,) scales."""
+    missing = max(0, _SMALLEST_INT8_ROWS - rows.shape[0])
+    product = torch._int_mm(F.pad(rows, (0, 0, 0, missing)) if missing else rows, right)[: rows.shape[0]]
+    return _scaled(product, row_scale, scale, bias, dtype)
+
+
+_LARGEST = {FP8: 448.0, torch.int8: 127.0}
+_MULTIPLY = {FP8: _multiply_fp8, torch.int8: _multiply_int8}
+
+
+def _low_bit_forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, row_scale = _quantize_rows(x, None, codes.dtype)
+    return _MULTIPLY[codes.dtype](rows, row_scale, codes.t(), scale, bias, x.dtype)
+
+
+def _low_bit_input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """dx = (dy * scale) codes: the output scales are folded into dy, so that the same codes serve both directions."""
-    flat = gradient.reshape(-1, gradient.shape[-1]).float() * scale
+    rows, row_scale = _quantize_rows(gradient.reshape(-1, gradient.shape[-1]), scale, codes.dtype)
     # Both operands of a low-bit product must be contiguous along the summed axis: the codes are turned over on the fly.
     turned = codes.t().contiguous().t()
     ones = torch.ones(codes.shape[1], device=codes.device)
-    return multiply(flat.to(gradient.dtype), turned, ones, None).view(*gradient.shape[:-1], codes.shape[1])
+    flat = _MULTIPLY[codes.dtype](rows, row_scale, turned, ones, None, gradient.dtype)
+    return flat.view(*gradient.shape[:-1], codes.shape[1])
 
 
 def _define(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor], inputs_of: Callable[[Tensor], int]) -> Any:
@@ -222,17 +246,12 @@ def _nf4_backward(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 _OPERATIONS = {
-    "fp8": _define(
-        "fp8_linear",
-        lambda x, codes, scale, bias: _multiply_fp8(x, codes.t(), scale, bias),
-        lambda gradient, codes, scale: _input_gradient(_multiply_fp8, gradient, codes, scale),
-        lambda codes: codes.shape[1],
-    ),
-    "int8": _define(
-        "int8_linear",
-        lambda x, codes, scale, bias: _multiply_int8(x, codes.t(), scale, bias),
-        lambda gradient, codes, scale: _input_gradient(_multiply_int8, gradient, codes, scale),
-        lambda codes: codes.shape[1],
-    ),
+    "fp8": _define("fp8_linear", _low_bit_forward, _low_bit_input_gradient, lambda codes: codes.shape[1]),
+    "int8": _define("int8_linear", _low_bit_forward, _low_bit_input_gradient, lambda codes: codes.shape[1]),
     "nf4": _define("nf4_linear", _nf4_forward, _nf4_backward, lambda codes: 2 * codes.shape[1]),
 }
+
+
+def low_bit_linear(x: Tensor, codes: Codes, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of `x`, with everything that belongs to it: the rows of `x` are brought into few bits too."""
+    return _OPERATIONS[codes.format](x, codes.values, codes.scale, bias)

@@ -5,6 +5,7 @@ block's tensors are views of one fixed slot of the ring, so a tensor that autogr
 soon as the slot holds the block again. Copies run on a stream of their own and are ordered by events: the host never waits.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -183,6 +184,7 @@ def _host_buffer(size: int, *, pinned: bool) -> Tensor:
                 f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
                 "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
             )
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
     return buffer
 
 

@@ -1,9 +1,10 @@
 """The transformer of a run: planned, loaded, adapted, proved by one step."""
 
+import gc
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ class ModelRequest:
     processes: Processes
 
 
+Notes = Sequence[tuple[str, str]]
+"""Rows for the banner."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """A model that is ready for its first step."""
@@ -65,8 +70,8 @@ class LoadedModel:
     wrapper: OfficialLTXV2Wrapper
     network: LoRANetwork
     placement: Placement
-    notes: tuple[tuple[str, str], ...]
-    """Rows for the banner: what was measured."""
+    notes: Notes
+    """What was measured."""
 
 
 Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork, int], float]
@@ -80,20 +85,22 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         UserError: no plan fits, or none held after a few trials.
     """
     config, device = request.config, request.device
+    notes = _choose_attention(request)
     machine = read_machine(device, config.memory, processes=request.processes.count)
     if machine is None:
         placement = place_by_hand(config.memory, read_config(request.checkpoint).num_layers, device)
-        return _load(request, placement)
+        return _load(request, placement, notes)
     sizes = _sizes(request)
     factor = 1.0
     for _ in range(_TRIALS):
         placement = request.processes.gather(_plan(request, machine, sizes, factor))[0]
-        proved = _load_and_prove(request, placement, trial)
+        proved = _load_and_prove(request, placement, notes, trial)
         if all(request.processes.gather(proved is not None)):
             return proved
         factor *= _AFTER_TOO_LITTLE
         log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
         del proved
+        gc.collect()  # modules and their compiled forms hold each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
     raise UserError(
@@ -102,10 +109,10 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     )
 
 
-def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial) -> LoadedModel | None:
+def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial) -> LoadedModel | None:
     """None where the device ran out of memory."""
     try:
-        return _proved(_load(request, placement), trial, request.device)
+        return _proved(_load(request, placement, notes), trial, request.device)
     except torch.OutOfMemoryError:
         return None
 
@@ -179,7 +186,7 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, b
     )
 
 
-def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
+def _load(request: ModelRequest, placement: Placement, notes: Notes) -> LoadedModel:
     config, device = request.config, request.device
     streamed = frozenset(placement.streamed)
     whole = _trained_whole(request)
@@ -218,13 +225,12 @@ def _load(request: ModelRequest, placement: Placement) -> LoadedModel:
         streamer=BlockStreamer([blocks[index] for index in placement.streamed], device) if streamed else None,
         inputs_on_host=placement.inputs_on_host,
     )
-    notes = [("quantization", _describe_errors(placer.errors))] if placer.errors else []
-    notes += _choose_attention(request)
+    errors = (("quantization", _describe_errors(placer.errors)),) if placer.errors else ()
     return LoadedModel(
         wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format, connectors),
         network=network,
         placement=placement,
-        notes=tuple(notes),
+        notes=(*errors, *notes),
     )
 
 
@@ -250,7 +256,8 @@ def _describe_errors(errors: dict[str, float]) -> str:
     return f"relative error of {len(errors)} weights: {mean:.2%} in the mean, {errors[worst]:.2%} at worst ({worst})"
 
 
-def _choose_attention(request: ModelRequest) -> list[tuple[str, str]]:
+def _choose_attention(request: ModelRequest) -> Notes:
+    """The fastest kernel on the largest clip, while the card is still empty."""
     mode, device = request.config.memory.attn_mode, request.device
     if mode != "auto":
         use_attention(mode)

@@ -72,6 +72,8 @@ def read_machine(device: torch.device, options: MemoryOptions, *, processes: int
     if device.type != "cuda" and options.vram_gb is None:
         return None
     rates, low_format = measure_rates(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what measuring took counts as free again
     free = free_memory(device, options.vram_gb, options.ram_gb)
     return Machine(device=device, budget=Budget(device=free.device, host=free.host // processes), rates=rates, low_format=low_format)
 
