@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
@@ -38,7 +39,9 @@ def make_model(layers: int = 5, version: str = "2.3", args: Mapping[str, str] = 
     return model, network
 
 
-def make_input(model: LTXModel, shape: Sequence[int], seed: int = 0, batch: int = 1) -> tuple[ModelInput, list[Tensor]]:
+def make_input(
+    model: LTXModel, shape: Sequence[int], seed: int = 0, batch: int = 1, device: str = "cpu"
+) -> tuple[ModelInput, list[Tensor]]:
     """Noised clips with text, and the velocities to predict."""
     generator = torch.Generator().manual_seed(seed)
     frames, rows, columns, steps = shape
@@ -49,7 +52,8 @@ def make_input(model: LTXModel, shape: Sequence[int], seed: int = 0, batch: int 
         modality, target = noised(stream, torch.randn(stream.clean.shape, generator=generator), torch.rand(batch, generator=generator))
         given.append(dataclasses.replace(modality, context=torch.randn(batch, 32, width, generator=generator)))
         targets.append(target)
-    return ModelInput(*_typed(given)), targets
+    moved = each_tensor(ModelInput(*_typed(given)), lambda tensor: tensor.to(device))
+    return moved, [target.to(device) for target in targets]
 
 
 def _typed(given: list[Modality]) -> tuple[Modality, Modality]:
@@ -60,9 +64,11 @@ def loss_of(velocity: Sequence[Tensor | None], targets: Sequence[Tensor]) -> Ten
     return sum(((got - wanted) ** 2).mean() for got, wanted in zip(velocity, targets, strict=True) if got is not None)
 
 
-def step(model: LTXModel, network: LoRANetwork, shape: Sequence[int] = SHAPES[0], seed: int = 0) -> tuple[float, list[Tensor]]:
+def step(
+    model: LTXModel, network: LoRANetwork, shape: Sequence[int] = SHAPES[0], seed: int = 0, device: str = "cpu"
+) -> tuple[float, list[Tensor]]:
     """Loss and LoRA gradients of one clip."""
-    given, targets = make_input(model, shape, seed)
+    given, targets = make_input(model, shape, seed, device=device)
     loss = loss_of(model(given.video, given.audio), targets)
     loss.backward()
     return loss.item(), taken_gradients(network)
