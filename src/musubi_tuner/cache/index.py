@@ -86,6 +86,8 @@ class Clip:
     """File name of what is played beside its sound; None = nothing."""
     reference_sound_source: str = ""
     reference_sound_fingerprint: str = ""
+    mirrored: bool = False
+    """Its pictures, with references and masks, are flipped left to right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,13 +105,13 @@ def latents_window(clip: Clip) -> str:
     window: dict[str, Any] = {"kind": clip.kind, "width": clip.width, "height": clip.height}
     if clip.kind == "video":
         window |= {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps, "frames": clip.frames}
-    return canonical(window)
+    return canonical(window | _mirrored(clip))
 
 
 def reference_window(clip: Clip) -> str:
     """The same for what is shown beside it: the same seconds, at a size and rate of its own."""
     window = {"width": clip.reference_width, "height": clip.reference_height, "frames": clip.reference_frames}
-    return canonical(window | {"start": clip.start_seconds, "fps": clip.reference_fps})
+    return canonical(window | {"start": clip.start_seconds, "fps": clip.reference_fps} | _mirrored(clip))
 
 
 def reference_audio_window(clip: Clip) -> str:
@@ -120,6 +122,11 @@ def reference_audio_window(clip: Clip) -> str:
 def audio_window(clip: Clip) -> str:
     """The same for its sound: the seconds alone, and the frame rate that says how much may be padded at a stream's end."""
     return canonical({"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps})
+
+
+def _mirrored(clip: Clip) -> dict[str, Any]:
+    """Nothing for other clips, so that their files stay valid."""
+    return {"mirrored": True} if clip.mirrored else {}
 
 
 def index_path(dataset: PlannedDataset) -> Path:

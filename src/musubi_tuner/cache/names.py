@@ -22,6 +22,11 @@ def image_latent_name(stem: str, width: int, height: int) -> str:
     return f"{stem}_{width:04d}x{height:04d}{LATENTS_ENDING}"
 
 
+def mirrored_name(latent_name: str) -> str:
+    """Latents of the mirror image of a video or still."""
+    return latent_name.removesuffix(LATENTS_ENDING) + "_mirrored" + LATENTS_ENDING
+
+
 def audio_sidecar_name(latent_name: str) -> str:
     """The sidecar of a video latent file."""
     return latent_name.removesuffix(LATENTS_ENDING) + AUDIO_ENDING

@@ -41,6 +41,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "audio_loss_weight": (int, float),
     "preserve_base": (bool,),
     "caption_dropout_rate": (int, float),
+    "flip_x": (bool, str),
     "reference_directory": (str,),
     "reference_audio_directory": (str,),
     "mask_directory": (str,),
@@ -100,6 +101,8 @@ class DatasetSpec:
     caption_dropout_rate: float | None = None
     preserve_base: bool = False
     """Its items keep what the base model makes of them, in place of learning their content."""
+    flip_x: bool | str = False
+    """Mirror images as further clips: of sources whose captions do not tell left from right, or `force`: of all."""
     reference_directory: Path | None = None
     """References by the stems of the sources; a jsonl names them by `reference_path`."""
     reference_audio_directory: Path | None = None
@@ -123,7 +126,8 @@ class DatasetSpec:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in _NO_PLAN and not (field.name.startswith(("reference_", "separate_", "mask_")) and value in (None, 1)):
+            is_later = field.name == "flip_x" or field.name.startswith(("reference_", "separate_", "mask_"))
+            if field.name not in _NO_PLAN and not (is_later and value == field.default):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)
                 values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -286,6 +290,10 @@ def _check_spec(path: Path, spec: DatasetSpec) -> None:
         refuse(f"caption_dropout_rate = {spec.caption_dropout_rate}: a share between 0 and 1.")
     if not spec.caption_extension.startswith("."):
         refuse(f"caption_extension = {spec.caption_extension!r}: must begin with a dot, such as '.txt'.")
+    if spec.flip_x not in (True, False, "force"):
+        refuse(f'flip_x = {spec.flip_x!r}: must be true, false, or "force" (captions with left or right too).')
+    if spec.flip_x and spec.kind == "audio":
+        refuse("flip_x is for videos and images.")
     step = 32 * spec.reference_downscale
     if any(side % step for side in spec.resolution):
         refuse(f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}.")

@@ -48,7 +48,7 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
     """Items of all datasets, in the order of their indices.
 
     Args:
-        mode: `video`, `av` or `audio`; video mode leaves out audio datasets, audio mode leaves out stills.
+        mode: `video`, `av` or `audio`; video mode leaves out audio datasets, audio mode leaves out stills and mirror images.
 
     Raises:
         UserError: an index that is missing or was made with other settings, or no item that the mode can use.
@@ -56,7 +56,7 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
     items = []
     for spec in specs:
         for clip in read_index(spec, dataset_config).clips:
-            if mode != "audio" and clip.latents is None or mode == "audio" and clip.audio is None:
+            if mode != "audio" and clip.latents is None or mode == "audio" and (clip.audio is None or clip.mirrored):
                 continue
             items.append(_item(spec, clip, mode))
     if not items:

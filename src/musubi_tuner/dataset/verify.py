@@ -7,12 +7,15 @@ from pathlib import Path
 from musubi_tuner.cache import expected
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.fingerprint import file_fingerprint, text_fingerprint
+from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.config.mirroring import is_mirrored, side_named
 from musubi_tuner.config.sources import Source, list_sources, sources_exist
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
 
 _MOST_ROWS = 12
+_NOW_MIRRORED = "its mirror image (flip_x) is not cached: its caption said left or right when the clips were planned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +95,33 @@ def _source_problems(items: Sequence[Item]) -> list[_Problem]:
         by_spec.setdefault(item.spec.label, []).append(item)
     for group in by_spec.values():
         spec = group[0].spec
-        if sources_exist(spec):
-            sources = {source.name: source for source in list_sources(spec, require_captions=False)}
+        sources = {source.name: source for source in list_sources(spec, require_captions=False)} if sources_exist(spec) else {}
+        if sources:
             problems += _changed(spec, group, sources)
+        if spec.flip_x:
+            problems += _mirror_problems(group, sources)
     return problems
+
+
+def _mirror_problems(items: Sequence[Item], sources: Mapping[str, Source]) -> list[_Problem]:
+    """Captions that came to tell left from right, or ceased to, after the clips were planned."""
+    problems = []
+    for name, clip_items in _by_source(items).items():
+        item = clip_items[0]
+        caption = sources[name].caption if name in sources else _cached_caption(item.text_encoder_output_cache_path)
+        if caption is None or item.latent_cache_path is None:
+            continue
+        mirrored = [one for one in clip_items if one.clip.mirrored]
+        if is_mirrored(item.spec, caption) != bool(mirrored):
+            reason = f"its caption says '{side_named(caption)}', so it must not be mirrored (flip_x)" if mirrored else _NOW_MIRRORED
+            first = mirrored[0] if mirrored else item
+            problems.append(_Problem(first.key, first.latent_cache_path, reason, "ltxv2_cache_latents.py"))
+    return problems
+
+
+def _cached_caption(path: Path) -> str | None:
+    """The caption that a text cache was made from; None where the file itself is at fault."""
+    return read_metadata(path).get("caption") if reason_to_rebuild(path, {}, ()) is None else None
 
 
 def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Source]) -> list[_Problem]:

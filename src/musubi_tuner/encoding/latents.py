@@ -12,6 +12,7 @@ from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import latents_key, reference_latents_key
 from musubi_tuner.encoding.jobs import Job, list_jobs
+from musubi_tuner.encoding.mirror import as_planned
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE
@@ -78,8 +79,8 @@ def _decode(job: Job) -> Tensor:
     clip, found = job.planned.clip, job.planned.found
     if isinstance(found, VideoInfo):
         places = choose_frames(found, clip.fps, clip.start_frame, clip.frames)
-        return read_frames(found, places, clip.width, clip.height)
-    return cover_and_crop(read_picture(job.planned.source.path), clip.width, clip.height)[None]
+        return as_planned(read_frames(found, places, clip.width, clip.height), clip)
+    return as_planned(cover_and_crop(read_picture(job.planned.source.path), clip.width, clip.height)[None], clip)
 
 
 def _decode_reference(job: Job) -> Tensor:
@@ -87,9 +88,9 @@ def _decode_reference(job: Job) -> Tensor:
     size = (clip.reference_width, clip.reference_height)
     if isinstance(found, VideoInfo):
         start = clip.start_seconds * clip.reference_fps
-        return read_frames(found, choose_frames(found, clip.reference_fps, start, clip.reference_frames), *size)
+        return as_planned(read_frames(found, choose_frames(found, clip.reference_fps, start, clip.reference_frames), *size), clip)
     assert path is not None
-    return cover_and_crop(read_picture(path), *size)[None]
+    return as_planned(cover_and_crop(read_picture(path), *size)[None], clip)
 
 
 def _write_reference(job: Job, latents: Tensor) -> None:

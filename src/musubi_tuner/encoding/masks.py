@@ -11,6 +11,7 @@ from musubi_tuner.cache.expected import mask_of
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import VIDEO_MASK_KEY
 from musubi_tuner.encoding.jobs import Job, list_jobs
+from musubi_tuner.encoding.mirror import as_planned
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE, latent_frames, latent_size
@@ -41,9 +42,12 @@ def _decode(job: Job) -> Tensor:
     clip, found, path = job.planned.clip, job.planned.beside.mask, job.planned.source.mask
     assert path is not None
     if isinstance(found, VideoInfo):
-        cells = cells_of(read_frames(found, choose_frames(found, clip.fps, clip.start_frame, clip.frames), clip.width, clip.height))
-    else:  # a picture stands for all frames
-        cells = cells_of(cover_and_crop(read_picture(path), clip.width, clip.height)[None]).expand(latent_frames(clip.frames), -1, -1)
+        frames = read_frames(found, choose_frames(found, clip.fps, clip.start_frame, clip.frames), clip.width, clip.height)
+    else:
+        frames = cover_and_crop(read_picture(path), clip.width, clip.height)[None]
+    cells = cells_of(as_planned(frames, clip))
+    if not isinstance(found, VideoInfo):  # a picture stands for all frames
+        cells = cells.expand(latent_frames(clip.frames), -1, -1)
     if not bool((cells > 0.5).any()):
         raise UserError(f"{path}: is black in all of {clip.key}, so nothing of it would count. White is what counts; mend the mask.")
     return cells.contiguous()

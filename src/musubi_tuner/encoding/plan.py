@@ -12,6 +12,7 @@ from musubi_tuner.cache.names import audio_only_name, audio_sidecar_name, image_
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.config.sources import Source, list_all_sources
 from musubi_tuner.encoding.buckets import bucket_for
+from musubi_tuner.encoding.mirror import with_mirror_images
 from musubi_tuner.encoding.references import FilesBeside, PlanRow, probe_files_beside, with_files_beside
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, Window, audio_windows, target_lengths, video_windows
 from musubi_tuner.media.picture import picture_size
@@ -55,6 +56,16 @@ class DatasetPlan:
     without_caption: int
 
     @property
+    def mirrored(self) -> int:
+        """Clips that are mirror images of others."""
+        return sum(planned.clip.mirrored for planned in self.clips)
+
+    @property
+    def not_mirrored(self) -> int:
+        """Clips without a mirror image though the dataset asks for them: their captions tell left from right."""
+        return len(self.clips) - 2 * self.mirrored if self.spec.flip_x else 0
+
+    @property
     def index(self) -> DatasetIndex:
         lost = tuple((row.source, row.note) for row in self.rows if row.outcome in ("dropped", "failed"))
         return DatasetIndex(settings=self.spec.settings(), clips=tuple(planned.clip for planned in self.clips), dropped=lost)
@@ -96,6 +107,8 @@ def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) 
             found, row = _plan_image(spec, one, one.found, still_fps)
         else:
             found, row = _plan_audio(spec, one, one.found)
+        if found and spec.kind != "audio":
+            found, row = with_mirror_images(spec, one.source, found, row)
         if found:
             found, row = with_files_beside(spec, one.source, found, row, one.beside)
         clips += [PlannedClip(clip=clip, source=one.source, found=one.found, beside=one.beside) for clip in found]

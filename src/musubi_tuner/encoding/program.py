@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
-from musubi_tuner.cache.names import INDEX_ENDING
+from musubi_tuner.cache.names import INDEX_ENDING, LATENTS_ENDING
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.latent_caching import DataOptions, WorkOptions
 from musubi_tuner.encoding.jobs import Job, Todo, choose
@@ -73,6 +73,8 @@ def run_task(task: Task, plans: Sequence[DatasetPlan], jobs: Sequence[Job], data
     )
     outcome = Outcome.joined(group.gather(part))
     outcome.failed += [(f"{plan.spec.label}/{row.source}", row.note) for plan in plans for row in plan.rows if row.outcome == "failed"]
+    if task.ending == LATENTS_ENDING:
+        outcome.not_mirrored = sum(plan.not_mirrored for plan in plans)
     if group.is_main:
         log.info("\n%s", describe_outcome(task.title, outcome))
         if orphans := describe_orphans(plans, jobs, task.ending):

@@ -12,6 +12,7 @@ from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.runtime.tables import format_table
 
 _MOST_ROWS = 40
+_NAMES_A_SIDE = "as their captions say left or right"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,6 +25,8 @@ class Outcome:
     """(file, reason) of files that were made anew; counted in `encoded` too."""
     failed: list[tuple[str, str]] = field(default_factory=list)
     """(clip or source, reason)"""
+    not_mirrored: int = 0
+    """Clips without the mirror image that `flip_x` asks for."""
 
     @staticmethod
     def joined(parts: Sequence["Outcome"]) -> "Outcome":
@@ -53,6 +56,10 @@ def describe_sources(plans: Sequence[DatasetPlan]) -> str:
         )
         rows += [(plan.spec.label, row.source, row.outcome, row.clips, row.note) for row in plan.rows if row.note]
     text = format_table(counts, ("dataset", "kind", "sources", "kept", "trimmed", "dropped", "failed", "clips"))
+    for plan in plans:
+        if plan.spec.flip_x:
+            text += f"\n{plan.spec.label}: {plan.mirrored} of the clips are mirror images (flip_x)"
+            text += f"; {plan.not_mirrored} have none, {_NAMES_A_SIDE}" if plan.not_mirrored else ""
     return text + ("\n\n" + _table(rows, ("dataset", "source", "what", "clips", "why")) if rows else "")
 
 
@@ -81,6 +88,8 @@ def describe_outcome(title: str, outcome: Outcome) -> str:
         ("of these rebuilt", len(outcome.rebuilt)),
         ("failed", len(outcome.failed)),
     ]
+    if outcome.not_mirrored:
+        counts.append((f"clips not mirrored, {_NAMES_A_SIDE}", outcome.not_mirrored))
     parts = [format_table(counts, ("files", ""))]
     if outcome.rebuilt:
         parts.append(_table(outcome.rebuilt, ("rebuilt", "because")))
