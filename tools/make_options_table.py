@@ -10,8 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
+from musubi_tuner import (
+    ltxv2_cache_audio_latents,
+    ltxv2_cache_latents,
+    ltxv2_cache_text_encoder_outputs,
+    ltxv2_import_precomputed,
+    ltxv2_train_network,
+)
 from musubi_tuner.config.flags import FlagInfo, describe
+from musubi_tuner.config.importing import ImportConfig
 from musubi_tuner.config.latent_caching import AudioCachingConfig, LatentCachingConfig
 from musubi_tuner.config.text_caching import TextCachingConfig
 from musubi_tuner.config.training import TrainingConfig
@@ -42,6 +49,7 @@ PROGRAMS = (
     Program(ltxv2_cache_audio_latents.PROG, ltxv2_cache_audio_latents.DESCRIPTION, AudioCachingConfig),
     Program(ltxv2_cache_text_encoder_outputs.PROG, ltxv2_cache_text_encoder_outputs.DESCRIPTION, TextCachingConfig),
     Program(ltxv2_train_network.PROG, ltxv2_train_network.DESCRIPTION, TrainingConfig),
+    Program(ltxv2_import_precomputed.PROG, ltxv2_import_precomputed.DESCRIPTION, ImportConfig),
 )
 
 
