@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Sequence
 
-from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.names import TEXT_ENDING
 from musubi_tuner.cache.store import clean_temporaries
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.text_caching import TextCachingConfig, check_text_caching
-from musubi_tuner.encoding.text import STORED_DTYPE, TextJob, TextTodo, choose_text_jobs, encode_texts, list_text_jobs
+from musubi_tuner.encoding.text import STORED_DTYPE, TextJob, TextTodo, choose_text_jobs, common_metadata, encode_texts, list_text_jobs
 from musubi_tuner.encoding.text_report import TextReport, describe_forecast, describe_orphans
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
-from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions
+from musubi_tuner.ltxv2.text.pipeline import TextRecipe, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         prompts = [*prompts, config.data.dop_prompt]
     recipe = _recipe(config)
     recipe.check()
-    jobs = list_text_jobs(datasets, prompts, _common_metadata(recipe))
+    jobs = list_text_jobs(datasets, prompts, common_metadata(recipe))
     with processes() as group:
         return _run(config, recipe, jobs, group)
 
@@ -95,26 +94,6 @@ def _forecast(recipe: TextRecipe, jobs: Sequence[TextJob], todo: Sequence[TextTo
         bytes_each=rows * (sum(text_widths(recipe.config, recipe.mode)) * STORED_DTYPE.itemsize + 1),
         at_most=recipe.stage == "features",
     )
-
-
-def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
-    options = recipe.options
-    encoding = {
-        "stored": str(STORED_DTYPE).removeprefix("torch."),
-        "computed": str(options.dtype).removeprefix("torch."),
-        "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else 0,
-        "max_length": options.max_length,
-    }
-    return {
-        "model_version": recipe.checkpoint.model_version,
-        "encoder_fingerprint": encoder_fingerprint(options),
-        "projection_fingerprint": projection_fingerprint(recipe.checkpoint) if options.backend == "gemma" else "none",
-        "encoding": canonical(encoding),
-        "stage": recipe.stage,
-        "backend": options.backend,
-        "max_length": str(options.max_length),
-        "widths": "+".join(map(str, text_widths(recipe.config, recipe.mode))),
-    }
 
 
 if __name__ == "__main__":

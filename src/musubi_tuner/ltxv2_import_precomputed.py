@@ -12,14 +12,17 @@ from musubi_tuner.config.importing import ImportConfig, ImportModelOptions, chec
 from musubi_tuner.encoding.official_files import NOT_IMPORTED, list_samples, tree_root
 from musubi_tuner.encoding.official_import import Encoders, Written, import_tensors, import_texts
 from musubi_tuner.encoding.official_plan import CACHE_FOLDER, ImportPlan, dataset_toml, plan_import
+from musubi_tuner.encoding.text import choose_text_jobs, common_metadata, encode_texts, list_prompt_jobs
 from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_fingerprint
 from musubi_tuner.ltxv2.frozen.video_vae import video_vae_fingerprint
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import processes
 from musubi_tuner.runtime.program import run_program
 from musubi_tuner.runtime.tables import format_table
 
@@ -28,12 +31,14 @@ log = logging.getLogger(__name__)
 PROG = "tools/import_precomputed.py"
 DESCRIPTION = "Turn a .precomputed folder of the official trainer into caches and a dataset file, reading tensors and plain values alone."
 _MOST_ROWS = 40
+_PROMPTS_TOGETHER = 8
 
 
 def main(argv: Sequence[str]) -> int:
     config = parse(ImportConfig, argv, prog=PROG, description=DESCRIPTION)
     data = config.data
-    check_import(data)
+    check_import(config)
+    prompts = [] if data.sample_prompts is None else all_prompt_texts(load_prompts(data.sample_prompts, PromptDefaults()))
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     root = tree_root(data.precomputed_directory)
     samples, dropped = list_samples(root, data.ltx_mode)
@@ -46,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     written = Written()
     import_tensors(plan.items, cache, data.ltx_mode, encoders, written)
     import_texts(plan.items, cache, recipe, encoders, written)
+    if data.sample_prompts is not None:
+        _encode_prompts(cache, prompts, recipe, written)
     _report(root, toml, plan, dropped, written, config)
     return 0
 
@@ -88,6 +95,19 @@ def _write_dataset(plan: ImportPlan, toml: Path, root: Path, dropped: Sequence[t
         raise UserError(f"{toml}: is there already and says something else. Give another --output_dir, or move the file away.")
     for spec, kind in zip(load_dataset_config(toml).datasets, plan.kinds, strict=True):
         write_index(spec, DatasetIndex(settings=spec.settings(), clips=plan.clips(kind), dropped=tuple(dropped)))
+
+
+def _encode_prompts(cache: Path, prompts: Sequence[str], recipe: TextRecipe, written: Written) -> None:
+    """Sample prompts and the empty one, as the text caching program makes them."""
+    recipe.check()
+    jobs = list_prompt_jobs(cache, prompts, common_metadata(recipe))
+    todo = choose_text_jobs(jobs, skip_existing=True)
+    with processes() as group:
+        report = encode_texts(todo, recipe, group, batch_size=_PROMPTS_TOGETHER)
+    if report.failed:
+        raise UserError("; ".join(reason for _, reason in report.failed))
+    written.made["prompts"] += len(todo)
+    written.kept["prompts"] += len(jobs) - len(todo)
 
 
 def _report(root: Path, toml: Path, plan: ImportPlan, dropped: Sequence[tuple[str, str]], written: Written, config: ImportConfig) -> None:

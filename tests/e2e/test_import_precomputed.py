@@ -156,11 +156,16 @@ def test_a_tree_comes_back_as_the_caches_it_was_made_of(native, tmp_path) -> Non
 
 
 def test_imports_are_trained_on_with_and_without_the_connectors(native, tmp_path) -> None:
+    """With previews and dropped captions, whose prompts the import encodes."""
+    (tmp_path / "prompts.txt").write_text("a whale --w 64 --h 32 --f 9 --s 1 --l 1", encoding="utf-8")
     write_tree(native, tmp_path / "tree", widths=widths_of(native))
     for name, extra, flags in (("a", (), ()), ("b", FEATURES, ("--train_connectors",))):
         encoder = ("--text_encoder", str(native.contexts.encoder))
-        taken = take_over(tmp_path / "tree", tmp_path / name, native.contexts, *extra, *encoder)
-        argv = taken.arguments("--output_dir", str(tmp_path / f"out {name}"), "--max_train_steps", "3", *flags, *encoder)
+        prompts = ("--sample_prompts", str(tmp_path / "prompts.txt"))
+        taken = take_over(tmp_path / "tree", tmp_path / name, native.contexts, *extra, *encoder, *prompts)
+        assert len(list((taken.folder / "cache" / "ltxv2_prompts").iterdir())) == 2, "the prompt and the empty one"
+        flags = (*flags, *(prompts if name == "a" else encoder), "--sample_at_first", "--caption_dropout_rate", "0.5")
+        argv = taken.arguments("--output_dir", str(tmp_path / f"out {name}"), "--max_train_steps", "3", *flags)
         assert ltxv2_train_network.main(argv) == 0
         losses = training_parts.losses(tmp_path / f"out {name}")
         assert sum("loss_audio" in row for row in losses) >= 2
@@ -300,6 +305,8 @@ def test_files_of_another_form_are_named(native, tmp_path, folder, change, messa
 
 
 def test_what_is_no_tree_is_said(native, tmp_path) -> None:
+    with pytest.raises(UserError, match="prompts are not in the tree; give --text_encoder"):
+        take_over(tmp_path, tmp_path / "taken", native.contexts, "--sample_prompts", "prompts.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither 'latents' nor 'audio_latents'"):
         take_over(tmp_path / "empty", tmp_path / "taken", native.contexts)

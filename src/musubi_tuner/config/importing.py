@@ -18,6 +18,7 @@ class ImportDataOptions:
     text_cache_stage: Literal["context", "features"] = flag(
         "context: run the connectors, for training as usual; features: as they are, for --train_connectors", default="context"
     )
+    sample_prompts: Path | None = flag("prompt file whose texts are cached too, with the empty one; needs --text_encoder", default=None)
     source_fps: float | None = flag("frame rate of clips whose files tell none", default=None)
 
 
@@ -50,11 +51,14 @@ class ImportConfig:
     work: ImportWorkOptions
 
 
-def check_import(data: ImportDataOptions) -> None:
-    """Ranges.
+def check_import(config: ImportConfig) -> None:
+    """Ranges, and rules over several flags.
 
     Raises:
-        UserError: a rate that is none.
+        UserError: the first rule that is broken.
     """
+    data = config.data
+    if data.sample_prompts is not None and config.model.text_encoder is None:
+        raise UserError(f"--sample_prompts {data.sample_prompts}: prompts are not in the tree; give --text_encoder, which encodes them.")
     if data.source_fps is not None and data.source_fps <= 0:
         raise UserError(f"--source_fps {data.source_fps:g}: must be above 0.")

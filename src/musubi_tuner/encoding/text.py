@@ -16,13 +16,21 @@ from tqdm import tqdm
 from musubi_tuner.cache import keys, store
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.expected import TEXT_KEYS
-from musubi_tuner.cache.fingerprint import text_fingerprint
+from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.sources import list_all_sources
 from musubi_tuner.encoding.text_report import TextReport
-from musubi_tuner.ltxv2.text.encoders import load_tokenizer
-from musubi_tuner.ltxv2.text.pipeline import Features, TextRecipe, free_memory, load_feature_stage, load_finish_stage, text_widths
+from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, load_tokenizer
+from musubi_tuner.ltxv2.text.pipeline import (
+    Features,
+    TextRecipe,
+    free_memory,
+    load_feature_stage,
+    load_finish_stage,
+    projection_fingerprint,
+    text_widths,
+)
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 
@@ -79,11 +87,36 @@ def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], common: Mappin
                     f"{spec.label}: '{source.name}' has another caption than in an earlier dataset, and both would be cached in {target}. "
                     "Give one of the datasets a cache_directory of its own."
                 )
-    first = config.datasets[0].cache_directory
-    for prompt in dict.fromkeys([*prompts, ""]):
-        target = prompt_path(first, prompt)
-        jobs[target] = TextJob(target=target, text=prompt, metadata=_metadata(common, prompt, PROMPT_FOLDER))
-    return list(jobs.values())
+    return [*jobs.values(), *list_prompt_jobs(config.datasets[0].cache_directory, prompts, common)]
+
+
+def list_prompt_jobs(cache_directory: Path, prompts: Sequence[str], common: Mapping[str, str]) -> list[TextJob]:
+    """A file for each sample prompt, and for the empty one; arguments as for `list_text_jobs`."""
+    return [
+        TextJob(target=prompt_path(cache_directory, prompt), text=prompt, metadata=_metadata(common, prompt, PROMPT_FOLDER))
+        for prompt in dict.fromkeys([*prompts, ""])
+    ]
+
+
+def common_metadata(recipe: TextRecipe) -> dict[str, str]:
+    """Metadata that all files of a run share."""
+    options = recipe.options
+    encoding = {
+        "stored": str(STORED_DTYPE).removeprefix("torch."),
+        "computed": str(options.dtype).removeprefix("torch."),
+        "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else 0,
+        "max_length": options.max_length,
+    }
+    return {
+        "model_version": recipe.checkpoint.model_version,
+        "encoder_fingerprint": encoder_fingerprint(options),
+        "projection_fingerprint": projection_fingerprint(recipe.checkpoint) if options.backend == "gemma" else "none",
+        "encoding": canonical(encoding),
+        "stage": recipe.stage,
+        "backend": options.backend,
+        "max_length": str(options.max_length),
+        "widths": "+".join(map(str, text_widths(recipe.config, recipe.mode))),
+    }
 
 
 def _metadata(common: Mapping[str, str], text: str, source: str) -> dict[str, str]:
