@@ -4,6 +4,7 @@ Dropout is drawn outside the blocks, by item, and lies in `masks` while a batch 
 again in its backward pass sees the same masks, compiled blocks stay pure, and batches, processes and resuming change nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -108,10 +109,9 @@ class Masks:
     """(B, 1, 1)"""
 
 
-class AdapterLayer(nn.Module):
-    """y = base(x) + change(x). Trainable tensors are float32 masters that run in the dtype of `x`, which the layer also returns.
-
-    Every type starts with a change of zero.
+class AdapterLayer(nn.Module, ABC):
+    """A frozen linear with something trained on it. Trainable tensors are float32 masters that run in the dtype of the input, which the
+    layer also returns; at its start every type does what the linear alone does.
     """
 
     kind: ClassVar[str]
@@ -142,6 +142,36 @@ class AdapterLayer(nn.Module):
         """Those that LoRA+ trains faster (arXiv 2402.12354)."""
         return ()
 
+    @abstractmethod
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Detached tensors by their endings in the file, scale folded in."""
+
+    @abstractmethod
+    def load(self, tensors: Tensors) -> None:
+        """Take over what `file_tensors` of a layer of this kind and shape gave.
+
+        Raises:
+            ShapeMismatch: another rank or factor.
+        """
+
+    @classmethod
+    @abstractmethod
+    def merged(cls, weight: Tensor, tensors: Tensors) -> Tensor:
+        """The weight of one plain linear that does what base and adapter do together.
+
+        Args:
+            weight: (out, in) float32 base weight.
+        """
+
+    @classmethod
+    @abstractmethod
+    def spec_of(cls, tensors: Tensors) -> LayerSpec:
+        """Rank and shape of a stored adapter, with a scale of 1."""
+
+
+class AddingLayer(AdapterLayer):
+    """y = base(x) + change(x)."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = run_base(self.base, x)
         if not self.enabled:
@@ -152,6 +182,7 @@ class AdapterLayer(nn.Module):
         change = self.change(_masked(x, masks.inputs), y, masks.inner)
         return y + _masked(change, masks.module)
 
+    @abstractmethod
     def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
         """What is added to the base's output `y` (B, ..., out).
 
@@ -159,33 +190,6 @@ class AdapterLayer(nn.Module):
             x: (B, ..., in)
             inner: (B, 1, dropout_width) mask, or None.
         """
-        raise NotImplementedError
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        """Detached tensors by their endings in the file, scale folded in."""
-        raise NotImplementedError
-
-    def load(self, tensors: Tensors) -> None:
-        """Take over what `file_tensors` of a layer of this kind and shape gave.
-
-        Raises:
-            ShapeMismatch: another rank or factor.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def merged(cls, weight: Tensor, tensors: Tensors) -> Tensor:
-        """The weight of one plain linear that does what base and adapter do together.
-
-        Args:
-            weight: (out, in) float32 base weight.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def spec_of(cls, tensors: Tensors) -> LayerSpec:
-        """Rank and shape of a stored adapter, with a scale of 1."""
-        raise NotImplementedError
 
 
 class ShapeMismatch(ValueError):

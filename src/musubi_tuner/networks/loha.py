@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.networks.base import AdapterLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
+from musubi_tuner.networks.base import AddingLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
 
 W1_UP, W1_DOWN, W2_UP, W2_DOWN = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 LEAVES = (W1_UP, W1_DOWN, W2_UP, W2_DOWN)
 
 
-class LoHaLayer(AdapterLayer):
+class LoHaLayer(AddingLayer):
     """Halves `_a` are (out, rank), `_b` (rank, in); w2_a starts at zero, the others as in LyCORIS."""
 
     kind = "loha"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.networks.base import AdapterLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
+from musubi_tuner.networks.base import AddingLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
 
 W1, W2 = "lokr_w1", "lokr_w2"
 W2_UP, W2_DOWN = "lokr_w2_a", "lokr_w2_b"
@@ -25,7 +25,7 @@ def small_factor(size: int, factor: int) -> int:
     return next(number for number in range(most, 0, -1) if size % number == 0)
 
 
-class LoKrLayer(AdapterLayer):
+class LoKrLayer(AddingLayer):
     """w1 starts at random; w2, or the right half of it, at zero."""
 
     kind = "lokr"

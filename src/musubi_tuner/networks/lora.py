@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.networks.base import AdapterLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
+from musubi_tuner.networks.base import AddingLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
-class LoRALayer(AdapterLayer):
+class LoRALayer(AddingLayer):
     """A (rank, in) starts as peft starts it, B (out, rank) at zero."""
 
     kind = "lora"
