@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> int:
 def _with_newest_state(config: TrainingConfig) -> TrainingConfig:
     """What `--autoresume` means, said as `--resume`."""
     saving = config.saving
-    if not saving.autoresume:
-        return config
     found = newest_state(saving.output_dir, saving.output_name)
+    if not saving.autoresume:
+        if found is not None and saving.resume is None:
+            log.warning("WARNING: %s is of an earlier run of this --output_name, whose files this one may overwrite.", found)
+        return config
     if found is None:
         log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
     return dataclasses.replace(config, saving=dataclasses.replace(saving, resume=found))

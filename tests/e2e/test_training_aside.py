@@ -1,10 +1,13 @@
 """What lies beside the training itself: trackers, what earlier runs left, where a start comes from."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.training import loop
 from tests import training_parts as parts
 
 
@@ -25,3 +28,27 @@ def test_tensorboard_receives_the_losses(data, tmp_path):
     found.Reload()
     told = [(event.step, event.value) for event in found.Scalars("loss_video")]
     assert told == [(row["step"], pytest.approx(row["loss_video"])) for row in parts.losses(tmp_path)]
+
+
+def test_retention_leaves_what_this_run_has_just_saved_beside_an_earlier_runs_files(data, tmp_path, caplog):
+    flags = ["--save_every_n_steps", "2", "--save_state", "--save_last_n", "1", "--save_last_n_states", "1"]
+    run(data, tmp_path, *flags, "--max_train_steps", "9")
+    run(data, tmp_path, *flags, "--max_train_steps", "5")
+    assert "ltxv2_lora-step00000009-state is of an earlier run" in caplog.text
+    assert {path.name for path in tmp_path.glob("*step*")} == {
+        "ltxv2_lora-step00000004.safetensors", "ltxv2_lora-step00000005-state",
+        "ltxv2_lora-step00000008.safetensors", "ltxv2_lora-step00000009-state",
+    }  # fmt: skip
+
+
+def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monkeypatch, caplog):
+    original = loop._log
+
+    def interrupt(run_, meters, loss_file, bar, step, norm):
+        signal.raise_signal(signal.SIGINT)
+        return original(run_, meters, loss_file, bar, step, norm)
+
+    monkeypatch.setattr(loop, "_log", interrupt)
+    with caplog.at_level("INFO"):
+        run(data, tmp_path, "--max_train_steps", "1")
+    assert "--resume" not in caplog.text

@@ -43,11 +43,15 @@ def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dty
         write_bytes(target, serialize(tensors, metadata))
 
 
-def remove_old_loras(folder: Path, name: str, keep: int) -> None:
-    """Keep the newest `keep` LoRAs of steps and as many of epochs, with what lies beside them; the final one always stays."""
-    of_step, of_epoch = re.compile(re.escape(name) + r"-step\d{8}\.safetensors"), re.compile(re.escape(name) + r"-\d{6}\.safetensors")
-    for pattern in (of_step, of_epoch):
-        saved = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+def remove_old_loras(folder: Path, name: str, keep: int, *, step: int, epoch: int) -> None:
+    """Keep the newest `keep` LoRAs of steps and as many of epochs, with what lies beside them; the final one always stays.
+
+    Files beyond `step` and `epoch` are an earlier run's: they neither count nor go.
+    """
+    newest_of_step, newest_of_epoch = lora_path(folder, name, step=step).name, lora_path(folder, name, epoch=epoch).name
+    for digits, newest in ((r"-step\d{8}", newest_of_step), (r"-\d{6}", newest_of_epoch)):
+        pattern = re.compile(re.escape(name) + digits + r"\.safetensors")
+        saved = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.name <= newest)
         for path in saved[:-keep]:
             path.unlink()
             connectors_path(path).unlink(missing_ok=True)

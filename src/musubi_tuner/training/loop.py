@@ -69,7 +69,7 @@ def train(run: TrainingRun) -> Outcome:
             bar.update()
             if (warning := pace.add(time.monotonic() - begun)) and run.processes.is_main:
                 log.warning("WARNING: step %d: %s", step, warning)
-            outcome.interrupted = _agree(run, interrupt.requested)
+            outcome.interrupted = _agree(run, interrupt.requested) and step < run.schedule.total  # the last step ends the run anyway
             if (warning := run.supervision.check(step, run.device, run.processes.count)) and run.processes.is_main:
                 log.warning("WARNING: %s", warning)
             if _saves(run, step, outcome.interrupted):
@@ -213,7 +213,8 @@ def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_to
             checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
         outcome.files.append(path)
         if run.config.saving.save_last_n is not None:
-            checkpoint.remove_old_loras(run.output_dir, run.name, run.config.saving.save_last_n)
+            keep, epoch = run.config.saving.save_last_n, run.schedule.epoch(step)
+            checkpoint.remove_old_loras(run.output_dir, run.name, keep, step=step, epoch=epoch)
             outcome.files = [file for file in outcome.files if file.exists()]
         if run.config.saving.save_state or state_too:
             folder = state.state_path(run.output_dir, run.name, step)
@@ -226,7 +227,7 @@ def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_to
                 settings=run.settings,
                 watched=run.watched,
             )
-            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states)
+            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
             outcome.files.append(folder)
 
 

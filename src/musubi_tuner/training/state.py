@@ -99,9 +99,10 @@ def load_state(
     return progress["step"], _differences(progress["settings"], settings)
 
 
-def remove_old_states(folder: Path, name: str, keep: int) -> None:
-    """Keep the newest `keep` states of this run."""
-    for path in _states(folder, name)[:-keep]:
+def remove_old_states(folder: Path, name: str, keep: int, step: int) -> None:
+    """Keep the newest `keep` of the states up to `step`; those beyond it are an earlier run's, and not for this one to judge."""
+    newest = state_path(folder, name, step).name
+    for path in [path for path in _states(folder, name) if path.name <= newest][:-keep]:
         shutil.rmtree(path)
 
 
