@@ -1,6 +1,10 @@
 """What lies beside the training itself: trackers, what earlier runs left, where a start comes from."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -52,3 +56,24 @@ def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monk
     with caplog.at_level("INFO"):
         run(data, tmp_path, "--max_train_steps", "1")
     assert "--resume" not in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups to send Ctrl-C to")
+def test_ctrl_c_of_the_whole_terminal_still_finishes_the_step(data, tmp_path):
+    """Workers get the signal too; the step's other batches must still come from them."""
+    flags = ["--output_dir", str(tmp_path), "--max_train_steps", "100000", "--max_data_loader_n_workers", "1"]
+    command = [sys.executable, "-m", "musubi_tuner.ltxv2_train_network", *data.arguments(*flags, "--gradient_accumulation_steps", "16")]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        while not has_losses(tmp_path):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, told
+    assert "Go on with the same command and: --resume" in told
+    assert len(list(tmp_path.glob("*-state"))) == 1
+
+
+def has_losses(folder) -> bool:
+    path = folder / "ltxv2_lora-loss.jsonl"
+    return path.is_file() and bool(path.read_text(encoding="utf-8"))

@@ -1,6 +1,9 @@
 """Batches ahead of the step, read by worker processes."""
 
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -45,9 +48,12 @@ def iterate_batches(
         prefetch_factor=2 if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_ignore_interrupts if workers else None,
     )
+    with _interrupts_held_back():
+        batches = iter(loader)
     ahead: Batch | None = None  # its copy runs while the batch before it is trained on
-    for batch in loader:
+    for batch in batches:
         moved = batch.to(device)
         if device.type != "cuda":
             yield moved
@@ -57,3 +63,22 @@ def iterate_batches(
         ahead = moved
     if ahead is not None:
         yield ahead
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the step that it lets finish still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """While processes start: they take the mask over, so that they are safe before `_ignore_interrupts` runs in them. Not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its own start would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
