@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training import loop
 from tests import training_parts as parts
 
@@ -77,3 +78,20 @@ def test_ctrl_c_of_the_whole_terminal_still_finishes_the_step(data, tmp_path):
 def has_losses(folder) -> bool:
     path = folder / "ltxv2_lora-loss.jsonl"
     return path.is_file() and bool(path.read_text(encoding="utf-8"))
+
+
+def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path):
+    flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--save_state", "--save_every_n_steps", "3"]
+    run(data, tmp_path / "a", *flags, "--max_train_steps", "4")
+    state = ["--resume", str(tmp_path / "a" / "ltxv2_lora-step00000003-state")]
+    changed = [*flags, "--max_train_steps", "8", "--learning_rate", "3e-4"]
+    run(data, tmp_path / "whole", *changed)
+    run(data, tmp_path / "resumed", *changed, *state)
+    whole, resumed = ({row["step"]: row["lr"] for row in parts.losses(tmp_path / name)} for name in ("whole", "resumed"))
+    assert resumed == {step: whole[step] for step in range(4, 9)}
+    with pytest.raises(UserError, match="--optimizer_type AdamW, this run has torch.optim.SGD"):
+        run(data, tmp_path / "b", *flags, "--optimizer_type", "torch.optim.SGD", *state)
+    with pytest.raises(UserError, match="--optimizer_args none, this run has weight_decay=0.1"):
+        run(data, tmp_path / "b", *flags, "--optimizer_args", "weight_decay=0.1", *state)
+    with pytest.raises(UserError, match=r"lora_A' is \(4, 128\), here \(8, 128\)"):
+        run(data, tmp_path / "b", *flags, "--network_dim", "8", *state)
