@@ -141,6 +141,15 @@ def test_audit_says_why(tmp_path: Path) -> None:
             store.read(path)
 
 
+def test_audit_compares_releases_of_models_where_both_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    store.write(path, {"text_float32": torch.zeros(1)}, {"model_version": "2.3.0"})
+    assert reason_to_rebuild(path, {"model_version": "2.3-rc1"}, ["text"]) is None
+    assert "another model" in reason_to_rebuild(path, {"model_version": "2.5.1"}, ["text"])
+    store.write(path, {"text_float32": torch.zeros(1)}, {"model_version": ""})
+    assert reason_to_rebuild(path, {"model_version": "2.5.1"}, ["text"]) is None
+
+
 def test_fingerprints_follow_content_and_not_names(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(b"content")

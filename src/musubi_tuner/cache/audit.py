@@ -1,5 +1,6 @@
 """Whether a cache file is what is wanted: one question, asked by writers before they skip and by training before it reads."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _WORDS = {
     "audio": "the source's sound has come or gone",
     "stage": "it was cached at another stage",
     "backend": "it was made with another text encoder backend",
+    "model_version": "it was made with another model",
     "widths": "its widths are not those of this model and mode",
 }
 
@@ -43,9 +45,17 @@ def reason_to_rebuild(path: Path, expected: Mapping[str, str], required: Sequenc
         return f"it lacks {', '.join(lacking)}"
     for key, value in expected.items():
         found = metadata.get(key)
+        if key == "model_version" and _same_release(found or "", value):
+            continue
         if found != value:
             return f"{_WORDS.get(key, key + ' differs')} ({key}: {_short(found)}, wanted {_short(value)})"
     return None
+
+
+def _same_release(found: str, wanted: str) -> bool:
+    """Whether two raw model versions, such as '2.3.0' and '2.3-rc1', agree in their first two numbers; what says none agrees with all."""
+    releases = [re.match(r"(\d+)[.-](\d+)", version) for version in (found, wanted)]
+    return None in releases or releases[0].groups() == releases[1].groups()
 
 
 def _short(value: str | None) -> str:

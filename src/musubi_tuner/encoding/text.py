@@ -127,7 +127,8 @@ def choose_text_jobs(jobs: Sequence[TextJob], *, skip_existing: bool) -> list[Te
     """Which files must be made, decided from headers before the encoder is loaded."""
     chosen = []
     for job in jobs:
-        compared = {"caption": job.text} | {key: value for key, value in job.metadata.items() if key not in ("source", "model_version")}
+        last = {"model_version": job.metadata["model_version"]}  # the least telling reason
+        compared = {"caption": job.text} | {key: value for key, value in job.metadata.items() if key not in ("source", *last)} | last
         reason = reason_to_rebuild(job.target, compared, TEXT_KEYS)
         if reason is not None or not skip_existing:
             chosen.append(TextTodo(job, reason or "--no-skip_existing"))

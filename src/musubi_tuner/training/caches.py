@@ -30,6 +30,8 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: T
         text["max_length"] = str(model.max_length)
     if model.text_encoder_backend != "t5" and _holds(checkpoint, "text_embedding_projection."):
         text["projection_fingerprint"] = projection_fingerprint(checkpoint)
+    if checkpoint.model_version:
+        text["model_version"] = checkpoint.model_version
     if model.text_encoder is not None and Path(model.text_encoder).is_dir():
         text["encoder_fingerprint"] = encoder_fingerprint(_encoder_options(config))
     return Wanted(latents=latents, audio=audio, text=text, arguments=_arguments(config))
