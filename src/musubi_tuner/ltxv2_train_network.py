@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +73,8 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     """Everything that can go wrong without the transformer's weights goes wrong here."""
     from accelerate import Accelerator
 
+    if group.is_main:
+        _check_output_folder(config.saving.output_dir)
     logging_options = config.logging
     accelerator = Accelerator(
         mixed_precision=config.optimization.mixed_precision,
@@ -106,6 +110,20 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
         wanted=wanted,
         preview=preview,
     )
+
+
+def _check_output_folder(folder: Path) -> None:
+    """Write a byte there now, so that a folder that takes none is known before hours are spent.
+
+    Raises:
+        UserError: it takes none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written into ({error}). Choose another, or mend its permissions.") from error
 
 
 def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePrompts | None":

@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.cache import store
 from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import list_items
@@ -133,11 +135,25 @@ def test_a_dataset_has_a_rate_of_its_own(data, tmp_path):
         run(copy, tmp_path / "refused")
 
 
+def test_a_dropped_caption_takes_its_mask_along(tmp_path):
+    empty = tmp_path / "empty"
+    store.write(empty, {"text_float32": torch.zeros(4, 3), "text_mask": torch.tensor([True, False, False, False])}, {})
+    caption = {"text": torch.ones(4, 3), "text_mask": torch.tensor([True, True, True, False])}
+    for shares in ({"both": 1.0, "video": 0.0}, {"both": 0.0, "video": 1.0}):  # one stream of text, as T5 gives it
+        dropped = CaptionDropout(**shares, audio=0.0, empty=empty, video_width=3)
+        found = dropped.apply(caption, torch.Generator(), None)
+        assert not found["text"].any() and found["text_mask"].tolist() == [True, False, False, False]
+
+
 def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
     run(data, tmp_path, "--caption_dropout_rate", "0.5", "--max_train_steps", "2")
     folder = tmp_path / "copy"
     shutil.copytree(data.folder, folder)
-    prompt_path(folder / "cache", "").unlink()
     copy = parts.Data(folder, folder / "dataset.toml", data.model, "av", data.encoder)
-    with pytest.raises(UserError, match="the empty prompt is not cached.*ltxv2_cache_text_encoder_outputs.py"):
+    empty = prompt_path(folder / "cache", "")
+    store.write(empty, store.read(empty), read_metadata(empty) | {"widths": "128"})
+    with pytest.raises(UserError, match="(?s)widths are not those.*ltxv2_cache_text_encoder_outputs.py"):
+        run(copy, tmp_path, "--caption_dropout_rate", "0.5")
+    empty.unlink()
+    with pytest.raises(UserError, match="(?s)the empty prompt is not cached.*missing.*ltxv2_cache_text_encoder_outputs.py"):
         run(copy, tmp_path, "--caption_dropout_rate", "0.5")

@@ -95,3 +95,9 @@ def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path):
         run(data, tmp_path / "b", *flags, "--optimizer_args", "weight_decay=0.1", *state)
     with pytest.raises(UserError, match=r"lora_A' is \(4, 128\), here \(8, 128\)"):
         run(data, tmp_path / "b", *flags, "--network_dim", "8", *state)
+
+
+def test_an_output_folder_that_cannot_be_is_named_before_the_model_is_loaded(data, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="--output_dir .*cannot be written into"):
+        run(data, tmp_path / "file" / "out")

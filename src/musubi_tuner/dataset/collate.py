@@ -38,21 +38,25 @@ class CaptionDropout:
     video_width: int
     """Of the video's part of a text."""
 
-    def apply(self, text: Tensor, generator: torch.Generator, own_share: float | None) -> Tensor:
-        """
+    def apply(self, tensors: dict[str, Tensor], generator: torch.Generator, own_share: float | None) -> dict[str, Tensor]:
+        """An item's tensors, with its `text` (S, W) replaced, and `text_mask` (S,) where the whole text is.
+
         Args:
-            text: (S, W) of one item.
             own_share: of the item's dataset, in place of `both`.
         """
+        text = tensors["text"]
         shares = (self.both if own_share is None else own_share, self.video, self.audio)
         both, video, audio = (share > lot for share, lot in zip(shares, _lots(generator, 3), strict=True))
         if not (both or video or audio):
-            return text
-        empty = merge_sources([self.empty])["text"].to(text.dtype)
-        if both or (video and audio):
-            return empty
+            return tensors
+        found = merge_sources([self.empty])
+        empty = found["text"].to(text.dtype)
+        alone = text.shape[1] <= self.video_width
+        if both or (video and (audio or alone)):
+            masks = {"text_mask": found["text_mask"]} if "text_mask" in tensors and "text_mask" in found else {}
+            return tensors | {"text": empty} | masks
         parts = (empty, text) if video else (text, empty)
-        return torch.cat([parts[0][:, : self.video_width], parts[1][:, self.video_width :]], dim=-1)
+        return tensors | {"text": torch.cat([parts[0][:, : self.video_width], parts[1][:, self.video_width :]], dim=-1)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,11 +181,7 @@ def _with_captions_dropped(draw: Draw, tensors: dict[str, Tensor], rules: DrawRu
     if rules.dropped is None:
         return tensors
     generator = generator_for(rules.seed, rules.purpose, draw.epoch, draw.item.key, draw.repeat, "caption")
-    text = rules.dropped.apply(tensors["text"], generator, draw.item.spec.caption_dropout_rate)
-    replaced = tensors | {"text": text}
-    if text.shape != tensors["text"].shape and "text_mask" in tensors:
-        replaced["text_mask"] = torch.ones(text.shape[0], dtype=torch.bool)
-    return replaced
+    return rules.dropped.apply(tensors, generator, draw.item.spec.caption_dropout_rate)
 
 
 def _lots(generator: torch.Generator, count: int) -> list[float]:

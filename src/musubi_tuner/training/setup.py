@@ -80,7 +80,7 @@ class Inputs:
 def build_run(inputs: Inputs) -> TrainingRun:
     """Load the transformer, put the network on it, and restore a state where one is given."""
     config = inputs.config
-    datasets, wanted = inputs.datasets.datasets, inputs.wanted.text
+    datasets, wanted = inputs.datasets.datasets, inputs.wanted
     dropped = caption_dropout(config.losses, datasets, wanted, read_config(inputs.checkpoint).video_context_width)
     rules = draw_rules(config, "train", config.optimization.seed, dropped)
     held = prompt_preservation(config.preservation, datasets, wanted, inputs.device)
