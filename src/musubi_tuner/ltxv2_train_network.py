@@ -16,6 +16,7 @@ from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.verify import verify_caches
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes, processes
@@ -45,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    config = _with_newest_state(parse_arguments(argv))
+    config = _with_newest_network(_with_newest_state(parse_arguments(argv)))
     with processes() as group:
         run = build_run(_gather_inputs(config, group))
         outcome = train(run)
@@ -67,6 +68,14 @@ def _with_newest_state(config: TrainingConfig) -> TrainingConfig:
     if found is None:
         log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
     return dataclasses.replace(config, saving=dataclasses.replace(saving, resume=found))
+
+
+def _with_newest_network(config: TrainingConfig) -> TrainingConfig:
+    """`--network_weights FOLDER` said as its newest file, so that what lies beside that file and in its metadata is found."""
+    network = config.network
+    if network.network_weights is None:
+        return config
+    return dataclasses.replace(config, network=dataclasses.replace(network, network_weights=newest_file(network.network_weights)))
 
 
 def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:

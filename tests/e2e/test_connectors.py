@@ -112,6 +112,16 @@ def test_connectors_are_trained_saved_started_from_and_resumed(features, tmp_pat
         assert all(torch.allclose(value, whole[1][name], atol=1e-6) for name, value in started.items())
 
 
+def test_a_folder_to_start_from_gives_its_newest_file_with_its_connectors(features, tmp_path):
+    def run(folder: str, *extra: str) -> dict[str, torch.Tensor]:
+        assert ltxv2_train_network.main(features.arguments(*flags(tmp_path / folder, "--train_connectors", *extra))) == 0
+        return load_file(tmp_path / folder / "ltxv2_lora.connectors.safetensors")
+
+    first = run("first", "--max_train_steps", "2")
+    second = run("second", "--max_train_steps", "1", "--learning_rate", "0", "--network_weights", str(tmp_path / "first"))
+    assert first.keys() == second.keys() and all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
 def test_caches_of_the_other_stage_are_refused_with_the_command(contexts, features, tmp_path):
     with pytest.raises(UserError, match=r"(?s)another stage.*--text_cache_stage features"):
         ltxv2_train_network.main(contexts.arguments(*flags(tmp_path, "--train_connectors")))

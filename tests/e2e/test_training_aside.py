@@ -101,3 +101,9 @@ def test_an_output_folder_that_cannot_be_is_named_before_the_model_is_loaded(dat
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="--output_dir .*cannot be written into"):
         run(data, tmp_path / "file" / "out")
+
+
+def test_modules_that_a_start_lacks_are_told_of(data, tmp_path, caplog):
+    run(data, tmp_path / "a", "--max_train_steps", "1", "--network_args", "include_patterns=attn1.to_[qkv]")
+    run(data, tmp_path / "b", "--max_train_steps", "1", "--network_weights", str(tmp_path / "a"))
+    assert "lacks 10 module(s), which start anew, first 'transformer_blocks.0.attn1.to_out.0'" in caplog.text

@@ -1,5 +1,6 @@
 """The adapters of one model: what is trained, saved, started from and switched off."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from musubi_tuner.networks.formats import Contents, check_file, file_keys, to_fi
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import count_by_stream, is_audio_side
 from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class LoRANetwork:
@@ -133,6 +136,8 @@ class LoRANetwork:
                 f"--network_weights {file.path}: adapts {len(foreign)} module(s) that this network does not, first '{foreign[0]}'. "
                 "Choose the same targets with --network_args, or give --dim_from_weights."
             )
+        if left := [name for name in self.layers if name not in file.adapters]:
+            log.warning("WARNING: --network_weights %s lacks %d module(s), which start anew, first '%s'", file.path, len(left), left[0])
         for name, adapter in file.adapters.items():
             try:
                 self.layers[name].load(adapter.tensors)

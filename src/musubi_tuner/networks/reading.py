@@ -84,7 +84,7 @@ def read_network(path: Path, model_names: Sequence[str]) -> NetworkFile:
     Raises:
         UserError: an unreadable file, a key of no known form, an adapter that is not whole, or a module that the model lacks.
     """
-    path = _newest(path) if path.is_dir() else path
+    path = newest_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such LoRA file.")
     try:
@@ -121,11 +121,18 @@ def official_name(stem: str, flattened: Mapping[str, str]) -> str:
     return stem
 
 
-def _newest(folder: Path) -> Path:
-    files = [path for path in folder.glob("*.safetensors") if not path.name.endswith(_CONNECTORS)]
+def newest_file(path: Path) -> Path:
+    """The newest network in a folder, connectors' files aside; a file stands for itself.
+
+    Raises:
+        UserError: a folder without any.
+    """
+    if not path.is_dir():
+        return path
+    files = [one for one in path.glob("*.safetensors") if not one.name.endswith(_CONNECTORS)]
     if not files:
-        raise UserError(f"{folder}: no .safetensors file in this folder.")
-    return max(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        raise UserError(f"{path}: no .safetensors file in this folder.")
+    return max(files, key=lambda one: (one.stat().st_mtime_ns, one.name))
 
 
 def _split(path: Path, key: str) -> tuple[str, str]:

@@ -95,6 +95,8 @@ def adapted_connectors(
     if options.network_weights is not None and (path := connectors_path(options.network_weights)).is_file():
         start = read_network(path, linear_names(connectors))
         log.info("connectors start from %s", path)
+    elif options.network_weights is not None:
+        log.warning("WARNING: there is no %s: the connectors start anew", connectors_path(options.network_weights))
     network = create_network(
         connectors,
         dim=options.network_dim,
