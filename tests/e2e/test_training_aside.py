@@ -1,5 +1,6 @@
 """What lies beside the training itself: trackers, what earlier runs left, where a start comes from."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.tiny import clips
 from musubi_tuner.training import loop
 from tests import training_parts as parts
 
@@ -107,3 +109,21 @@ def test_modules_that_a_start_lacks_are_told_of(data, tmp_path, caplog):
     run(data, tmp_path / "a", "--max_train_steps", "1", "--network_args", "include_patterns=attn1.to_[qkv]")
     run(data, tmp_path / "b", "--max_train_steps", "1", "--network_weights", str(tmp_path / "a"))
     assert "lacks 10 module(s), which start anew, first 'transformer_blocks.0.attn1.to_out.0'" in caplog.text
+
+
+def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_path, caplog):
+    clips.write_clips(tmp_path / "clips", count=1, frames=17)
+    clips.write_clip(tmp_path / "clips" / "silent.mp4", clips.numbered_frames(17))
+    (tmp_path / "clips" / "silent.txt").write_text("numbers", encoding="utf-8")
+    clips.write_sounds(tmp_path / "sounds", count=1, seconds=0.7)
+    toml = parts.TOML.format(batch_size=1).split("[[validation_datasets]]")[0].replace("target_frames = [17]", "")
+    toml += "target_frames = [17]\n"
+    path = tmp_path / "dataset.toml"
+    path.write_text(toml + '[[datasets]]\naudio_directory = "sounds"\ncache_directory = "cache of sounds"\n', encoding="utf-8")
+    data = parts.Data(tmp_path, path, tiny_family.ltx23, "av", tiny_family.gemma)
+    parts.cache(data)
+    run(data, tmp_path / "av", "--max_train_steps", "2")
+    assert "datasets[1]: 1 of 1 clips are left out of --ltx_mode av" in caplog.text
+    run(dataclasses.replace(data, mode="audio"), tmp_path / "audio", "--max_train_steps", "3")
+    assert "datasets[0]: 1 of 2 clips are left out of --ltx_mode audio" in caplog.text
+    assert all(row["audio_supervised"] == 1 for row in parts.losses(tmp_path / "audio"))

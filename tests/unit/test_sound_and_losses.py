@@ -11,7 +11,7 @@ from musubi_tuner.flow.sigma import STRATA, SigmaSettings, draw_sigma, expected,
 from musubi_tuner.flow.weighting import SCHEMES, loss_weight
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.balance import LEAST, MOST, TARGET, AudioBalance, at_bound
-from musubi_tuner.training.loss import ItemLosses, error_function, masked_mean
+from musubi_tuner.training.loss import ItemLosses, error_function, masked_mean, total_loss
 from musubi_tuner.training.supervision import AudioSupervision
 
 
@@ -145,3 +145,8 @@ def test_sound_options_need_sound():
     for mode, options in (("video", {"audio_supervision_mode": "error"}), ("audio", {"audio_balance": "ema"})):
         with pytest.raises(UserError, match="Give av"):
             check_loss_options(LossOptions(), SoundOptions(**options), mode)
+
+
+def test_a_batch_of_neither_stream_has_no_loss():
+    total = total_loss(ItemLosses(video=None, audio=None, audio_present=None), torch.ones(2), torch.ones(2))
+    assert total == 0 and not total.requires_grad

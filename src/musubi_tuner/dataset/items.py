@@ -1,5 +1,6 @@
 """The items that a run trains on, from the dataset's index."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from musubi_tuner.cache.index import Clip, read_index
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,17 +51,21 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
     """Items of all datasets, in the order of their indices.
 
     Args:
-        mode: `video`, `av` or `audio`; video mode leaves out audio datasets, audio mode leaves out stills and mirror images.
+        mode: `video`, `av` or `audio`; video and AV mode leave out audio datasets, audio mode leaves out stills, silent clips and mirror
+            images, which have the sound of others. A warning says how many.
 
     Raises:
         UserError: an index that is missing or was made with other settings, or no item that the mode can use.
     """
     items = []
     for spec in specs:
-        for clip in read_index(spec, dataset_config).clips:
-            if mode != "audio" and clip.latents is None or mode == "audio" and (clip.audio is None or clip.mirrored):
-                continue
-            items.append(_item(spec, clip, mode))
+        clips = [clip for clip in read_index(spec, dataset_config).clips if not (mode == "audio" and clip.mirrored)]
+        used = [clip for clip in clips if (clip.has_audio and clip.audio is not None if mode == "audio" else clip.latents is not None)]
+        if len(used) < len(clips):
+            what = "stills and clips without sound" if mode == "audio" else "sound without pictures, which --ltx_mode audio trains on"
+            left = len(clips) - len(used)
+            log.warning("WARNING: %s: %d of %d clips are left out of --ltx_mode %s: %s", spec.label, left, len(clips), mode, what)
+        items += [_item(spec, clip, mode) for clip in used]
     if not items:
         raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
     return tuple(items)

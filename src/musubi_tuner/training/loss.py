@@ -57,7 +57,8 @@ def masked_mean(error: Tensor, weight: Tensor) -> Tensor:
 def total_loss(losses: ItemLosses, video_weight: Tensor, audio_weight: Tensor) -> Tensor:
     """Mean over the batch of each item's weighted sum of its streams.
 
-    It is additive over items, so it does not depend on how they are dealt to batches and processes.
+    It is 0, without a gradient, where the batch has neither. It is additive over items, so it does not depend on how they are dealt to
+    batches and processes.
 
     Args:
         video_weight, audio_weight: (B,).
@@ -69,4 +70,4 @@ def total_loss(losses: ItemLosses, video_weight: Tensor, audio_weight: Tensor) -
         parts.append(losses.audio * audio_weight)
     if losses.preserved is not None:
         parts.append(losses.preserved)
-    return torch.stack(parts).sum(0).mean()
+    return torch.stack(parts).sum(0).mean() if parts else video_weight.new_zeros(())
