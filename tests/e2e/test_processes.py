@@ -75,3 +75,20 @@ def test_a_world_that_accelerate_did_not_see_is_an_error(data, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2
     assert "WORLD_SIZE is 2" in done.stderr and "torchrun" in done.stderr
+
+
+def test_processes_wait_longer_for_each_other_than_previews_take():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = (
+        "import torch, torch.distributed\n"
+        "from musubi_tuner.runtime.processes import processes\n"
+        "with processes():\n"
+        "    group = torch.distributed.distributed_c10d._get_default_group()\n"
+        "    print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())\n"
+    )
+    environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and float(done.stdout) >= 3600, done.stderr

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -11,6 +12,9 @@ import torch.distributed
 from musubi_tuner.runtime.errors import UserError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: the first one alone makes previews and saves, which takes longer than torch's ten minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def processes() -> Iterator[Processes]:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if expected > 1 and state.num_processes != expected:
