@@ -75,10 +75,11 @@ def test_required_flags_may_come_from_the_file(tmp_path):
     assert config.model.ltxv2_model == Path("m")
 
 
-def test_abbreviated_and_unknown_flags_are_errors():
+def test_abbreviated_and_unknown_flags_are_errors_that_name_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
         read("--coun", "5")
     assert stopped.value.code == 2
+    assert "unrecognized arguments: --coun 5. Did you mean '--count'?" in capsys.readouterr().err
 
 
 def test_missing_timestep_format_lists_the_three_values():

@@ -57,7 +57,11 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
         if action.dest in defaults:
             action.required = False
     parser.set_defaults(**defaults)
-    namespace = parser.parse_args(list(argv))
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        names = [name for info in describe(config_class) for name in (info.name, *info.aliases)]
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(flags[0], names) if flags else ''}")
     sections = {
         section.name: section.type(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(section.type)})
         for section in _sections(config_class)
