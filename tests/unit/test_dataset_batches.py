@@ -130,6 +130,8 @@ def test_noise_levels_of_sound_are_apart_or_together(tmp_path):
     assert abs(float(torch.corrcoef(apart.T)[0, 1])) < 0.15
     batch = make_batch(draws(item), "av", together)
     assert torch.equal(batch.video_sigma, batch.audio_sigma)
+    weighted = make_batch(draws(item), "av", replace(together, weighting_scheme="cosmap"))
+    assert torch.equal(weighted.video_weight, weighted.audio_weight), "the mean is over the video's levels, which the sound takes"
 
 
 def test_missing_key_names_item_and_program(tmp_path):

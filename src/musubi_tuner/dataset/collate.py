@@ -170,9 +170,10 @@ def _draw(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawRules
     if rules.noise_offset and video_noise is not None:
         own = generator_for(rules.seed, rules.purpose, *names, "noise offset")
         video_noise = video_noise + rules.noise_offset * torch.randn(1, video_noise.shape[1], generator=own)
+    drawn_by = audio_steps if rules.independent_audio_timestep else video_tokens or audio_steps
     weights = (
         loss_weight(rules.weighting_scheme, sigma, rules.sigma, tokens)
-        for sigma, tokens in ((video_sigma, video_tokens or audio_steps), (audio_sigma, audio_steps))
+        for sigma, tokens in ((video_sigma, video_tokens or audio_steps), (audio_sigma, drawn_by))
     )
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed, *weights)
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.cache.index import Clip, read_index
+from musubi_tuner.cache.index import Clip, DatasetIndex, read_index
 from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.config.sources import list_sources, sources_exist
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,23 +53,38 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
 
     Args:
         mode: `video`, `av` or `audio`; video and AV mode leave out audio datasets, audio mode leaves out stills, silent clips and mirror
-            images, which have the sound of others. A warning says how many.
+            images, which have the sound of others. A warning says how many, and what sources came after caching.
 
     Raises:
         UserError: an index that is missing or was made with other settings, or no item that the mode can use.
     """
     items = []
     for spec in specs:
-        clips = [clip for clip in read_index(spec, dataset_config).clips if not (mode == "audio" and clip.mirrored)]
+        index = read_index(spec, dataset_config)
+        clips = [clip for clip in index.clips if not (mode == "audio" and clip.mirrored)]
         used = [clip for clip in clips if (clip.has_audio and clip.audio is not None if mode == "audio" else clip.latents is not None)]
         if len(used) < len(clips):
             what = "stills and clips without sound" if mode == "audio" else "sound without pictures, which --ltx_mode audio trains on"
             left = len(clips) - len(used)
             log.warning("WARNING: %s: %d of %d clips are left out of --ltx_mode %s: %s", spec.label, left, len(clips), mode, what)
+        if used and (new := _not_planned(spec, index)):
+            shown = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+            log.warning(
+                "WARNING: %s: %d source(s) came after caching and are not trained on: %s. Run the caching programs again to have them.",
+                spec.label, len(new), shown,
+            )  # fmt: skip
         items += [_item(spec, clip, mode) for clip in used]
     if not items:
         raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
     return tuple(items)
+
+
+def _not_planned(spec: DatasetSpec, index: DatasetIndex) -> list[str]:
+    """Sources that the index does not know; none where the sources are gone."""
+    if not sources_exist(spec):
+        return []
+    known = {clip.source for clip in index.clips} | {source for source, _ in index.dropped}
+    return [source.name for source in list_sources(spec, require_captions=False) if source.name not in known]
 
 
 _EMPTY_HINTS = {
