@@ -254,6 +254,8 @@ def test_schedules_take_shares_decay_and_classes():
     assert rates(name="polynomial", args={"power": "1"})[5] == pytest.approx(0.5)
     for wrong, message in (
         ({"args": {"power": "1"}}, "lr_scheduler_args power"), ({"name": "cosine", "decay": 2}, "falls by itself"),
+        ({"name": "polynomial", "args": {"power": "high"}}, "power=high: must be a number"),
+        ({"name": "cosine_with_restarts", "args": {"num_cycles": "0"}}, "num_cycles=0: must be 1 at least"),
         ({"class_name": "torch.optim.lr_scheduler.Nothing"}, "cannot be imported"),
         ({"class_name": "torch.optim.lr_scheduler.StepLR", "args": {"size": "1"}}, "size"),
     ):  # fmt: skip

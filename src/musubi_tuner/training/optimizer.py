@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,9 +150,20 @@ def _named(optimizer: Optimizer, options: ScheduleOptions, rest: int) -> lr_sche
     if options.name == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest)
     if options.name == "cosine_with_restarts":
-        cycles = int(_literal(options.args.get("num_cycles", str(_CYCLES))))
+        cycles = round(_argument(options, "num_cycles", _CYCLES, least=1))
         return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=max(1, -(-rest // cycles)))
-    return lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=float(_literal(options.args.get("power", str(_POWER)))))
+    return lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=_argument(options, "power", _POWER, least=0))
+
+
+def _argument(options: ScheduleOptions, key: str, default: float, *, least: float) -> float:
+    text = options.args.get(key, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"--lr_scheduler_args {key}={text}: must be a number.") from None
+    if not least <= value < math.inf:
+        raise UserError(f"--lr_scheduler_args {key}={text}: must be {least:g} at least.")
+    return value
 
 
 def _from_class(optimizer: Optimizer, options: ScheduleOptions) -> lr_scheduler.LRScheduler:
