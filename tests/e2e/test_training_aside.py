@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def has_losses(folder) -> bool:
     return path.is_file() and bool(path.read_text(encoding="utf-8"))
 
 
-def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path):
+def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path, caplog):
     flags = ["--lr_scheduler", "linear", "--lr_warmup_steps", "2", "--save_state", "--save_every_n_steps", "3"]
     run(data, tmp_path / "a", *flags, "--max_train_steps", "4")
     state = ["--resume", str(tmp_path / "a" / "ltxv2_lora-step00000003-state")]
@@ -91,6 +92,10 @@ def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path):
     run(data, tmp_path / "resumed", *changed, *state)
     whole, resumed = ({row["step"]: row["lr"] for row in parts.losses(tmp_path / name)} for name in ("whole", "resumed"))
     assert resumed == {step: whole[step] for step in range(4, 9)}
+    copy = tmp_path / "other.safetensors"
+    shutil.copy(data.model, copy)
+    run(dataclasses.replace(data, model=copy), tmp_path / "b", *flags, "--max_train_steps", "4", *state)
+    assert f"model: '{data.model.name}' then, 'other.safetensors' now" in caplog.text
     with pytest.raises(UserError, match="--optimizer_type AdamW, this run has torch.optim.SGD"):
         run(data, tmp_path / "b", *flags, "--optimizer_type", "torch.optim.SGD", *state)
     with pytest.raises(UserError, match="--optimizer_args none, this run has weight_decay=0.1"):
@@ -124,6 +129,8 @@ def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_pa
     parts.cache(data)
     run(data, tmp_path / "av", "--max_train_steps", "2")
     assert "datasets[1]: 1 of 1 clips are left out of --ltx_mode av" in caplog.text
+    shutil.copy(tmp_path / "clips" / "silent.mp4", tmp_path / "clips" / "later.mp4")
     run(dataclasses.replace(data, mode="audio"), tmp_path / "audio", "--max_train_steps", "3")
     assert "datasets[0]: 1 of 2 clips are left out of --ltx_mode audio" in caplog.text
+    assert "datasets[0]: 1 source(s) came after caching and are not trained on: later.mp4" in caplog.text
     assert all(row["audio_supervised"] == 1 for row in parts.losses(tmp_path / "audio"))

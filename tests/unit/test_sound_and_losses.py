@@ -12,6 +12,7 @@ from musubi_tuner.flow.weighting import SCHEMES, loss_weight
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.balance import LEAST, MOST, TARGET, AudioBalance, at_bound
 from musubi_tuner.training.loss import ItemLosses, error_function, masked_mean, total_loss
+from musubi_tuner.training.setup import sigma_settings
 from musubi_tuner.training.supervision import AudioSupervision
 
 
@@ -145,6 +146,32 @@ def test_sound_options_need_sound():
     for mode, options in (("video", {"audio_supervision_mode": "error"}), ("audio", {"audio_balance": "ema"})):
         with pytest.raises(UserError, match="Give av"):
             check_loss_options(LossOptions(), SoundOptions(**options), mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("video", {"audio_caption_dropout_rate": 0.1}), ("audio", {"video_caption_dropout_rate": 0.1}),
+                          ("audio", {"noise_offset": 0.1})],
+)  # fmt: skip
+def test_flags_of_a_stream_that_the_mode_lacks_are_refused(mode, options):
+    check_loss_options(LossOptions(**options), SoundOptions(), "av")
+    with pytest.raises(UserError, match=f"--ltx_mode {mode} has not"):
+        check_loss_options(LossOptions(**options), SoundOptions(), mode)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "message"),
+    [
+        ("uniform", "std=1", "unknown to --timestep_sampling uniform; known are none"),
+        ("logit_normal", "shift=1", "known are mean, std"),
+        ("stratified", "uniform_prob=0.5", "known are eps, shift, std"),
+        ("shifted_logit_normal", "std=0", "within 0.01 and 100"),
+        ("shifted_logit_normal", "uniform_prob=2", "within 0 and 1"),
+        ("shifted_logit_normal", "eps=nan", "within 0 and 0.1"),
+    ],
+)
+def test_arguments_that_a_sampler_does_not_read_are_refused(kind, argument, message):
+    with pytest.raises(UserError, match=message):
+        sigma_settings(LossOptions(timestep_sampling=kind, timestep_args=(argument,)))
 
 
 def test_a_batch_of_neither_stream_has_no_loss():

@@ -105,6 +105,15 @@ def check_loss_options(losses: LossOptions, sound: SoundOptions, mode: str) -> N
     ):
         if value < 0:
             raise UserError(f"{name} {value:g}: must not be negative.")
+    without = {"video": "audio", "audio": "video"}.get(mode)
+    of_stream = {
+        "--video_caption_dropout_rate": ("video", losses.video_caption_dropout_rate),
+        "--noise_offset": ("video", losses.noise_offset),
+        "--audio_caption_dropout_rate": ("audio", losses.audio_caption_dropout_rate),
+    }
+    for name, (stream, value) in of_stream.items():
+        if value and stream == without:
+            raise UserError(f"{name} {value:g}: is of the {stream} stream, which --ltx_mode {mode} has not. Leave it out.")
     if sound.audio_balance != "off" and mode != "av":
         raise UserError(
             f"--audio_balance {sound.audio_balance}: balances sound against video, and --ltx_mode {mode} has one of them. Give av."

@@ -93,6 +93,13 @@ SAMPLERS: dict[str, SigmaSampler] = {
     "logit_normal": logit_normal,
     "stratified": stratified,
 }
+SAMPLER_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "shifted_logit_normal": ("eps", "shift", "std", "uniform_prob"),
+    "uniform": (),
+    "logit_normal": ("mean", "std"),
+    "stratified": ("eps", "shift", "std"),
+}
+"""Settings that each of them reads."""
 
 
 def expected(settings: SigmaSettings, tokens: int, function: Callable[[float], float]) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
 from musubi_tuner.dataset.verify import Wanted
-from musubi_tuner.flow.sigma import SigmaSettings
+from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
@@ -57,6 +58,7 @@ _WHERE_ONLY = {
     "network_weights",
 }
 """Settings that change nothing in the result, so that a resumed run may differ in them."""
+_TIMESTEP_RANGES = {"std": (0.01, 100.0), "uniform_prob": (0.0, 1.0), "eps": (0.0, 0.1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,15 +190,21 @@ def sigma_settings(losses: LossOptions) -> SigmaSettings:
     Raises:
         UserError: an unknown key of `--timestep_args`, or a value that is no number.
     """
-    known = {"shift", "std", "mean", "uniform_prob", "eps"}
+    known = SAMPLER_ARGUMENTS[losses.timestep_sampling]
     values = {}
     for key, text in parse_pairs(losses.timestep_args, "--timestep_args").items():
         if key not in known:
-            raise UserError(f"--timestep_args {key}={text}: unknown; known are {', '.join(sorted(known))}.")
+            raise UserError(
+                f"--timestep_args {key}={text}: unknown to --timestep_sampling {losses.timestep_sampling}; known are "
+                f"{', '.join(known) or 'none'}."
+            )
         try:
             values[key] = float(text)
         except ValueError:
             raise UserError(f"--timestep_args {key}={text}: must be a number.") from None
+        least, most = _TIMESTEP_RANGES.get(key, (-math.inf, math.inf))
+        if not least <= values[key] <= most:
+            raise UserError(f"--timestep_args {key}={text}: must be within {least:g} and {most:g}.")
     low, high = losses.min_timestep / 1000, losses.max_timestep / 1000
     return SigmaSettings(kind=losses.timestep_sampling, low=low, high=high, **values)
 
@@ -269,6 +277,7 @@ def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None)
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
                 values[field.name] = getattr(section, field.name)
     values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
+    values["model"] = inputs.checkpoint.path.name
     values["conditioning"] = config.recipe.describe()
     return json.loads(json.dumps(values, default=str))
 
