@@ -61,7 +61,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     with NoWaiting(), network.dropout(batch.dropout_seeds):
         losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
-        meter.add(losses, batch.size)
+        meter.add(losses, batch.size, batch.audio_supervised)
         levels.add(losses, batch.video_sigma, batch.audio_sigma)
         clip(network.parameters(), 1.0)
         optimizer.step()

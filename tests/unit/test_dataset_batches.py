@@ -145,6 +145,7 @@ def test_loss_weights_of_the_dataset_win(tmp_path):
     plain, weighted = make_item(tmp_path, "a"), make_item(tmp_path, "b", video_loss_weight=0.5, audio_loss_weight=0.0)
     batch = make_batch(draws(plain, weighted), "av", replace(RULES, audio_loss_weight=2.0))
     assert batch.video_weight.tolist() == [1.0, 0.5] and batch.audio_weight.tolist() == [2.0, 0.0]
+    assert (batch.audio_expected, batch.audio_supervised) == (1, 1), "sound that weighs nothing is neither expected nor trained"
 
 
 def test_an_epoch_covers_every_item_as_often_as_it_repeats_and_batches_stack(tmp_path):

@@ -20,6 +20,9 @@ def losses(video: float, audio: float, *, heard: bool = True) -> ItemLosses:
     return ItemLosses(video=torch.tensor([video]), audio=torch.tensor([audio]), audio_present=torch.tensor([heard]))
 
 
+ONE = torch.ones(1)
+
+
 def run(video: float, audio: float, steps: int = 500, noise: float = 0.0) -> list[float]:
     """Multipliers over a run of two streams of constant losses."""
     generator = torch.Generator().manual_seed(1)
@@ -27,7 +30,7 @@ def run(video: float, audio: float, steps: int = 500, noise: float = 0.0) -> lis
     for _ in range(steps):
         multipliers.append(float(balance.multiplier()))
         factor = 1 + noise * (torch.rand(2, generator=generator) - 0.5)
-        balance.add(losses(video * float(factor[0]), audio * float(factor[1])))
+        balance.add(losses(video * float(factor[0]), audio * float(factor[1])), ONE, ONE)
         balance.step(1)
     return multipliers
 
@@ -56,11 +59,12 @@ def test_balance_is_right_from_its_first_reading_on(video, audio, wanted):
 def test_silence_has_no_part_in_the_balance():
     """LOS-14."""
     balance = AudioBalance(torch.device("cpu"))
-    balance.add(losses(1.0, 2.0))
+    balance.add(losses(1.0, 2.0), ONE, ONE)
     balance.step(1)
     before = float(balance.multiplier())
     for _ in range(50):
-        balance.add(losses(1.0, 0.0, heard=False))
+        balance.add(losses(1.0, 0.0, heard=False), ONE, ONE)
+        balance.add(losses(9.0, 9.0), 0 * ONE, 0 * ONE)  # of a dataset that weighs nothing
         balance.step(1)
     assert float(balance.multiplier()) == pytest.approx(before)
     other = AudioBalance(torch.device("cpu"))

@@ -127,11 +127,12 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     conditions = _stack_conditions(
         items, merged, found, 0 if audio is None else audio.shape[2], weighs=not rules.recipe.probability("video", Mask)
     )
-    expected, supervised = _count_sound(items, real_steps, conditions, mode)
     by_level = (torch.tensor([one.video_weight for one in drawn]), torch.tensor([one.audio_weight for one in drawn]))
-    video_weight = _weights(items, "video_loss_weight", rules.video_loss_weight) * by_level[0]
-    audio_weight = _weights(items, "audio_loss_weight", rules.audio_loss_weight) * by_level[1]
+    own_weights = [_weights(items, key, getattr(rules, key)) for key in ("video_loss_weight", "audio_loss_weight")]
+    video_weight, audio_weight = (own * level for own, level in zip(own_weights, by_level, strict=True))
     taught = _taught(items, imagined, video_weight, audio_weight, rules)
+    learned = [0.0 if rules.preserves and item.spec.preserve_base else float(own) for item, own in zip(items, own_weights[1], strict=True)]
+    expected, supervised = _count_sound(items, real_steps, learned, conditions, mode)
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -189,12 +190,14 @@ def _lots(generator: torch.Generator, count: int) -> list[float]:
     return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
 
 
-def _count_sound(items: Sequence[Item], lengths: Sequence[int], conditions: Conditions, mode: str) -> tuple[int, int]:
-    """Items whose sound should be trained (clips whose sound is not given), and those of them that have some."""
+def _count_sound(
+    items: Sequence[Item], lengths: Sequence[int], weights: Sequence[float], conditions: Conditions, mode: str
+) -> tuple[int, int]:
+    """Items whose sound should be trained (clips whose sound is not given and weighs something), and those of them that have some."""
     if mode == "video":
         return 0, 0
     given = [False] * len(items) if conditions.audio.clean is None else conditions.audio.clean.all(1).tolist()
-    wanted = [item.clip.kind != "image" and not whole for item, whole in zip(items, given, strict=True)]
+    wanted = [item.clip.kind != "image" and not whole and weight > 0 for item, whole, weight in zip(items, given, weights, strict=True)]
     return sum(wanted), sum(one and length > 0 for one, length in zip(wanted, lengths, strict=True))
 
 

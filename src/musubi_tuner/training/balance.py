@@ -30,15 +30,18 @@ class AudioBalance:
         ratio = TARGET * corrected[0] / corrected[1].clamp(min=1e-12)
         return torch.where(known, ratio.clamp(LEAST, MOST), torch.ones_like(ratio)).float()
 
-    def add(self, losses: ItemLosses) -> None:
-        """Take in a micro-batch; sound that is absent or given has no part in it."""
-        if losses.video is not None:
-            present = torch.ones_like(losses.video) if losses.video_present is None else losses.video_present
-            self._sums[0] += losses.video.detach().double().sum()
-            self._sums[1] += present.double().sum()
-        if losses.audio is not None:
-            self._sums[2] += losses.audio.detach().double().sum()
-            self._sums[3] += losses.audio_present.double().sum()
+    def add(self, losses: ItemLosses, video_weight: Tensor, audio_weight: Tensor) -> None:
+        """Take in a micro-batch; sound that is absent or given has no part in it, nor have items that weigh nothing.
+
+        Args:
+            video_weight, audio_weight: (B,).
+        """
+        rows = ((losses.video, losses.video_present, video_weight), (losses.audio, losses.audio_present, audio_weight))
+        for place, (values, present, weight) in enumerate(rows):
+            if values is not None:
+                counted = weight > 0 if present is None else present & (weight > 0)
+                self._sums[2 * place] += (values.detach().double() * counted).sum()
+                self._sums[2 * place + 1] += counted.double().sum()
 
     def step(self, processes: int) -> None:
         """End an optimizer step."""

@@ -108,11 +108,11 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
             _learn([total / accumulation for total in totals])
             kept = _hold_to_prompt(run, together, accumulation)
         for one, held, batch in zip(losses, kept, together, strict=True):
-            meters[0].add(one, batch.size, held)
+            meters[0].add(one, batch.size, batch.audio_supervised, held)
             meters[1].add(one, batch.video_sigma, batch.audio_sigma)
             run.supervision.add(batch.audio_expected, batch.audio_supervised)
             if run.balance is not None:
-                run.balance.add(one)
+                run.balance.add(one, batch.video_weight, batch.audio_weight)
             seen.append((batch.names, one))
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)

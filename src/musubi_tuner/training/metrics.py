@@ -12,39 +12,45 @@ from musubi_tuner.training.loss import ItemLosses
 
 
 class LossMeter:
-    """Sums since the last look: raw losses of video and audio, items, items with supervised sound and with supervised video, distance
-    from the base model of items that learn from it and their number, distance under the prompt of `--dop_prompt` and its number."""
+    """Sums since the last look: raw losses of video and audio, items in each of them; distance from the base model of items that learn
+    from it and their number, distance under the prompt of `--dop_prompt` and its number."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(9, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._items = self._supervised = 0
 
-    def add(self, losses: ItemLosses, items: int, held: Tensor | None = None) -> None:
+    def add(self, losses: ItemLosses, items: int, supervised: int, held: Tensor | None = None) -> None:
         """Without waiting for the device.
 
         Args:
+            supervised: items whose sound is trained: there, not given, and of some weight.
             held: (B,) distance from the base model under the prompt of `--dop_prompt`.
         """
-        count = self._sums.new_tensor(items)
-        seen = count if losses.video_present is None else losses.video_present.sum()
+        self._items += items
+        self._supervised += supervised
+        seen = losses.video_present
+        if seen is None and losses.video is not None:
+            seen = torch.ones_like(losses.video)
         of_prompt = (None, None) if held is None else (held, torch.ones_like(held))
-        row = [losses.video, losses.audio, count, losses.audio_present, seen, losses.preserved, losses.preserved_present, *of_prompt]
+        row = [losses.video, losses.audio, seen, losses.audio_present, losses.preserved, losses.preserved_present, *of_prompt]
         nothing = self._sums.new_zeros(())
         self._sums += torch.stack([nothing if value is None else value.detach().to(torch.float64).sum() for value in row])
 
     def read(self, mode: str, processes: int) -> dict[str, float]:
         """Means over all processes, and the share of items whose sound was supervised; then start again."""
-        sums = self._sums.clone()
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._items, self._supervised])])
         self._sums.zero_()
+        self._items = self._supervised = 0
         if processes > 1:
             torch.distributed.all_reduce(sums)
-        video, audio, items, heard, seen, preserved, taught, held, asked = sums.tolist()
+        video, audio, seen, heard, preserved, taught, held, asked, items, supervised = sums.tolist()
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
         if mode != "video":
             if heard:
                 values["loss_audio"] = audio / heard
-            values["audio_supervised"] = heard / max(items, 1)
+            values["audio_supervised"] = supervised / max(items, 1)
         if taught:
             values["loss_preserved"] = preserved / taught
         if asked:

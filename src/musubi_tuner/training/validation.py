@@ -34,7 +34,7 @@ class Validator:
             batch = make_batch([Draw(item, epoch=0, repeat=0)], self.mode, self.rules).to(self.device)
             for sigma, meter in meters.items():
                 level = torch.full((1,), sigma, device=self.device)
-                meter.add(item_losses(wrapper, batch, StepInputs(video_sigma=level, audio_sigma=level)), 1)
+                meter.add(item_losses(wrapper, batch, StepInputs(video_sigma=level, audio_sigma=level)), 1, batch.audio_supervised)
         readings = {sigma: meter.read(self.mode, self.processes) for sigma, meter in meters.items()}
         for name in ("loss_video", "loss_audio"):
             found = {sigma: reading[name] for sigma, reading in readings.items() if name in reading}
