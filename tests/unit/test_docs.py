@@ -19,6 +19,7 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"
 CONFIGS = {Path(program.script).name: program.config for program in PROGRAMS}
 SCRIPTS = {Path(program.script).name: program.script for program in PROGRAMS}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAMED_TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(\w+))?")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)\)")
 
 
@@ -70,6 +71,17 @@ def test_prompt_lines_in_documents_parse_and_exercise_every_flag() -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     missing = [target for target in LINK.findall(text) if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
+
+
+def test_requirement_rows_name_tests_that_exist() -> None:
+    named = NAMED_TEST.findall((REPOSITORY / "docs" / "requirements_status.md").read_text(encoding="utf-8"))
+    assert len(named) > 100
+    missing = []
+    for path, name in sorted(set(named)):
+        source = REPOSITORY / path
+        if not source.is_file() or name and not re.search(rf"^def {name}\(", source.read_text(encoding="utf-8"), re.MULTILINE):
+            missing.append(f"{path}::{name}")
     assert not missing
 
 
