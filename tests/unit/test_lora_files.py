@@ -234,6 +234,21 @@ def test_schedules(name, expected):
         make_scheduler(optimizer, ScheduleOptions(name=name, total_steps=9, warmup=9))
 
 
+def test_adafactor_moves_a_zero_tensor_by_the_learning_rate():
+    parameter = nn.Parameter(torch.zeros(4, 4))
+    optimizer = make_optimizer("Adafactor", [parameter], 1e-3, {})
+    parameter.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert parameter.detach().square().mean().sqrt() == pytest.approx(1e-3, rel=0.3)
+
+
+def test_an_optimizer_that_finds_its_own_rate_warns_of_another(caplog):
+    pytest.importorskip("prodigyopt")
+    for rate, warned in ((1.0, False), (1e-4, True)):
+        make_optimizer("Prodigy", [nn.Parameter(torch.zeros(1))], rate, {})
+        assert ("finds its own rate" in caplog.text) is warned
+
+
 def run_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> list[float]:
     scheduler = make_scheduler(optimizer, options)
     rates = []

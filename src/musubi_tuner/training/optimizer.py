@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _KNOWN = {
     "adamw": "torch.optim.AdamW",
@@ -27,6 +30,10 @@ _KNOWN = {
     "adamwschedulefree": "schedulefree.AdamWScheduleFree",
     "sgd": "torch.optim.SGD",
 }
+_DEFAULTS: dict[str, dict[str, Any]] = {"torch.optim.Adafactor": {"eps": (None, 1.0)}}
+"""Adafactor's steps are in proportion to a tensor's own size, 0.001 at least by torch's default; a LoRA's B starts at zero and would
+hardly learn. With 1 a step is as large as the learning rate says."""
+_FIND_THEIR_RATE, _LEAST_OF_THESE = ("prodigy", "prodigyplusschedulefree"), 0.1
 _PACKAGES = {
     "bitsandbytes": "pip install bitsandbytes",
     "prodigyopt": "pip install prodigyopt",
@@ -56,8 +63,11 @@ def make_optimizer(
             f"--optimizer_type {name}: one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as torch.optim.AdamW."
         )
     optimizer_class = _import_class(name, dotted)
+    if name.lower() in _FIND_THEIR_RATE and learning_rate < _LEAST_OF_THESE:
+        log.warning("WARNING: --optimizer_type %s finds its own rate and hardly learns at --learning_rate %g; give 1", name, learning_rate)
+    arguments = _DEFAULTS.get(dotted, {}) | {key: _literal(value) for key, value in args.items()}
     try:
-        optimizer = optimizer_class(parameters, lr=learning_rate, **{key: _literal(value) for key, value in args.items()})
+        optimizer = optimizer_class(parameters, lr=learning_rate, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_type {name} with --optimizer_args {dict(args)}: {error}.") from error
     with evaluating(optimizer):
