@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,7 @@ def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monk
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups to send Ctrl-C to")
 def test_ctrl_c_of_the_whole_terminal_still_finishes_the_step(data, tmp_path):
     """Workers get the signal too; the step's other batches must still come from them."""
+    tmp_path = tmp_path / "with a space"
     flags = ["--output_dir", str(tmp_path), "--max_train_steps", "100000", "--max_data_loader_n_workers", "1"]
     command = [sys.executable, "-m", "musubi_tuner.ltxv2_train_network", *data.arguments(*flags, "--gradient_accumulation_steps", "16")]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
@@ -74,8 +76,8 @@ def test_ctrl_c_of_the_whole_terminal_still_finishes_the_step(data, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         told = process.communicate(timeout=60)[1]
     assert process.returncode == 0, told
-    assert "Go on with the same command and: --resume" in told
-    assert len(list(tmp_path.glob("*-state"))) == 1
+    (state,) = tmp_path.glob("*-state")
+    assert f'Go on with the same command and: --resume "{state}"' in told
 
 
 def has_losses(folder) -> bool:
@@ -134,3 +136,17 @@ def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_pa
     assert "datasets[0]: 1 of 2 clips are left out of --ltx_mode audio" in caplog.text
     assert "datasets[0]: 1 source(s) came after caching and are not trained on: later.mp4" in caplog.text
     assert all(row["audio_supervised"] == 1 for row in parts.losses(tmp_path / "audio"))
+
+
+def test_seconds_of_a_step_leave_out_what_lies_between_steps(data, tmp_path, monkeypatch, caplog):
+    original = loop._save
+
+    def slow_save(*arguments, **named):
+        time.sleep(2)
+        original(*arguments, **named)
+
+    monkeypatch.setattr(loop, "_save", slow_save)
+    with caplog.at_level("INFO"):
+        run(data, tmp_path, "--max_train_steps", "1")
+    whole, step = re.search(r"time +([\d.]+) s; ([\d.]+) s a step", caplog.text).groups()
+    assert float(whole) >= 2 > float(step) + 1

@@ -14,6 +14,7 @@ from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
 from musubi_tuner.cache.names import index_name
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.program import quoted
 
 
 class PlannedDataset(Protocol):
@@ -159,7 +160,7 @@ def read_index(dataset: PlannedDataset, dataset_config: Path) -> DatasetIndex:
         UserError: there is none; where another one is there, the message says which settings differ.
     """
     program = "ltxv2_cache_audio_latents.py" if dataset.kind == "audio" else "ltxv2_cache_latents.py"
-    remedy = f"Run: python {program} --dataset_config {dataset_config}"
+    remedy = f"Run: python {program} --dataset_config {quoted(dataset_config)}"
     path = index_path(dataset)
     if not path.is_file():
         others = sorted(dataset.cache_directory.glob(index_name("*")))

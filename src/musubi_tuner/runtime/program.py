@@ -30,3 +30,9 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def quoted(path: object) -> str:
+    """A path as it is typed in a command, under Linux and Windows alike."""
+    text = str(path)
+    return f'"{text}"' if any(sign in text for sign in " '&()") else text

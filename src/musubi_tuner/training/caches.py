@@ -13,6 +13,7 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
 from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.runtime.program import quoted
 
 
 def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint, transformer: TransformerConfig) -> Wanted:
@@ -60,19 +61,14 @@ def _encoder_options(config: TrainingConfig) -> EncoderOptions:
 def _arguments(config: TrainingConfig) -> dict[str, str]:
     """Arguments of the caching programs that go with this run."""
     model = config.model
-    dataset = f"--dataset_config {_quoted(config.mode.dataset_config)} --ltx_mode {config.ltx_mode}"
-    vae = _quoted(model.vae or model.ltxv2_model)
-    encoder = _quoted(model.text_encoder) if model.text_encoder else "ENCODER_FOLDER"
+    dataset = f"--dataset_config {quoted(config.mode.dataset_config)} --ltx_mode {config.ltx_mode}"
+    vae = quoted(model.vae or model.ltxv2_model)
+    encoder = quoted(model.text_encoder) if model.text_encoder else "ENCODER_FOLDER"
     text = f" --text_encoder_backend {model.text_encoder_backend}" if model.text_encoder_backend else ""
     text += f" --max_length {model.max_length}" if model.max_length else ""
     text += " --text_cache_stage features" if text_stage(config) == "features" else ""
     return {
         "ltxv2_cache_latents.py": f"{dataset} --vae {vae}",
-        "ltxv2_cache_audio_latents.py": f"{dataset} --audio_vae {_quoted(model.audio_vae) if model.audio_vae else vae}",
-        "ltxv2_cache_text_encoder_outputs.py": f"{dataset} --ltxv2_model {_quoted(model.ltxv2_model)} --text_encoder {encoder}{text}",
+        "ltxv2_cache_audio_latents.py": f"{dataset} --audio_vae {quoted(model.audio_vae) if model.audio_vae else vae}",
+        "ltxv2_cache_text_encoder_outputs.py": f"{dataset} --ltxv2_model {quoted(model.ltxv2_model)} --text_encoder {encoder}{text}",
     }
-
-
-def _quoted(path: object) -> str:
-    text = str(path)
-    return f'"{text}"' if " " in text else text

@@ -38,6 +38,8 @@ class Outcome:
 
     step: int
     seconds: float = 0.0
+    stepping: float = 0.0
+    """Seconds of the steps alone, without what lies between them."""
     losses: dict[str, float] = field(default_factory=dict)
     first_validation: dict[str, float] = field(default_factory=dict)
     last_validation: dict[str, float] = field(default_factory=dict)
@@ -67,7 +69,9 @@ def train(run: TrainingRun) -> Outcome:
             if step % run.schedule.log_every == 0 or step == run.schedule.total:
                 outcome.losses = _log(run, (meter, levels), loss_file, bar, step, norm)
             bar.update()
-            if (warning := pace.add(time.monotonic() - begun)) and run.processes.is_main:
+            seconds = time.monotonic() - begun
+            outcome.stepping += seconds
+            if (warning := pace.add(seconds)) and run.processes.is_main:
                 log.warning("WARNING: step %d: %s", step, warning)
             outcome.interrupted = _agree(run, interrupt.requested) and step < run.schedule.total  # the last step ends the run anyway
             if (warning := run.supervision.check(step, run.device, run.processes.count)) and run.processes.is_main:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.runtime.program import quoted
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.loop import Outcome
 from musubi_tuner.training.run import TrainingRun
@@ -23,7 +24,7 @@ def summary(run: TrainingRun, outcome: Outcome) -> str:
     steps = outcome.step - run.start_step
     rows = [("steps", f"{run.start_step} to {outcome.step} of {run.schedule.total}")]
     if steps:
-        rows.append(("time", f"{outcome.seconds:.1f} s, {outcome.seconds / steps:.3f} s a step"))
+        rows.append(("time", f"{outcome.seconds:.1f} s; {outcome.stepping / steps:.3f} s a step (previews, validation, saving apart)"))
     if run.device.type == "cuda":
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
     rows += [(f"last {name}", f"{value:.4f}") for name, value in outcome.losses.items() if name.startswith("loss")]
@@ -33,7 +34,7 @@ def summary(run: TrainingRun, outcome: Outcome) -> str:
     rows += [("written", str(path)) for path in outcome.files[-4:]]
     text = format_table(rows, ("done" if not outcome.interrupted else "interrupted", ""))
     if outcome.interrupted:
-        text += f"\n\nGo on with the same command and: --resume {outcome.files[-1]}"
+        text += f"\n\nGo on with the same command and: --resume {quoted(outcome.files[-1])}"
     return text
 
 
