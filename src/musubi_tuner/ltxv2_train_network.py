@@ -26,7 +26,7 @@ from musubi_tuner.training.loop import train
 from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.references import check_reference_factors, check_references
 from musubi_tuner.training.report import draw_loss_curve, summary
-from musubi_tuner.training.setup import Inputs, build_run
+from musubi_tuner.training.setup import Inputs, build_run, sigma_settings
 from musubi_tuner.training.state import newest_state
 from musubi_tuner.training.trackers import Trackers
 
@@ -42,6 +42,7 @@ DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captio
 def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
     config = parse(TrainingConfig, argv, prog=PROG, description=DESCRIPTION)
     check_training_config(config)
+    sigma_settings(config.losses)
     return config
 
 

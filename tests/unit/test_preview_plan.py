@@ -83,6 +83,8 @@ def test_the_table_shows_mu_and_shift_of_preview_and_training() -> None:
     assert "2.05 (7.77)" in table
     assert "video 2.78 (16.17)" in table and "audio 0.63 (1.87)" in table  # 6144 and 126 tokens
     assert "uniform" in describe_plans(PreviewOptions(), prompts, [plan()], "uniform")
+    assert "the same at every size" in describe_plans(PreviewOptions(), prompts, [plan()], "logit_normal")
+    assert "video 1.50 (4.48), audio 1.50" in describe_plans(PreviewOptions(), prompts, [plan()], "stratified", 1.5)
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,6 @@ def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
-def folder_fingerprint(folder: Path, patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.bin")) -> str:
-    """Identity of the files of a model folder, by their names within it and their contents."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return text_fingerprint("\n".join(f"{path.name} {file_fingerprint(path)}" for path in files))
-
-
 def canonical(value: Any) -> str:
     """JSON that is the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

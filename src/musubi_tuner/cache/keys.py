@@ -4,7 +4,6 @@ import re
 
 import torch
 
-AUDIO_LENGTHS = "audio_lengths"
 AUDIO_LENGTHS_KEY = "audio_lengths_int32"
 REFERENCE_AUDIO_LENGTHS_KEY = "ref_audio_lengths_int32"
 VIDEO_MASK_KEY = "video_mask"

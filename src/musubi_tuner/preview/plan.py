@@ -82,13 +82,23 @@ def make_plan(options: PreviewOptions, prompt: PreviewPrompt, *, mode: str, vers
     )
 
 
-def describe_plans(options: PreviewOptions, prompts: Sequence[PreviewPrompt], plans: Sequence[SamplingPlan], timestep_sampling: str) -> str:
-    """A table of what each preview does, with mu and shift beside those that training has at the same size."""
+def describe_plans(
+    options: PreviewOptions,
+    prompts: Sequence[PreviewPrompt],
+    plans: Sequence[SamplingPlan],
+    timestep_sampling: str,
+    training_shift: float | None = None,
+) -> str:
+    """A table of what each preview does, with mu and shift beside those that training has at the same size.
+
+    Args:
+        training_shift: mu that training takes at every size; None = from the size.
+    """
+    fixed = {"uniform": "uniform noise levels", "logit_normal": "the same at every size"}.get(timestep_sampling)
     rows = []
     for prompt, plan in zip(prompts, plans, strict=True):
-        of_training = "uniform noise levels"
-        if timestep_sampling != "uniform":
-            of_training = ", ".join(f"{stream} {_mu_text(mu_for_tokens(_tokens(prompt, stream)))}" for stream in plan.streams)
+        mus = ((stream, mu_for_tokens(_tokens(prompt, stream)) if training_shift is None else training_shift) for stream in plan.streams)
+        of_training = fixed or ", ".join(f"{stream} {_mu_text(mu)}" for stream, mu in mus)
         rows.append(
             (
                 f"{prompt.index} {prompt.prompt[:24]!r}",

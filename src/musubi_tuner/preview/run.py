@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.preview import PreviewOptions, check_preview_options
-from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.config.training import TrainingConfig, parse_pairs
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
@@ -113,7 +113,8 @@ def make_previewer(
     device = pick_device(config.model.device)
     free_memory(device)
     _warn_if_never(options)
-    log.info("%s", describe_plans(options, prompts, plans, config.losses.timestep_sampling))
+    shift = parse_pairs(config.losses.timestep_args, "--timestep_args").get("shift")
+    log.info("%s", describe_plans(options, prompts, plans, config.losses.timestep_sampling, None if shift is None else float(shift)))
     encoders = Encoders(vae, audio_vae, device, reference_factors=datasets.reference_factors)
     samples = tuple(_make_sample(prompt, plan, contexts, encoders) for prompt, plan in zip(prompts, plans, strict=True))
     encoders.close()

@@ -41,7 +41,6 @@ _PACKAGES = {
     "prodigyplus": "pip install prodigy-plus-schedule-free",
     "schedulefree": "pip install schedulefree",
 }
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 _CYCLES, _POWER = 3, 2.0
 
 
