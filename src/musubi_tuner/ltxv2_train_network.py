@@ -96,6 +96,8 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     mode = config.ltx_mode
     items = list_items(datasets.datasets, mode, config.mode.dataset_config)
     validation_items = list_items(datasets.validation_datasets, mode, config.mode.dataset_config) if datasets.validation_datasets else ()
+    if logging_options.validate_every_n_steps and not validation_items:
+        log.warning("WARNING: --validate_every_n_steps: nothing is held out; %s has no [[validation_datasets]]", config.mode.dataset_config)
     check_references(config.recipe, items, config.mode.dataset_config)
     if config.network.network_weights is not None and config.network.network_weights.is_file():
         check_reference_factors(config.network.network_weights, config.recipe, datasets)

@@ -50,8 +50,9 @@ def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monk
 
     monkeypatch.setattr(loop, "_log", interrupt)
     with caplog.at_level("INFO"):
-        run(data, tmp_path, "--max_train_steps", "1")
+        run(data, tmp_path, "--max_train_steps", "1", "--validate_every_n_steps", "1")
     assert "--resume" not in caplog.text
+    assert "nothing is held out" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups to send Ctrl-C to")
