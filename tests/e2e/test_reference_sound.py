@@ -1,5 +1,6 @@
 """Sound from files of its own, and sound that is played beside the one that is learned."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from musubi_tuner.preview.plan import make_plan
 from musubi_tuner.preview.prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_sounds
+from musubi_tuner.training.planning import token_counts
 from musubi_tuner.training.step import StepInputs, item_losses
 from tests import preview_parts, training_parts
 from tests.e2e.test_conditioning import RECIPES, draw_rules, spy
@@ -166,3 +168,11 @@ def test_by_jsonl_and_what_is_missing(data, tmp_path):
     jsonl.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(UserError, match=r"1 of 2 sources have no sound file: clip_001.mp4.*separate_audio_directory.*audio_path"):
         cache_sound(toml, data.model)
+
+
+def test_the_plan_counts_what_is_played_beside_the_sound(data):
+    item = items_of(data)[0]
+    assert item.clip.reference_sound is not None
+    _, alone = token_counts(dataclasses.replace(item, clip=dataclasses.replace(item.clip, reference_sound=None)), "av")
+    assert token_counts(item, "av")[1] == 2 * alone == 36
+    assert token_counts(item, "video")[1] == 0

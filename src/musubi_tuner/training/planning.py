@@ -91,6 +91,8 @@ def token_counts(item: Item, mode: str) -> tuple[int, int]:
         video += ((clip.reference_frames - 1) // 8 + 1) * (clip.reference_height // 32) * (clip.reference_width // 32)
     heard = mode != "video" and clip.has_audio
     audio = round((clip.end_seconds - clip.start_seconds) * AUDIO_STEPS_PER_SECOND) if heard else 0
+    if clip.reference_sound is not None:
+        audio *= 2  # it is as long as the clip at most
     return video * clips, audio * clips
 
 
