@@ -22,11 +22,12 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.runtime.program import run_program
 from musubi_tuner.training.caches import text_stage, wanted_caches
+from musubi_tuner.training.inputs import Inputs
 from musubi_tuner.training.loop import train
 from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.references import check_reference_factors, check_references
 from musubi_tuner.training.report import draw_loss_curve, summary
-from musubi_tuner.training.setup import Inputs, build_run, sigma_settings
+from musubi_tuner.training.setup import build_run, sigma_settings
 from musubi_tuner.training.state import newest_state
 from musubi_tuner.training.trackers import Trackers
 

@@ -1,82 +1,46 @@
 """From a config to a run: load, adapt, plan; in the order in which mistakes are cheapest to find."""
 
 import dataclasses
-import json
 import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.training import TrainingConfig, parse_pairs
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
-from musubi_tuner.dataset.verify import Wanted
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.versions import detect_version
-from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
+from musubi_tuner.training.facts import banner, file_facts, run_settings
+from musubi_tuner.training.inputs import Inputs
 from musubi_tuner.training.loss import error_function, total_loss
 from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.training.optimizer import ScheduleOptions, is_schedule_free, make_optimizer, make_scheduler
-from musubi_tuner.training.planning import describe_placement, largest_item
+from musubi_tuner.training.planning import largest_item
 from musubi_tuner.training.preservation import BaseModel
 from musubi_tuner.training.prompts import caption_dropout, prompt_preservation
-from musubi_tuner.training.references import reference_facts
-from musubi_tuner.training.run import Preview, Schedule, TrainingRun
+from musubi_tuner.training.run import Schedule, TrainingRun
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.step import drawn_levels, item_losses_of_all
 from musubi_tuner.training.supervision import AudioSupervision, silence_warning
-from musubi_tuner.training.trackers import Trackers
 from musubi_tuner.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
 _VALIDATIONS_PER_RUN = 10
-_WHERE_ONLY = {
-    "output_dir",
-    "output_name",
-    "logging_dir",
-    "log_with",
-    "resume",
-    "autoresume",
-    "device",
-    "max_data_loader_n_workers",
-    "network_weights",
-}
-"""Settings that change nothing in the result, so that a resumed run may differ in them."""
 _TIMESTEP_RANGES = {"std": (0.01, 100.0), "uniform_prob": (0.0, 1.0), "eps": (0.0, 0.1)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What the entry has found before the transformer is loaded."""
-
-    config: TrainingConfig
-    processes: Processes
-    device: torch.device
-    dtype: torch.dtype
-    trackers: Trackers
-    checkpoint: Checkpoint
-    datasets: DatasetConfig
-    items: tuple[Item, ...]
-    validation_items: tuple[Item, ...]
-    wanted: Wanted
-    """What the caches of this run must be."""
-    preview: Preview | None
 
 
 def build_run(inputs: Inputs) -> TrainingRun:
@@ -89,33 +53,13 @@ def build_run(inputs: Inputs) -> TrainingRun:
     loaded = _load_model(inputs, rules)
     wrapper, network = loaded.wrapper, loaded.network
     schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
-    optimization = config.optimization
-    optimizer = make_optimizer(
-        optimization.optimizer_type,
-        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
-        optimization.learning_rate,
-        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
-    )
-    scheduler = make_scheduler(
-        optimizer,
-        ScheduleOptions(
-            name=optimization.lr_scheduler,
-            total_steps=schedule.total,
-            warmup=optimization.lr_warmup_steps,
-            decay=optimization.lr_decay_steps,
-            class_name=optimization.lr_scheduler_type,
-            args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
-        ),
-    )
-    settings = _settings(config, inputs, loaded.placement.weight_format)
+    optimizer = _make_optimizer(config, network)
+    scheduler = _make_scheduler(config, optimizer, schedule.total)
+    settings = run_settings(inputs, loaded.placement.weight_format)
     start_step = 0
     balance = AudioBalance(inputs.device) if config.sound.audio_balance == "ema" else None
     supervision = AudioSupervision(config.sound)
-    if optimization.ema_decay and is_schedule_free(optimizer):
-        raise UserError(
-            f"--ema_decay {optimization.ema_decay:g}: --optimizer_type {optimization.optimizer_type} averages already; give one."
-        )
-    average = WeightAverage(network.named_parameters(), optimization.ema_decay) if optimization.ema_decay else None
+    average = _make_average(config, network, optimizer)
     with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
     watched = {name: one for name, one in with_state.items() if one is not None}
     if config.saving.resume is not None:
@@ -123,15 +67,6 @@ def build_run(inputs: Inputs) -> TrainingRun:
             config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
         )
         _report_resume(config.saving.resume, start_step, schedule.total, differences)
-    validator = None
-    if inputs.validation_items:
-        validator = Validator(
-            items=inputs.processes.share(inputs.validation_items),
-            mode=config.ltx_mode,
-            rules=draw_rules(config, "validation", 0),
-            device=inputs.device,
-            processes=inputs.processes.count,
-        )
     run = TrainingRun(
         config=config,
         processes=inputs.processes,
@@ -145,7 +80,7 @@ def build_run(inputs: Inputs) -> TrainingRun:
         schedule=schedule,
         start_step=start_step,
         settings=settings,
-        facts=_facts(inputs, network),
+        facts=file_facts(inputs, network),
         trackers=inputs.trackers,
         error=error_function(config.losses.loss_type, config.losses.huber_delta),
         balance=balance,
@@ -156,13 +91,57 @@ def build_run(inputs: Inputs) -> TrainingRun:
         prompt_preservation=held,
         passes=loaded.placement.passes,
         preview=inputs.preview,
-        validator=validator,
+        validator=_make_validator(inputs),
     )
     if inputs.processes.is_main:
         log.info(banner(inputs, run, loaded))
         if (warning := silence_warning(inputs.items, config.ltx_mode, config.preservation.audio_dop_weight)) is not None:
             log.warning("WARNING: %s", warning)
     return run
+
+
+def _make_optimizer(config: TrainingConfig, network: LoRANetwork) -> Optimizer:
+    optimization = config.optimization
+    return make_optimizer(
+        optimization.optimizer_type,
+        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
+        optimization.learning_rate,
+        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
+    )
+
+
+def _make_scheduler(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    optimization = config.optimization
+    options = ScheduleOptions(
+        name=optimization.lr_scheduler,
+        total_steps=total_steps,
+        warmup=optimization.lr_warmup_steps,
+        decay=optimization.lr_decay_steps,
+        class_name=optimization.lr_scheduler_type,
+        args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
+    )
+    return make_scheduler(optimizer, options)
+
+
+def _make_average(config: TrainingConfig, network: LoRANetwork, optimizer: Optimizer) -> WeightAverage | None:
+    decay = config.optimization.ema_decay
+    if not decay:
+        return None
+    if is_schedule_free(optimizer):
+        raise UserError(f"--ema_decay {decay:g}: --optimizer_type {config.optimization.optimizer_type} averages already; give one of them.")
+    return WeightAverage(network.named_parameters(), decay)
+
+
+def _make_validator(inputs: Inputs) -> Validator | None:
+    if not inputs.validation_items:
+        return None
+    return Validator(
+        items=inputs.processes.share(inputs.validation_items),
+        mode=inputs.config.ltx_mode,
+        rules=draw_rules(inputs.config, "validation", 0),
+        device=inputs.device,
+        processes=inputs.processes.count,
+    )
 
 
 def draw_rules(config: TrainingConfig, purpose: str, seed: int, dropped: CaptionDropout | None = None) -> DrawRules:
@@ -268,70 +247,6 @@ def _largest_batch(inputs: Inputs, rules: DrawRules) -> Batch:
     return make_batch(draws, inputs.config.ltx_mode, dataclasses.replace(rules, purpose="trial"))
 
 
-def _settings(config: TrainingConfig, inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
-    """Flags and facts that shape the result, as plain JSON values."""
-    values: dict[str, Any] = {}
-    sections = (config.mode, config.network, config.losses, config.sound, config.preservation, config.optimization, config.saving)
-    for section in sections:
-        for field in dataclasses.fields(section):
-            if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
-                values[field.name] = getattr(section, field.name)
-    values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
-    values["model"] = inputs.checkpoint.path.name
-    values["conditioning"] = config.recipe.describe()
-    return json.loads(json.dumps(values, default=str))
-
-
-def _facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
-    config = inputs.config
-    version = detect_version(inputs.checkpoint)
-    adapted = [stream for stream, count in network.count_by_stream().items() if count]
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"ltx-{version}/lora",
-        "modelspec.implementation": "https://github.com/Lightricks/LTX-2",
-        "modelspec.title": config.saving.output_name,
-        "ss_base_model_version": f"ltx-{version}",
-        "ss_sd_model_name": inputs.checkpoint.path.name,
-        "ss_network_module": config.network.network_module,
-        "ss_network_dim": config.network.network_dim,
-        "ss_network_alpha": config.network.network_alpha,
-        "ss_network_args": list(config.network.network_args),
-        "ltxv2_network_type": network.kind,
-        "ltxv2_network_shape": network.describe(),
-        "ltxv2_network_scaling": "folded into the tensors; there is no alpha to apply",
-        "ltxv2_base_weights": [f"{path.name} x {strength:g}" for path, strength in config.network.base_networks],
-        "ss_learning_rate": config.optimization.learning_rate,
-        "ltxv2_audio_learning_rate": config.optimization.audio_learning_rate,
-        "ss_optimizer": config.optimization.optimizer_type,
-        "ss_lr_scheduler": config.optimization.lr_scheduler,
-        "ss_max_train_steps": config.optimization.max_train_steps,
-        "ss_gradient_accumulation_steps": config.optimization.gradient_accumulation_steps,
-        "ss_seed": config.optimization.seed,
-        "ss_num_train_items": len(inputs.items),
-        "ss_mixed_precision": str(inputs.dtype).removeprefix("torch."),
-        "ltxv2_mode": config.ltx_mode,
-        "ltxv2_adapted_streams": ",".join(adapted),
-        "ltxv2_timestep_format": str(config.mode.ltxv2_timestep_format),
-        "ltxv2_timestep_sampling": config.losses.timestep_sampling,
-        "ltxv2_timestep_args": list(config.losses.timestep_args),
-        "ltxv2_timestep_range": [config.losses.min_timestep, config.losses.max_timestep],
-        "ltxv2_loss_type": config.losses.loss_type,
-        "ltxv2_weighting_scheme": config.losses.weighting_scheme,
-        "ltxv2_audio_balance": config.sound.audio_balance,
-        "ltxv2_independent_audio_timestep": config.losses.independent_audio_timestep,
-        "ltxv2_av_timestep_rule": config.losses.av_timestep_rule,
-        "ltxv2_video_loss_weight": config.sound.video_loss_weight,
-        "ltxv2_audio_loss_weight": config.sound.audio_loss_weight,
-        "ltxv2_dop_prompt": "" if config.preservation.dop_prompt is None else config.preservation.dop_prompt,
-        "ltxv2_dop_weight": config.preservation.dop_weight if config.preservation.dop_prompt is not None else 0.0,
-        "ltxv2_audio_dop_weight": config.preservation.audio_dop_weight,
-        "ltxv2_ema_decay": config.optimization.ema_decay,
-        "ltxv2_conditioning": config.recipe.describe(),
-        **reference_facts(config.recipe, inputs.datasets),
-    }
-
-
 def _report_resume(path: Path, step: int, total: int, differences: list[str]) -> None:
     if step >= total:
         raise UserError(f"--resume {path}: the state is of step {step}, and the run ends at step {total}. Raise --max_train_steps.")
@@ -340,30 +255,3 @@ def _report_resume(path: Path, step: int, total: int, differences: list[str]) ->
         log.warning("WARNING: these settings differ from the saved run, so it will not be the run it would have been:")
         for line in differences:
             log.warning("  %s", line)
-
-
-def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
-    """What is about to be trained, in one table."""
-    config = inputs.config
-    streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
-    heard = sum(item.clip.has_audio for item in inputs.items)
-    parameters = sum(p.numel() for p in run.network.parameters())
-    rows = [
-        (
-            "model",
-            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {inputs.dtype}".replace(
-                "torch.", ""
-            ),
-        ),
-        ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
-        *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],
-        ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound"),
-        ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),
-        (
-            "run",
-            f"{run.schedule.total} steps, {run.schedule.steps_per_epoch:.4g} steps an epoch, {run.processes.count} "
-            f"process(es), {inputs.device}",
-        ),
-    ]
-    rows += [*describe_placement(loaded.placement, inputs.dtype), *loaded.notes]
-    return format_table(rows, ("training", ""))

@@ -1,0 +1,120 @@
+"""What a run says of itself: settings for its state, entries for its file's metadata, the table before its first step."""
+
+import dataclasses
+import json
+from typing import Any
+
+from musubi_tuner.ltxv2.versions import detect_version
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.inputs import Inputs
+from musubi_tuner.training.model import LoadedModel
+from musubi_tuner.training.planning import describe_placement
+from musubi_tuner.training.references import reference_facts
+from musubi_tuner.training.run import TrainingRun
+
+_WHERE_ONLY = {
+    "output_dir",
+    "output_name",
+    "logging_dir",
+    "log_with",
+    "resume",
+    "autoresume",
+    "device",
+    "max_data_loader_n_workers",
+    "network_weights",
+}
+"""Settings that change nothing in the result, so that a resumed run may differ in them."""
+
+
+def run_settings(inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
+    """Flags and facts that shape the result, as plain JSON values."""
+    config = inputs.config
+    values: dict[str, Any] = {}
+    sections = (config.mode, config.network, config.losses, config.sound, config.preservation, config.optimization, config.saving)
+    for section in sections:
+        for field in dataclasses.fields(section):
+            if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
+                values[field.name] = getattr(section, field.name)
+    values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
+    values["model"] = inputs.checkpoint.path.name
+    values["conditioning"] = config.recipe.describe()
+    return json.loads(json.dumps(values, default=str))
+
+
+def file_facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
+    """Entries of the LoRA file's metadata."""
+    config = inputs.config
+    version = detect_version(inputs.checkpoint)
+    adapted = [stream for stream, count in network.count_by_stream().items() if count]
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"ltx-{version}/lora",
+        "modelspec.implementation": "https://github.com/Lightricks/LTX-2",
+        "modelspec.title": config.saving.output_name,
+        "ss_base_model_version": f"ltx-{version}",
+        "ss_sd_model_name": inputs.checkpoint.path.name,
+        "ss_network_module": config.network.network_module,
+        "ss_network_dim": config.network.network_dim,
+        "ss_network_alpha": config.network.network_alpha,
+        "ss_network_args": list(config.network.network_args),
+        "ltxv2_network_type": network.kind,
+        "ltxv2_network_shape": network.describe(),
+        "ltxv2_network_scaling": "folded into the tensors; there is no alpha to apply",
+        "ltxv2_base_weights": [f"{path.name} x {strength:g}" for path, strength in config.network.base_networks],
+        "ss_learning_rate": config.optimization.learning_rate,
+        "ltxv2_audio_learning_rate": config.optimization.audio_learning_rate,
+        "ss_optimizer": config.optimization.optimizer_type,
+        "ss_lr_scheduler": config.optimization.lr_scheduler,
+        "ss_max_train_steps": config.optimization.max_train_steps,
+        "ss_gradient_accumulation_steps": config.optimization.gradient_accumulation_steps,
+        "ss_seed": config.optimization.seed,
+        "ss_num_train_items": len(inputs.items),
+        "ss_mixed_precision": str(inputs.dtype).removeprefix("torch."),
+        "ltxv2_mode": config.ltx_mode,
+        "ltxv2_adapted_streams": ",".join(adapted),
+        "ltxv2_timestep_format": str(config.mode.ltxv2_timestep_format),
+        "ltxv2_timestep_sampling": config.losses.timestep_sampling,
+        "ltxv2_timestep_args": list(config.losses.timestep_args),
+        "ltxv2_timestep_range": [config.losses.min_timestep, config.losses.max_timestep],
+        "ltxv2_loss_type": config.losses.loss_type,
+        "ltxv2_weighting_scheme": config.losses.weighting_scheme,
+        "ltxv2_audio_balance": config.sound.audio_balance,
+        "ltxv2_independent_audio_timestep": config.losses.independent_audio_timestep,
+        "ltxv2_av_timestep_rule": config.losses.av_timestep_rule,
+        "ltxv2_video_loss_weight": config.sound.video_loss_weight,
+        "ltxv2_audio_loss_weight": config.sound.audio_loss_weight,
+        "ltxv2_dop_prompt": "" if config.preservation.dop_prompt is None else config.preservation.dop_prompt,
+        "ltxv2_dop_weight": config.preservation.dop_weight if config.preservation.dop_prompt is not None else 0.0,
+        "ltxv2_audio_dop_weight": config.preservation.audio_dop_weight,
+        "ltxv2_ema_decay": config.optimization.ema_decay,
+        "ltxv2_conditioning": config.recipe.describe(),
+        **reference_facts(config.recipe, inputs.datasets),
+    }
+
+
+def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
+    """What is about to be trained, in one table."""
+    config = inputs.config
+    streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
+    heard = sum(item.clip.has_audio for item in inputs.items)
+    parameters = sum(p.numel() for p in run.network.parameters())
+    rows = [
+        (
+            "model",
+            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {inputs.dtype}".replace(
+                "torch.", ""
+            ),
+        ),
+        ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
+        *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],
+        ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound"),
+        ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),
+        (
+            "run",
+            f"{run.schedule.total} steps, {run.schedule.steps_per_epoch:.4g} steps an epoch, {run.processes.count} "
+            f"process(es), {inputs.device}",
+        ),
+    ]
+    rows += [*describe_placement(loaded.placement, inputs.dtype), *loaded.notes]
+    return format_table(rows, ("training", ""))
