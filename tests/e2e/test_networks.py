@@ -194,3 +194,13 @@ def test_references_need_an_adapter(data, tmp_path):
     recipe = ("--conditioning_config", str(REPOSITORY / "conditioning_recipes" / "reference_video.toml"))
     with pytest.raises(UserError, match="type=full.*references"):
         load(data, tmp_path, *recipe, "--network_args", *ARGS["full"])
+
+
+def test_full_weights_taken_from_a_file_stay_whole_beside_quantized_ones(data, tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--max_train_steps", "1", "--learning_rate", "1e-2"]
+    assert ltxv2_train_network.main(data.arguments(*flags, "--network_args", *ARGS["full"])) == 0
+    start = ("--network_weights", str(tmp_path / "ltxv2_lora.safetensors"), "--dim_from_weights", "--weight_format", "nf4")
+    wrapper, network = load(data, tmp_path, *start)
+    assert network.kind == "full"
+    assert all(isinstance(layer.base, torch.nn.Linear) for layer in network.layers.values())
+    assert any(isinstance(module, QuantizedLinear) for module in wrapper.modules())

@@ -156,11 +156,13 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int, bool]:
 
 def _trained_whole(request: ModelRequest) -> frozenset[str]:
     """Linears that train as they are, which no quantization may touch."""
-    if "type=full" not in request.config.network.network_args:
+    config = request.config
+    if "type=full" not in config.network.network_args and not config.network.dim_from_weights:
         return frozenset()
     with torch.device("meta"):
-        model = LTXModel(read_config(request.checkpoint), STREAMS[request.config.ltx_mode])
-    return frozenset(make_network(request.config, model, None).names)
+        model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode])
+    network = make_network(config, model, read_start(config, request.checkpoint, model))
+    return frozenset(network.names) if network.trains_base_weights else frozenset()
 
 
 def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, bool], factor: float) -> Placement:
