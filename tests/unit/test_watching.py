@@ -1,10 +1,13 @@
 """What is watched during a run: finite gradients, and the pace."""
 
+import signal
+
 import pytest
 import torch
 
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.finite import FiniteCheck
+from musubi_tuner.training.interrupt import Interrupt
 from musubi_tuner.training.loss import ItemLosses
 from musubi_tuner.training.pace import Pace
 
@@ -32,3 +35,11 @@ def test_steps_that_become_slower_are_told_of_and_not_every_step():
     assert 1 <= len(told) <= 2 and "0.100 s in the beginning" in told[0]
     assert not any(pace.add(0.2) for _ in range(40))
     assert any(pace.add(0.6) for _ in range(40))
+
+
+def test_the_first_ctrl_c_says_what_it_does_and_the_second_ends_at_once(capfd):
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested and "Ctrl-C again ends at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

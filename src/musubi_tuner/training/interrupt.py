@@ -1,7 +1,11 @@
 """One Ctrl-C finishes the step and saves; the second one ends at once."""
 
+import os
 import signal
 from types import FrameType
+
+_STDERR = 2
+_TOLD = b"\nCtrl-C: this step (or preview) is finished and the run saved; Ctrl-C again ends at once and saves nothing\n"
 
 
 class Interrupt:
@@ -21,3 +25,4 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        os.write(_STDERR, _TOLD)  # print and logging may be in the middle of a line of their own
