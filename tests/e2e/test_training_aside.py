@@ -1,6 +1,7 @@
 """What lies beside the training itself: what earlier runs left, where a start comes from."""
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -142,3 +143,27 @@ def test_seconds_of_a_step_leave_out_what_lies_between_steps(data, tmp_path, mon
         run(data, tmp_path, "--max_train_steps", "1")
     whole, step = re.search(r"time +([\d.]+) s; ([\d.]+) s a step", caplog.text).groups()
     assert float(whole) >= 2 > float(step) + 1
+
+
+def test_a_disk_that_fills_in_between_costs_a_save_and_never_the_run(data, tmp_path, monkeypatch, caplog):
+    real, calls = os.fsync, []
+
+    def full_at_first(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_first)
+    run(data, tmp_path, "--max_train_steps", "4", "--save_every_n_steps", "2")
+    assert "step 2: not saved, and training goes on" in caplog.text and "the disk is full" in caplog.text
+    assert not (tmp_path / "ltxv2_lora-step00000002.safetensors").exists()
+    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
+    run(data, tmp_path / "b", "--max_train_steps", "2", "--save_state")
+    assert "the state could not be written (PytorchStreamWriter failed" in caplog.text
+    assert [path.name for path in (tmp_path / "b").iterdir() if "state" in path.name] == []
+
+
+def test_more_blocks_than_can_be_streamed_are_told_of(data, tmp_path, caplog):
+    run(data, tmp_path, "--max_train_steps", "1", "--blocks_to_swap", "9")
+    assert "--blocks_to_swap 9: the model has 2 blocks; 2 are streamed" in caplog.text

@@ -49,6 +49,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "reference_downscale": (int,),
     "reference_temporal_scale": (int,),
 }
+_IN_WORDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false", list: "a list in [ ]"}
 _BESIDE = ("reference_directory", "mask_directory", "reference_audio_directory", "separate_audio_directory")
 """Folders of files that belong to the sources, by stem."""
 _NOT_IN_GENERAL = (*_SOURCES, "cache_directory", *_BESIDE)
@@ -160,7 +161,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
         UserError: names the section, the key, the value and the rule.
     """
     if not path.is_file():
-        raise UserError(f"--dataset_config {path}: no such file.")
+        raise UserError(f"--dataset_config {path}: {'is a folder' if path.is_dir() else 'no such file'}. Give the dataset TOML.")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -244,7 +245,7 @@ def _check_keys(path: Path, label: str, values: Mapping[str, Any], allowed: list
             raise UserError(f"{path}: {label}: unknown key '{key}'.{hint}")
         types = _TYPES[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise UserError(f"{path}: {label}: {key} = {value!r}: must be {' or '.join(t.__name__ for t in types)}.")
+            raise UserError(f"{path}: {label}: {key} = {value!r}: must be {' or '.join(_IN_WORDS[t] for t in types)}.")
 
 
 def _resolution(path: Path, label: str, value: list[Any]) -> tuple[int, int]:

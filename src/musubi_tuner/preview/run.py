@@ -44,13 +44,40 @@ class Previewer:
     name: str
 
     def __call__(self, wrapper: OfficialLTXV2Wrapper, step: int, epoch: int) -> None:
-        """Sample, decode and write every prompt. Random state and train mode are left as they were."""
+        """Sample, decode and write every prompt. Random state and train mode are left as they were.
+
+        Where the card has no room for the sampling, a warning takes the place of the previews; where it has none for the decoders, they
+        run on the CPU.
+        """
         device = next(wrapper.parameters()).device
         with untouched(wrapper, device):
-            latents = self._generate(wrapper, step)
-            free_memory(device)
-            paths = self._decode(latents, step, device)
+            latents = self._generate_where_it_fits(wrapper, step, device)
+            if latents is None:
+                return
+            paths = self._decode_where_it_fits(latents, step, device)
         log.info("previews of step %d (epoch %d): %s", step, epoch, ", ".join(str(path) for path in paths))
+
+    def _generate_where_it_fits(self, wrapper: OfficialLTXV2Wrapper, step: int, device: torch.device) -> list[PreviewLatents] | None:
+        free_memory(device)
+        try:
+            return self._generate(wrapper, step)
+        except torch.OutOfMemoryError:
+            log.warning(
+                "WARNING: step %d: no previews: the card ran out of memory, and training goes on without them. Give the prompts a smaller "
+                "size or fewer frames (--w, --h, --f), or leave room with --vram_gb.",
+                step,
+            )
+            return None
+        finally:
+            free_memory(device)
+
+    def _decode_where_it_fits(self, latents: list[PreviewLatents], step: int, device: torch.device) -> list[Path]:
+        try:
+            return self._decode(latents, step, device)
+        except torch.OutOfMemoryError:
+            log.warning("WARNING: step %d: the card has no room for the decoders; the previews are decoded on the CPU, which is slow", step)
+        free_memory(device)
+        return self._decode(latents, step, torch.device("cpu"))
 
     def _generate(self, wrapper: OfficialLTXV2Wrapper, step: int) -> list[PreviewLatents]:
         total = sum(sample.plan.steps for sample in self.samples)

@@ -12,6 +12,7 @@ import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
+from musubi_tuner.cache.store import DiskFullError
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import iterate_batches
 from musubi_tuner.training import checkpoint, state
@@ -211,28 +212,39 @@ def _after_step(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, 
 
 
 def _save(run: TrainingRun, outcome: Outcome, step: int, path: Path, *, state_too: bool = False) -> None:
-    if run.processes.is_main:
-        metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
+    """The LoRA, and the state where one is wanted. On a full disk training goes on: a later save may find room; the last LoRA must be."""
+    if not run.processes.is_main:
+        return
+    saving = run.config.saving
+    metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
+    try:
         with run.evaluating():
-            checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[run.config.saving.save_precision])
+            checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision])
         outcome.files.append(path)
-        if run.config.saving.save_last_n is not None:
-            keep, epoch = run.config.saving.save_last_n, run.schedule.epoch(step)
-            checkpoint.remove_old_loras(run.output_dir, run.name, keep, step=step, epoch=epoch)
-            outcome.files = [file for file in outcome.files if file.exists()]
-        if run.config.saving.save_state or state_too:
-            folder = state.state_path(run.output_dir, run.name, step)
-            state.save_state(
-                folder,
-                network=run.network,
-                optimizer=run.optimizer,
-                scheduler=run.scheduler,
-                step=step,
-                settings=run.settings,
-                watched=run.watched,
-            )
-            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
-            outcome.files.append(folder)
+        if saving.save_state or state_too:
+            outcome.files.append(_save_state(run, step))
+    except (DiskFullError, state.StateNotSaved) as error:
+        if step == run.schedule.total and path not in outcome.files:
+            raise
+        log.warning("WARNING: step %d: not saved, and training goes on: %s", step, error)
+    if saving.save_last_n is not None:
+        checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n, step=step, epoch=run.schedule.epoch(step))
+    outcome.files = [file for file in outcome.files if file.exists()]
+
+
+def _save_state(run: TrainingRun, step: int) -> Path:
+    folder = state.state_path(run.output_dir, run.name, step)
+    state.save_state(
+        folder,
+        network=run.network,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        step=step,
+        settings=run.settings,
+        watched=run.watched,
+    )
+    state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
+    return folder
 
 
 def _validate(run: TrainingRun, outcome: Outcome, loss_file: LossFile | None, step: int) -> None:

@@ -130,7 +130,7 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device) -> 
     return Placement(
         weight_format=weight_format,
         kept=kept,
-        streamed=_streamed(blocks, kept, options.blocks_to_swap or 0),
+        streamed=_streamed(blocks, kept, _asked_for(options, blocks, kept) or 0),
         rungs=(rung,) * blocks,
         inputs_on_host=False,
         compiled=compiles(options, device),
@@ -167,7 +167,7 @@ def place_by_plan(
         formats=formats,
         compute_bytes=4 if full_format == "float32" else 2,
         kept_blocks=len(kept),
-        streamed=None if options.blocks_to_swap is None else len(_streamed(shape.blocks, kept, options.blocks_to_swap)),
+        streamed=_asked_for(options, shape.blocks, kept if formats != (full_format,) else frozenset()),
         rung={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
         compiled=compiled,
     )
@@ -236,6 +236,15 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
         share, full = plan.floor / plan.seconds, str(dtype).removeprefix("torch.")
         rows.append(("", f"{plan.seconds:.3f} s for the largest batch: {share:.0%} of what this machine reaches at best in {full}"))
     return rows
+
+
+def _asked_for(options: MemoryOptions, blocks: int, kept: frozenset[int]) -> int | None:
+    """`--blocks_to_swap`, no more than can be streamed: blocks that stay in full precision stay on the card too."""
+    count, most = options.blocks_to_swap, blocks - len(kept)
+    if count is not None and count > most:
+        staying = f", of which {len(kept)} stay on the card in full precision" if kept else ""
+        log.warning("WARNING: --blocks_to_swap %d: the model has %d blocks%s; %d are streamed", count, blocks, staying, most)
+    return None if count is None else min(count, most)
 
 
 def _streamed(blocks: int, kept: frozenset[int], count: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def summary(run: TrainingRun, outcome: Outcome) -> str:
             rows.append((name, f"{outcome.first_validation[name]:.4f} -> {outcome.last_validation[name]:.4f}"))
     rows += [("written", str(path)) for path in outcome.files[-4:]]
     text = format_table(rows, ("done" if not outcome.interrupted else "interrupted", ""))
-    if outcome.interrupted:
+    if outcome.interrupted and outcome.files and outcome.files[-1].is_dir():  # a state; none on a full disk
         text += f"\n\nGo on with the same command and: --resume {quoted(outcome.files[-1])}"
     return text
 

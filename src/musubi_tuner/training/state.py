@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +32,10 @@ def state_path(folder: Path, name: str, step: int) -> Path:
     return folder / f"{name}-step{step:08d}{_SUFFIX}"
 
 
+class StateNotSaved(UserError):
+    """A later one may succeed, once there is room."""
+
+
 class Watched(Protocol):
     """Something with a state of its own that goes on with the run."""
 
@@ -49,17 +54,26 @@ def save_state(
     settings: Mapping[str, Any],
     watched: Mapping[str, Watched],
 ) -> None:
-    """Write the state folder, whole or not at all."""
+    """Write the state folder, whole or not at all.
+
+    Raises:
+        StateNotSaved: the disk is full, or the folder cannot be written; an older state stays as it is.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, temporary / _NETWORK)
     stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
-    torch.save(stored | {name: one.state_dict() for name, one in watched.items()}, temporary / _OPTIMIZER)
+    stored |= {name: one.state_dict() for name, one in watched.items()}
     progress = {"step": step, "settings": dict(settings)}
-    (temporary / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+    try:
+        temporary.mkdir(parents=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, temporary / _NETWORK)
+        torch.save(stored, temporary / _OPTIMIZER)
+        (temporary / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch have words of their own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StateNotSaved(f"{path}: the state could not be written ({error})") from error
 
 
 def load_state(

@@ -209,6 +209,8 @@ def resolve_model(name: str, flag: str) -> str:
     try:
         return snapshot_download(name, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError) as error:
+        if Path(name).is_file():
+            raise UserError(f"{flag} {name}: is a file. Give the folder that holds the encoder's config.json and weights.") from error
         raise UserError(
             f"{flag} {name}: neither a local folder nor a model in the local Hugging Face cache. Nothing is downloaded here: "
             f"run 'hf download {name}' first, or give the folder."
