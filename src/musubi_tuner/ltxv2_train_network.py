@@ -105,6 +105,8 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     wanted = wanted_caches(config, checkpoint, read_config(checkpoint))
     verify_caches((*items, *validation_items), wanted)
     preview = None
+    if config.preview.wanted and config.preview.sample_prompts is None:
+        log.warning("WARNING: no previews: %s is given without --sample_prompts FILE", config.preview.wanted)
     if config.preview.sample_prompts is not None and group.is_main:
         from musubi_tuner.preview.run import make_previewer
 

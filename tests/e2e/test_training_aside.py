@@ -164,6 +164,11 @@ def test_a_disk_that_fills_in_between_costs_a_save_and_never_the_run(data, tmp_p
     assert [path.name for path in (tmp_path / "b").iterdir() if "state" in path.name] == []
 
 
+def test_previews_without_prompts_are_told_of(data, tmp_path, caplog):
+    run(data, tmp_path, "--max_train_steps", "1", "--sample_at_first")
+    assert "no previews: --sample_at_first is given without --sample_prompts FILE" in caplog.text
+
+
 def test_more_blocks_than_can_be_streamed_are_told_of(data, tmp_path, caplog):
     run(data, tmp_path, "--max_train_steps", "1", "--blocks_to_swap", "9")
     assert "--blocks_to_swap 9: the model has 2 blocks; 2 are streamed" in caplog.text

@@ -110,8 +110,6 @@ def test_mode_comes_from_the_newer_flag_first(argv, mode):
         ("--network_alpha", "0"),
         ("--vram_gb", "0"),
         ("--blocks_to_swap", "-1"),
-        ("--sample_every_n_steps", "5"),  # without prompts
-        ("--sample_at_first",),
     ],
 )
 def test_values_out_of_range_are_named(argv):

@@ -33,6 +33,12 @@ class PreviewOptions:
     rescale_scale: float | None = flag("how far guidance is scaled back to the plain prediction's spread, 0 to 1", default=None)
     modality_scale: float | None = flag("guidance towards video and sound that fit each other; 1 is off", default=None)
 
+    @property
+    def wanted(self) -> str | None:
+        """The first flag that asks for previews."""
+        times = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
+        return next((f"--{name}" for name in times if getattr(self, name)), None)
+
 
 def check_preview_options(options: PreviewOptions) -> None:
     """Ranges.

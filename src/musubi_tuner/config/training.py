@@ -208,11 +208,6 @@ def check_training_config(config: TrainingConfig) -> None:
     if config.network.network_alpha <= 0:
         raise UserError(f"--network_alpha {config.network.network_alpha}: must be positive; it scales the update by alpha / rank.")
     _check_network(config.network)
-    preview = config.preview
-    wanted = {"sample_at_first": preview.sample_at_first, "sample_every_n_steps": preview.sample_every_n_steps}
-    for name, value in (wanted | {"sample_every_n_epochs": preview.sample_every_n_epochs}).items():
-        if value and preview.sample_prompts is None:
-            raise UserError(f"--{name}: there is nothing to preview; give --sample_prompts FILE, or leave the flag out.")
     if saving.autoresume and saving.resume is not None:
         raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
     if any(sign in saving.output_name for sign in '/\\:*?"<>|'):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from musubi_tuner.runtime.errors import UserError
 
-_CRF = 18
+_H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
+"""Without mbtree, which in x264's assembly code makes the same small pictures another file from one time to the next."""
 _AUDIO_BIT_RATE = 192_000
 
 
@@ -84,7 +85,7 @@ def _mux(path: Path, frames: Tensor, rate: Fraction, sound: Sound | None) -> Non
     import av
 
     with av.open(str(path), mode="w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=rate, options={"crf": str(_CRF), "preset": "medium"})
+        video = container.add_stream("libx264", rate=rate, options=_H264)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         audio = None
         if sound is not None:
