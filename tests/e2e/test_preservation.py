@@ -23,6 +23,7 @@ from musubi_tuner.training.loss import total_loss
 from musubi_tuner.training.preservation import BaseModel, PromptPreservation
 from musubi_tuner.training.step import StepInputs, drawn_levels, item_losses_of_all
 from tests import training_parts as parts
+from tests.e2e.test_processes import launch
 
 CLASS_PROMPT = "a disc"
 TOML = """
@@ -281,3 +282,16 @@ def test_the_average_follows_its_formula_and_leaves_the_run_alone(data, tmp_path
     assert [row["loss_video"] for row in parts.losses(tmp_path / "plain") if "loss_video" in row] == [
         row["loss_video"] for row in parts.losses(tmp_path / "averaged") if "loss_video" in row
     ]
+
+
+def test_two_processes_hold_to_the_base_model_as_one_does(data, tmp_path):
+    flags = ["--audio_dop_weight", "0.5", "--dop_prompt", CLASS_PROMPT, "--ema_decay", "0.9", "--audio_balance", "ema"]
+    flags += ["--optimizer_type", "torch.optim.SGD", "--learning_rate", "0.05", "--max_train_steps", "4"]
+    one = run(data, tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
+    flags = [*data.arguments("--save_precision", "float32", "--network_args", "rank_dropout=0"), *flags]
+    done = launch(2, "musubi_tuner.ltxv2_train_network", *flags, "--output_dir", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_file(tmp_path / "two" / "ltxv2_lora.safetensors")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+    for ours, theirs in zip(*(parts.losses(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]) < 1e-4 for name in ours), ours["step"]
