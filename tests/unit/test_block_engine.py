@@ -171,14 +171,30 @@ def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_passes_without_gradients_are_compiled_while_the_model_trains():
+    """One more graph for all blocks and lengths (a teacher's), and none for validation and previews."""
+    model, network = parts.make_model(3)
+    inputs = [parts.make_input(model, shape)[0] for shape in parts.SHAPES]
+    with network.disabled(), torch.no_grad():
+        wanted = [model(given.video, given.audio) for given in inputs]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.run_block = engine(model, [Recompute.NOTHING] * 3, compiled=True, backend=CUT_ONLY, sequence_axes=sequence_axes)
+    for training, graphs in ((False, 0), (True, 1)):
+        model.train(training)
+        with network.disabled(), torch.no_grad():
+            seen = [model(given.video, given.audio) for given in inputs]
+        assert max(parts.largest_difference(ours, theirs) for ours, theirs in zip(seen, wanted, strict=True)) < 1e-5
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.parametrize("dropout", [{}, {"rank_dropout": "0.4", "module_dropout": "0.3"}, {"neuron_dropout": "0.3"}])
 def test_grouped_adapters_give_what_single_ones_give(dropout):
     model, network = parts.make_model(3, args={"rank_dropout": "0"} | dropout)
-    assert network.drops == bool(dropout)
-    with network.dropout((5,)):
+    with network.dropout([(5,)]):
         wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
     assert group_projections(model) == 3 * 6
-    with network.dropout((5,)):
+    with network.dropout([(5,)]):
         for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
             ours, our_gradients = parts.step(model, network, shape)
             assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-6

@@ -1,6 +1,7 @@
 """Runs a model's blocks in training: recomputation rung, compiled graph and streamed weights of each block in one place."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from musubi_tuner.memory.checkpointing import Recompute, checkpointed
 from musubi_tuner.memory.offload import HostCheckpoint, HostStore, spread_out
 from musubi_tuner.memory.streaming import BlockStreamer
 
+BeginPass = Callable[[nn.Module, int], None]
+"""(block, number of the pass that runs it next), told before each run of a block, in the backward pass too."""
+
 SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
 """Arguments of a block -> its tensors whose length follows the clip, and which axis of theirs."""
 
@@ -18,7 +22,8 @@ class BlockEngine:
     """Takes the place of a model's `run_block`.
 
     With gradients a block runs on its rung, compiled where wanted: one graph for all blocks of a rung, at every length. Without
-    gradients (validation, previews) it runs as it is.
+    gradients it is compiled too while the model trains (a teacher's passes come at every step), and runs as it is while the model
+    evaluates: validation and previews come too seldom, and differ too much, to wait for a compiler.
     """
 
     def __init__(
@@ -48,40 +53,54 @@ class BlockEngine:
         self._store = HostStore() if inputs_on_host else None
         functions = {rung: _function(rung, max_rank, backend if compiled else None) for rung in set(rungs)}
         self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
-        self._axes = sequence_axes if compiled else None
+        self._forward = _function(None, max_rank, backend) if compiled else _run_plain
+        self._compiled = compiled
+        self._axes = sequence_axes
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
 
-    def __call__(self, block: nn.Module, passes: Sequence[tuple]) -> list[tuple]:
+    def __call__(self, block: nn.Module, passes: Sequence[tuple], begin: BeginPass) -> list[tuple]:
         if self._streamer is not None:
             self._streamer.before_forward(block)
         if torch.is_grad_enabled():
-            results = self._with_gradients(block, passes)
+            results = self._with_gradients(block, passes, begin)
         else:
-            results = [block(*arguments) for arguments in passes]
+            results = [self._without_gradients(block, begin, number)(*arguments) for number, arguments in enumerate(passes)]
         if self._streamer is not None:
             self._streamer.after_forward(block, last=not torch.is_grad_enabled())
         return results
 
-    def _with_gradients(self, block: nn.Module, passes: Sequence[tuple]) -> list[tuple]:
+    def _with_gradients(self, block: nn.Module, passes: Sequence[tuple], begin: BeginPass) -> list[tuple]:
         """The first two arguments of a pass are its states; gates around the block tell the streamer of its backward pass."""
         entered = self._gate([arguments[:2] for arguments in passes], block, entering=True)
         results = []
-        for states, arguments in zip(entered, passes, strict=True):
-            arguments = (*states, *arguments[2:])
-            for tensor, axis in self._axes(*arguments) if self._axes else ():
-                torch._dynamo.mark_dynamic(tensor, axis)
-            results.append(self._run(block, arguments))
+        for number, (states, arguments) in enumerate(zip(entered, passes, strict=True)):
+            results.append(self._run(block, (*states, *arguments[2:]), begin, number))
         return self._gate(results, block, entering=False)
 
-    def _run(self, block: nn.Module, arguments: tuple) -> tuple:
+    def _run(self, block: nn.Module, arguments: tuple, begin: BeginPass, number: int) -> tuple:
+        """What is computed again by Python begins its pass again; a compiled block has what differs among its saved inputs."""
+        if self._compiled:
+            run = _begun(partial(self._run_compiled, self._runs[block], block), block, begin, number)
+        else:
+            run = partial(self._runs[block], _begun(block, block, begin, number))
         if self._store is None:
-            return self._runs[block](block, *arguments)
+            return run(*arguments)
         states = arguments[:2]
         present = tuple(tensor is not None for tensor in states)
         given = [tensor for tensor in states if tensor is not None]
-        results = HostCheckpoint.apply(self._store, self._runs[block], block, present, arguments[2:], *given)
+        plain = self._without_gradients(block, begin, number)
+        results = HostCheckpoint.apply(self._store, plain, run, present, arguments[2:], *given)
         return spread_out(results, present)
+
+    def _without_gradients(self, block: nn.Module, begin: BeginPass, number: int) -> Callable[..., tuple]:
+        compiled = self._compiled and block.training
+        return _begun(partial(self._run_compiled, self._forward, block) if compiled else block, block, begin, number)
+
+    def _run_compiled(self, run: Callable[..., tuple], block: nn.Module, *arguments: Any) -> tuple:
+        for tensor, axis in self._axes(*arguments) if self._axes else ():
+            torch._dynamo.mark_dynamic(tensor, axis)
+        return run(block, *arguments)
 
     def _gate(self, states: Sequence[tuple], block: nn.Module, *, entering: bool) -> list[tuple]:
         flat = [tensor for pair in states for tensor in pair if tensor is not None]
@@ -120,6 +139,14 @@ class _Gate(torch.autograd.Function):
 def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Callable[..., Any]:
     run = _run_plain if rung is None else checkpointed(rung, max_rank)
     return torch.compile(run, fullgraph=True, backend=backend) if backend else run
+
+
+def _begun(run: Callable[..., Any], block: nn.Module, begin: BeginPass, number: int) -> Callable[..., Any]:
+    def begun(*arguments: Any) -> Any:
+        begin(block, number)
+        return run(*arguments)
+
+    return begun
 
 
 def _run_plain(block: Callable[..., Any], *arguments: Any) -> Any:

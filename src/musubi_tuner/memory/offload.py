@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -86,19 +86,25 @@ class HostCheckpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, store: HostStore, run: Callable[..., Any], block: nn.Module, present: tuple[bool, ...], rest: tuple, *states: Tensor
+        ctx: Any,
+        store: HostStore,
+        plain: Callable[..., Any],
+        run: Callable[..., Any],
+        present: tuple[bool, ...],
+        rest: tuple,
+        *states: Tensor,
     ) -> tuple:
-        ctx.run, ctx.block, ctx.store, ctx.present, ctx.rest = run, block, store, present, rest
+        ctx.run, ctx.store, ctx.present, ctx.rest = run, store, present, rest
         ctx.kept = store.put(states)
         with torch.no_grad():
-            results = block(*spread_out(states, present), *rest)
+            results = plain(*spread_out(states, present), *rest)
         return tuple(result for result in results if result is not None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         states = [tensor.detach().requires_grad_() for tensor in ctx.store.take(ctx.kept)]
         with torch.enable_grad():
-            results = [one for one in ctx.run(ctx.block, *spread_out(states, ctx.present), *ctx.rest) if one is not None]
+            results = [one for one in ctx.run(*spread_out(states, ctx.present), *ctx.rest) if one is not None]
         pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None]
         torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
         return (None, None, None, None, None, *(state.grad for state in states))

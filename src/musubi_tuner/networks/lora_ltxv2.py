@@ -76,12 +76,13 @@ class OfficialLTXV2Wrapper(nn.Module):
 
     def forward_many(self, inputs: Sequence[WrapperInput]) -> list[Velocity]:
         """Several independent passes, for which each block is visited once."""
-        return self.transformer.forward_many([self._with_text(one) for one in inputs])
+        return self.transformer.forward_many([self._with_text(number, one) for number, one in enumerate(inputs)])
 
-    def _with_text(self, given: WrapperInput) -> ModelInput:
+    def _with_text(self, number: int, given: WrapperInput) -> ModelInput:
         video, audio, mask = given.video, given.audio, given.text_mask
         video_text, audio_text = self.split_text(given.text)
         if self.connectors is not None:
+            self.transformer.begin_pass(self.connectors, number)
             video_text, audio_text = self._connect(video_text, audio_text, mask)
             mask = None
         if video is not None:

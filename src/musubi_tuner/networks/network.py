@@ -27,6 +27,8 @@ class LoRANetwork:
         self.arguments = arguments
         self.kind = kind
         self._thresholds, self._gains = _dropout_rules(self.layers)
+        self._masks: list[dict[AdapterLayer, Masks]] = []
+        self._layers_in: dict[nn.Module, list[AdapterLayer]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -41,11 +43,6 @@ class LoRANetwork:
     def trains_base_weights(self) -> bool:
         """Full fine-tuning; reference conditioning needs an adapter and refuses it."""
         return self.kind == "full"
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything is dropped in training; masks are those of one batch, so two are not run together then."""
-        return self._thresholds is not None
 
     def describe(self) -> str:
         """Type, rank and alpha in a few words, for the banner and the metadata."""
@@ -145,31 +142,48 @@ class LoRANetwork:
                 raise UserError(f"--network_weights {file.path}: '{name}': {error}; or give --dim_from_weights.") from error
 
     @contextmanager
-    def dropout(self, seeds: Sequence[int]) -> Iterator[None]:
-        """Drop what the arguments say, for as long as the context lasts: around a training batch, forward and backward.
+    def dropout(self, seeds: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Drop what the arguments say, for as long as the context lasts: around training batches, forward and backward.
 
         Args:
-            seeds: of each item of the batch; the masks depend on nothing else.
+            seeds: of each item of each batch; the masks depend on nothing else. Of several batches, `begin_pass` says whose turn it is.
         """
-        if self._thresholds is None:
+        if self._thresholds is None or not seeds:
             yield
             return
+        self._masks = [self._draw(one) for one in seeds]
+        for layer, masks in self._masks[0].items():
+            layer.masks = masks
+        try:
+            yield
+        finally:
+            self._masks = []
+            for layer in self.layers.values():
+                layer.masks = None
+
+    def begin_pass(self, part: nn.Module, number: int) -> None:
+        """The next run of `part` (a block, or a model) belongs to the batch of this number among those that run together."""
+        if not self._masks:
+            return
+        if part not in self._layers_in:
+            self._layers_in[part] = [module for module in part.modules() if isinstance(module, AdapterLayer)]
+        for layer in self._layers_in[part]:
+            layer.masks = self._masks[number][layer]
+
+    def _draw(self, seeds: Sequence[int]) -> dict[AdapterLayer, Masks]:
+        """Masks of one batch, in one transfer."""
         drawn = [torch.rand(self._thresholds.numel(), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         kept = (torch.stack(drawn) >= self._thresholds) * self._gains
         device = self.parameters()[0].device
         kept = (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)[:, None]
-        start = 0
+        start, found = 0, {}
         for layer in self.layers.values():
             masks = []
             for width in _widths(layer):
                 masks.append(kept[..., start : start + width] if width else None)
                 start += width
-            layer.masks = Masks(*masks)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.masks = None
+            found[layer] = Masks(*masks)
+        return found
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -105,8 +105,7 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
     seen = []
     for start in range(0, accumulation, run.passes):
         together = [next(batches) for _ in range(min(run.passes, accumulation - start))]
-        seeds = together[0].dropout_seeds if len(together) == 1 else ()
-        with run.network.dropout(seeds):  # the backward pass computes blocks again, under the same masks
+        with run.network.dropout([batch.dropout_seeds for batch in together]):  # backward too: blocks are computed again
             together = [run.base.with_imagined_sound(batch) for batch in together]
             losses = _losses(run, together)
             totals = [total_loss(one, batch.video_weight, _audio_weight(run, batch)) for one, batch in zip(losses, together, strict=True)]

@@ -141,8 +141,8 @@ def _what(passes: int) -> str:
     return "the largest batch" if passes == 1 else f"{passes} of the largest batch"
 
 
-def _sizes(request: ModelRequest) -> tuple[int, int, int, bool]:
-    """Weights of quantizable linears, of the whole model, and of the network, counted without memory; whether the network drops out."""
+def _sizes(request: ModelRequest) -> tuple[int, int, int]:
+    """Weights of quantizable linears, of the whole model, and of the network, counted without memory."""
     config = request.config
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode]).requires_grad_(False)
@@ -151,7 +151,7 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int, bool]:
     if config.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
     network = make_network(config, model, read_start(config, request.checkpoint, model))
-    return low_bit, total, sum(parameter.numel() for parameter in network.parameters()), network.drops
+    return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
 
 
 def _trained_whole(request: ModelRequest) -> frozenset[str]:
@@ -165,9 +165,9 @@ def _trained_whole(request: ModelRequest) -> frozenset[str]:
     return frozenset(network.names) if network.trains_base_weights else frozenset()
 
 
-def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, bool], factor: float) -> Placement:
+def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
     config = request.config
-    low_bit, total, trainable, drops = sizes
+    low_bit, total, trainable = sizes
     work = largest_workload(
         request.items,
         config.ltx_mode,
@@ -184,7 +184,7 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int, b
         work,
         full_format=full,
         factor=factor,
-        micro_batches=1 if drops else config.optimization.gradient_accumulation_steps,  # masks are those of one batch
+        micro_batches=config.optimization.gradient_accumulation_steps,
     )
 
 
@@ -216,6 +216,7 @@ def _load(request: ModelRequest, placement: Placement, notes: Notes) -> LoadedMo
     )
     placer.swap_linears(transformer)
     network, connectors = _adapt(request, transformer)
+    transformer.begin_pass = network.begin_pass
     group_projections(transformer)
     blocks = transformer.transformer_blocks
     transformer.run_block = BlockEngine(
@@ -229,7 +230,7 @@ def _load(request: ModelRequest, placement: Placement, notes: Notes) -> LoadedMo
     )
     errors = (("quantization", _describe_errors(placer.errors)),) if placer.errors else ()
     return LoadedModel(
-        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format, connectors),
+        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format, connectors).train(),
         network=network,
         placement=placement,
         notes=(*errors, *notes),

@@ -89,9 +89,13 @@ class TrainingRun:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Weights as they are to be saved and looked at."""
+        """Weights as they are to be saved and looked at; the model evaluates (`BlockEngine`)."""
         with evaluating(self.optimizer), nullcontext() if self.average is None else self.average.applied():
-            yield
+            self.wrapper.eval()
+            try:
+                yield
+            finally:
+                self.wrapper.train()
 
     @property
     def output_dir(self) -> Path:

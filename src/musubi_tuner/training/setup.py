@@ -217,7 +217,7 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork, passes: int) -> float:
         batches = [batch.to(inputs.device)] * passes
         started = time.perf_counter()
-        with network.dropout(batch.dropout_seeds if passes == 1 else ()):
+        with network.dropout([batch.dropout_seeds] * passes):
             base = BaseModel(wrapper, network)
             batches = [base.with_imagined_sound(one) for one in batches]
             losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches], base=base)

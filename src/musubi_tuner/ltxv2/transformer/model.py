@@ -24,13 +24,24 @@ TIMESTEP_RULES = ("official", "cross", "own")
 States = tuple[Tensor | None, Tensor | None]
 """(B, N, D) of video and audio; None where the stream is absent."""
 
-RunBlock = Callable[[Block, Sequence[tuple]], list[States]]
-"""(block, arguments of each of its passes) -> the next states of each pass."""
+BeginPass = Callable[[nn.Module, int], None]
+"""(part of the model, number of the pass that runs it next): what differs between the passes of one visit is set here."""
+
+RunBlock = Callable[[Block, Sequence[tuple], BeginPass], list[States]]
+"""(block, arguments of each of its passes, what to call before each of them) -> the next states of each pass."""
 
 
-def run_plain(block: Block, passes: Sequence[tuple]) -> list[States]:
+def run_plain(block: Block, passes: Sequence[tuple], begin: BeginPass) -> list[States]:
     """How a block is run unless `memory` puts something else in its place."""
-    return [block(*arguments) for arguments in passes]
+    results = []
+    for number, arguments in enumerate(passes):
+        begin(block, number)
+        results.append(block(*arguments))
+    return results
+
+
+def begin_plain(part: nn.Module, number: int) -> None:
+    """All passes are alike, unless `networks` puts something else in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,7 @@ class LTXModel(nn.Module):
         self.streams = streams
         self.timestep_rule = timestep_rule
         self.run_block: RunBlock = run_plain
+        self.begin_pass: BeginPass = begin_plain
         for stream in streams:
             self._build_stream(_shape(config, stream))
         if len(streams) == 2:
@@ -108,9 +120,9 @@ class LTXModel(nn.Module):
 
     def forward_many(self, inputs: Sequence[ModelInput]) -> list[Velocity]:
         """Several independent passes, each block visited once for all of them: one transfer of its weights serves all."""
-        passes = [_Pass(self, given) for given in inputs]
+        passes = [_Pass(self, number, given) for number, given in enumerate(inputs)]
         for index, block in enumerate(self.transformer_blocks):
-            results = self.run_block(block, [one.arguments(index) for one in passes])
+            results = self.run_block(block, [one.arguments(index) for one in passes], self.begin_pass)
             for one, states in zip(passes, results, strict=True):
                 one.states = states
         return [one.velocity() for one in passes]
@@ -188,13 +200,15 @@ class LTXModel(nn.Module):
 class _Pass:
     """One forward pass on its way through the blocks."""
 
-    def __init__(self, model: LTXModel, given: ModelInput) -> None:
+    def __init__(self, model: LTXModel, number: int, given: ModelInput) -> None:
         self._model = model
+        self._number = number
         self._given = given
         self._perturbations = given.perturbations or Perturbations()
         self._inputs: dict[str, StreamInputs] = {}
         self._embedded: dict[str, Tensor] = {}
         states: dict[str, Tensor] = {}
+        model.begin_pass(model, number)
         for shape, own, other in self._streams():
             states[shape.prefix] = model._embed_tokens(shape, own)
             self._inputs[shape.prefix], self._embedded[shape.prefix] = model._stream_inputs(shape, own, other)
@@ -217,6 +231,7 @@ class _Pass:
 
     def velocity(self) -> Velocity:
         outputs = {}
+        self._model.begin_pass(self._model, self._number)
         for shape, own, _ in self._streams():
             states = self.states[1] if shape.prefix else self.states[0]
             outputs[shape.prefix] = self._model._head(shape, own, states, self._embedded[shape.prefix]) if own.enabled else None
