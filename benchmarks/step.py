@@ -25,8 +25,9 @@ from torch import Tensor
 from benchmarks import step_models as models
 from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, real_config
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.memory.card import can_compile, measure_rates
+from musubi_tuner.memory.card import measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.compiling import obstacle_to_compiling
 from musubi_tuner.memory.step_model import (
     ATTENTION_BACKWARD,
     CardRates,
@@ -138,7 +139,7 @@ def _makers(
     device: torch.device,
 ) -> dict[str, Maker]:
     """{what it is: how to build it}; what is not installed is left out with a note."""
-    compiled = can_compile(device) is None
+    compiled = obstacle_to_compiling(device) is None
     word = "compiled" if compiled else "not compiled"
 
     def ours(name: str, **options: Any) -> tuple[str, Maker]:

@@ -12,6 +12,7 @@ from musubi_tuner import ltxv2_train_network
 from musubi_tuner.memory.attention import use_default_attention
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
+from musubi_tuner.training import planning
 from musubi_tuner.training.loop import train
 from musubi_tuner.training.setup import build_run
 from tests import training_parts as parts
@@ -98,6 +99,19 @@ def test_a_cap_is_planned_for_proved_and_kept_to(data, plain, tmp_path, caplog):
 def test_a_cap_that_nothing_fits_says_what_is_missing(data, tmp_path):
     with pytest.raises(UserError, match="no plan fits: the leanest one .* GiB may be used.*resolution"):
         run(data, tmp_path, "--vram_gb", "0.001")
+
+
+def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monkeypatch, caplog):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(planning, "obstacle_to_compiling", lambda device: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no compiler"))}):
+        run(data, tmp_path, "--vram_gb", "4")
+        assert "blocks run uncompiled" in caplog.text and "C++ compiler" in caplog.text
+        with pytest.raises(UserError, match=r"--compile: .*C\+\+ compiler"):
+            run(data, tmp_path, "--vram_gb", "4", "--compile")
 
 
 def test_contradicting_formats_are_refused(data, tmp_path):

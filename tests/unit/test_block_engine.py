@@ -1,5 +1,6 @@
 """Rungs, compiled blocks, streaming and breadth-first passes give what the plain model gives."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -169,6 +170,39 @@ def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_batches_of_many_kinds_share_a_run():
+    """Masks, given frames and batch sizes need graphs of their own, more than torch's default limit of them."""
+    model, network = parts.make_model(1)
+    kinds = [*itertools.product((1,), (False, True), (False, True), (False, True)), (2, True, True, True)]
+    inputs = [_input_of_kind(model, *kind) for kind in kinds]
+    wanted = []
+    for given, targets in inputs:
+        parts.loss_of(model(given.video, given.audio), targets).backward()
+        wanted.append(parts.taken_gradients(network))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.run_block = engine(model, [Recompute.EVERYTHING], compiled=True, backend="eager", sequence_axes=sequence_axes)
+    for (given, targets), theirs in zip(inputs, wanted, strict=True):
+        parts.loss_of(model(given.video, given.audio), targets).backward()
+        assert parts.largest_difference(parts.taken_gradients(network), theirs) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(kinds) > 8
+
+
+def _input_of_kind(model, batch, given_frame, text_masked, sound_masked):
+    given, targets = parts.make_input(model, parts.SHAPES[0], batch=batch)
+    video, audio = given.video, given.audio
+    if given_frame:
+        index = (torch.arange(video.latent.shape[1]) < 6).long().expand(batch, -1)
+        video = dataclasses.replace(video, levels=torch.cat([video.levels, 0 * video.levels], 1), level_index=index)
+    if text_masked:
+        mask = (torch.arange(32) < 29).expand(batch, -1)
+        video, audio = dataclasses.replace(video, context_mask=mask), dataclasses.replace(audio, context_mask=mask)
+    if sound_masked:
+        mask = (torch.arange(audio.latent.shape[1]) < 7).expand(batch, -1)
+        audio = dataclasses.replace(audio, token_mask=mask)
+    return dataclasses.replace(given, video=video, audio=audio), targets
 
 
 def test_passes_without_gradients_are_compiled_while_the_model_trains():

@@ -1,6 +1,5 @@
 """What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
 
-import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from musubi_tuner.memory.compiling import first_line
 from musubi_tuner.memory.plan import Budget
 from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
@@ -68,15 +68,6 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
     return Budget(device=int(free * _DEVICE_MARGIN), host=max(0, host - _HOST_RESERVE))
 
 
-def can_compile(device: torch.device) -> str | None:
-    """Why blocks cannot be compiled here; None where they can."""
-    if device.type != "cuda":
-        return "compiling pays on a GPU only"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (on Windows: pip install triton-windows)"
-    return None
-
-
 def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[str, float]:
     """Of a whole linear in each format that the card multiplies in, with the conversion of its input."""
     if not a.is_cuda:
@@ -90,7 +81,7 @@ def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[
         try:
             found[name] = operations / seconds_of(lambda: low_bit_linear(a, codes), a.device)  # noqa: B023 - run at once
         except RuntimeError as error:  # a card or build without this product
-            log.info("%s products do not run on this card: %s", name, str(error).splitlines()[0])
+            log.info("%s products do not run on this card: %s", name, first_line(error))
     return found
 
 

@@ -14,6 +14,10 @@ from musubi_tuner.memory.streaming import BlockStreamer
 BeginPass = Callable[[nn.Module, int], None]
 """(block, number of the pass that runs it next), told before each run of a block, in the backward pass too."""
 
+_MOST_GRAPHS = 128
+"""Kinds of blocks (rung, weight format, adapters) times kinds of batches (masks, given frames, absent streams). A run has a few of them;
+torch's own limit of 8 would end it in the middle."""
+
 SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
 """Arguments of a block -> its tensors whose length follows the clip, and which axis of theirs."""
 
@@ -138,7 +142,11 @@ class _Gate(torch.autograd.Function):
 
 def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Callable[..., Any]:
     run = _run_plain if rung is None else checkpointed(rung, max_rank)
-    return torch.compile(run, fullgraph=True, backend=backend) if backend else run
+    if backend is None:
+        return run
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
+    return torch.compile(run, fullgraph=True, backend=backend)
 
 
 def _begun(run: Callable[..., Any], block: nn.Module, begin: BeginPass, number: int) -> Callable[..., Any]:

@@ -1,20 +1,15 @@
 """Chains of small operations as one kernel each, where the machine can compile one; as they are elsewhere."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+
+from musubi_tuner.memory.compiling import compiles_for
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-
-
-def compiles_for(tensor: Tensor) -> bool:
-    """Whether kernels for the device of `tensor` can be compiled here."""
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:

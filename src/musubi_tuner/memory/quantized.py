@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import register_linear
-from musubi_tuner.memory.fused import compiles_for, fused
+from musubi_tuner.memory.compiling import compiles_for
+from musubi_tuner.memory.fused import fused
 
 FP8 = torch.float8_e4m3fn
 NF4_BLOCK = 64

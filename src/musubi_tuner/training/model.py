@@ -1,5 +1,6 @@
 """The transformer of a run: planned, loaded, adapted, proved by one step."""
 
+import dataclasses
 import gc
 import logging
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from musubi_tuner.config.memory import MemoryOptions
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names
@@ -17,6 +19,7 @@ from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.attention import fastest_attention, use_attention
+from musubi_tuner.memory.compiling import said_by_compiler
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer
@@ -84,21 +87,29 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     Raises:
         UserError: no plan fits, or none held after a few trials.
     """
-    config, device = request.config, request.device
+    device, options = request.device, request.config.memory
     notes = _choose_attention(request)
-    machine = read_machine(device, config.memory, processes=request.processes.count)
+    machine = read_machine(device, options, processes=request.processes.count)
     if machine is None:
-        placement = place_by_hand(config.memory, read_config(request.checkpoint).num_layers, device)
+        placement = place_by_hand(options, read_config(request.checkpoint).num_layers, device)
         return _load(request, placement, notes)
     sizes = _sizes(request)
     factor = 1.0
     for _ in range(_TRIALS):
-        placement = request.processes.gather(_plan(request, machine, sizes, factor))[0]
+        placement = request.processes.gather(_plan(request, options, machine, sizes, factor))[0]
         proved = _load_and_prove(request, placement, notes, trial)
-        if all(request.processes.gather(proved is not None)):
+        failures = request.processes.gather(proved if isinstance(proved, _Failure) else None)
+        if not any(failures):
+            assert isinstance(proved, LoadedModel)
             return proved
-        factor *= _AFTER_TOO_LITTLE
-        log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
+        if broken := next((one.compiler for one in failures if one and one.compiler), None):
+            if options.compile:
+                raise UserError(f"--compile: torch's compiler fails here: {broken}. Leave the flag out, or mend the compiler.")
+            options = dataclasses.replace(options, compile=False)
+            log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", broken)
+        else:
+            factor *= _AFTER_TOO_LITTLE
+            log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
         del proved
         gc.collect()  # modules and their compiled forms hold each other
         if device.type == "cuda":
@@ -109,12 +120,25 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     )
 
 
-def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial) -> LoadedModel | None:
-    """None where the device ran out of memory."""
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a plan did not hold."""
+
+    compiler: str | None
+    """What torch's compiler said; None where the device ran out of memory."""
+
+
+def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial) -> LoadedModel | _Failure:
     try:
         return _proved(_load(request, placement, notes), trial, request.device)
     except torch.OutOfMemoryError:
-        return None
+        return _Failure(None)
+    except RuntimeError as error:
+        if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+            return _Failure(None)
+        if (said := said_by_compiler(error)) is None:
+            raise
+        return _Failure(said)
 
 
 def _proved(loaded: LoadedModel, trial: Trial, device: torch.device) -> LoadedModel:
@@ -165,7 +189,7 @@ def _trained_whole(request: ModelRequest) -> frozenset[str]:
     return frozenset(network.names) if network.trains_base_weights else frozenset()
 
 
-def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
+def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes: tuple[int, int, int], factor: float) -> Placement:
     config = request.config
     low_bit, total, trainable = sizes
     work = largest_workload(
@@ -178,7 +202,7 @@ def _plan(request: ModelRequest, machine: Machine, sizes: tuple[int, int, int], 
     shape = model_shape(read_config(request.checkpoint), low_bit, total)
     full = "bf16" if request.dtype == torch.bfloat16 else "float32"
     return place_by_plan(
-        config.memory,
+        options,
         machine,
         shape,
         work,

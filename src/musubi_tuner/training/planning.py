@@ -10,8 +10,9 @@ import torch
 from musubi_tuner.config.memory import MemoryOptions
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.memory.card import GIB, can_compile, free_memory, measure_rates
+from musubi_tuner.memory.card import GIB, free_memory, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.compiling import obstacle_to_compiling
 from musubi_tuner.memory.plan import Budget, Plan, Wishes, choose_plan, count_rungs, leanest_plan
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.memory.streaming import spread
@@ -196,7 +197,7 @@ def compiles(options: MemoryOptions, device: torch.device) -> bool:
     """Whether blocks are compiled; says so where that is not possible and would have paid."""
     if options.compile is not None:
         return options.compile
-    obstacle = can_compile(device)
+    obstacle = obstacle_to_compiling(device)
     if obstacle is not None and device.type == "cuda":
         log.warning("WARNING: blocks run uncompiled, at less than half the speed: %s", obstacle)
     return obstacle is None

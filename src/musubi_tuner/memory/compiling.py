@@ -1,0 +1,49 @@
+"""Whether kernels can be compiled on this machine: found out by compiling one, before anything depends on it."""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Why blocks are better left uncompiled here; None where compiling pays and works."""
+    if device.type != "cuda":
+        return "compiling pays on a GPU only"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (on Windows: pip install triton-windows)"
+    return compiler_failure(device)
+
+
+@functools.cache
+def compiler_failure(device: torch.device) -> str | None:
+    """What torch's compiler says to one small kernel; None where it runs."""
+    x = torch.linspace(0, 1, 64, device=device)
+    try:
+        result = torch.compile(_small)(x)
+    except RuntimeError as error:  # what the compiler raises derives from it
+        return first_line(error)
+    return None if torch.allclose(result, _small(x), atol=1e-4) else "a small compiled kernel gives wrong results"
+
+
+def said_by_compiler(error: RuntimeError) -> str | None:
+    """What torch's compiler says; None where the error is another one."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return first_line(error) if isinstance(error, TorchDynamoException) else None
+
+
+def compiles_for(tensor: Tensor) -> bool:
+    """Whether kernels for the device of `tensor` are compiled."""
+    return tensor.is_cuda and obstacle_to_compiling(tensor.device) is None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short; of one that wraps another, that one."""
+    error = getattr(error, "inner_exception", error)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _small(x: Tensor) -> Tensor:
+    return (x * 2).sin() + x
