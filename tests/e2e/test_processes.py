@@ -29,7 +29,7 @@ def data(tiny_family, tmp_path_factory):
 
 
 def test_two_processes_train_the_same_lora_as_one_with_the_same_global_batch(data, tmp_path):
-    """float32, SGD by dotted name, 4 steps, LoRA B not zero."""
+    """float32, SGD by dotted name, 4 steps, LoRA B not zero; the two stream a block from memory that they share (on Linux)."""
     start = tmp_path / "start.safetensors"
     ltxv2_train_network.main(
         data.arguments("--output_dir", str(tmp_path / "first"), "--max_train_steps", "1", "--save_precision", "float32")
@@ -41,9 +41,10 @@ def test_two_processes_train_the_same_lora_as_one_with_the_same_global_batch(dat
     flags = ["--optimizer_type", "torch.optim.SGD", "--learning_rate", "0.1", "--max_train_steps", "4", "--save_precision", "float32"]
     flags = [*data.arguments("--network_weights", str(start)), *flags]
     ltxv2_train_network.main([*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
-    done = launch(2, "musubi_tuner.ltxv2_train_network", *flags, "--output_dir", str(tmp_path / "two"))
+    done = launch(2, "musubi_tuner.ltxv2_train_network", *flags, "--output_dir", str(tmp_path / "two"), "--blocks_to_swap", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stderr, "both processes are seen"
+    assert ("that 2 processes share" in done.stderr) == hasattr(os, "memfd_create")
     assert done.stderr.count("steps an epoch") == 1, "only the first one speaks"
     one, two = (load_file(tmp_path / name / "ltxv2_lora.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -67,6 +68,18 @@ def test_two_processes_cache_the_same_text_files_as_one(data, tmp_path):
         left, right = load_file(path), load_file(theirs[name])
         assert left.keys() == right.keys()
         assert all(torch.allclose(left[key].float(), right[key].float(), atol=0.02) for key in left)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared on Linux only")
+def test_streamed_blocks_lie_in_memory_once(tmp_path):
+    """Both processes hold the codes of two blocks; the second one's own weights are not even the same, and nobody reads them."""
+    done = launch(2, "tests.shared_blocks", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    found = {name: int(value) for name, value in (line.split() for line in (tmp_path / "bytes.txt").read_text().splitlines())}
+    assert found["used"] > 60_000_000
+    assert 0.95 < found["taken"] / found["used"] < 1.05, "of both processes together"
 
 
 def test_a_world_that_accelerate_did_not_see_is_an_error(data, tmp_path):

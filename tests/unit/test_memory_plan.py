@@ -1,5 +1,6 @@
 """The planner against the step model: within budget, better with more, and what it says of the released models."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -50,6 +51,15 @@ def test_two_clips_are_twice_one():
     single, double = work(1000, 50), work(2000, 100, clips=2)
     for count in (linear_operations, gradient_operations, attention_operations):
         assert count(LARGE, double) == pytest.approx(2 * count(LARGE, single))
+
+
+def test_cards_that_share_their_streamed_blocks_do_with_half_of_the_host_memory_each():
+    card = Budget(device=22 * GB, host=18 * GB)
+    alone = choose_plan(LARGE, work(), rates(), card, ALL_FORMATS)
+    apart = choose_plan(LARGE, work(), rates(), Budget(device=22 * GB, host=9 * GB), ALL_FORMATS)
+    together = choose_plan(LARGE, work(), rates(), Budget(device=22 * GB, host=9 * GB), dataclasses.replace(ALL_FORMATS, sharers=2))
+    assert (together.streamed, together.rungs) == (alone.streamed, alone.rungs) and together.host_bytes == alone.host_bytes // 2
+    assert apart.streamed < alone.streamed and apart.seconds > together.seconds
 
 
 def test_each_rung_keeps_less_and_takes_longer():

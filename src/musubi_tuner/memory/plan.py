@@ -46,6 +46,8 @@ class Wishes:
     streamed: int | None = None
     rung: str | None = None
     compiled: bool = True
+    sharers: int = 1
+    """Processes that have the streamed weights in common; a plan counts one's part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ def _plan(
     kept_units = {rung.name: rung.units for rung in RUNGS}
     stored = sum(kept_units[name] for name in rungs) * unit
     deepest = max(kept_units[name] if name != RUNGS[-1].name else RUNGS[0].units for name in rungs)
-    host = streamed * low_block
+    host = streamed * low_block / wishes.sharers
     if inputs_on_host:
         host += stored
         stored = 2 * unit

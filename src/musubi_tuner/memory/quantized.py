@@ -101,27 +101,38 @@ class LowBitPlacer:
         weight_format: str | None,
         low_bit: Callable[[str], bool],
         on_host: Callable[[str], bool],
+        keep_on_host: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             weight_format: None keeps all weights in `dtype`.
             low_bit, on_host: by the name of a tensor: is it to be in codes, does it stay on the host.
+            keep_on_host: (name, tensor) -> the same values in memory that the caller chooses; None = ordinary memory.
         """
         self._device, self._dtype, self._format = device, dtype, weight_format
         self._low_bit, self._on_host = low_bit, on_host
+        self._keep_on_host = keep_on_host or (lambda name, tensor: tensor.cpu())
         self._codes: dict[str, Codes] = {}
         self.errors: dict[str, float] = {}
         """Relative error of each quantized weight."""
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        target = torch.device("cpu") if self._on_host(name) else self._device
         if self._format is None or not self._low_bit(name):
-            return tensor.to(device=target, dtype=self._dtype if tensor.is_floating_point() else None)
+            return self._placed(name, tensor, self._dtype if tensor.is_floating_point() else tensor.dtype)
         weight = tensor.to(self._device).float()
         codes = quantize(weight, self._format)
         self.errors[name] = relative_error(weight, codes)
-        self._codes[name] = Codes(codes.format, codes.values.to(target), codes.scale.to(target))
+        self._codes[name] = Codes(
+            codes.format,
+            self._placed(name, codes.values, codes.values.dtype),
+            self._placed(name, codes.scale, codes.scale.dtype),
+        )
         return torch.empty(0, dtype=self._dtype)
+
+    def _placed(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._on_host(name):
+            return self._keep_on_host(name, tensor.to(dtype))
+        return tensor.to(device=self._device, dtype=dtype)
 
     def swap_linears(self, model: nn.Module) -> None:
         """Replace the linears whose weights are in codes; call it once the model is filled."""

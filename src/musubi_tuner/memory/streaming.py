@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.memory.sharing import ALIGNMENT, Region
 from musubi_tuner.runtime.errors import UserError
-
-_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +49,36 @@ def spread(blocks: int, streamed: int) -> list[int]:
 class BlockStreamer:
     """Brings each streamed block's weights to its slot before they are read, in both directions of the pass."""
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, slots: int = 2, poison: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        *,
+        slots: int = 2,
+        poison: bool = False,
+        regions: Sequence[Region] | None = None,
+    ) -> None:
         """
         Args:
             blocks: the streamed blocks in the order of the forward pass; their frozen tensors are moved into host buffers here.
                 Tensors that require gradients stay as they are.
             slots: buffers on the device; one is in use while the others are being filled.
             poison: fill a slot with NaN bytes as soon as it is free, so that a stale read shows (for tests).
+            regions: host memory of each block, where it is shared with other processes and most of the block lies in it already. They
+                must all have come here before the first pass, which is the first to read it.
         """
         self._device = device
         self._poison = poison
         self._cuda = device.type == "cuda"
         self._order = {block: number for number, block in enumerate(blocks)}
-        self._places = [_layout(block) for block in blocks]
-        self._host = [_pack(places, pinned=self._cuda) for places in self._places]
+        given: Sequence[Region | None] = regions if regions is not None else [None] * len(blocks)
+        self._places = [_layout(block, region) for block, region in zip(blocks, given, strict=True)]
+        self._host = [_pack(places, region, pinned=self._cuda) for places, region in zip(self._places, given, strict=True)]
         self._copies = torch.cuda.Stream(device) if self._cuda else None
         size = max((buffer.numel() for buffer in self._host), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
         for number, places in enumerate(self._places):
             _view(places, self._slot(number).buffer)
-        for number in range(len(self._slots)):
-            self._load(number)
 
     @property
     def host_bytes(self) -> int:
@@ -112,6 +120,9 @@ class BlockStreamer:
         number = self._order.get(block)
         if number is None:
             return
+        if self._slots[0].holds is None:  # the first pass
+            for first in range(len(self._slots)):
+                self._load(first)
         slot = self._slot(number)
         if slot.holds != number:  # after an interrupted pass: the order starts anew
             self._load(number)
@@ -144,48 +155,52 @@ class BlockStreamer:
             slot.loaded.record(self._copies)
 
 
-def _layout(block: nn.Module) -> list[_Place]:
-    """Frozen tensors of a block, one after the other."""
-    places, offset = [], 0
+def _layout(block: nn.Module, region: Region | None) -> list[_Place]:
+    """Frozen tensors of a block, one after the other; after those that lie in the region, where there is one."""
+    places, free = [], 0 if region is None else region.used
     for module in block.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for leaf, tensor in own:
             if tensor.requires_grad:
                 continue
             size = tensor.numel() * tensor.element_size()
-            places.append(_Place(module, leaf, tensor.shape, tensor.dtype, offset, offset + size))
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+            start = None if region is None else region.place_of(tensor)
+            if start is None:
+                start = free
+                free += -(-size // ALIGNMENT) * ALIGNMENT
+            places.append(_Place(module, leaf, tensor.shape, tensor.dtype, start, start + size))
     return places
 
 
-def _pack(places: Sequence[_Place], *, pinned: bool) -> Tensor:
+def _pack(places: Sequence[_Place], region: Region | None, *, pinned: bool) -> Tensor:
     """One host buffer with all tensors in it; the originals are let go of one by one."""
-    total = -(-places[-1].end // _ALIGNMENT) * _ALIGNMENT
-    buffer = _host_buffer(total, pinned=pinned)
+    total = -(-max(place.end for place in places) // ALIGNMENT) * ALIGNMENT
+    buffer = torch.empty(total, dtype=torch.uint8) if region is None else region.bytes[:total]
+    assert buffer.numel() == total, "a region has room for what adapters add"
     for place in places:
         tensor = getattr(place.module, place.leaf).detach()
-        buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        if region is None or (region.writes and region.place_of(tensor) is None):
+            buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         _set(place, torch.empty(0, dtype=place.dtype))
+    if pinned:
+        _pin(buffer)
     return buffer
 
 
-def _host_buffer(size: int, *, pinned: bool) -> Tensor:
-    """Host memory of exactly `size` bytes. Ordinary memory is registered with the driver: torch's own pinned allocator rounds up to
-    powers of two, a third more for the blocks of the released models.
+def _pin(buffer: Tensor) -> None:
+    """Ordinary memory is registered with the driver: torch's own pinned allocator rounds up to powers of two, a third more for the blocks
+    of the released models.
 
     Raises:
         UserError: the system does not let so much memory be pinned.
     """
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if pinned:
-        runtime = torch.cuda.cudart()
-        if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
-            raise UserError(
-                f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
-                "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
-            )
-        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
-    return buffer
+    runtime, size = torch.cuda.cudart(), buffer.numel()
+    if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
+        raise UserError(
+            f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
+            "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
+        )
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
 
 
 def _view(places: Sequence[_Place], buffer: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from musubi_tuner.memory.attention import fastest_attention, use_attention
 from musubi_tuner.memory.compiling import said_by_compiler
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
+from musubi_tuner.memory.sharing import ALIGNMENT, Region, can_share, processes_here, share_regions
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -41,6 +43,8 @@ from musubi_tuner.training.planning import (
 )
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _LOW_BIT = re.compile(r"transformer_blocks\.(\d+)\.\w*(attn\w*\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.weight")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
@@ -89,28 +93,29 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     """
     device, options = request.device, request.config.memory
     notes = _choose_attention(request)
-    machine = read_machine(device, options, processes=request.processes.count)
+    here = processes_here(request.processes.gather)
+    sharers = here if can_share(request.processes.gather) else 1
+    machine = read_machine(device, options, processes=here, sharers=sharers)
     if machine is None:
-        placement = place_by_hand(options, read_config(request.checkpoint).num_layers, device)
-        return _load(request, placement, notes)
+        placement = place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers)
+        loaded = _load_and_prove(request, placement, notes, None)
+        assert isinstance(loaded, LoadedModel), "nothing that can fail was tried"
+        return loaded
     sizes = _sizes(request)
     factor = 1.0
     for _ in range(_TRIALS):
         placement = request.processes.gather(_plan(request, options, machine, sizes, factor))[0]
         proved = _load_and_prove(request, placement, notes, trial)
-        failures = request.processes.gather(proved if isinstance(proved, _Failure) else None)
-        if not any(failures):
-            assert isinstance(proved, LoadedModel)
+        if isinstance(proved, LoadedModel):
             return proved
-        if broken := next((one.compiler for one in failures if one and one.compiler), None):
-            if options.compile:
-                raise UserError(f"--compile: torch's compiler fails here: {broken}. Leave the flag out, or mend the compiler.")
-            options = dataclasses.replace(options, compile=False)
-            log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", broken)
-        else:
+        if proved.compiler is None:
             factor *= _AFTER_TOO_LITTLE
             log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
-        del proved
+        elif options.compile:
+            raise UserError(f"--compile: torch's compiler fails here: {proved.compiler}. Leave the flag out, or mend the compiler.")
+        else:
+            options = dataclasses.replace(options, compile=False)
+            log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", proved.compiler)
         gc.collect()  # modules and their compiled forms hold each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -128,9 +133,27 @@ class _Failure:
     """What torch's compiler said; None where the device ran out of memory."""
 
 
-def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial) -> LoadedModel | _Failure:
+def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial | None) -> LoadedModel | _Failure:
+    """Step by step, all processes together: each step may read what another process has written in the one before."""
+    weights = _together(request.processes, lambda: _load_weights(request, placement))
+    if isinstance(weights, _Failure):
+        return weights
+    loaded = _together(request.processes, lambda: _assemble(request, placement, weights, notes))
+    if isinstance(loaded, _Failure) or trial is None:
+        return loaded
+    return _together(request.processes, lambda: _proved(loaded, trial, request.device))
+
+
+def _together(group: Processes, run: Callable[[], Result]) -> Result | _Failure:
+    """What `run` returns in this process once it has returned in all of them; a failure of one is the failure of all."""
+    mine = _attempt(run)
+    failures = [one for one in group.gather(mine if isinstance(mine, _Failure) else None) if one is not None]
+    return max(failures, key=lambda one: one.compiler is not None) if failures else mine
+
+
+def _attempt(run: Callable[[], Result]) -> Result | _Failure:
     try:
-        return _proved(_load(request, placement, notes), trial, request.device)
+        return run()
     except torch.OutOfMemoryError:
         return _Failure(None)
     except RuntimeError as error:
@@ -212,9 +235,20 @@ def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes
     )
 
 
-def _load(request: ModelRequest, placement: Placement, notes: Notes) -> LoadedModel:
-    config, device = request.config, request.device
-    streamed = frozenset(placement.streamed)
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The frozen model, as it is placed."""
+
+    transformer: LTXModel
+    errors: dict[str, float]
+    """Relative error of each quantized weight."""
+    regions: list[Region] | None
+    """Host memory of the streamed blocks that processes share."""
+
+
+def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
+    config = request.config
+    regions = _share_regions(request, placement)
     whole = _trained_whole(request)
 
     def block_of(name: str) -> int | None:
@@ -222,43 +256,63 @@ def _load(request: ModelRequest, placement: Placement, notes: Notes) -> LoadedMo
         return int(found.group(1)) if found else None
 
     placer = LowBitPlacer(
-        device=device,
+        device=request.device,
         dtype=request.dtype,
         weight_format=placement.weight_format,
         low_bit=lambda name: (
             bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept and name.removesuffix(".weight") not in whole
         ),
-        on_host=lambda name: block_of(name) in streamed,
+        on_host=lambda name: block_of(name) in placement.streamed,
+        keep_on_host=None if regions is None else lambda name, tensor: regions[block_of(name)].put(tensor),
     )
     transformer = load_transformer(
         request.checkpoint,
         mode=config.ltx_mode,
-        device=device,
+        device=request.device,
         dtype=request.dtype,
         timestep_rule=config.losses.av_timestep_rule,
         place=with_base_networks(config, request.checkpoint, placer),
     )
     placer.swap_linears(transformer)
+    return _Weights(transformer, placer.errors, None if regions is None else list(regions.values()))
+
+
+def _assemble(request: ModelRequest, placement: Placement, weights: _Weights, notes: Notes) -> LoadedModel:
+    """Network, connectors and engine around the frozen model."""
+    transformer = weights.transformer
     network, connectors = _adapt(request, transformer)
     transformer.begin_pass = network.begin_pass
     group_projections(transformer)
     blocks = transformer.transformer_blocks
+    streamed = [blocks[index] for index in placement.streamed]
     transformer.run_block = BlockEngine(
         blocks,
         placement.rungs,
         max_rank=network.max_rank,
         compiled=placement.compiled,
         sequence_axes=sequence_axes,
-        streamer=BlockStreamer([blocks[index] for index in placement.streamed], device) if streamed else None,
+        streamer=BlockStreamer(streamed, request.device, regions=weights.regions) if streamed else None,
         inputs_on_host=placement.inputs_on_host,
     )
-    errors = (("quantization", _describe_errors(placer.errors)),) if placer.errors else ()
+    errors = (("quantization", _describe_errors(weights.errors)),) if weights.errors else ()
     return LoadedModel(
-        wrapper=OfficialLTXV2Wrapper(transformer, config.mode.ltxv2_timestep_format, connectors).train(),
+        wrapper=OfficialLTXV2Wrapper(transformer, request.config.mode.ltxv2_timestep_format, connectors).train(),
         network=network,
         placement=placement,
         notes=(*errors, *notes),
     )
+
+
+def _share_regions(request: ModelRequest, placement: Placement) -> dict[int, Region] | None:
+    """Memory for each streamed block, in common with the other processes; None where each has its own."""
+    if not placement.streamed or placement.sharers == 1:
+        return None
+    with torch.device("meta"):
+        block = LTXModel(read_config(request.checkpoint), STREAMS[request.config.ltx_mode]).transformer_blocks[0]
+    size = sum(tensor.numel() * request.dtype.itemsize + 2 * ALIGNMENT for tensor in block.state_dict().values())
+    regions = share_regions([size] * len(placement.streamed), request.processes.gather)
+    assert regions is not None, "`can_share` has tried it"
+    return dict(zip(placement.streamed, regions, strict=True))
 
 
 def _adapt(request: ModelRequest, transformer: LTXModel) -> tuple[LoRANetwork, Connectors | None]:

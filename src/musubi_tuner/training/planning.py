@@ -41,6 +41,8 @@ class Machine:
     rates: CardRates
     low_format: str | None
     """The format of low-bit products that pays here."""
+    sharers: int = 1
+    """Processes that can have the streamed weights in common."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,8 @@ class Placement:
     compiled: bool
     passes: int = 1
     """Micro-batches for which each block is visited once."""
+    sharers: int = 1
+    """Processes that have the streamed blocks in common."""
     plan: Plan | None
     """None where nothing was planned: on the CPU without a cap. Of all passes together."""
 
@@ -68,15 +72,21 @@ def kept_blocks(blocks: int) -> frozenset[int]:
     return frozenset((*range(_KEPT_AT_EACH_END), *range(blocks - _KEPT_AT_EACH_END, blocks)))
 
 
-def read_machine(device: torch.device, options: MemoryOptions, *, processes: int) -> Machine | None:
-    """None on a CPU whose memory is not capped: there is nothing to plan. Processes of one machine share its host memory."""
+def read_machine(device: torch.device, options: MemoryOptions, *, processes: int, sharers: int = 1) -> Machine | None:
+    """None on a CPU whose memory is not capped: there is nothing to plan.
+
+    Args:
+        processes: on this machine; each has a part of its host memory.
+        sharers: as `Machine.sharers`.
+    """
     if device.type != "cuda" and options.vram_gb is None:
         return None
     rates, low_format = measure_rates(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what measuring took counts as free again
     free = free_memory(device, options.vram_gb, options.ram_gb)
-    return Machine(device=device, budget=Budget(device=free.device, host=free.host // processes), rates=rates, low_format=low_format)
+    budget = Budget(device=free.device, host=free.host // processes)
+    return Machine(device=device, budget=budget, rates=rates, low_format=low_format, sharers=sharers)
 
 
 def optimizer_bytes(name: str) -> float:
@@ -123,7 +133,7 @@ def times(work: Workload, count: int) -> Workload:
     )
 
 
-def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device) -> Placement:
+def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, sharers: int = 1) -> Placement:
     """What the flags say, and plain defaults for the rest."""
     weight_format = options.wanted_format if options.wanted_format not in ("auto", "bf16") else None
     kept = kept_blocks(blocks) if weight_format else frozenset()
@@ -135,6 +145,7 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device) -> 
         rungs=(rung,) * blocks,
         inputs_on_host=False,
         compiled=compiles(options, device),
+        sharers=sharers,
         plan=None,
     )
 
@@ -171,6 +182,7 @@ def place_by_plan(
         streamed=_asked_for(options, shape.blocks, kept if formats != (full_format,) else frozenset()),
         rung={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
         compiled=compiled,
+        sharers=machine.sharers,
     )
     budget = Budget(device=int(machine.budget.device / factor), host=machine.budget.host)
     plan, passes = choose_plan(shape, work, machine.rates, budget, wishes), 1
@@ -189,6 +201,7 @@ def place_by_plan(
         inputs_on_host=plan.inputs_on_host,
         compiled=compiled,
         passes=passes,
+        sharers=machine.sharers,
         plan=plan,
     )
 
@@ -225,6 +238,8 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     if placement.kept:
         weights += f" ({len(placement.kept)} of {blocks} blocks in {str(dtype).removeprefix('torch.')})"
     streamed = f", {len(placement.streamed)} of {blocks} blocks streamed from host memory" if placement.streamed else ""
+    if placement.streamed and placement.sharers > 1:
+        streamed += f" that {placement.sharers} processes share"
     rows = [("weights", weights + streamed)]
     counts = {rung: placement.rungs.count(rung) for rung in placement.rungs}
     again = ", ".join(f"{(rung or 'nothing, all is kept').replace('_', ' ')} ({count})" for rung, count in counts.items())
