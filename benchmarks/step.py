@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
     toy = options.sizes == "toy"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     shapes = TOY_SHAPES if toy else {name: SHAPES[name] for name in (SHAPES if "all" in options.shapes else options.shapes)}
-    depths = [2] if toy else options.blocks
+    depths = options.blocks or ([2] if toy else [4, 8])
+    compiled = options.compile or obstacle_to_compiling(device) is None
     rates, _ = measure_rates(device)
     readings: list[Reading] = []
     gates: list[str] = []
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         section = _section(toy, depth)
         config = TransformerConfig.from_checkpoint_config(section)
         weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, 4 if toy else RANK)
-        makers = _makers(options.impl, config, section, weights, adapters, device)
+        makers = _makers(options.impl, config, section, weights, adapters, compiled=compiled)
         makers |= {path: _other(path, config, section, weights, adapters) for path in options.other}
         text = 32 if toy else TEXT_TOKENS
         sample = models.make_sample(config, shapes[next(iter(shapes))], text, device, dtype)
@@ -107,7 +108,8 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", choices=("real", "toy"), default="real", help="layer sizes (default: real)")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8], help="depths that are timed (default: 4 8)")
+    parser.add_argument("--blocks", type=int, nargs="+", help="depths that are timed (default: 4 8; toy: 2)")
+    parser.add_argument("--compile", action="store_true", help="compile ours on a CPU too, for which a GPU's table says more")
     parser.add_argument("--shapes", nargs="+", default=["all"], choices=["all", *SHAPES], help="clips (default: all)")
     parser.add_argument(
         "--impl",
@@ -136,10 +138,10 @@ def _makers(
     section: dict[str, Any],
     weights: dict[str, Tensor],
     adapters: dict[str, Tensor],
-    device: torch.device,
+    *,
+    compiled: bool,
 ) -> dict[str, Maker]:
     """{what it is: how to build it}; what is not installed is left out with a note."""
-    compiled = obstacle_to_compiling(device) is None
     word = "compiled" if compiled else "not compiled"
 
     def ours(name: str, **options: Any) -> tuple[str, Maker]:

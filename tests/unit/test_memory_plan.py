@@ -19,6 +19,7 @@ from musubi_tuner.memory.step_model import (
     gradient_operations,
     linear_operations,
 )
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.planning import Machine, place_by_plan
 
 GB = 10**9
@@ -121,10 +122,24 @@ def test_waiting_for_weights_is_counted():
     assert SLOTS * 2 * LARGE.block_weights < few.device_bytes
 
 
+def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen():
+    def machine(**low: float) -> Machine:
+        return Machine(device=torch.device("cuda"), budget=Budget(device=22 * GB, host=18 * GB), rates=rates(), low_rates=low)
+
+    def chosen(found: Machine, wanted: str = "auto") -> str | None:
+        options = MemoryOptions(compile=True, weight_format=wanted)
+        return place_by_plan(options, found, LARGE, work(), full_format="bf16").weight_format
+
+    assert chosen(machine(int8=250e12, fp8=270e12)) == "fp8" and chosen(machine(int8=280e12, fp8=270e12)) == "int8"
+    assert chosen(machine(fp8=100e12)) != "fp8" and chosen(machine(fp8=100e12), "fp8") == "fp8"
+    with pytest.raises(UserError, match="--weight_format fp8: this card .* does not multiply in fp8.* int8, nf4, bf16"):
+        chosen(machine(int8=280e12), "fp8")
+
+
 def test_micro_batches_share_a_visit_where_weights_are_waited_for():
     """32 GB card, blocks streamed by order, few tokens: four micro-batches cost hardly more than one."""
     options = MemoryOptions(blocks_to_swap=48, compile=False, weight_format="bf16")
-    machine = Machine(device=torch.device("cpu"), budget=Budget(device=30 * GB, host=48 * GB), rates=rates(), low_format=None)
+    machine = Machine(device=torch.device("cpu"), budget=Budget(device=30 * GB, host=48 * GB), rates=rates(), low_rates={})
     alone = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16")
     together = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16", micro_batches=4)
     assert alone.passes == 1 and together.passes == 4

@@ -21,9 +21,9 @@ _DEVICE_MARGIN = 0.94
 """Of the free device memory; the rest is for the allocator's gaps and libraries' workspaces."""
 
 
-def measure_rates(device: torch.device) -> tuple[CardRates, str | None]:
-    """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and the faster low-bit format (None where
-    the card has neither fp8 nor int8 products, or a whole linear in them is slower than in bf16)."""
+def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
+    """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and operations per second of a whole linear in
+    each low-bit format that the card multiplies in (none on a CPU)."""
     cuda = device.type == "cuda"
     rows, inner, outer, heads = (4096, 4096, 16384, 32) if cuda else (256, 256, 512, 4)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -31,8 +31,6 @@ def measure_rates(device: torch.device) -> tuple[CardRates, str | None]:
     operations = 2.0 * rows * inner * outer
     bf16 = operations / seconds_of(lambda: a @ b.t(), device)
     low = _low_bit_rates(a, b, operations)
-    best = max(low, key=low.__getitem__, default=None)
-    best = best if best is not None and low[best] > bf16 else None
     query = torch.randn(1, heads, rows, 128, device=device, dtype=dtype, requires_grad=True)
     with torch.no_grad():
         attention = 4.0 * heads * rows * rows * 128 / seconds_of(lambda: F.scaled_dot_product_attention(query, query, query), device)
@@ -46,13 +44,13 @@ def measure_rates(device: torch.device) -> tuple[CardRates, str | None]:
     backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)
     rates = CardRates(
         bf16=bf16,
-        low_bit=low[best] if best else bf16,
+        low_bit=max(low.values(), default=bf16),
         attention_forward=attention,
         attention_backward=backward,
         bandwidth=2 * size / seconds_of(lambda: target.copy_(source), device),
         host_to_device=size / seconds_of(lambda: device_bytes.copy_(host, non_blocking=True), device),
     )
-    return rates, best
+    return rates, low
 
 
 def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | None) -> Budget:

@@ -1,5 +1,7 @@
 """Runs a model's blocks in training: recomputation rung, compiled graph and streamed weights of each block in one place."""
 
+import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +15,8 @@ from musubi_tuner.memory.streaming import BlockStreamer
 
 BeginPass = Callable[[nn.Module, int], None]
 """(block, number of the pass that runs it next), told before each run of a block, in the backward pass too."""
+
+log = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 128
 """Kinds of blocks (rung, weight format, adapters) times kinds of batches (masks, given frames, absent streams). A run has a few of them;
@@ -59,6 +63,9 @@ class BlockEngine:
         self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
         self._forward = _function(None, max_rank, backend) if compiled else _run_plain
         self._compiled = compiled
+        self._in_block = False
+        if compiled:
+            _tell_of_compiling(self)
         self._axes = sequence_axes
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
@@ -104,7 +111,11 @@ class BlockEngine:
     def _run_compiled(self, run: Callable[..., tuple], block: nn.Module, *arguments: Any) -> tuple:
         for tensor, axis in self._axes(*arguments) if self._axes else ():
             torch._dynamo.mark_dynamic(tensor, axis)
-        return run(block, *arguments)
+        self._in_block = True
+        try:
+            return run(block, *arguments)
+        finally:
+            self._in_block = False
 
     def _gate(self, states: Sequence[tuple], block: nn.Module, *, entering: bool) -> list[tuple]:
         flat = [tensor for pair in states for tensor in pair if tensor is not None]
@@ -147,6 +158,21 @@ def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Cal
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
     return torch.compile(run, fullgraph=True, backend=backend)
+
+
+def _tell_of_compiling(engine: BlockEngine) -> None:
+    """A pause of a minute has a reason that the user can read."""
+    from torch._dynamo.callback import callback_handler
+
+    known = weakref.ref(engine)
+
+    def tell(_: object) -> None:
+        running = known()
+        if running is not None and running._in_block:
+            log.info("compiling the blocks for a kind of batch that is new in this run; this takes up to a minute")
+
+    callback_handler.register_start_callback(tell)
+    weakref.finalize(engine, callback_handler.remove_start_callback, tell)
 
 
 def _begun(run: Callable[..., Any], block: nn.Module, begin: BeginPass, number: int) -> Callable[..., Any]:

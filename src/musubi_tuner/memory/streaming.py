@@ -36,8 +36,6 @@ class _Slot:
     holds: int | None = None
     loaded: torch.cuda.Event | None = None
     """Recorded on the copy stream after the last copy into the buffer."""
-    free: torch.cuda.Event | None = None
-    """Recorded on the compute stream after the last use of the buffer."""
 
 
 def spread(blocks: int, streamed: int) -> list[int]:
@@ -132,9 +130,6 @@ class BlockStreamer:
     def _exchange(self, done: int, wanted: int) -> None:
         """Block `done` is not read any more in this direction; its slot takes block `wanted`."""
         slot = self._slot(done)
-        if self._cuda:
-            slot.free = torch.cuda.Event()
-            slot.free.record(torch.cuda.current_stream(self._device))
         if self._poison:
             slot.buffer.data.fill_(0xFF)
         if done != wanted or self._poison:
@@ -147,9 +142,8 @@ class BlockStreamer:
         if not self._cuda:
             slot.buffer.data[: host.numel()].copy_(host)
             return
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # whatever has read, or had, this memory before
         with torch.cuda.stream(self._copies):
-            if slot.free is not None:
-                self._copies.wait_event(slot.free)
             slot.buffer.data[: host.numel()].copy_(host, non_blocking=True)
             slot.loaded = torch.cuda.Event()
             slot.loaded.record(self._copies)

@@ -98,14 +98,14 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     machine = read_machine(device, options, processes=here, sharers=sharers)
     if machine is None:
         placement = place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers)
-        loaded = _load_and_prove(request, placement, notes, None)
+        loaded = _load_and_prove(request, placement, notes)
         assert isinstance(loaded, LoadedModel), "nothing that can fail was tried"
         return loaded
     sizes = _sizes(request)
     factor = 1.0
     for _ in range(_TRIALS):
         placement = request.processes.gather(_plan(request, options, machine, sizes, factor))[0]
-        proved = _load_and_prove(request, placement, notes, trial)
+        proved = _load_and_prove(request, placement, notes, trial, reserve=int(sizes[2] * _state_bytes(request.config)))
         if isinstance(proved, LoadedModel):
             return proved
         if proved.compiler is None:
@@ -133,15 +133,21 @@ class _Failure:
     """What torch's compiler said; None where the device ran out of memory."""
 
 
-def _load_and_prove(request: ModelRequest, placement: Placement, notes: Notes, trial: Trial | None) -> LoadedModel | _Failure:
-    """Step by step, all processes together: each step may read what another process has written in the one before."""
+def _load_and_prove(
+    request: ModelRequest, placement: Placement, notes: Notes, trial: Trial | None = None, *, reserve: int = 0
+) -> LoadedModel | _Failure:
+    """Step by step, all processes together: each step may read what another process has written in the one before.
+
+    Args:
+        reserve: bytes on the device that the optimizer will take after the first step.
+    """
     weights = _together(request.processes, lambda: _load_weights(request, placement))
     if isinstance(weights, _Failure):
         return weights
     loaded = _together(request.processes, lambda: _assemble(request, placement, weights, notes))
     if isinstance(loaded, _Failure) or trial is None:
         return loaded
-    return _together(request.processes, lambda: _proved(loaded, trial, request.device))
+    return _together(request.processes, lambda: _proved(loaded, trial, request.device, reserve))
 
 
 def _together(group: Processes, run: Callable[[], Result]) -> Result | _Failure:
@@ -164,13 +170,15 @@ def _attempt(run: Callable[[], Result]) -> Result | _Failure:
         return _Failure(said)
 
 
-def _proved(loaded: LoadedModel, trial: Trial, device: torch.device) -> LoadedModel:
+def _proved(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: int) -> LoadedModel:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
     passes = loaded.placement.passes
     trial(loaded.wrapper, loaded.network, passes)  # compiles, and finds attention plans
     seconds = trial(loaded.wrapper, loaded.network, passes)
+    del held
     plan = loaded.placement.plan
     text = f"{seconds:.3f} s"
     if cuda and plan is not None:
@@ -201,6 +209,11 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
     return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
 
 
+def _state_bytes(config: TrainingConfig) -> float:
+    """For each trained weight, beside its gradient: the optimizer's states and the average."""
+    return optimizer_bytes(config.optimization.optimizer_type) + (AVERAGE_BYTES if config.optimization.ema_decay else 0)
+
+
 def _trained_whole(request: ModelRequest) -> frozenset[str]:
     """Linears that train as they are, which no quantization may touch."""
     config = request.config
@@ -220,7 +233,7 @@ def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes
         config.ltx_mode,
         text_tokens=request.text_tokens,
         trainable=trainable,
-        state_bytes=optimizer_bytes(config.optimization.optimizer_type) + (AVERAGE_BYTES if config.optimization.ema_decay else 0),
+        state_bytes=_state_bytes(config),
     )
     shape = model_shape(read_config(request.checkpoint), low_bit, total)
     full = "bf16" if request.dtype == torch.bfloat16 else "float32"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,8 @@ class Machine:
     device: torch.device
     budget: Budget
     rates: CardRates
-    low_format: str | None
-    """The format of low-bit products that pays here."""
+    low_rates: Mapping[str, float]
+    """Operations per second of a whole linear in each low-bit format that the device multiplies in."""
     sharers: int = 1
     """Processes that can have the streamed weights in common."""
 
@@ -81,12 +81,12 @@ def read_machine(device: torch.device, options: MemoryOptions, *, processes: int
     """
     if device.type != "cuda" and options.vram_gb is None:
         return None
-    rates, low_format = measure_rates(device)
+    rates, low_rates = measure_rates(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what measuring took counts as free again
     free = free_memory(device, options.vram_gb, options.ram_gb)
     budget = Budget(device=free.device, host=free.host // processes)
-    return Machine(device=device, budget=budget, rates=rates, low_format=low_format, sharers=sharers)
+    return Machine(device=device, budget=budget, rates=rates, low_rates=low_rates, sharers=sharers)
 
 
 def optimizer_bytes(name: str) -> float:
@@ -168,12 +168,10 @@ def place_by_plan(
         micro_batches: that may be run together.
 
     Raises:
-        UserError: nothing fits; says what is missing and what would help.
+        UserError: nothing fits (says what is missing and what would help), or a format that the device does not multiply in.
     """
     compiled = compiles(options, machine.device)
-    low = [machine.low_format] if machine.low_format else []
-    formats = (full_format, *low, "nf4") if options.wanted_format == "auto" else (options.wanted_format,)
-    formats = tuple(full_format if name == "bf16" else name for name in formats)
+    formats, rates = _formats(options, machine, full_format)
     kept = kept_blocks(shape.blocks)
     wishes = Wishes(
         formats=formats,
@@ -185,13 +183,13 @@ def place_by_plan(
         sharers=machine.sharers,
     )
     budget = Budget(device=int(machine.budget.device / factor), host=machine.budget.host)
-    plan, passes = choose_plan(shape, work, machine.rates, budget, wishes), 1
+    plan, passes = choose_plan(shape, work, rates, budget, wishes), 1
     if plan is not None and plan.stalled and micro_batches > 1:
-        together = choose_plan(shape, times(work, micro_batches), machine.rates, budget, wishes)
+        together = choose_plan(shape, times(work, micro_batches), rates, budget, wishes)
         if together is not None and together.score / micro_batches < _CLEARLY * plan.score:
             plan, passes = together, micro_batches
     if plan is None:
-        raise UserError(_nothing_fits(leanest_plan(shape, work, machine.rates, wishes), machine.budget, work))
+        raise UserError(_nothing_fits(leanest_plan(shape, work, rates, wishes), machine.budget, work))
     full = plan.weight_format == full_format
     return Placement(
         weight_format=None if full else plan.weight_format,
@@ -204,6 +202,25 @@ def place_by_plan(
         sharers=machine.sharers,
         plan=plan,
     )
+
+
+def _formats(options: MemoryOptions, machine: Machine, full_format: str) -> tuple[tuple[str, ...], CardRates]:
+    """Formats to choose among, and the device's rates with that of the low-bit one among them."""
+    wanted, low = options.wanted_format, machine.low_rates
+    if wanted == "bf16":
+        return (full_format,), machine.rates
+    if wanted != "auto":
+        if wanted in ("fp8", "int8") and wanted not in low and machine.device.type == "cuda":
+            others = [name for name in ("fp8", "int8") if name in low]
+            raise UserError(
+                f"--weight_format {wanted}: this card with this build of torch does not multiply in {wanted}. Give no format (the plan "
+                f"takes one that is faster here), or one of {', '.join((*others, 'nf4', 'bf16'))}."
+            )
+        return (wanted,), dataclasses.replace(machine.rates, low_bit=low.get(wanted, machine.rates.low_bit))
+    fastest = max(low, key=low.__getitem__, default=None)
+    if fastest is None or low[fastest] <= machine.rates.bf16:
+        return (full_format, "nf4"), machine.rates
+    return (full_format, fastest, "nf4"), dataclasses.replace(machine.rates, low_bit=low[fastest])
 
 
 def compiles(options: MemoryOptions, device: torch.device) -> bool:
