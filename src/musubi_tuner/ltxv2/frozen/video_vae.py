@@ -1,7 +1,7 @@
 """The video VAE: diffusers' network, the official config and weights, latents normalized as the official encoder returns them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.frozen.layout import use_layout
 from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint
@@ -18,6 +19,7 @@ PREFIX = "vae."
 _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
 _ANY_DECODER = (("res_x", {"num_layers": 0}), ("compress_all", {}), ("res_x", {"num_layers": 0}))
 """Stands in where the decoder is not wanted: diffusers' class cannot be built without one."""
+_CONVERTED_FRAMES = 8
 _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 
@@ -89,16 +91,28 @@ class VideoVAE:
     def device(self) -> torch.device:
         return self._network.latents_mean.device
 
+    def use_layout(self, name: str) -> None:
+        """Have the encoder in a memory layout (`layout.LAYOUTS`); latents differ by rounding alone."""
+        use_layout(self._network.encoder, name)
+
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, F, H, W) in -1..1, F = 8n+1 and sides multiples of 32 -> (B, 128, f, h, w) float32 normalized means."""
-        batch, _, frames, height, width = pixels.shape
+        return self._encode_in_tiles(pixels, self._encode)
+
+    @torch.inference_mode()
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """(B, F, H, W, 3) uint8 -> as `encode`, of the same values; no more than a tile is held in the dtype that the VAE computes in."""
+        return self._encode_in_tiles(frames.permute(0, 4, 1, 2, 3), lambda tile: self._encode(in_unit_range(tile, self._dtype)))
+
+    def _encode_in_tiles(self, x: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        batch, _, frames, height, width = x.shape
         cells = ((frames - 1) // TEMPORAL_SCALE + 1, height // SPATIAL_SCALE, width // SPATIAL_SCALE)
         spans = self._spans(cells, encode=True)
         if all(len(axis) == 1 for axis in spans):
-            return self._encode(pixels)
+            return encode(x)
         channels = self._network.latents_mean.numel()
-        return run_tiled(pixels, spans, (batch, channels, *cells), self._encode)
+        return run_tiled(x, spans, (batch, channels, *cells), encode)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -125,6 +139,15 @@ class VideoVAE:
         frames = _time_spans(cells[0], self._tiles.time, encode=encode)
         rows = _space_spans(cells[1], self._tiles.space, encode=encode)
         return frames, rows, _space_spans(cells[2], self._tiles.space, encode=encode)
+
+
+def in_unit_range(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, F, H, W) uint8 -> -1..1; reckoned in float32 and rounded once, a few frames at a time: float32 is four times their size."""
+    pixels = torch.empty_like(frames, dtype=dtype)
+    for start in range(0, frames.shape[2], _CONVERTED_FRAMES):
+        part = slice(start, start + _CONVERTED_FRAMES)
+        pixels[:, :, part] = frames[:, :, part].float().div_(127.5).sub_(1)
+    return pixels
 
 
 def find_vae(checkpoint: Checkpoint) -> Component:

@@ -1,0 +1,100 @@
+"""The video VAE's encoder without a checkpoint, and what encoding a clip takes, counted on tensors without storage."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, diffusers_config
+from musubi_tuner.tiny import configs
+
+ENCODER_BLOCKS = [
+    ["res_x", {"num_layers": 4}],
+    ["compress_space_res", {"multiplier": 2}],
+    ["res_x", {"num_layers": 6}],
+    ["compress_time_res", {"multiplier": 2}],
+    ["res_x", {"num_layers": 4}],
+    ["compress_all_res", {"multiplier": 2}],
+    ["res_x", {"num_layers": 2}],
+    ["compress_all_res", {"multiplier": 1}],
+    ["res_x", {"num_layers": 2}],
+]
+"""Of 2.3 and 2.5 (architecture sheet 4.1)."""
+_SMALLEST_DECODER = [["res_x", {"num_layers": 0}], ["compress_all", {}], ["res_x", {"num_layers": 0}]]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCounts:
+    """One clip."""
+
+    tiles: int
+    flops: float
+    """Of the convolutions of all tiles."""
+    peak_bytes: int
+    """Held at the worst moment: activations and the clip's frames, not weights, not what a convolution allocates for itself."""
+
+
+def make_encoder(device: torch.device | str, dtype: torch.dtype, *, toy: bool) -> nn.Module:
+    """diffusers' VAE with random weights, always the same, and no decoder."""
+    from diffusers import AutoencoderKLLTX2Video
+
+    section = configs.vae_section("2.3") | {"decoder_blocks": _SMALLEST_DECODER}
+    if not toy:
+        section |= {"encoder_blocks": ENCODER_BLOCKS}
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoencoderKLLTX2Video(**diffusers_config(section))
+    network.decoder = None
+    network.encoder.to(dtype)
+    return network.requires_grad_(False).eval()
+
+
+def count_encoder(shape: Sequence[int], tiles: TileSizes, *, toy: bool = False, layout: str = "contiguous") -> EncoderCounts:
+    """Encode a clip of (frames, height, width) in bfloat16 on the meta device."""
+    network = make_encoder("meta", torch.bfloat16, toy=toy)
+    calls: list[object] = []
+    network.encoder.register_forward_hook(lambda *given: calls.append(None))
+    vae = VideoVAE(network, tiles, torch.bfloat16)
+    vae.use_layout(layout)
+    frames = torch.empty((1, *shape, 3), dtype=torch.uint8, device="meta")
+    memory = _LiveBytes()
+    memory.hold(frames)
+    with memory, FlopCounterMode(display=False) as operations:
+        vae.encode_frames(frames)
+    return EncoderCounts(len(calls), float(operations.get_total_flops()), memory.peak)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors without storage that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._held: set[int] = set()
+
+    def hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if tensor.device.type != "meta" or place in self._held:
+            return
+        self._held.add(place)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, place, storage.nbytes())
+
+    def _release(self, place: int, size: int) -> None:
+        self._held.discard(place)
+        self.live -= size
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = operation(*arguments, **(named or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.hold(value)
+        return result
