@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
             title="Audio latent caching",
             ending=AUDIO_ENDING,
             required=AUDIO_KEYS,
-            make_stages=lambda: audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
+            make_stages=lambda jobs: audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
         )
         plans = plan_and_index(datasets, task, config.data, config.work, group)
         jobs = audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
                 title="Reference audio caching",
                 ending=REFERENCE_AUDIO_ENDING,
                 required=REFERENCE_AUDIO_KEYS,
-                make_stages=lambda: reference_audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
+                make_stages=lambda jobs: reference_audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
             )
             code = max(code, run_task(played, plans, references, config.data, config.work, group))
         return code

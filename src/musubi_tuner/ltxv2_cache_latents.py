@@ -8,7 +8,8 @@ from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDI
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
-from musubi_tuner.encoding.latents import latent_jobs, latent_stages, reference_jobs, reference_stages
+from musubi_tuner.encoding.latents import clip_size, latent_jobs, latent_stages, reference_jobs, reference_size, reference_stages
+from musubi_tuner.encoding.layout import ClipSize, use_fastest_layout
 from musubi_tuner.encoding.masks import mask_jobs, mask_stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
@@ -35,11 +36,18 @@ def main(argv: Sequence[str]) -> int:
     with processes() as group:
         device = pick_device(config.work.device)
         dtype = DTYPES[config.vae.vae_dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+
+        def load_vae(sizes: Sequence[ClipSize]) -> VideoVAE:
+            vae = VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)
+            if (times := use_fastest_layout(vae, sizes, config.work.batch_size)) and group.is_main:
+                log.info("%s", times.describe())
+            return vae
+
         task = Task(
             title="Video latent caching",
             ending=LATENTS_ENDING,
             required=LATENT_KEYS,
-            make_stages=lambda: latent_stages(VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)),
+            make_stages=lambda jobs: latent_stages(load_vae([clip_size(job) for job in jobs])),
         )
         plans = plan_and_index(datasets, task, config.data, config.work, group)
         jobs = latent_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
@@ -50,14 +58,12 @@ def main(argv: Sequence[str]) -> int:
                 title="Reference latent caching",
                 ending=REFERENCE_ENDING,
                 required=REFERENCE_KEYS,
-                make_stages=lambda: reference_stages(
-                    VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)
-                ),
+                make_stages=lambda jobs: reference_stages(load_vae([reference_size(job) for job in jobs])),
             )
             code = max(code, run_task(shown, plans, references, config.data, config.work, group))
         masks = mask_jobs(plans, model_version=checkpoint.model_version)
         if masks:
-            task = Task(title="Mask caching", ending=MASK_ENDING, required=MASK_KEYS, make_stages=mask_stages)
+            task = Task(title="Mask caching", ending=MASK_ENDING, required=MASK_KEYS, make_stages=lambda jobs: mask_stages())
             code = max(code, run_task(task, plans, masks, config.data, config.work, group))
         if group.is_main and caching_mode(config.data) == "video":
             _warn_of_sound(plans)

@@ -15,6 +15,7 @@ from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents
 from musubi_tuner.cache import store
 from musubi_tuner.cache.keys import strip_key
 from musubi_tuner.encoding import latents as latents_module
+from musubi_tuner.encoding import layout as layout_module
 from musubi_tuner.encoding import sound as sound_module
 from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -131,6 +132,37 @@ def test_what_changed_is_rebuilt_and_listed_with_the_reason(tmp_path: Path, tiny
     write_config(tmp_path, VIDEOS + "target_frames = [17]")
     rerun("2 file(s) belong to no planned clip", 2, tiny_family.ltx20)
     assert (tmp_path / "cache" / name).is_file()
+
+
+def test_the_memory_layout_changes_rounding_alone_and_nothing_is_encoded_again(
+    tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    write_clips(tmp_path / "clips", count=2, frames=25)
+    config = write_config(tmp_path, VIDEOS + "target_frames = [9, 17]")
+    assert cache_video(config, tiny_family.ltx23) == 0
+    assert "memory layout" not in caplog.text, "on the CPU nothing is measured"
+    usual = {path.name: (store.read(path), store.read_metadata(path)) for path in (tmp_path / "cache").glob("*.safetensors")}
+
+    def choose(vae: VideoVAE, sizes: list[layout_module.ClipSize], batch_size: int) -> layout_module.LayoutTimes:
+        times = layout_module.measure_layouts(vae, max(sizes, key=lambda size: size.pixels), batch_size)
+        chosen.append(sizes)
+        vae.use_layout("channels_last_3d")
+        return times
+
+    chosen: list[list[layout_module.ClipSize]] = []
+    monkeypatch.setattr(ltxv2_cache_latents, "use_fastest_layout", choose)
+    assert cache_video(config, tiny_family.ltx23) == 0 and not chosen, "everything is kept"
+    assert cache_video(config, tiny_family.ltx23, "--no-skip_existing") == 0
+    assert [(size.frames, size.height, size.width) for size in chosen[0]] == [(17, 64, 96)] * 2 + [(9, 64, 96)] * 2
+    assert caplog.text.count("memory layout of the video VAE: ") == 1 and "for a clip of 96x64x17" in caplog.text
+    assert len(usual) == 4
+    for name, (tensors, metadata) in usual.items():
+        path = tmp_path / "cache" / name
+        assert store.read_metadata(path) == metadata
+        for key, value in store.read(path).items():
+            torch.testing.assert_close(value.float(), tensors[key].float(), rtol=2**-7, atol=1e-4)
+    assert cache_video(config, tiny_family.ltx23) == 0 and len(chosen) == 1
 
 
 def test_renaming_the_checkpoint_rebuilds_nothing(tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import caching
 from benchmarks.encoder_counts import count_encoder, make_encoder
+from musubi_tuner.encoding.layout import ClipSize, LayoutTimes, measure_layouts, pays, use_fastest_layout
 from musubi_tuner.ltxv2.frozen.layout import LAYOUTS, CausalConv3d
 from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, in_unit_range
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -97,3 +98,44 @@ def test_counts_grow_with_tiles_and_memory_shrinks():
     tiled = count_encoder((17, 64, 96), caching.TOY_TILES, toy=True)
     assert (whole.tiles, tiled.tiles) == (1, 4)
     assert tiled.flops > whole.flops and tiled.peak_bytes < whole.peak_bytes
+
+
+def test_measuring_pays_where_it_is_a_tenth_of_the_work():
+    large, small = ClipSize(121, 704, 1280), ClipSize(1, 704, 1280)
+    assert not pays([large] * 59, large, 1) and pays([large] * 60, large, 1)
+    assert not pays([large] * 119, large, 2) and pays([large] * 120, large, 2)
+    assert not pays([large, *[small] * 1000], large, 1) and pays([large, *[small] * 8000], large, 1)
+
+
+def test_layouts_are_measured_on_what_is_encoded_and_the_cpu_is_left_alone(monkeypatch):
+    vae = VideoVAE(make_encoder("cpu", torch.float32, toy=True), TileSizes(), torch.float32)
+    assert use_fastest_layout(vae, [ClipSize(9, 64, 64)] * 1000, 1) is None
+    seen = []
+    encode = vae.encode_frames
+    monkeypatch.setattr(vae, "encode_frames", lambda frames: seen.append((frames.shape, frames.dtype)) or encode(frames))
+    times = measure_layouts(vae, ClipSize(9, 64, 96), 2)
+    assert list(times.seconds) == list(LAYOUTS) and all(0 < value < 60 for value in times.seconds.values())
+    assert seen == [((2, 9, 64, 96, 3), torch.uint8)] * 6
+
+
+def test_the_line_names_the_faster_layout_and_what_did_not_fit():
+    size = ClipSize(9, 64, 96)
+    times = LayoutTimes(size, 2, {"contiguous": 3.0, "channels_last_3d": 1.0})
+    assert times.fastest == "channels_last_3d"
+    assert times.describe().endswith("channels_last_3d (contiguous 1.500 s, channels_last_3d 0.500 s for a clip of 96x64x9)")
+    times = LayoutTimes(size, 1, {"contiguous": 1.0, "channels_last_3d": float("inf")})
+    assert times.fastest == "contiguous" and "channels_last_3d out of memory" in times.describe()
+    assert LayoutTimes(size, 1, dict.fromkeys(LAYOUTS, float("inf"))).fastest == "contiguous"
+
+
+def test_a_layout_that_runs_out_of_memory_is_not_taken(monkeypatch):
+    vae = VideoVAE(make_encoder("cpu", torch.float32, toy=True), TileSizes(), torch.float32)
+    encode = vae._network.encode
+
+    def full(pixels: torch.Tensor) -> object:
+        if vae._network.encoder.conv_in.layout == torch.channels_last_3d:
+            raise torch.OutOfMemoryError("full")
+        return encode(pixels)
+
+    monkeypatch.setattr(vae._network, "encode", full)
+    assert measure_layouts(vae, ClipSize(9, 64, 64), 1).seconds["channels_last_3d"] == float("inf")

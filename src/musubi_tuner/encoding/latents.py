@@ -12,6 +12,7 @@ from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import latents_key, reference_latents_key
 from musubi_tuner.encoding.jobs import Job, list_jobs
+from musubi_tuner.encoding.layout import ClipSize
 from musubi_tuner.encoding.mirror import as_planned
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
@@ -20,7 +21,7 @@ from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, latent_frames, latent_s
 from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import VideoInfo
 from musubi_tuner.media.video import choose_frames, read_frames
-from musubi_tuner.runtime.transfer import HostCopy, settled, to_device, to_host
+from musubi_tuner.runtime.transfer import HostCopy, settled, stacked_on_device, to_host
 
 STORED_DTYPE = torch.bfloat16
 
@@ -59,6 +60,18 @@ def reference_jobs(
     )
 
 
+def clip_size(job: Job) -> ClipSize:
+    """What a job of `latent_jobs` encodes."""
+    clip = job.planned.clip
+    return ClipSize(clip.frames, clip.height, clip.width)
+
+
+def reference_size(job: Job) -> ClipSize:
+    """What a job of `reference_jobs` encodes."""
+    clip = job.planned.clip
+    return ClipSize(clip.reference_frames, clip.reference_height, clip.reference_width)
+
+
 def reference_stages(vae: VideoVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
     """As `latent_stages`, of references."""
     return replace(latent_stages(vae), decode=_decode_reference, write=_write_reference)
@@ -68,8 +81,8 @@ def latent_stages(vae: VideoVAE) -> Stages[Job, Tensor, HostCopy, Tensor]:
     """Decode frames, encode them with the VAE, write latents."""
 
     def encode(frames: Sequence[Tensor]) -> list[HostCopy]:
-        pixels = to_device(torch.stack(list(frames)), vae.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-        return [to_host(latents) for latents in vae.encode(pixels).to(STORED_DTYPE)]
+        clips = stacked_on_device(frames, vae.device)
+        return [to_host(latents) for latents in vae.encode_frames(clips).to(STORED_DTYPE)]
 
     return Stages(decode=_decode, shape=lambda frames: frames.shape, encode=encode, settle=settled, write=_write)
 

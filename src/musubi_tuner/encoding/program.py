@@ -30,8 +30,8 @@ class Task:
     """Of its files' names."""
     required: tuple[str, ...]
     """Stripped keys that each file must hold."""
-    make_stages: Callable[[], Stages]
-    """Loads the encoder; called only where something is to be encoded."""
+    make_stages: Callable[[Sequence[Job]], Stages]
+    """Loads the encoder for the jobs of this process; called only where there are some."""
 
 
 def plan_and_index(datasets: DatasetConfig, task: Task, data: DataOptions, work: WorkOptions, group: Processes) -> tuple[DatasetPlan, ...]:
@@ -85,9 +85,9 @@ def run_task(task: Task, plans: Sequence[DatasetPlan], jobs: Sequence[Job], data
 def _encode(task: Task, todo: Sequence[Todo], work: WorkOptions, group: Processes) -> list[tuple[Job, str]]:
     if not todo:
         return []
-    stages = task.make_stages()
+    jobs = [one.job for one in todo]
+    stages = task.make_stages(jobs)
     with tqdm(total=len(todo), desc=task.title, unit="clip", disable=not group.is_main) as bar:
-        jobs = [one.job for one in todo]
         finished = run_pipeline(jobs, stages, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
     for job, reason in finished.failures:
         log.warning("WARNING: %s: %s", job.name, reason)

@@ -83,11 +83,11 @@ def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[
     return found
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Shortest of a few runs after two to warm up."""
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5, *, warm_ups: int = 2) -> float:
+    """Shortest of a few runs after some to warm up."""
     cuda = device.type == "cuda"
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warm_ups):
         if cuda:
             torch.cuda.synchronize(device)
         started = time.perf_counter()
@@ -95,4 +95,4 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5
         if cuda:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return max(min(times[2:]), 1e-9)
+    return max(min(times[warm_ups:]), 1e-9)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.runtime.transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class AxisTiles:
@@ -68,16 +70,17 @@ def run_tiled(
     Args:
         spans: tiles of the frame, row and column axes.
         out_shape: shape of the whole result, (B, C, F, H, W).
-        run: maps a tile of `x` to a tile of the result, exactly as long as its `write` spans.
+        run: maps a tile of `x` to a tile of the result, a tensor of its own, exactly as long as its `write` spans.
     """
     total = weight_sum = None
     for frames, rows, columns in itertools.product(*spans):
         tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
-        weights = (frames.weights[:, None, None] * rows.weights[None, :, None] * columns.weights[None, None, :]).to(tile.device)
+        along = [to_device(span.weights, tile.device) for span in (frames, rows, columns)]
+        weights = along[0][:, None, None] * along[1][None, :, None] * along[2][None, None, :]
         if total is None:
             total = torch.zeros(out_shape, device=tile.device)
             weight_sum = torch.zeros(out_shape[2:], device=tile.device)
         place = (frames.write, rows.write, columns.write)
-        total[(..., *place)] += tile * weights
+        total[(..., *place)] += tile.mul_(weights)
         weight_sum[place] += weights
-    return total / weight_sum
+    return total.div_(weight_sum)
