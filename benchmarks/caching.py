@@ -109,9 +109,11 @@ def main(argv: Sequence[str]) -> int:
     if options.output:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{date.today()}-{_device_name(device).replace(' ', '-').lower()}-caching"
+        machine = _device_name(device).replace(" ", "-").lower() if readings else "counted"
+        stem = f"{date.today()}-{machine}-caching"
         (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
-        (folder / f"{stem}.json").write_text(json.dumps([asdict(one) for one in readings], indent=1), encoding="utf-8")
+        if readings:
+            (folder / f"{stem}.json").write_text(json.dumps([asdict(one) for one in readings], indent=1), encoding="utf-8")
     return 0
 
 
@@ -157,18 +159,19 @@ def measure(
 
 
 def report(counts: dict[str, list[EncoderCounts]], readings: Sequence[Reading], device: torch.device, dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    lines = [f"# Encoding clips on {_device_name(device)}", ""]
-    lines += [f"{date.today()}, torch {torch.__version__}, {name}, {platform.platform()}. Random weights, random frames.", ""]
-    lines += ["Counted (bfloat16; memory above the weights, the convolutions' own workspace not in it):", ""]
-    lines += ["| shape | tiles | TFLOP | GB at most | whole: TFLOP | whole: GB at most |", "|---" * 6 + "|"]
+    lines = [f"# Encoding clips on {_device_name(device)}" if readings else "# Encoding clips, counted", ""]
+    lines += [f"{date.today()}, torch {torch.__version__}, {platform.platform()}. Random weights, random frames.", ""]
+    lines += ["Counted in bfloat16: operations of convolutions, bytes moved by everything else before fusion, memory above the weights"]
+    lines += ["(the convolutions' own workspace not in it); in the tiles of this run, and of the whole clip at once:", ""]
+    lines += ["| shape | tiles | TFLOP | GB moved | GB at most | whole: TFLOP | GB moved | GB at most |", "|---" * 8 + "|"]
     for shape, (tiled, whole) in counts.items():
         lines.append(
-            f"| {shape} | {tiled.tiles} | {tiled.flops / 1e12:.4g} | {tiled.peak_bytes / 1e9:.2f} | "
-            f"{whole.flops / 1e12:.4g} | {whole.peak_bytes / 1e9:.2f} |"
+            f"| {shape} | {tiled.tiles} | "
+            + " | ".join(f"{one.flops / 1e12:.4g} | {one.moved_bytes / 1e9:.1f} | {one.peak_bytes / 1e9:.2f}" for one in (tiled, whole))
+            + " |"
         )
     if readings:
-        lines += ["", "Measured:", ""]
+        lines += ["", f"Measured in {str(dtype).removeprefix('torch.')}:", ""]
         lines.append("| shape | variant | s a clip | TFLOP/s | peak GB | first call s | off from plain at most | in the mean |")
         lines.append("|---" * 8 + "|")
     for one in readings:
@@ -176,7 +179,7 @@ def report(counts: dict[str, list[EncoderCounts]], readings: Sequence[Reading], 
             f"| {one.shape} | {one.variant} | {one.seconds:.4f} | {one.tflops:.3g} | {one.peak_bytes / 1e9:.2f} | "
             f"{one.first_seconds:.1f} | {one.largest_difference:.1e} | {one.mean_difference:.1e} |"
         )
-    if device.type != "cuda":
+    if readings and device.type != "cuda":
         lines += ["", "A CPU says nothing of a GPU's times; memory is not measured here."]
     return "\n".join(lines)
 

@@ -26,6 +26,8 @@ ENCODER_BLOCKS = [
     ["res_x", {"num_layers": 2}],
 ]
 """Of 2.3 and 2.5 (architecture sheet 4.1)."""
+_ATEN = torch.ops.aten
+_NOT_MOVING = (_ATEN.convolution.default, _ATEN.empty.memory_format, _ATEN.empty_like.default, _ATEN._unsafe_view.default)
 _SMALLEST_DECODER = [["res_x", {"num_layers": 0}], ["compress_all", {}], ["res_x", {"num_layers": 0}]]
 
 
@@ -38,6 +40,8 @@ class EncoderCounts:
     """Of the convolutions of all tiles."""
     peak_bytes: int
     """Held at the worst moment: activations and the clip's frames, not weights, not what a convolution allocates for itself."""
+    moved_bytes: float
+    """Read and written by all operations but convolutions, before fusion."""
 
 
 def make_encoder(device: torch.device | str, dtype: torch.dtype, *, toy: bool) -> nn.Module:
@@ -63,19 +67,19 @@ def count_encoder(shape: Sequence[int], tiles: TileSizes, *, toy: bool = False, 
     vae = VideoVAE(network, tiles, torch.bfloat16)
     vae.use_layout(layout)
     frames = torch.empty((1, *shape, 3), dtype=torch.uint8, device="meta")
-    memory = _LiveBytes()
+    memory = _Bytes()
     memory.hold(frames)
     with memory, FlopCounterMode(display=False) as operations:
         vae.encode_frames(frames)
-    return EncoderCounts(len(calls), float(operations.get_total_flops()), memory.peak)
+    return EncoderCounts(len(calls), float(operations.get_total_flops()), memory.peak, float(memory.moved))
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors without storage that are alive, and the most there were."""
+class _Bytes(TorchDispatchMode):
+    """Bytes of the tensors without storage: alive, the most that were, and moved."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.moved = 0
         self._held: set[int] = set()
 
     def hold(self, tensor: Tensor) -> None:
@@ -94,7 +98,11 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = operation(*arguments, **(named or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.hold(value)
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        for value in made:
+            self.hold(value)
+        if not operation.is_view and operation not in _NOT_MOVING:
+            read = arguments[1:] if operation is _ATEN.copy_.default else (arguments, named)
+            given = [value for value in tree_leaves(read) if isinstance(value, Tensor)]
+            self.moved += sum(value.numel() * value.element_size() for value in (*given, *made))
         return result

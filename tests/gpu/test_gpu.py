@@ -3,7 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.encoder_counts import make_encoder
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.encoding.latents import latent_stages
+from musubi_tuner.encoding.layout import ClipSize, measure_layouts
+from musubi_tuner.ltxv2.frozen.layout import LAYOUTS
+from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.memory.card import measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
@@ -92,3 +97,24 @@ def test_the_card_is_measured():
     rates, low_rates = measure_rates(CUDA)
     assert rates.bf16 > 1e12 and rates.bandwidth > 1e10 and rates.host_to_device > 1e8
     assert set(low_rates) <= {"fp8", "int8"} and all(rate > 1e12 for rate in low_rates.values())
+
+
+def test_layouts_of_the_video_vae_agree_and_encoding_waits_for_nothing():
+    """In tiles, as these once sent their weights to the card by a copy that waits."""
+    tiles = TileSizes(pixels=64, pixel_overlap=32, frames=16, frame_overlap=8)
+    vae = VideoVAE(make_encoder(CUDA, torch.bfloat16, toy=True), tiles, torch.bfloat16)
+    frames = [torch.randint(256, (17, 64, 96, 3), dtype=torch.uint8) for _ in range(2)]
+    stages, found = latent_stages(vae), []
+    for layout in LAYOUTS:
+        vae.use_layout(layout)
+        stages.encode(frames)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            begun = stages.encode(frames)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append(torch.stack([stages.settle(one).float() for one in begun]))
+    usual, turned = found
+    assert float((turned - usual).norm() / usual.norm()) < 2e-2
+    times = measure_layouts(vae, ClipSize(17, 64, 96), 2)
+    assert all(0 < value < 60 for value in times.seconds.values())
