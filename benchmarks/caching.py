@@ -1,7 +1,7 @@
 """Times the video VAE's encoder as the caching program runs it, in each memory layout and compiled, on random weights of the released size.
 
     python -m benchmarks.caching --output benchmarks/results         on a GPU
-    python -m benchmarks.caching --whole                              without tiles
+    python -m benchmarks.caching --whole                              without tiles and parts
     python -m benchmarks.caching --count                              anywhere: operations and memory, counted on tensors without storage
     python -m benchmarks.caching --sizes toy                          anywhere, as a check of correctness
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.encoder_counts import EncoderCounts, count_encoder, make_encoder
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE
+from musubi_tuner.ltxv2.frozen.video_vae import ENCODER_TILES, TileSizes, VideoVAE
 
 SHAPES = {"512x768x49": (49, 768, 512), "768x512x121": (121, 512, 768), "960x544x89": (89, 544, 960), "1280x704x121": (121, 704, 1280)}
 """Frames, height, width."""
@@ -48,7 +48,7 @@ class Reading:
     seconds: float
     """One clip, frames on the device to latents on the device."""
     tflops: float
-    """A second, by the operations of all tiles."""
+    """A second, by the operations of all calls."""
     peak_bytes: int
     """Allocated more at the worst moment than before; 0 on the CPU, where it is not measured."""
     first_seconds: float
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     toy = options.sizes == "toy"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     shapes = TOY_SHAPES if toy else {name: SHAPES[name] for name in (SHAPES if "all" in options.shapes else options.shapes)}
-    tiles = WHOLE if options.whole else TOY_TILES if toy else TileSizes()
+    tiles = WHOLE if options.whole else TOY_TILES if toy else ENCODER_TILES
     counts = {name: [count_encoder(shape, sizes, toy=toy) for sizes in (tiles, WHOLE)] for name, shape in shapes.items()}
     readings: list[Reading] = []
     if not options.count:
@@ -162,11 +162,11 @@ def report(counts: dict[str, list[EncoderCounts]], readings: Sequence[Reading], 
     lines = [f"# Encoding clips on {_device_name(device)}" if readings else "# Encoding clips, counted", ""]
     lines += [f"{date.today()}, torch {torch.__version__}, {platform.platform()}. Random weights, random frames.", ""]
     lines += ["Counted in bfloat16: operations of convolutions, bytes moved by everything else before fusion, memory above the weights"]
-    lines += ["(the convolutions' own workspace not in it); in the tiles of this run, and of the whole clip at once:", ""]
-    lines += ["| shape | tiles | TFLOP | GB moved | GB at most | whole: TFLOP | GB moved | GB at most |", "|---" * 8 + "|"]
+    lines += ["(the convolutions' own workspace not in it); in the tiles and parts of this run, and of the whole clip at once:", ""]
+    lines += ["| shape | calls | TFLOP | GB moved | GB at most | whole: TFLOP | GB moved | GB at most |", "|---" * 8 + "|"]
     for shape, (tiled, whole) in counts.items():
         lines.append(
-            f"| {shape} | {tiled.tiles} | "
+            f"| {shape} | {tiled.calls} | "
             + " | ".join(f"{one.flops / 1e12:.4g} | {one.moved_bytes / 1e9:.1f} | {one.peak_bytes / 1e9:.2f}" for one in (tiled, whole))
             + " |"
         )
@@ -191,7 +191,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", choices=("real", "toy"), default="real", help="layer sizes (default: real)")
     parser.add_argument("--shapes", nargs="+", default=["all"], choices=["all", *SHAPES], help="clips (default: all)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="besides plain (default: all)")
-    parser.add_argument("--whole", action="store_true", help="no tiles")
+    parser.add_argument("--whole", action="store_true", help="no tiles and no parts")
     parser.add_argument("--count", action="store_true", help="count, and measure nothing")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default: inductor)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; variants take turns (default: 5)")

@@ -35,9 +35,10 @@ _SMALLEST_DECODER = [["res_x", {"num_layers": 0}], ["compress_all", {}], ["res_x
 class EncoderCounts:
     """One clip."""
 
-    tiles: int
+    calls: int
+    """Of the encoder: parts of tiles."""
     flops: float
-    """Of the convolutions of all tiles."""
+    """Of the convolutions of all calls."""
     peak_bytes: int
     """Held at the worst moment: activations and the clip's frames, not weights, not what a convolution allocates for itself."""
     moved_bytes: float

@@ -5,9 +5,11 @@ import torch
 
 from benchmarks import caching
 from benchmarks.encoder_counts import count_encoder, make_encoder
+from musubi_tuner.config.latent_caching import VideoVaeOptions
 from musubi_tuner.encoding.layout import ClipSize, LayoutTimes, measure_layouts, pays, use_fastest_layout
-from musubi_tuner.ltxv2.frozen.layout import LAYOUTS, CausalConv3d
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, in_unit_range
+from musubi_tuner.ltxv2.frozen import video_vae
+from musubi_tuner.ltxv2.frozen.causal import LAYOUTS, CausalConv3d
+from musubi_tuner.ltxv2.frozen.video_vae import ENCODER_TILES, TileSizes, VideoVAE, in_unit_range
 from musubi_tuner.ltxv2.weights import open_checkpoint
 
 LARGEST_DIFFERENCE = 5e-5
@@ -20,15 +22,67 @@ def random_frames(count: int = 1, frames: int = 17, height: int = 64, width: int
 
 
 @pytest.mark.parametrize("style", ["ltx20", "ltx23"])
-def test_layouts_agree_and_the_usual_one_is_diffusers_to_the_bit(tiny_family, style):
-    vae = VideoVAE.load(open_checkpoint(getattr(tiny_family, style)), device="cpu", dtype=torch.float32, parts=("encoder",))
+def test_layouts_agree_and_the_usual_one_is_diffusers_to_the_bit(tiny_family, style, monkeypatch):
+    checkpoint = open_checkpoint(getattr(tiny_family, style))
     frames = random_frames(2)
-    diffusers = vae.encode_frames(frames)
-    vae.use_layout("channels_last_3d")
-    turned = vae.encode_frames(frames)
-    vae.use_layout("contiguous")
+    with monkeypatch.context() as patch:
+        patch.setattr(video_vae, "use_layout", lambda encoder, name: None)
+        diffusers = VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",)).encode_frames(frames)
+    vae = VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",))
     assert torch.equal(vae.encode_frames(frames), diffusers)
-    assert float((turned - diffusers).abs().max()) < LARGEST_DIFFERENCE and 0.1 < float(diffusers.std()) < 10
+    vae.use_layout("channels_last_3d")
+    assert 0 < float((vae.encode_frames(frames) - diffusers).abs().max()) < LARGEST_DIFFERENCE
+    vae.use_layout("contiguous")
+    assert torch.equal(vae.encode_frames(frames), diffusers) and 0.1 < float(diffusers.std()) < 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("style", ["ltx20", "ltx23"])
+def test_a_clip_in_parts_has_the_latents_of_the_whole(tiny_family, style, layout):
+    """Parts of one latent frame, of several that fit, of several that do not; one clip after the other."""
+    checkpoint = open_checkpoint(getattr(tiny_family, style))
+    clips = [random_frames(2, 57, 64, 64), random_frames(1, 9, 64, 96), random_frames(1, 1, 64, 64)]
+
+    def encoded(frames: int) -> list[torch.Tensor]:
+        tiles = TileSizes(frames=frames)
+        vae = VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",), tiles=tiles)
+        vae.use_layout(layout)
+        calls.clear()
+        vae._network.encoder.register_forward_hook(lambda *given: calls.append(None))
+        return [vae.encode_frames(clip) for clip in clips]
+
+    calls: list[None] = []
+    whole = encoded(80)
+    assert len(calls) == 3
+    for frames, parts in ((8, 8 + 2 + 1), (16, 4 + 1 + 1), (24, 3 + 1 + 1)):
+        for ours, theirs in zip(encoded(frames), whole, strict=True):
+            assert ours.shape == theirs.shape
+            assert float((ours - theirs).abs().max()) < LARGEST_DIFFERENCE
+        assert len(calls) == parts
+
+
+def test_a_clip_that_failed_leaves_nothing_to_the_next(monkeypatch):
+    network = make_encoder("cpu", torch.float32, toy=True)
+    vae = VideoVAE(network, TileSizes(frames=8), torch.float32)
+    clip = random_frames(1, 17, 64, 64)
+    wanted = vae.encode_frames(clip)
+    encode, calls = network.encode, []
+
+    def full(pixels: torch.Tensor) -> object:
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        return encode(pixels)
+
+    monkeypatch.setattr(network, "encode", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        vae.encode_frames(clip)
+    assert torch.equal(vae.encode_frames(clip), wanted)
+
+
+def test_the_flags_have_the_tiles_of_previews():
+    flags = VideoVaeOptions()
+    assert TileSizes(pixels=flags.vae_spatial_tile_size, frames=flags.vae_temporal_tile_size) == ENCODER_TILES
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,13 +150,15 @@ def test_benchmark_refuses_latents_that_differ(monkeypatch):
 def test_counts_grow_with_tiles_and_memory_shrinks():
     whole = count_encoder((17, 64, 96), caching.WHOLE, toy=True)
     tiled = count_encoder((17, 64, 96), caching.TOY_TILES, toy=True)
-    assert (whole.tiles, tiled.tiles) == (1, 4)
+    assert (whole.calls, tiled.calls) == (1, 4)
     assert tiled.flops > whole.flops and tiled.moved_bytes > whole.moved_bytes and tiled.peak_bytes < whole.peak_bytes
 
 
 def test_a_large_clip_is_encoded_in_less_than_four_gigabytes():
-    """1280x704x121 at the released widths, by default tiles; float32 frames held beside them were 1.3 GB more."""
-    assert count_encoder(caching.SHAPES["1280x704x121"], TileSizes()).peak_bytes < 3.6e9
+    """1280x704x121 at the released widths, without tiles and in parts of 32 frames: no operation is done twice."""
+    counts = count_encoder(caching.SHAPES["1280x704x121"], ENCODER_TILES)
+    assert counts.calls == 4 and counts.peak_bytes < 3.8e9
+    assert counts.flops < 1.001 * count_encoder(caching.SHAPES["1280x704x121"], caching.WHOLE).flops
 
 
 def test_measuring_pays_where_it_is_a_tenth_of_the_work():

@@ -29,8 +29,8 @@ class VideoVaeOptions:
     vae_dtype: Literal["bfloat16", "float16", "float32"] | None = flag(
         "compute dtype; default: bfloat16 on a GPU, float32 on the CPU", default=None
     )
-    vae_spatial_tile_size: int = flag("frames with a longer side are encoded in tiles of this many pixels", default=768)
-    vae_temporal_tile_size: int = flag("longer clips are encoded in tiles of this many frames", default=80)
+    vae_spatial_tile_size: int = flag("frames with a longer side are encoded in tiles of this many pixels", default=1280)
+    vae_temporal_tile_size: int = flag("longer clips are encoded so many frames at a time; the latents are the same", default=32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,15 +86,15 @@ def check_work(work: WorkOptions) -> None:
 
 
 def check_video_vae(vae: VideoVaeOptions) -> None:
-    """Tiles must be larger than their overlap and fall on latent cells.
+    """Tiles must be larger than their overlap and fall on latent cells, parts of a clip too.
 
     Raises:
         UserError: they do not.
     """
-    for name, least, step in (("vae_spatial_tile_size", 256, 32), ("vae_temporal_tile_size", 48, 8)):
+    for name, least, step in (("vae_spatial_tile_size", 256, 32), ("vae_temporal_tile_size", 8, 8)):
         value = getattr(vae, name)
         if value < least or value % step:
-            raise UserError(f"--{name} {value}: must be a multiple of {step} and {least} at least, because tiles overlap.")
+            raise UserError(f"--{name} {value}: must be a multiple of {step} and {least} at least.")
 
 
 def first_given(*candidates: tuple[str, Path | None]) -> Path:

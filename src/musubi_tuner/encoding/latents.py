@@ -120,12 +120,11 @@ def _write(job: Job, latents: Tensor) -> None:
 def _encoding(clip: Clip, dtype: torch.dtype, tiles: TileSizes) -> str:
     """What shapes the latents besides window and weights; tile sizes only where tiles are used."""
     space = [tiles.pixels, tiles.pixel_overlap] if max(clip.width, clip.height) > tiles.pixels else None
-    time = [tiles.frames, tiles.frame_overlap] if latent_frames(clip.frames) > tiles.time.size else None
     value: Mapping[str, object] = {
         "stored": str(STORED_DTYPE).removeprefix("torch."),
         "computed": str(dtype).removeprefix("torch."),
         "resize": "bicubic cover, center crop",
-        "tiles": {"space": space, "time": time},
+        "tiles": {"space": space, "time": None},
     }
     return canonical(value)
 

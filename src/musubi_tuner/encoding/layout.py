@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.ltxv2.frozen.layout import LAYOUTS
+from musubi_tuner.ltxv2.frozen.causal import LAYOUTS
 from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
 from musubi_tuner.memory.card import seconds_of
 

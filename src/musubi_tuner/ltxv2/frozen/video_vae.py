@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.ltxv2.frozen.causal import clip_in_parts, use_layout
 from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
-from musubi_tuner.ltxv2.frozen.layout import use_layout
 from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint
@@ -25,7 +25,8 @@ _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
-    """Above these sizes frames are coded in tiles; overlaps cover 64 pixels and 16 frames and more.
+    """Above these sizes frames are coded in tiles; overlaps cover 64 pixels and 16 frames and more. In time only decoding needs tiles:
+    an encoder of the past takes so many frames at a time, and its latents are those of the whole.
 
     Farther from a seam than the network reaches, tiles equal the whole. At seams the difference shrinks with the overlap: on random
     weights, the hardest case, it is in the mean below a fifth of the values' own spread, and of twice the overlap below a tenth.
@@ -45,6 +46,10 @@ class TileSizes:
         return AxisTiles(self.frames // TEMPORAL_SCALE, self.frame_overlap // TEMPORAL_SCALE)
 
 
+ENCODER_TILES = TileSizes(pixels=1280, frames=32)
+"""What caching takes by default, and previews for what they are given: 1280x704 in one piece, in less than 4 GB."""
+
+
 class VideoVAE:
     """Pixels in -1..1 <-> normalized latents."""
 
@@ -52,6 +57,8 @@ class VideoVAE:
         self._network = network
         self._tiles = tiles
         self._dtype = dtype
+        if network.encoder is not None:
+            use_layout(network.encoder, "contiguous")
 
     @classmethod
     def load(
@@ -85,40 +92,53 @@ class VideoVAE:
             if part not in parts:
                 setattr(network, part, None)
         sources = _sources(len(config["encoder_blocks"]), component.names, parts)
-        return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or TileSizes(), dtype)
+        usual = TileSizes() if "decoder" in parts else ENCODER_TILES
+        return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or usual, dtype)
 
     @property
     def device(self) -> torch.device:
         return self._network.latents_mean.device
 
     def use_layout(self, name: str) -> None:
-        """Have the encoder in a memory layout (`layout.LAYOUTS`); latents differ by rounding alone."""
+        """Have the encoder in a memory layout (`causal.LAYOUTS`); latents differ by rounding alone."""
         use_layout(self._network.encoder, name)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, F, H, W) in -1..1, F = 8n+1 and sides multiples of 32 -> (B, 128, f, h, w) float32 normalized means."""
-        return self._encode_in_tiles(pixels, self._encode)
+        return self._encode_in_tiles(pixels, lambda part: part)
 
     @torch.inference_mode()
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """(B, F, H, W, 3) uint8 -> as `encode`, of the same values; no more than a tile is held in the dtype that the VAE computes in."""
-        return self._encode_in_tiles(frames.permute(0, 4, 1, 2, 3), lambda tile: self._encode(in_unit_range(tile, self._dtype)))
+        """(B, F, H, W, 3) uint8 -> as `encode`, of the same values; only a part of them is held in the dtype that the VAE computes in."""
+        return self._encode_in_tiles(frames.permute(0, 4, 1, 2, 3), lambda part: in_unit_range(part, self._dtype))
 
-    def _encode_in_tiles(self, x: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _encode_in_tiles(self, x: Tensor, to_pixels: Callable[[Tensor], Tensor]) -> Tensor:
         batch, _, frames, height, width = x.shape
         cells = ((frames - 1) // TEMPORAL_SCALE + 1, height // SPATIAL_SCALE, width // SPATIAL_SCALE)
-        spans = self._spans(cells, encode=True)
-        if all(len(axis) == 1 for axis in spans):
-            return encode(x)
+        whole = Span(slice(0, frames), slice(0, cells[0]), torch.ones(cells[0]))
+        rows, columns = (_space_spans(count, self._tiles.space, encode=True) for count in cells[1:])
+        if len(rows) == len(columns) == 1:
+            return self._encode_in_parts(x, to_pixels)
         channels = self._network.latents_mean.numel()
-        return run_tiled(x, spans, (batch, channels, *cells), encode)
+        return run_tiled(x, ([whole], rows, columns), (batch, channels, *cells), lambda tile: self._encode_in_parts(tile, to_pixels))
+
+    def _encode_in_parts(self, x: Tensor, to_pixels: Callable[[Tensor], Tensor]) -> Tensor:
+        """The first latent frame stands for one pixel frame, so the first part is 7 frames shorter than the others."""
+        frames, longest = x.shape[2], self._tiles.time.size * TEMPORAL_SCALE
+        starts = [0, *range(longest - TEMPORAL_SCALE + 1, frames, longest)]
+        if len(starts) == 1:
+            return self._encode(to_pixels(x))
+        with clip_in_parts(self._network.encoder):
+            ends = [*starts[1:], frames]
+            return torch.cat([self._encode(to_pixels(x[:, :, start:end])) for start, end in zip(starts, ends, strict=True)], dim=2)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1."""
         batch, _, *cells = latents.shape
-        spans = self._spans(tuple(cells), encode=False)
+        frames = _time_spans(cells[0], self._tiles.time)
+        spans = (frames, *(_space_spans(count, self._tiles.space, encode=False) for count in cells[1:]))
         if all(len(axis) == 1 for axis in spans):
             return self._decode(latents)
         shape = (batch, 3, (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE)
@@ -134,11 +154,6 @@ class VideoVAE:
 
     def _statistic(self, name: str) -> Tensor:
         return getattr(self._network, name).float().view(1, -1, 1, 1, 1)
-
-    def _spans(self, cells: tuple[int, ...], *, encode: bool) -> tuple[list[Span], list[Span], list[Span]]:
-        frames = _time_spans(cells[0], self._tiles.time, encode=encode)
-        rows = _space_spans(cells[1], self._tiles.space, encode=encode)
-        return frames, rows, _space_spans(cells[2], self._tiles.space, encode=encode)
 
 
 def in_unit_range(frames: Tensor, dtype: torch.dtype) -> Tensor:
@@ -317,19 +332,14 @@ def _space_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
     return spans
 
 
-def _time_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:
-    """Tiles in time; a tile's first latent frame stands for one pixel frame only, so tiles begin and end on such frames."""
+def _time_spans(cells: int, tiles: AxisTiles) -> list[Span]:
+    """Tiles in time, of a decoder; a tile's first latent frame stands for one pixel frame only, so tiles begin and end on such frames."""
     places = tiles.places(cells)
     spans = []
     for place, (start, end) in enumerate(places):
         before, after = overlaps(places, place)
         coarse, fine = slice(start, end), slice(start * TEMPORAL_SCALE, (end - 1) * TEMPORAL_SCALE + 1)
-        if encode:
-            weights = torch.ones(end - start)
-            weights[:before] = 0.0  # the encoder is causal: the earlier tile's end is right, this one's beginning is not
-            spans.append(Span(fine, coarse, weights))
-        else:
-            spans.append(Span(coarse, fine, ramp(fine.stop - fine.start, _frames_of(before), _frames_of(after))))
+        spans.append(Span(coarse, fine, ramp(fine.stop - fine.start, _frames_of(before), _frames_of(after))))
     return spans
 
 
