@@ -62,6 +62,20 @@ def real_config(version: str = "2.3") -> TransformerConfig:
     return TransformerConfig(**values)
 
 
+def config_section(toy: bool, blocks: int) -> dict[str, Any]:
+    """`transformer` of a 2.3-style checkpoint's config, with so many blocks of the released sizes, or of toy width."""
+    from musubi_tuner.tiny import configs
+
+    section = configs.transformer_section("2.3") | {"num_layers": blocks}
+    if toy:
+        return section
+    real = real_config()
+    names = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "caption_channels", "audio_num_attention_heads",
+             "audio_attention_head_dim", "audio_cross_attention_dim", "in_channels", "out_channels", "audio_in_channels",
+             "audio_out_channels")  # fmt: skip
+    return section | {name: getattr(real, name) for name in names}
+
+
 def empty_input(config: TransformerConfig, shape: Sequence[int]) -> ModelInput:
     """A clip with sound and text; what is in it does not matter here."""
     frames, rows, columns, steps = shape

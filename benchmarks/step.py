@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import step_models as models
-from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, real_config
+from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, config_section, real_config
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.memory.card import measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     readings: list[Reading] = []
     gates: list[str] = []
     for depth in depths:
-        section = _section(toy, depth)
+        section = config_section(toy, depth)
         config = TransformerConfig.from_checkpoint_config(section)
         weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, 4 if toy else RANK)
         makers = _makers(options.impl, config, section, weights, adapters, compiled=compiled)
@@ -387,19 +387,6 @@ def _model_and_work(shape: str, blocks: int) -> tuple[ModelShape, Workload]:
         optimizer_bytes=8,
     )
     return model, work
-
-
-def _section(toy: bool, depth: int) -> dict[str, Any]:
-    from musubi_tuner.tiny import configs
-
-    section = configs.transformer_section("2.3") | {"num_layers": depth}
-    if toy:
-        return section
-    real = real_config()
-    names = ("num_attention_heads", "attention_head_dim", "cross_attention_dim", "caption_channels", "audio_num_attention_heads",
-             "audio_attention_head_dim", "audio_cross_attention_dim", "in_channels", "out_channels", "audio_in_channels",
-             "audio_out_channels")  # fmt: skip
-    return section | {name: getattr(real, name) for name in names}
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,5 @@
 """Our loaders of the frozen parts against ltx-core 1.0.0, from one official-format file with the tiny weights. float32, CPU."""
 
-import contextlib
 import importlib.machinery
 import json
 import sys
@@ -186,18 +185,11 @@ def test_component_files_and_fingerprints(checkpoint, tmp_path):
 
 
 def test_only_the_vae_is_read_from_a_full_checkpoint(checkpoint, monkeypatch):
-    from musubi_tuner.ltxv2 import weights
+    from musubi_tuner.ltxv2 import reading, weights
 
-    read = []
-    tensor, opened = weights.Checkpoint.tensor, weights.Checkpoint.opened
-
-    @contextlib.contextmanager
-    def watched(self: weights.Checkpoint) -> object:
-        with opened(self) as inner:
-            yield lambda name: read.append(name) or inner(name)
-
-    monkeypatch.setattr(weights.Checkpoint, "tensor", lambda self, name: read.append(name) or tensor(self, name))
-    monkeypatch.setattr(weights.Checkpoint, "opened", watched)
+    read, whole = [], reading.read_tensor
+    for module in (reading, weights):
+        monkeypatch.setattr(module, "read_tensor", lambda name, entry: read.append(name) or whole(name, entry))
     VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",))
     assert read and all(name.startswith(("vae.encoder.", "vae.per_channel_statistics.")) for name in read)
 

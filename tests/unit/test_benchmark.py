@@ -35,10 +35,11 @@ def test_the_gate_can_close(tmp_path):
     import torch
 
     from benchmarks import step_models as models
+    from benchmarks.block_counts import config_section
     from musubi_tuner.ltxv2.transformer.config import TransformerConfig
     from musubi_tuner.memory.checkpointing import Recompute
 
-    section = step._section(True, 1)
+    section = config_section(True, 1)
     config = TransformerConfig.from_checkpoint_config(section)
     cpu = torch.device("cpu")
     weights, adapters = models.make_weights(config, cpu, torch.float32), models.make_adapters(config, 4)

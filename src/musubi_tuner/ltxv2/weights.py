@@ -5,16 +5,15 @@ Only the tensors that are asked for are read: a 46 GB file costs its header plus
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from musubi_tuner.ltxv2.reading import ReadAhead, TensorEntry, read_tensor
 from musubi_tuner.runtime.errors import UserError
 
 _DTYPES = {
@@ -33,18 +32,6 @@ _DTYPES = {
 }
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    """Offset in the file, in bytes."""
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +59,12 @@ class Checkpoint:
         return self.entries[name].dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor through mmap, to the CPU, in its stored dtype."""
-        with safe_open(self.entries[name].file, framework="pt", device="cpu") as file:
-            return file.get_tensor(name)
+        """Read one tensor, to the CPU, in its stored dtype."""
+        return read_tensor(name, self.entries[name])
 
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """`tensor` for as long as the context lasts, with each file's header read once: for many tensors."""
-        with ExitStack() as stack:
-            files = {
-                file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                for file in {entry.file for entry in self.entries.values()}
-            }
-            yield lambda name: files[self.entries[name].file].get_tensor(name)
+    def tensors(self, names: Iterable[str]) -> ReadAhead:
+        """Many, one after the other in the order of `names`, the next ones read ahead."""
+        return ReadAhead((name, self.entries[name]) for name in names)
 
     def with_prefix(self, *prefixes: str) -> dict[str, str]:
         """{name without its prefix: full name} of the tensors under any of `prefixes`."""
@@ -217,13 +197,14 @@ def fill(
     dtype: torch.dtype,
     place: Place | None = None,
 ) -> None:
-    """Give a module that was built on the meta device its weights, strictly and one tensor at a time.
+    """Give a module that was built on the meta device its weights, strictly and in the order of `sources`.
 
     Args:
         module: parameters and persistent buffers are replaced in place.
         sources: {name in the module: full name in the checkpoint}.
         dtype: of floating point tensors.
-        place: called as `place(name, tensor)` instead of the plain move to `device` and `dtype`.
+        place: called as `place(name, tensor)` instead of the plain move to `device` and `dtype`; keeps nothing of `tensor` but what
+            it returns.
 
     Raises:
         UserError: names missing from the checkpoint, names the module lacks, or shapes that differ.
@@ -233,11 +214,11 @@ def fill(
     problems = _differences(expected, sources, checkpoint)
     if problems:
         raise UserError(f"{checkpoint.path}: its tensors do not fit {type(module).__name__}: " + "; ".join(problems) + ".")
-    with checkpoint.opened() as read:
-        for name, full_name in sources.items():
-            tensor = read(full_name)
-            tensor = place(name, tensor) if place else cast(tensor, device, dtype)
-            set_tensor(module, name, tensor)
+    with checkpoint.tensors(sources.values()) as tensors:
+        for name in sources:
+            # No name for the tensor itself: a large one has to be gone before the next one is read.
+            placed = place(name, next(tensors)) if place else cast(next(tensors), device, dtype)
+            set_tensor(module, name, tensors.own(placed))
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

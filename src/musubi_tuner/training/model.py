@@ -5,7 +5,7 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.training.adapters import adapted_connectors, make_network, read_start, with_base_networks
+from musubi_tuner.training.adapters import Place, adapted_connectors, make_network, read_start, with_base_networks
 from musubi_tuner.training.planning import (
     AVERAGE_BYTES,
     Machine,
@@ -259,18 +259,33 @@ class _Weights:
     """Host memory of the streamed blocks that processes share."""
 
 
-def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
-    config = request.config
-    regions = _share_regions(request, placement)
-    whole = _trained_whole(request)
+def load_weights(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    *,
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    timestep_rule: str = "official",
+    whole: frozenset[str] = frozenset(),
+    regions: Mapping[int, Region] | None = None,
+    before: Callable[[Place], Place] = lambda place: place,
+) -> tuple[LTXModel, dict[str, float]]:
+    """The frozen transformer with each weight where and as `placement` says, and the relative error of each quantized one.
+
+    Args:
+        whole: linears that are not quantized whatever `placement` says.
+        regions: host memory for each streamed block; None = ordinary memory.
+        before: wraps what places a weight, for changes to it that come before.
+    """
 
     def block_of(name: str) -> int | None:
         found = _BLOCK.match(name)
         return int(found.group(1)) if found else None
 
     placer = LowBitPlacer(
-        device=request.device,
-        dtype=request.dtype,
+        device=device,
+        dtype=dtype,
         weight_format=placement.weight_format,
         low_bit=lambda name: (
             bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept and name.removesuffix(".weight") not in whole
@@ -278,16 +293,26 @@ def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
         on_host=lambda name: block_of(name) in placement.streamed,
         keep_on_host=None if regions is None else lambda name, tensor: regions[block_of(name)].put(tensor),
     )
-    transformer = load_transformer(
+    transformer = load_transformer(checkpoint, mode=mode, device=device, dtype=dtype, timestep_rule=timestep_rule, place=before(placer))
+    placer.swap_linears(transformer)
+    return transformer, placer.errors
+
+
+def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
+    config = request.config
+    regions = _share_regions(request, placement)
+    transformer, errors = load_weights(
         request.checkpoint,
+        placement,
         mode=config.ltx_mode,
         device=request.device,
         dtype=request.dtype,
         timestep_rule=config.losses.av_timestep_rule,
-        place=with_base_networks(config, request.checkpoint, placer),
+        whole=_trained_whole(request),
+        regions=regions,
+        before=lambda place: with_base_networks(config, request.checkpoint, place),
     )
-    placer.swap_linears(transformer)
-    return _Weights(transformer, placer.errors, None if regions is None else list(regions.values()))
+    return _Weights(transformer, errors, None if regions is None else list(regions.values()))
 
 
 def _assemble(request: ModelRequest, placement: Placement, weights: _Weights, notes: Notes) -> LoadedModel:

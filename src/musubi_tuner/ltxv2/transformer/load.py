@@ -53,13 +53,12 @@ def load_transformer(
     needed = set(model.state_dict())
     weights = {name: full for name, full in names.items() if not name.endswith(_SCALES) and (name in needed or name not in whole)}
 
-    scales = {name: full for name, full in names.items() if name.endswith(".weight_scale")}
-    with checkpoint.opened() as read:
-        scale_of = {name.removesuffix("_scale"): read(full).float() for name, full in scales.items()}
+    scales = {name.removesuffix("_scale"): full for name, full in names.items() if name.endswith(".weight_scale")}
+    scale_of = {name: checkpoint.tensor(full).float() for name, full in scales.items()}
 
     def dequantized(name: str, tensor: Tensor) -> Tensor:
         if name in scale_of:
-            tensor = (tensor.float() * scale_of[name]).to(dtype)
+            tensor = (tensor.to(device).float() * scale_of[name].to(device)).to(dtype)
         return place(name, tensor) if place else cast(tensor, torch.device(device), dtype)
 
     fill(model, weights, checkpoint, device=device, dtype=dtype, place=dequantized)
