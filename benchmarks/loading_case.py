@@ -132,7 +132,10 @@ def load(case: Case) -> tuple[LTXModel, BlockStreamer | None]:
     options = MemoryOptions(weight_format=case.weight_format, blocks_to_swap=case.streamed)
     placement = place_by_hand(options, read_config(checkpoint).num_layers, device)
     model, _ = load_weights(checkpoint, placement, mode="av", device=device, dtype=torch.bfloat16)
-    streamer = BlockStreamer([model.transformer_blocks[index] for index in placement.streamed], device) if placement.streamed else None
+    streamed = [model.transformer_blocks[index] for index in placement.streamed]
+    streamer = BlockStreamer(streamed, device) if streamed else None
+    if streamer is not None:
+        streamer.before_forward(streamed[0])  # fills the slots on the device
     _touch(model)
     return model, streamer
 
