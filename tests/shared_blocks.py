@@ -36,6 +36,7 @@ def main(folder: Path) -> None:
         loss, gradients = parts.step(model, network)
         found = {str(number): gradient for number, gradient in enumerate(gradients)} | {"loss": torch.tensor(loss)}
         save_file(found, folder / f"{group.index}.safetensors")
+        group.barrier()  # both have read all of it
         parts_of_pages = sum(group.gather(_part_of_pages()))
         if group.is_main:
             used = sum(region.used for region in regions)
