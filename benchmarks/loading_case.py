@@ -20,8 +20,8 @@ from musubi_tuner.ltxv2.transformer.load import load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.memory.streaming import BlockStreamer
-from musubi_tuner.training.model import load_weights
 from musubi_tuner.training.planning import place_by_hand
+from musubi_tuner.training.weights import load_weights
 
 STAND_IN = "bf16-stand-in"
 """Every weight is copied into one buffer, as a card would take it: what reading alone costs where there is no card."""
@@ -131,9 +131,10 @@ def load(case: Case) -> tuple[LTXModel, BlockStreamer | None]:
         return load_transformer(checkpoint, mode="av", device=device, dtype=torch.bfloat16, place=_stand_in(checkpoint)), None
     options = MemoryOptions(weight_format=case.weight_format, blocks_to_swap=case.streamed)
     placement = place_by_hand(options, read_config(checkpoint).num_layers, device)
-    model, _ = load_weights(checkpoint, placement, mode="av", device=device, dtype=torch.bfloat16)
+    weights = load_weights(checkpoint, placement, mode="av", device=device, dtype=torch.bfloat16)
+    model = weights.transformer
     streamed = [model.transformer_blocks[index] for index in placement.streamed]
-    streamer = BlockStreamer(streamed, device) if streamed else None
+    streamer = BlockStreamer(streamed, device, regions=weights.regions) if streamed else None
     if streamer is not None:
         streamer.before_forward(streamed[0])  # fills the slots on the device
     _touch(model)

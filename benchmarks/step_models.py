@@ -121,7 +121,6 @@ def ours(
         dtype=first.dtype,
         weight_format=weight_format,
         low_bit=lambda key: weights[key].ndim == 2 and key.startswith("transformer_blocks") and "gate" not in key and "table" not in key,
-        on_host=lambda key: False,
     )
     for key, value in weights.items():
         set_tensor(model, key, placer(key, value) if weight_format else value)

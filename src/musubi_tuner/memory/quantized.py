@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from musubi_tuner.memory.checkpointing import register_linear
 from musubi_tuner.memory.compiling import compiles_for
 from musubi_tuner.memory.fused import fused
+from musubi_tuner.memory.region import Region, aligned
 
 FP8 = torch.float8_e4m3fn
 NF4_BLOCK = 64
@@ -100,18 +101,15 @@ class LowBitPlacer:
         dtype: torch.dtype,
         weight_format: str | None,
         low_bit: Callable[[str], bool],
-        on_host: Callable[[str], bool],
-        keep_on_host: Callable[[str, Tensor], Tensor] | None = None,
+        region_of: Callable[[str], Region | None] = lambda name: None,
     ) -> None:
         """
         Args:
             weight_format: None keeps all weights in `dtype`.
-            low_bit, on_host: by the name of a tensor: is it to be in codes, does it stay on the host.
-            keep_on_host: (name, tensor) -> the same values in memory that the caller chooses; None = ordinary memory.
+            low_bit, region_of: by the name of a tensor: is it to be in codes, and where on the host it stays; None = on the device.
         """
         self._device, self._dtype, self._format = device, dtype, weight_format
-        self._low_bit, self._on_host = low_bit, on_host
-        self._keep_on_host = keep_on_host or (lambda name, tensor: tensor.cpu())
+        self._low_bit, self._region_of = low_bit, region_of
         self._codes: dict[str, Codes] = {}
         self.errors: dict[str, float] = {}
         """Relative error of each quantized weight."""
@@ -129,10 +127,17 @@ class LowBitPlacer:
         )
         return torch.empty(0, dtype=self._dtype)
 
+    def bytes_of(self, name: str, shape: torch.Size) -> int:
+        """What a weight takes in a region once it is placed."""
+        weight = torch.empty(shape, dtype=self._dtype, device="meta")
+        if self._format is None or not self._low_bit(name):
+            return aligned(weight.nbytes)
+        codes = quantize(weight, self._format)
+        return aligned(codes.values.nbytes) + aligned(codes.scale.nbytes)
+
     def _placed(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._on_host(name):
-            return self._keep_on_host(name, tensor.to(dtype))
-        return tensor.to(device=self._device, dtype=dtype)
+        region = self._region_of(name)
+        return tensor.to(device=self._device, dtype=dtype) if region is None else region.put(tensor.to(dtype))
 
     def swap_linears(self, model: nn.Module) -> None:
         """Replace the linears whose weights are in codes; call it once the model is filled."""

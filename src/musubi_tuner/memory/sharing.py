@@ -5,6 +5,7 @@ An anonymous file in memory, which only its maker's process table names (Linux).
 room in /dev/shm (64 MB in many containers), and nothing of it stays behind when the processes end.
 """
 
+import itertools
 import mmap
 import os
 import socket
@@ -16,15 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.memory.region import SPARE, Region
+
 Gather = Callable[[Any], list[Any]]
 """A value -> every process's value, in the order of the processes."""
 
-ALIGNMENT = 256
-"""Of tensors in a block's memory, in bytes."""
-
 _HEADER = _REGION = 64 * 1024
-_SPARE = 2 * 2**20
-"""For what adapters add to a block, and for gaps; memory that nobody writes to is not taken."""
 _TOKEN = 32
 
 
@@ -65,37 +63,14 @@ def share_memory(size: int, gather: Gather) -> SharedMemory | None:
     return None if memory is None else SharedMemory(torch.frombuffer(memory, dtype=torch.uint8)[_HEADER:], writes)
 
 
-class Region:
-    """A part of host memory into which tensors are laid one after the other."""
-
-    def __init__(self, memory: SharedMemory, start: int, size: int) -> None:
-        self.bytes = memory.bytes[start : start + size]
-        self.writes = memory.writes
-        self.used = 0
-
-    def put(self, tensor: Tensor) -> Tensor:
-        """The tensor as it lies in the region; a process that does not write trusts that the one that does puts the same."""
-        size = tensor.numel() * tensor.element_size()
-        start = self.used
-        self.used += -(-size // ALIGNMENT) * ALIGNMENT
-        assert self.used <= self.bytes.numel(), "a region is as large as all that is put into it"
-        place = self.bytes[start : start + size]
-        if self.writes:
-            place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        return place.view(tensor.dtype).view(tensor.shape)
-
-    def place_of(self, tensor: Tensor) -> int | None:
-        """Where a tensor begins that lies in the region; None for any other."""
-        start = tensor.data_ptr() - self.bytes.data_ptr()
-        inside = tensor.device.type == "cpu" and 0 <= start < self.bytes.numel() and tensor.numel() > 0
-        return start if inside else None
-
-
 def share_regions(sizes: Sequence[int], gather: Gather) -> list[Region] | None:
-    """Regions for blocks of these sizes, each with room to spare; None as `share_memory`. All processes call it together."""
-    rooms = [-(-(size + _SPARE) // _REGION) * _REGION for size in sizes]
+    """Regions for blocks of these sizes; None as `share_memory`. All processes call it together."""
+    rooms = [-(-(size + SPARE) // _REGION) * _REGION for size in sizes]
     memory = share_memory(sum(rooms), gather)
-    return None if memory is None else [Region(memory, sum(rooms[:number]), room) for number, room in enumerate(rooms)]
+    if memory is None:
+        return None
+    starts = itertools.accumulate(rooms, initial=0)
+    return [Region(memory.bytes[start : start + room], writes=memory.writes) for start, room in zip(starts, rooms, strict=False)]
 
 
 def _machine() -> str:

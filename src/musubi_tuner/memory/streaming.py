@@ -5,6 +5,7 @@ block's tensors are views of one fixed slot of the ring, so a tensor that autogr
 soon as the slot holds the block again. Copies run on a stream of their own and are ordered by events: the host never waits.
 """
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.sharing import ALIGNMENT, Region
+from musubi_tuner.memory.region import Region, aligned
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -62,16 +63,16 @@ class BlockStreamer:
                 Tensors that require gradients stay as they are.
             slots: buffers on the device; one is in use while the others are being filled.
             poison: fill a slot with NaN bytes as soon as it is free, so that a stale read shows (for tests).
-            regions: host memory of each block, where it is shared with other processes and most of the block lies in it already. They
-                must all have come here before the first pass, which is the first to read it.
+            regions: host memory of each block, where most of it lies already; None = its tensors are copied into regions here. Processes
+                that share regions must all have come here before the first pass, which is the first to read them.
         """
         self._device = device
         self._poison = poison
         self._cuda = device.type == "cuda"
         self._order = {block: number for number, block in enumerate(blocks)}
-        given: Sequence[Region | None] = regions if regions is not None else [None] * len(blocks)
-        self._places = [_layout(block, region) for block, region in zip(blocks, given, strict=True)]
-        self._host = [_pack(places, region, pinned=self._cuda) for places, region in zip(self._places, given, strict=True)]
+        regions = Region.of_own(map(_frozen_bytes, blocks)) if regions is None else regions
+        self._places = [_layout(block, region) for block, region in zip(blocks, regions, strict=True)]
+        self._host = [_pack(places, region, pinned=self._cuda) for places, region in zip(self._places, regions, strict=True)]
         self._copies = torch.cuda.Stream(device) if self._cuda else None
         size = max((buffer.numel() for buffer in self._host), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
@@ -149,31 +150,35 @@ class BlockStreamer:
             slot.loaded.record(self._copies)
 
 
-def _layout(block: nn.Module, region: Region | None) -> list[_Place]:
-    """Frozen tensors of a block, one after the other; after those that lie in the region, where there is one."""
-    places, free = [], 0 if region is None else region.used
+def _frozen_bytes(block: nn.Module) -> int:
+    tensors = itertools.chain(block.parameters(), block.buffers())
+    return sum(aligned(tensor.nbytes) for tensor in tensors if not tensor.requires_grad)
+
+
+def _layout(block: nn.Module, region: Region) -> list[_Place]:
+    """Frozen tensors of a block where they lie in its region, and those that do not yet after them."""
+    places, free = [], region.used
     for module in block.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for leaf, tensor in own:
             if tensor.requires_grad:
                 continue
-            size = tensor.numel() * tensor.element_size()
-            start = None if region is None else region.place_of(tensor)
+            start = region.place_of(tensor)
             if start is None:
                 start = free
-                free += -(-size // ALIGNMENT) * ALIGNMENT
-            places.append(_Place(module, leaf, tensor.shape, tensor.dtype, start, start + size))
+                free += aligned(tensor.nbytes)
+            places.append(_Place(module, leaf, tensor.shape, tensor.dtype, start, start + tensor.nbytes))
     return places
 
 
-def _pack(places: Sequence[_Place], region: Region | None, *, pinned: bool) -> Tensor:
-    """One host buffer with all tensors in it; the originals are let go of one by one."""
-    total = -(-max(place.end for place in places) // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(total, dtype=torch.uint8) if region is None else region.bytes[:total]
+def _pack(places: Sequence[_Place], region: Region, *, pinned: bool) -> Tensor:
+    """The region's memory with all tensors in it; those that had memory of their own let go of it one by one."""
+    total = aligned(max(place.end for place in places))
+    buffer = region.bytes[:total]
     assert buffer.numel() == total, "a region has room for what adapters add"
     for place in places:
         tensor = getattr(place.module, place.leaf).detach()
-        if region is None or (region.writes and region.place_of(tensor) is None):
+        if region.writes and region.place_of(tensor) is None:
             buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         _set(place, torch.empty(0, dtype=place.dtype))
     if pinned:

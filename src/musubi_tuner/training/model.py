@@ -4,8 +4,7 @@ import dataclasses
 import gc
 import logging
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,20 +15,19 @@ from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
-from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
+from musubi_tuner.ltxv2.transformer.load import STREAMS, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.attention import fastest_attention, use_attention
 from musubi_tuner.memory.compiling import said_by_compiler
 from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.memory.quantized import LowBitPlacer
-from musubi_tuner.memory.sharing import ALIGNMENT, Region, can_share, processes_here, share_regions
+from musubi_tuner.memory.sharing import can_share, processes_here
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.training.adapters import Place, adapted_connectors, make_network, read_start, with_base_networks
+from musubi_tuner.training.adapters import adapted_connectors, make_network, read_start, with_base_networks
 from musubi_tuner.training.planning import (
     AVERAGE_BYTES,
     Machine,
@@ -41,13 +39,12 @@ from musubi_tuner.training.planning import (
     place_by_plan,
     read_machine,
 )
+from musubi_tuner.training.weights import LOW_BIT, Weights, load_weights
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_LOW_BIT = re.compile(r"transformer_blocks\.(\d+)\.\w*(attn\w*\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.weight")
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 _TRIALS = 4
 _AFTER_TOO_LITTLE = 1.15
 """How much more memory than predicted is reckoned with after each trial that ran out of it."""
@@ -201,7 +198,7 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
     config = request.config
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode]).requires_grad_(False)
-    low_bit = sum(p.numel() for name, p in model.named_parameters() if _LOW_BIT.fullmatch(name))
+    low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
     total = sum(p.numel() for p in model.parameters())
     if config.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
@@ -248,60 +245,9 @@ def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The frozen model, as it is placed."""
-
-    transformer: LTXModel
-    errors: dict[str, float]
-    """Relative error of each quantized weight."""
-    regions: list[Region] | None
-    """Host memory of the streamed blocks that processes share."""
-
-
-def load_weights(
-    checkpoint: Checkpoint,
-    placement: Placement,
-    *,
-    mode: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    timestep_rule: str = "official",
-    whole: frozenset[str] = frozenset(),
-    regions: Mapping[int, Region] | None = None,
-    before: Callable[[Place], Place] = lambda place: place,
-) -> tuple[LTXModel, dict[str, float]]:
-    """The frozen transformer with each weight where and as `placement` says, and the relative error of each quantized one.
-
-    Args:
-        whole: linears that are not quantized whatever `placement` says.
-        regions: host memory for each streamed block; None = ordinary memory.
-        before: wraps what places a weight, for changes to it that come before.
-    """
-
-    def block_of(name: str) -> int | None:
-        found = _BLOCK.match(name)
-        return int(found.group(1)) if found else None
-
-    placer = LowBitPlacer(
-        device=device,
-        dtype=dtype,
-        weight_format=placement.weight_format,
-        low_bit=lambda name: (
-            bool(_LOW_BIT.fullmatch(name)) and block_of(name) not in placement.kept and name.removesuffix(".weight") not in whole
-        ),
-        on_host=lambda name: block_of(name) in placement.streamed,
-        keep_on_host=None if regions is None else lambda name, tensor: regions[block_of(name)].put(tensor),
-    )
-    transformer = load_transformer(checkpoint, mode=mode, device=device, dtype=dtype, timestep_rule=timestep_rule, place=before(placer))
-    placer.swap_linears(transformer)
-    return transformer, placer.errors
-
-
-def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
+def _load_weights(request: ModelRequest, placement: Placement) -> Weights:
     config = request.config
-    regions = _share_regions(request, placement)
-    transformer, errors = load_weights(
+    return load_weights(
         request.checkpoint,
         placement,
         mode=config.ltx_mode,
@@ -309,13 +255,12 @@ def _load_weights(request: ModelRequest, placement: Placement) -> _Weights:
         dtype=request.dtype,
         timestep_rule=config.losses.av_timestep_rule,
         whole=_trained_whole(request),
-        regions=regions,
+        gather=request.processes.gather,
         before=lambda place: with_base_networks(config, request.checkpoint, place),
     )
-    return _Weights(transformer, errors, None if regions is None else list(regions.values()))
 
 
-def _assemble(request: ModelRequest, placement: Placement, weights: _Weights, notes: Notes) -> LoadedModel:
+def _assemble(request: ModelRequest, placement: Placement, weights: Weights, notes: Notes) -> LoadedModel:
     """Network, connectors and engine around the frozen model."""
     transformer = weights.transformer
     network, connectors = _adapt(request, transformer)
@@ -339,18 +284,6 @@ def _assemble(request: ModelRequest, placement: Placement, weights: _Weights, no
         placement=placement,
         notes=(*errors, *notes),
     )
-
-
-def _share_regions(request: ModelRequest, placement: Placement) -> dict[int, Region] | None:
-    """Memory for each streamed block, in common with the other processes; None where each has its own."""
-    if not placement.streamed or placement.sharers == 1:
-        return None
-    with torch.device("meta"):
-        block = LTXModel(read_config(request.checkpoint), STREAMS[request.config.ltx_mode]).transformer_blocks[0]
-    size = sum(tensor.numel() * request.dtype.itemsize + 2 * ALIGNMENT for tensor in block.state_dict().values())
-    regions = share_regions([size] * len(placement.streamed), request.processes.gather)
-    assert regions is not None, "`can_share` has tried it"
-    return dict(zip(placement.streamed, regions, strict=True))
 
 
 def _adapt(request: ModelRequest, transformer: LTXModel) -> tuple[LoRANetwork, Connectors | None]:
