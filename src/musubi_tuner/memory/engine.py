@@ -172,7 +172,6 @@ def _tell_of_compiling(engine: BlockEngine) -> None:
             log.info("compiling the blocks for a kind of batch that is new in this run; this takes up to a minute")
 
     callback_handler.register_start_callback(tell)
-    weakref.finalize(engine, callback_handler.remove_start_callback, tell)
 
 
 def _begun(run: Callable[..., Any], block: nn.Module, begin: BeginPass, number: int) -> Callable[..., Any]:
