@@ -204,6 +204,26 @@ def test_dropout_is_off_outside_its_context_and_follows_the_seed_of_the_item_alo
         assert torch.allclose(layer(x[1:2]), together[1:2], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_items_in_one_batch_learn_what_they_learn_one_by_one(kind):
+    """Masks of a single item may lie on other factors than those of several."""
+    adapted = network(kind, Dropout(rank=0.5, module=0.3, neuron=0.2))
+    layer, x = adapted.layers["a"], inputs(3)
+
+    def gradients(seeds: list[int], part: slice) -> list[torch.Tensor]:
+        with adapted.dropout([seeds]):
+            (layer(x[part]) ** 2).sum().backward()
+        found = [parameter.grad for parameter in layer.parameters(recurse=False)]
+        for parameter in layer.parameters(recurse=False):
+            parameter.grad = None
+        return found
+
+    together = gradients([5, 6, 7], slice(0, 3))
+    apart = [sum(parts) for parts in zip(*(gradients([5 + i], slice(i, i + 1)) for i in range(3)), strict=True)]
+    for ours, theirs in zip(together, apart, strict=True):
+        assert float(theirs.abs().max()) > 0 and torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_rank_dropout_cuts_ranks_and_module_dropout_the_whole_adapter():
     adapted = network("lora", Dropout(rank=0.5, module=0.5), width=RANK)
     layer, x = adapted.layers["a"], inputs(8)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.attention import Attention
-from musubi_tuner.networks.base import multiply, run_base
+from musubi_tuner.networks.base import run_base
 from musubi_tuner.networks.lora import LoRALayer
 
 
@@ -43,8 +43,7 @@ def _plain(linear: nn.Module) -> bool:
 
 
 def _added(linear: LoRALayer, x: Tensor, low: Tensor) -> Tensor:
-    if linear.masks is not None:  # the second half is linear, so a mask of the whole change may lie on the first one
-        low = multiply(multiply(low, linear.masks.inner), linear.masks.module)
+    masks = linear.masks
+    low, up = linear.second_half(low, *((masks.inner, masks.module) if masks else ()))
     y = run_base(linear.base, x)
-    up = (linear.lora_B * linear.scale).to(x.dtype)
     return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t()).view(y.shape)

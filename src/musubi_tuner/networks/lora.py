@@ -35,9 +35,20 @@ class LoRALayer(AddingLayer):
         return (self.lora_B,)
 
     def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
-        low = multiply(F.linear(x, self.lora_A.to(x.dtype)), inner)
-        # The scale goes onto the small B, not onto the activations.
-        return F.linear(low, (self.lora_B * self.scale).to(x.dtype))
+        return F.linear(*self.second_half(F.linear(x, self.lora_A.to(x.dtype)), inner))
+
+    def second_half(self, low: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The two factors of the second product: `low` (B, ..., rank) = A x and the weight (out, rank) = s B.
+
+        Masks (B, 1, rank or 1) go where the scale goes, onto the small weight, as long as they are those of one item.
+        """
+        up = self.lora_B * self.scale
+        for mask in masks:
+            if mask is not None and mask.shape[0] == 1:
+                up = up * mask[0]
+            else:
+                low = multiply(low, mask)
+        return low, up.to(low.dtype)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {DOWN: self.lora_A.detach(), UP: self.lora_B.detach() * self.scale}
