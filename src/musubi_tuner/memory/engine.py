@@ -170,7 +170,7 @@ def _tell_of_compiling(engine: BlockEngine) -> None:
     def tell(_: object) -> None:
         running = known()
         if running is not None and running._in_block:
-            log.info("compiling the blocks for a kind of batch that is new in this run; this takes up to a minute")
+            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
 
     callback_handler.register_start_callback(tell)
 
