@@ -105,3 +105,29 @@ def test_processes_wait_longer_for_each_other_than_previews_take():
     environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and float(done.stdout) >= 3600, done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at the threads of a Linux process")
+def test_nothing_of_the_group_outlives_it():
+    """Threads of gloo that are left when Python ends abort the process now and then. A step of an optimizer once kept them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = (
+        "import pathlib, torch\n"
+        "from musubi_tuner.runtime.processes import processes\n"
+        "def threads():\n"
+        "    return [path.read_text().strip() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "with processes():\n"
+        "    weight = torch.nn.Parameter(torch.ones(3))\n"
+        "    weight.sum().backward()\n"
+        "    torch.optim.AdamW([weight]).step()\n"
+        "    print('within', threads())\n"
+        "print('after', threads())\n"
+    )
+    environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    within, after = done.stdout.splitlines()
+    assert "gloo" in within and "gloo" not in after

@@ -1,5 +1,6 @@
 """One process or several: who we are, how work is shared, how the group ends."""
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,10 @@ def processes() -> Iterator[Processes]:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    if torch.distributed.is_available():
+        # Its functions take the group of the moment of their import as a default, and would hold it, with its threads, beyond the end:
+        # a process that ends with these sometimes aborts.
+        importlib.import_module("torch.distributed.nn.functional")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     try:
