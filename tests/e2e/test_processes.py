@@ -13,11 +13,22 @@ from musubi_tuner import ltxv2_train_network
 from tests import training_parts as parts
 
 
-def launch(processes: int, module: str, *argv: str) -> subprocess.CompletedProcess:
-    """Run a program's module under torchrun, with accelerate told to use the CPU."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def run_as_group_of_one(program: str) -> subprocess.CompletedProcess:
+    """Run a program's text as the launcher would start the only process of a group."""
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+def launch(processes: int, module: str, *argv: str) -> subprocess.CompletedProcess:
+    """Run a program's module under torchrun, with accelerate told to use the CPU."""
+    port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port), "-m", module]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, encoding="utf-8")
@@ -72,7 +83,7 @@ def test_two_processes_cache_the_same_text_files_as_one(data, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared on Linux only")
 def test_streamed_blocks_lie_in_memory_once(tmp_path):
-    """Both processes hold the codes of two blocks; the second one's own weights are not even the same, and nobody reads them."""
+    """Both processes run two blocks from one memory; the second one's own weights are not even the same, and nobody reads them."""
     done = launch(2, "tests.shared_blocks", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
@@ -91,10 +102,6 @@ def test_a_world_that_accelerate_did_not_see_is_an_error(data, tmp_path):
 
 
 def test_processes_wait_longer_for_each_other_than_previews_take():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     program = (
         "import torch, torch.distributed\n"
         "from musubi_tuner.runtime.processes import processes\n"
@@ -102,18 +109,13 @@ def test_processes_wait_longer_for_each_other_than_previews_take():
         "    group = torch.distributed.distributed_c10d._get_default_group()\n"
         "    print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())\n"
     )
-    environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = run_as_group_of_one(program)
     assert done.returncode == 0 and float(done.stdout) >= 3600, done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at the threads of a Linux process")
 def test_nothing_of_the_group_outlives_it():
     """Threads of gloo that are left when Python ends abort the process now and then. A step of an optimizer once kept them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     program = (
         "import pathlib, torch\n"
         "from musubi_tuner.runtime.processes import processes\n"
@@ -126,8 +128,7 @@ def test_nothing_of_the_group_outlives_it():
         "    print('within', threads())\n"
         "print('after', threads())\n"
     )
-    environment = {**os.environ, **world, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = run_as_group_of_one(program)
     assert done.returncode == 0, done.stderr
     within, after = done.stdout.splitlines()
     assert "gloo" in within and "gloo" not in after
