@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.encoder_counts import EncoderCounts, count_encoder, make_encoder
-from musubi_tuner.ltxv2.frozen.video_vae import ENCODER_TILES, TileSizes, VideoVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import ENCODER_TILES, TileSizes, VideoVAE
 
 SHAPES = {"512x768x49": (49, 768, 512), "768x512x121": (121, 512, 768), "960x544x89": (89, 544, 960), "1280x704x121": (121, 704, 1280)}
 """Frames, height, width."""

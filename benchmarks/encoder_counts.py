@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, diffusers_config
+from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, diffusers_config
 from musubi_tuner.tiny import configs
 
 ENCODER_BLOCKS = [

@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.block_counts import RANK, TEXT_TOKENS
 from benchmarks.loading_case import write_checkpoint
-from musubi_tuner.cache import expected, keys, store
+from musubi_tuner.cache import keys, store
+from musubi_tuner.cache import sidecars as expected
 from musubi_tuner.cache.index import Clip, DatasetIndex, write_index
 from musubi_tuner.cache.names import audio_sidecar_name, text_name, video_latent_name
 from musubi_tuner.config.dataset import load_dataset_config

@@ -7,14 +7,14 @@ import torch
 
 from musubi_tuner.conditioning.conditions import Conditions, StreamConditions
 from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.generation.contexts import TextContext
+from musubi_tuner.generation.denoise import Sample
+from musubi_tuner.generation.given import TEXT_ALONE, Given, video_cells
+from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper, create_network
-from musubi_tuner.preview.contexts import TextContext
-from musubi_tuner.preview.generate import Sample
-from musubi_tuner.preview.given import TEXT_ALONE, Given, video_cells
-from musubi_tuner.preview.plan import make_plan
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 
 TEXT_TOKENS = 16
 

@@ -10,10 +10,10 @@ from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_c
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.model import ModelRequest, load_model
 from musubi_tuner.runtime.processes import processes
 from musubi_tuner.tiny.checkpoint import TinyFamily
 from musubi_tuner.tiny.clips import write_clips
-from musubi_tuner.training.model import ModelRequest, load_model
 
 TOML = """
 [general]

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from musubi_tuner.cache.expected import AUDIO_KEYS, REFERENCE_AUDIO_KEYS
 from musubi_tuner.cache.names import AUDIO_ENDING, REFERENCE_AUDIO_ENDING
+from musubi_tuner.cache.sidecars import AUDIO_KEYS, REFERENCE_AUDIO_KEYS
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import AudioCachingConfig, check_work, first_given
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
 from musubi_tuner.encoding.sound import audio_jobs, audio_stages, reference_audio_jobs, reference_audio_stages
-from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE, audio_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_fingerprint
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.processes import processes

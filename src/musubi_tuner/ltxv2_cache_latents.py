@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Sequence
 
-from musubi_tuner.cache.expected import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
 from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDING
+from musubi_tuner.cache.sidecars import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
@@ -13,7 +13,7 @@ from musubi_tuner.encoding.layout import ClipSize, use_fastest_layout
 from musubi_tuner.encoding.masks import mask_jobs, mask_stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.encoding.program import Task, plan_and_index, run_task
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.device import DTYPES, pick_device
 from musubi_tuner.runtime.processes import processes

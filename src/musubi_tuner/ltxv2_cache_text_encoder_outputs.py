@@ -15,7 +15,7 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, all_prompt_texts, load_prompts
 from musubi_tuner.runtime.device import DTYPES, pick_device
 from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.runtime.program import run_program

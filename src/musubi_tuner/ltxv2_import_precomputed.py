@@ -9,17 +9,17 @@ from musubi_tuner.cache.store import clean_temporaries, write_bytes
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.importing import ImportConfig, ImportModelOptions, check_import
-from musubi_tuner.encoding.official_files import NOT_IMPORTED, list_samples, tree_root
-from musubi_tuner.encoding.official_import import Encoders, Written, import_tensors, import_texts
-from musubi_tuner.encoding.official_plan import CACHE_FOLDER, ImportPlan, dataset_toml, plan_import
+from musubi_tuner.conversion.official_dataset.files import NOT_IMPORTED, list_samples, tree_root
+from musubi_tuner.conversion.official_dataset.plan import CACHE_FOLDER, ImportPlan, dataset_toml, plan_import
+from musubi_tuner.conversion.official_dataset.tensors import Encoders, Written, import_tensors, import_texts
 from musubi_tuner.encoding.text import choose_text_jobs, common_metadata, encode_texts, list_prompt_jobs
-from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_fingerprint
-from musubi_tuner.ltxv2.frozen.video_vae import video_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
-from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, all_prompt_texts, load_prompts
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes

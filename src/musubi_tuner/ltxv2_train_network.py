@@ -32,7 +32,7 @@ from musubi_tuner.training.state import newest_state
 from musubi_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
-    from musubi_tuner.preview.contexts import EncodePrompts
+    from musubi_tuner.generation.contexts import EncodePrompts
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     if config.preview.wanted and config.preview.sample_prompts is None:
         log.warning("WARNING: no previews: %s is given without --sample_prompts FILE", config.preview.wanted)
     if config.preview.sample_prompts is not None and group.is_main:
-        from musubi_tuner.preview.run import make_previewer
+        from musubi_tuner.preview.previewer import make_previewer
 
         preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint), wanted_text=wanted.text)
     device = accelerator.device if config.model.device is None else pick_device(config.model.device)

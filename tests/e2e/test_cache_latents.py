@@ -17,7 +17,7 @@ from musubi_tuner.cache.keys import strip_key
 from musubi_tuner.encoding import latents as latents_module
 from musubi_tuner.encoding import layout as layout_module
 from musubi_tuner.encoding import sound as sound_module
-from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.write import Sound, write_wav
 from musubi_tuner.runtime.errors import UserError

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.memory.attention import use_default_attention
+from musubi_tuner.placement import planning
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
-from musubi_tuner.training import planning
 from musubi_tuner.training.loop import train
 from musubi_tuner.training.setup import build_run
 from tests import training_parts as parts

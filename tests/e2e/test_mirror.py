@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.cache.index import index_path
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.config.mirroring import side_named
 from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import probe_video
 from musubi_tuner.media.video import read_frames
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.sources.captions import side_named
 from musubi_tuner.tiny.clips import write_clips, write_stills
 from tests import training_parts
 from tests.e2e.test_conditioning import RECIPES

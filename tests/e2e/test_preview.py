@@ -17,8 +17,8 @@ from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.preview.prompts import all_prompt_texts, load_prompts
-from musubi_tuner.preview.run import Previewer, make_previewer
+from musubi_tuner.preview.previewer import Previewer, make_previewer
+from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
 from tests import preview_parts as parts
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
-from musubi_tuner.preview import run
+from musubi_tuner.preview import previewer as run
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
 

@@ -7,8 +7,8 @@ from benchmarks.encoder_counts import make_encoder
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.encoding.latents import latent_stages
 from musubi_tuner.encoding.layout import ClipSize, measure_layouts
-from musubi_tuner.ltxv2.frozen.causal import LAYOUTS
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE
+from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS
+from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.memory.card import measure_rates
 from musubi_tuner.memory.checkpointing import Recompute

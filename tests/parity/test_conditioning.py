@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import video_stream
 from musubi_tuner.ltxv2.transformer.modality import Modality
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from musubi_tuner.flow.guidance import GuidanceScales, guide
-from musubi_tuner.flow.noising import velocity_to_x0
-from musubi_tuner.flow.schedule import ltx2_sigmas
-from musubi_tuner.flow.shift import mu_for_tokens
-from musubi_tuner.flow.steps import euler_step
+from musubi_tuner.flow.path import velocity_to_x0
+from musubi_tuner.flow.schedule import euler_step, ltx2_sigmas, mu_for_tokens
 
 
 @pytest.mark.parametrize("steps", [8, 15, 30, 40])

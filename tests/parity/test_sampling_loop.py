@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from musubi_tuner.generation.denoise import Sample, generate
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.versions import TRANSFORMER_PREFIXES
-from musubi_tuner.preview.generate import Sample, generate
 from tests import preview_parts as parts
 
 TOLERANCE = 1e-4

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from musubi_tuner.conditioning import recipe as recipe_module
+from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.noising import loss_weights, noised
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
-from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.config import conditioning as rules
 from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, load_recipe, make_recipe
-from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.ltxv2 import geometry
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.loss import masked_mean, squared_error
 from tests import engine_parts

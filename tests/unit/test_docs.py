@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner.config.flags import build_parser
-from musubi_tuner.preview.given_files import GIVEN_FLAGS
-from musubi_tuner.preview.prompts import _parse_line
+from musubi_tuner.prompts.files import GIVEN_FLAGS
+from musubi_tuner.prompts.sample_prompts import _parse_line
 from tools.make_options_table import OPTIONS, PROGRAMS, render
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

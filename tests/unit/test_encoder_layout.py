@@ -7,9 +7,9 @@ from benchmarks import caching
 from benchmarks.encoder_counts import count_encoder, make_encoder
 from musubi_tuner.config.latent_caching import VideoVaeOptions
 from musubi_tuner.encoding.layout import ClipSize, LayoutTimes, measure_layouts, pays, use_fastest_layout
-from musubi_tuner.ltxv2.frozen import video_vae
-from musubi_tuner.ltxv2.frozen.causal import LAYOUTS, CausalConv3d
-from musubi_tuner.ltxv2.frozen.video_vae import ENCODER_TILES, TileSizes, VideoVAE, in_unit_range
+from musubi_tuner.ltxv2.autoencoders import video_vae
+from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS, CausalConv3d
+from musubi_tuner.ltxv2.autoencoders.video_vae import ENCODER_TILES, TileSizes, VideoVAE, in_unit_range
 from musubi_tuner.ltxv2.weights import open_checkpoint
 
 LARGEST_DIFFERENCE = 5e-5

@@ -3,11 +3,19 @@
 import pytest
 import torch
 
-from musubi_tuner.flow.draws import generator_for
-from musubi_tuner.flow.noising import add_noise, velocity_target, velocity_to_x0, x0_to_velocity
-from musubi_tuner.flow.shift import mu_for_tokens
+from musubi_tuner.flow.path import (
+    TIMESTEP_FORMATS,
+    add_noise,
+    model_sigma,
+    to_sigma,
+    to_timestep,
+    velocity_target,
+    velocity_to_x0,
+    x0_to_velocity,
+)
+from musubi_tuner.flow.schedule import mu_for_tokens
 from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, stretched
-from musubi_tuner.flow.timestep_format import TIMESTEP_FORMATS, model_sigma, to_sigma, to_timestep
+from musubi_tuner.runtime.draws import generator_for
 
 
 @pytest.mark.parametrize("name", TIMESTEP_FORMATS)

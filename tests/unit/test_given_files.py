@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.preview.given_files import GivenFiles, Rectangle, Span
-from musubi_tuner.preview.prompts import load_prompts
+from musubi_tuner.prompts.files import GivenFiles, Rectangle, Span
+from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from musubi_tuner.flow.guidance import OFF, GuidanceScales, defaults_for, guide
-from musubi_tuner.flow.noising import velocity_to_x0
+from musubi_tuner.flow.path import velocity_to_x0
 
 
 def test_guidance_is_the_sum_of_the_differences(global_seed: None) -> None:

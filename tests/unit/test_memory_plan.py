@@ -19,8 +19,8 @@ from musubi_tuner.memory.step_model import (
     gradient_operations,
     linear_operations,
 )
+from musubi_tuner.placement.planning import Machine, place_by_plan
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.planning import Machine, place_by_plan
 
 GB = 10**9
 LARGE = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)

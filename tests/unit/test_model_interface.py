@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from musubi_tuner.conditioning import rules
+from musubi_tuner.conditioning import apply as rules
 from musubi_tuner.conditioning.noising import loss_weights, model_input, noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.ltxv2 import geometry
@@ -37,7 +37,7 @@ def batch(size=2, frames=2, steps=6):
 
 @torch.no_grad()
 def test_latents_in_latents_out_in_every_format(tiny_family):
-    from musubi_tuner.flow.timestep_format import to_timestep
+    from musubi_tuner.flow.path import to_timestep
 
     video, audio, text = batch()
     sigma = torch.tensor([0.3, 0.8])

@@ -8,12 +8,12 @@ import torch
 
 from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
-from musubi_tuner.flow.timestep_format import model_sigma
+from musubi_tuner.flow.path import model_sigma
+from musubi_tuner.generation.contexts import TextContext
+from musubi_tuner.generation.denoise import PreviewLatents, Sample, generate
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.preview.contexts import TextContext
-from musubi_tuner.preview.generate import PreviewLatents, Sample, generate
-from musubi_tuner.preview.state import untouched
+from musubi_tuner.preview.previewer import untouched
 from musubi_tuner.runtime.errors import UserError
 from tests import preview_parts as parts
 

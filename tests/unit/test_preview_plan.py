@@ -8,7 +8,7 @@ import torch
 from musubi_tuner.config.preview import PreviewOptions, check_preview_options
 from musubi_tuner.flow.guidance import GuidanceScales
 from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas
-from musubi_tuner.preview.plan import describe_plans, make_plan
+from musubi_tuner.generation.sampling import describe_plans, make_plan
 from musubi_tuner.runtime.errors import UserError
 from tests.preview_parts import prompt
 

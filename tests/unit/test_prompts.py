@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.preview.prompts import PromptDefaults, all_prompt_texts, load_prompts
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
 
 

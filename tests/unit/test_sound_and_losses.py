@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from musubi_tuner.config.losses import LossOptions, SoundOptions, check_loss_options
-from musubi_tuner.flow.shift import mu_for_tokens
-from musubi_tuner.flow.sigma import STRATA, SigmaSettings, draw_sigma, expected, stretched
-from musubi_tuner.flow.weighting import SCHEMES, loss_weight
+from musubi_tuner.flow.schedule import mu_for_tokens
+from musubi_tuner.flow.sigma import SCHEMES, STRATA, SigmaSettings, draw_sigma, expected, loss_weight, stretched
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.balance import LEAST, MOST, TARGET, AudioBalance, at_bound
 from musubi_tuner.training.loss import ItemLosses, error_function, masked_mean, total_loss

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.sources import list_all_sources, list_sources
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.sources.listing import list_all_sources, list_sources
 
 
 def spec(

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from musubi_tuner.flow.noising import add_noise
-from musubi_tuner.flow.schedule import flowmatch_discrete_sigmas, ltx2_sigmas
-from musubi_tuner.flow.steps import ancestral_euler_step, euler_step
+from musubi_tuner.flow.path import add_noise
+from musubi_tuner.flow.schedule import ancestral_euler_step, euler_step, flowmatch_discrete_sigmas, ltx2_sigmas
 
 
 @pytest.mark.parametrize("sigmas", [ltx2_sigmas(7), flowmatch_discrete_sigmas(9, 3.0)], ids=["ltx2", "flowmatch_discrete"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE
-from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
-from musubi_tuner.ltxv2.frozen.vocoder import Vocoder
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
+from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.tiny.checkpoint import write_tiny_family

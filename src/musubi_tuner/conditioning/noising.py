@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.conditioning.tokens import TokenStream
-from musubi_tuner.flow.noising import add_noise, velocity_target
+from musubi_tuner.flow.path import add_noise, velocity_target
 from musubi_tuner.ltxv2.transformer.modality import Modality
 
 

@@ -15,10 +15,9 @@ from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import Draw
-from musubi_tuner.flow.draws import generator_for
-from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma
-from musubi_tuner.flow.weighting import loss_weight
+from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, loss_weight
 from musubi_tuner.ltxv2.geometry import audio_latent_steps
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from musubi_tuner.cache.index import Clip, DatasetIndex, read_index
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.sources import list_sources, sources_exist
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.sources.listing import list_sources, sources_exist
 
 log = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache import store
-from musubi_tuner.cache.expected import latents_of, reference_of
 from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import latents_key, reference_latents_key
+from musubi_tuner.cache.sidecars import latents_of, reference_of
 from musubi_tuner.encoding.jobs import Job, list_jobs
 from musubi_tuner.encoding.layout import ClipSize
 from musubi_tuner.encoding.mirror import as_planned
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, latent_frames, latent_size
 from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import VideoInfo

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.ltxv2.frozen.causal import LAYOUTS
-from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS
+from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.memory.card import seconds_of
 
 _WARM_UPS, _REPEATS = 1, 2

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.cache import store
-from musubi_tuner.cache.expected import mask_of
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import VIDEO_MASK_KEY
+from musubi_tuner.cache.sidecars import mask_of
 from musubi_tuner.encoding.jobs import Job, list_jobs
 from musubi_tuner.encoding.mirror import as_planned
 from musubi_tuner.encoding.pipeline import Stages

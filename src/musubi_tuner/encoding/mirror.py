@@ -11,9 +11,9 @@ from torch import Tensor
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.names import mirrored_name
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.mirroring import is_mirrored, side_named
-from musubi_tuner.config.sources import Source
 from musubi_tuner.encoding.references import PlanRow
+from musubi_tuner.sources.captions import is_mirrored, side_named
+from musubi_tuner.sources.listing import Source
 
 
 def with_mirror_images(spec: DatasetSpec, source: Source, clips: Sequence[Clip], row: PlanRow) -> tuple[list[Clip], PlanRow]:

@@ -10,7 +10,6 @@ from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.index import Clip, DatasetIndex
 from musubi_tuner.cache.names import audio_only_name, audio_sidecar_name, image_latent_name, text_name, video_latent_name
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
-from musubi_tuner.config.sources import Source, list_all_sources
 from musubi_tuner.encoding.buckets import bucket_for
 from musubi_tuner.encoding.mirror import with_mirror_images
 from musubi_tuner.encoding.references import FilesBeside, PlanRow, probe_files_beside, with_files_beside
@@ -20,6 +19,7 @@ from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_vi
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.sources.listing import Source, list_all_sources
 
 _STILL_FPS = 24.0
 

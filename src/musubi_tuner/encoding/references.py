@@ -10,10 +10,10 @@ from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.names import mask_sidecar_name, reference_audio_name, reference_sidecar_name
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.sources import EXTENSIONS, Source
 from musubi_tuner.media.picture import picture_size
 from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_video
 from musubi_tuner.media.video import sampled_length
+from musubi_tuner.sources.listing import EXTENSIONS, Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

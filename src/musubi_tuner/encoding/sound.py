@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache import store
-from musubi_tuner.cache.expected import audio_of, reference_audio_of
 from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.keys import AUDIO_LENGTHS_KEY, REFERENCE_AUDIO_LENGTHS_KEY, audio_latents_key, reference_audio_latents_key
+from musubi_tuner.cache.sidecars import audio_of, reference_audio_of
 from musubi_tuner.encoding.jobs import Job, list_jobs
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
-from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE
 from musubi_tuner.media.audio import read_audio
 from musubi_tuner.media.probe import VideoInfo

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from musubi_tuner.cache import keys, store
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.expected import TEXT_KEYS
 from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
+from musubi_tuner.cache.sidecars import TEXT_KEYS
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.sources import list_all_sources
 from musubi_tuner.encoding.text_report import TextReport
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, load_tokenizer
 from musubi_tuner.ltxv2.text.pipeline import (
@@ -33,6 +32,7 @@ from musubi_tuner.ltxv2.text.pipeline import (
 )
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.sources.listing import list_all_sources
 
 STORED_DTYPE = torch.bfloat16
 _CHUNK_BYTES = 4 * 2**30

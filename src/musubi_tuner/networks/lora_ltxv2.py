@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.conditioning.noising import model_input
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
-from musubi_tuner.flow.draws import generator_for
-from musubi_tuner.flow.timestep_format import to_sigma
+from musubi_tuner.flow.path import to_sigma
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
@@ -23,6 +22,7 @@ from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import choose_targets, linear_names
 from musubi_tuner.networks.types import TYPES
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -1,5 +1,6 @@
-"""Choosing the device."""
+"""Choosing the device, the dtype that it computes in, and giving memory back to it."""
 
+import gc
 import logging
 import shutil
 
@@ -40,3 +41,15 @@ def warn_of_cpu_build() -> None:
             "See 'A CUDA build of torch' in the README.",
             torch.__version__,
         )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, as the models are released; float32 on the CPU, where bfloat16 is slow."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def free_memory(device: torch.device) -> None:
+    """Give what was let go of back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

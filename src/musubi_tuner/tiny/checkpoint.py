@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.cache.store import serialize, write_bytes
-from musubi_tuner.flow.draws import generator_for
-from musubi_tuner.ltxv2.frozen import audio_vae, video_vae, vocoder
-from musubi_tuner.ltxv2.frozen.components import MEAN, STD
-from musubi_tuner.ltxv2.frozen.mel import log_mel
+from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
+from musubi_tuner.ltxv2.autoencoders.mel import log_mel
 from musubi_tuner.ltxv2.geometry import patchify_audio
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.text.features import FeatureExtractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.tiny import configs
 from musubi_tuner.tiny.encoders import write_gemma, write_t5
 

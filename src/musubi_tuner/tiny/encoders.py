@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner.flow.draws import generator_for
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.tiny import configs
 
 _VOCABULARY = 512

@@ -7,8 +7,8 @@ import torch
 
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.verify import Wanted
-from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_fingerprint
-from musubi_tuner.ltxv2.frozen.video_vae import video_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
 from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options
 from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig

@@ -15,8 +15,7 @@ from torch import Tensor
 from musubi_tuner.conditioning.noising import model_input
 from musubi_tuner.conditioning.tokens import audio_stream
 from musubi_tuner.dataset.batch import Batch, Taught
-from musubi_tuner.flow.noising import velocity_to_x0
-from musubi_tuner.flow.timestep_format import model_sigma
+from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Velocity
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper, WrapperInput

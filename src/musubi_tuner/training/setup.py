@@ -20,15 +20,15 @@ from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.model import LoadedModel, ModelRequest, load_model
+from musubi_tuner.placement.planning import largest_item
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
 from musubi_tuner.training.inputs import Inputs
 from musubi_tuner.training.loss import error_function, total_loss
-from musubi_tuner.training.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.training.optimizer import ScheduleOptions, is_schedule_free, make_optimizer, make_scheduler
-from musubi_tuner.training.planning import largest_item
 from musubi_tuner.training.preservation import BaseModel
 from musubi_tuner.training.prompts import caption_dropout, prompt_preservation
 from musubi_tuner.training.run import Schedule, TrainingRun

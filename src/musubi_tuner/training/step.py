@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.noising import loss_weights, noised
-from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_stream
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.flow.timestep_format import model_sigma
+from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, WrapperInput
 from musubi_tuner.training.loss import ErrorFunction, ItemLosses, masked_mean, squared_error

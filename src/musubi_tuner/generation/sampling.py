@@ -10,10 +10,9 @@ from torch import Tensor
 
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.flow.guidance import OFF, GuidanceScales, SamplingDefaults, defaults_for
-from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, shift_of_ltx2
-from musubi_tuner.flow.shift import mu_for_tokens
+from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, mu_for_tokens, shift_of_ltx2
 from musubi_tuner.ltxv2 import geometry
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
 

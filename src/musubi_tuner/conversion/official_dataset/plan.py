@@ -19,7 +19,7 @@ from musubi_tuner.cache.names import (
     text_name,
     video_latent_name,
 )
-from musubi_tuner.encoding.official_files import LATENTS, MASK, REFERENCE, REFERENCE_SOUND, SOUND, Sample, read_sound, read_video
+from musubi_tuner.conversion.official_dataset.files import LATENTS, MASK, REFERENCE, REFERENCE_SOUND, SOUND, Sample, read_sound, read_video
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND, SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.runtime.errors import UserError
 

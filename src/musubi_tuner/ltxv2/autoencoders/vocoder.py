@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.components import find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import find_component, load_frozen
 from musubi_tuner.ltxv2.weights import Checkpoint
 
 PREFIX = "vocoder."

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musubi_tuner.cache import expected, keys, store
+from musubi_tuner.cache import keys, store
+from musubi_tuner.cache import sidecars as expected
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.fingerprint import canonical, file_fingerprint
-from musubi_tuner.encoding.official_files import (
+from musubi_tuner.conversion.official_dataset.files import (
     LATENTS,
     MASK,
     REFERENCE,
@@ -25,7 +26,7 @@ from musubi_tuner.encoding.official_files import (
     read_text,
     read_video,
 )
-from musubi_tuner.encoding.official_plan import ImportedItem
+from musubi_tuner.conversion.official_dataset.plan import ImportedItem
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
 from musubi_tuner.ltxv2.text.pipeline import Features, TextRecipe, load_finish_stage, text_widths
 from musubi_tuner.runtime.errors import UserError

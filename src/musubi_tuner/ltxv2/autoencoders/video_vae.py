@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.causal import clip_in_parts, use_layout
-from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
-from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
+from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError

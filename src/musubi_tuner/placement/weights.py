@@ -12,8 +12,8 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.region import Region
 from musubi_tuner.memory.sharing import Gather, share_regions
-from musubi_tuner.training.adapters import Place
-from musubi_tuner.training.planning import Placement
+from musubi_tuner.placement.adapters import Place
+from musubi_tuner.placement.planning import Placement
 
 LOW_BIT = re.compile(r"transformer_blocks\.(\d+)\.\w*(attn\w*\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.weight")
 """Weights that few bits suffice for."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.ltxv2.geometry import latent_frames, latent_size
-from musubi_tuner.preview.given_files import GIVEN_FLAGS, GivenFiles, check_given, read_given_files
+from musubi_tuner.prompts.files import GIVEN_FLAGS, GivenFiles, check_given, read_given_files
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions
 from musubi_tuner.ltxv2 import geometry
-from musubi_tuner.preview.given_files import GivenFiles, Span
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.files import GivenFiles, Span
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from musubi_tuner.media.write import Sound, fit_sound, write_image, write_video, write_wav
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 
 FOLDER = "sample"
 

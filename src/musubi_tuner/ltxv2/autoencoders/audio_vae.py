@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.frozen.components import MEAN, STD, Component, find_component, load_frozen
-from musubi_tuner.ltxv2.frozen.mel import log_mel
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.mel import log_mel
 from musubi_tuner.ltxv2.geometry import patchify_audio, unpatchify_audio
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError

@@ -1,34 +1,35 @@
 """Previews during training: everything that can fail is tried before the first step, and nothing of training is changed."""
 
 import logging
+import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.config.preview import PreviewOptions, check_preview_options
 from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.generation.contexts import EncodePrompts, TextContext, load_contexts
+from musubi_tuner.generation.decode import decode_sounds, to_frames, video_decoder
+from musubi_tuner.generation.denoise import PreviewLatents, Sample, generate
+from musubi_tuner.generation.encode import Encoders, encode_given
+from musubi_tuner.generation.sampling import SamplingPlan, describe_plans, make_plan
+from musubi_tuner.generation.write import FOLDER, write_preview
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.write import Sound
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.preview.contexts import EncodePrompts, TextContext, load_contexts
-from musubi_tuner.preview.decode import decode_sounds, to_frames, video_decoder
-from musubi_tuner.preview.encode import Encoders, encode_given
-from musubi_tuner.preview.generate import PreviewLatents, Sample, generate
-from musubi_tuner.preview.memory import free_memory
-from musubi_tuner.preview.plan import SamplingPlan, describe_plans, make_plan
-from musubi_tuner.preview.prompts import PreviewPrompt, PromptDefaults, load_prompts
-from musubi_tuner.preview.state import untouched
-from musubi_tuner.preview.write import FOLDER, write_preview
-from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt, PromptDefaults, load_prompts
+from musubi_tuner.runtime.device import free_memory, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +182,8 @@ def _open(config: TrainingConfig, path: Path | None, checkpoint: Checkpoint) -> 
 
 def _try_decoders(vae: Checkpoint, audio_vae: Checkpoint, needed: set[str]) -> None:
     """Load what will decode once, on the CPU: a missing file is found now and not at the first preview."""
-    from musubi_tuner.ltxv2.frozen.audio_vae import audio_vae_names
-    from musubi_tuner.ltxv2.frozen.video_vae import vae_names
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_names
+    from musubi_tuner.ltxv2.autoencoders.video_vae import vae_names
 
     cpu = torch.device("cpu")
     if "video" in needed:
@@ -210,3 +211,20 @@ def _warn_if_never(options: PreviewOptions) -> None:
             "WARNING: --sample_prompts is given without --sample_at_first, --sample_every_n_steps or --sample_every_n_epochs: "
             "there will be no previews."
         )
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """`model` in eval mode inside; every module's mode and every global random state as before outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

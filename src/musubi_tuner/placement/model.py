@@ -25,10 +25,8 @@ from musubi_tuner.memory.sharing import can_share, processes_here
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.grouped import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.training.adapters import adapted_connectors, make_network, read_start, with_base_networks
-from musubi_tuner.training.planning import (
+from musubi_tuner.placement.adapters import adapted_connectors, make_network, read_start, with_base_networks
+from musubi_tuner.placement.planning import (
     AVERAGE_BYTES,
     Machine,
     Placement,
@@ -39,7 +37,9 @@ from musubi_tuner.training.planning import (
     place_by_plan,
     read_machine,
 )
-from musubi_tuner.training.weights import LOW_BIT, Weights, load_weights
+from musubi_tuner.placement.weights import LOW_BIT, Weights, load_weights
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 

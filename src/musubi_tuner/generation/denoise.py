@@ -8,22 +8,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.rules import condition
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_stream
-from musubi_tuner.flow.draws import generator_for
 from musubi_tuner.flow.guidance import guide
-from musubi_tuner.flow.noising import velocity_to_x0
-from musubi_tuner.flow.steps import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step
-from musubi_tuner.flow.timestep_format import model_sigma
+from musubi_tuner.flow.path import model_sigma, velocity_to_x0
+from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step
+from musubi_tuner.generation.contexts import TextContext
+from musubi_tuner.generation.given import TEXT_ALONE, Given, audio_steps, video_cells
+from musubi_tuner.generation.sampling import SamplingPlan
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.preview.contexts import TextContext
-from musubi_tuner.preview.given import TEXT_ALONE, Given, audio_steps, video_cells
-from musubi_tuner.preview.plan import SamplingPlan
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -8,12 +8,12 @@ import types
 import pytest
 import torch
 
-from musubi_tuner.ltxv2.frozen import audio_vae, video_vae, vocoder
-from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE, audio_vae_fingerprint
-from musubi_tuner.ltxv2.frozen.mel import log_mel, mel_filters
-from musubi_tuner.ltxv2.frozen.tiling import AxisTiles, overlaps, ramp
-from musubi_tuner.ltxv2.frozen.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
-from musubi_tuner.ltxv2.frozen.vocoder import Vocoder
+from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.mel import log_mel, mel_filters
+from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, overlaps, ramp
+from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.resample import resample
 from musubi_tuner.runtime.errors import UserError

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
+from musubi_tuner.generation.given import TEXT_ALONE, Given, audio_steps, kept_sound, kept_video, keyframe_cell, video_cells
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.preview.given import TEXT_ALONE, Given, audio_steps, kept_sound, kept_video, keyframe_cell, video_cells
-from musubi_tuner.preview.memory import compute_dtype, free_memory
-from musubi_tuner.preview.prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
 
 _STILL_FRAMES = geometry.TEMPORAL_SCALE + 1
@@ -30,7 +30,7 @@ class Encoders:
 
     def video(self, frames: Tensor) -> Tensor:
         """(F, H, W, 3) uint8 -> (1, 128, f, h, w) normalized latents on the CPU."""
-        from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+        from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 
         if self._video is None:
             self._video = VideoVAE.load(self._vae, device=self.device, dtype=compute_dtype(self.device), parts=("encoder",))
@@ -39,7 +39,7 @@ class Encoders:
 
     def sound(self, samples: Tensor) -> Tensor:
         """(2, samples) at 16 kHz -> (1, 8, T, 16) normalized latents on the CPU."""
-        from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE
+        from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 
         if self._sound is None:
             self._sound = AudioVAE.load(self._audio_vae, device=self.device, parts=("encoder",))

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.media.write import Sound
-from musubi_tuner.preview.memory import compute_dtype, free_memory
+from musubi_tuner.runtime.device import compute_dtype, free_memory
 
 if TYPE_CHECKING:
-    from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+    from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 
 
 @contextmanager
 def video_decoder(checkpoint: Checkpoint, device: torch.device) -> Iterator["VideoVAE"]:
     """The video VAE's decoder, for as long as the context lasts. It decodes large frames in tiles by itself."""
-    from musubi_tuner.ltxv2.frozen.video_vae import VideoVAE
+    from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 
     vae = VideoVAE.load(checkpoint, device=device, dtype=compute_dtype(device), parts=("decoder",))
     try:
@@ -36,8 +36,8 @@ def to_frames(vae: "VideoVAE", latents: Tensor) -> Tensor:
 
 def decode_sounds(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Sound]:
     """(1, 8, T, 16) normalized latents -> waveforms at the vocoder's own rate, on the CPU."""
-    from musubi_tuner.ltxv2.frozen.audio_vae import AudioVAE
-    from musubi_tuner.ltxv2.frozen.vocoder import Vocoder
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+    from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 
     audio_vae = AudioVAE.load(checkpoint, device=device, parts=("decoder",))
     mels = [audio_vae.decode(one).cpu() for one in latents]
