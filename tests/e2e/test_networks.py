@@ -20,6 +20,7 @@ from musubi_tuner.training.loop import train
 from musubi_tuner.training.setup import build_run
 from tests import training_parts as parts
 from tests.conftest import REPOSITORY
+from tests.model_parts import predict_latents
 
 ARGS = {
     "lora": ["rank_dropout=0.2", "module_dropout=0.1", "neuron_dropout=0.1", "rank_stabilized=true", "audio_dim=2", "ranks=attn2:3"],
@@ -52,7 +53,7 @@ def outputs(wrapper: OfficialLTXV2Wrapper) -> list[Tensor]:
     text = torch.randn(1, 16, config.video_context_width + config.audio_context_width, generator=generator)
     video = torch.randn(1, 128, 2, 2, 3, generator=generator)
     audio = torch.randn(1, 8, 6, 16, generator=generator)
-    return list(wrapper.predict_latents(video, torch.tensor(500.0), text, audio_latents=audio))
+    return list(predict_latents(wrapper, video, torch.tensor(500.0), text, audio_latents=audio))
 
 
 def difference(left: list[Tensor], right: list[Tensor]) -> float:

@@ -58,7 +58,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     meter, levels = LossMeter(torch.device("cpu")), NoiseLevelMeter(torch.device("cpu"))
-    with NoWaiting(), network.dropout([batch.dropout_seeds]):
+    with NoWaiting(), network.dropout(batch.dropout_seeds):
         losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
         meter.add(losses, batch.size, batch.audio_supervised)

@@ -78,8 +78,8 @@ class LoadedModel:
     """What was measured."""
 
 
-Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork, int], float]
-"""One forward and backward pass of the largest batch, as often as the number says in one visit of each block; returns its seconds."""
+Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
+"""One forward and backward pass of the largest batch; returns its seconds."""
 
 
 def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
@@ -172,9 +172,8 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: in
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
-    passes = loaded.placement.passes
-    trial(loaded.wrapper, loaded.network, passes)  # compiles, and finds attention plans
-    seconds = trial(loaded.wrapper, loaded.network, passes)
+    trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
+    seconds = trial(loaded.wrapper, loaded.network)
     del held
     plan = loaded.placement.plan
     text = f"{seconds:.3f} s"
@@ -185,12 +184,8 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: in
         wrapper=loaded.wrapper,
         network=loaded.network,
         placement=loaded.placement,
-        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of {_what(passes)}")),
+        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of the largest batch")),
     )
-
-
-def _what(passes: int) -> str:
-    return "the largest batch" if passes == 1 else f"{passes} of the largest batch"
 
 
 def _sizes(request: ModelRequest) -> tuple[int, int, int]:
@@ -241,7 +236,6 @@ def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes
         work,
         full_format=full,
         factor=factor,
-        micro_batches=config.optimization.gradient_accumulation_steps,
     )
 
 
@@ -264,7 +258,6 @@ def _assemble(request: ModelRequest, placement: Placement, weights: Weights, not
     """Network, connectors and engine around the frozen model."""
     transformer = weights.transformer
     network, connectors = _adapt(request, transformer)
-    transformer.begin_pass = network.begin_pass
     group_projections(transformer)
     blocks = transformer.transformer_blocks
     streamed = [blocks[index] for index in placement.streamed]

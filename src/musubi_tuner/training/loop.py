@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from musubi_tuner.training.loss import ItemLosses, total_loss
 from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
 from musubi_tuner.training.pace import Pace
 from musubi_tuner.training.run import TrainingRun
-from musubi_tuner.training.step import drawn_levels, item_losses_of_all
+from musubi_tuner.training.step import drawn_levels, item_losses
 
 log = logging.getLogger(__name__)
 
@@ -103,21 +103,19 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
     """One optimizer step: accumulate, average over processes, clip, check, update. Returns the gradient norm."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen = []
-    for start in range(0, accumulation, run.passes):
-        together = [next(batches) for _ in range(min(run.passes, accumulation - start))]
-        with run.network.dropout([batch.dropout_seeds for batch in together]):  # backward too: blocks are computed again
-            together = [run.base.with_imagined_sound(batch) for batch in together]
-            losses = _losses(run, together)
-            totals = [total_loss(one, batch.video_weight, _audio_weight(run, batch)) for one, batch in zip(losses, together, strict=True)]
-            _learn([total / accumulation for total in totals])
-            kept = _hold_to_prompt(run, together, accumulation)
-        for one, held, batch in zip(losses, kept, together, strict=True):
-            meters[0].add(one, batch.size, batch.audio_supervised, held)
-            meters[1].add(one, batch.video_sigma, batch.audio_sigma)
-            run.supervision.add(batch.audio_expected, batch.audio_supervised)
-            if run.balance is not None:
-                run.balance.add(one, batch.video_weight, batch.audio_weight)
-            seen.append((batch.names, one))
+    for _ in range(accumulation):
+        batch = next(batches)
+        with run.network.dropout(batch.dropout_seeds):  # backward too: blocks are computed again
+            batch = run.base.with_imagined_sound(batch)
+            losses = _losses(run, batch)
+            _learn(total_loss(losses, batch.video_weight, _audio_weight(run, batch)) / accumulation)
+            held = _hold_to_prompt(run, batch, accumulation)
+        meters[0].add(losses, batch.size, batch.audio_supervised, held)
+        meters[1].add(losses, batch.video_sigma, batch.audio_sigma)
+        run.supervision.add(batch.audio_expected, batch.audio_supervised)
+        if run.balance is not None:
+            run.balance.add(losses, batch.video_weight, batch.audio_weight)
+        seen.append((batch.names, losses))
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
@@ -132,25 +130,24 @@ def _optimize(run: TrainingRun, batches: Iterator[Batch], meters: Meters, finite
     return norm
 
 
-def _losses(run: TrainingRun, batches: Sequence[Batch]) -> list[ItemLosses]:
-    return item_losses_of_all(run.wrapper, batches, [drawn_levels(batch) for batch in batches], run.error, run.base)
+def _losses(run: TrainingRun, batch: Batch) -> ItemLosses:
+    return item_losses(run.wrapper, batch, drawn_levels(batch), run.error, run.base)
 
 
-def _learn(totals: Sequence[Tensor]) -> None:
-    """Gradients of the losses that have any; where all of a batch was given, nothing is learned from it."""
-    learned = [total for total in totals if total.requires_grad]
-    if learned:
-        torch.autograd.backward(learned)
+def _learn(total: Tensor) -> None:
+    """Gradients of a loss, where it has any; where all of a batch was given, nothing is learned from it."""
+    if total.requires_grad:
+        total.backward()
 
 
-def _hold_to_prompt(run: TrainingRun, batches: Sequence[Batch], accumulation: int) -> list[Tensor | None]:
-    """`--dop_prompt`: learn to predict under the prompt what the base model predicts. Returns the raw losses (B,) of each batch."""
+def _hold_to_prompt(run: TrainingRun, batch: Batch, accumulation: int) -> Tensor | None:
+    """`--dop_prompt`: learn to predict under the prompt what the base model predicts. Returns the raw losses (B,)."""
     preservation = run.prompt_preservation
     if preservation is None:
-        return [None] * len(batches)
-    held = [one.preserved for one in _losses(run, [preservation.batch(batch) for batch in batches])]
-    _learn([preservation.weight * one.mean() / accumulation for one in held])
-    return [one.detach() for one in held]
+        return None
+    held = _losses(run, preservation.batch(batch)).preserved
+    _learn(preservation.weight * held.mean() / accumulation)
+    return held.detach()
 
 
 def _audio_weight(run: TrainingRun, batch: Batch) -> Tensor:

@@ -6,7 +6,6 @@ image trainers). The teacher sees the very input that the learner sees, so the d
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,8 @@ from musubi_tuner.conditioning.tokens import audio_stream
 from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.ltxv2 import geometry
-from musubi_tuner.ltxv2.transformer.modality import Velocity
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper, WrapperInput
+from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 
 
 class BaseModel:
@@ -28,10 +27,10 @@ class BaseModel:
         self._wrapper = wrapper
         self._network = network
 
-    def __call__(self, inputs: Sequence[WrapperInput]) -> list[Velocity]:
-        """Its velocities, which nothing is learned through."""
+    def __call__(self, video: Modality | None, audio: Modality | None, text: Tensor, text_mask: Tensor | None) -> Velocity:
+        """Its velocity, which nothing is learned through; arguments as of the wrapper."""
         with torch.no_grad(), self._network.disabled():
-            return self._wrapper.forward_many(inputs)
+            return self._wrapper(video, audio, text, text_mask)
 
     def with_imagined_sound(self, batch: Batch) -> Batch:
         """The batch with sound for the items that have none: what the base model expects of pure noise and the caption, in one step.
@@ -42,8 +41,7 @@ class BaseModel:
             return batch
         stream = audio_stream(batch.audio_latents, batch.audio_lengths if batch.audio_padded else None)
         sigma = model_sigma(torch.ones_like(batch.audio_sigma), self._wrapper.timestep_format)
-        given = WrapperInput(None, model_input(stream, batch.audio_noise, sigma), batch.text, batch.text_mask)
-        velocity = self([given])[0].audio
+        velocity = self(None, model_input(stream, batch.audio_noise, sigma), batch.text, batch.text_mask).audio
         clean = velocity_to_x0(batch.audio_noise, velocity.float(), sigma[:, None, None])
         if stream.token_mask is not None:
             clean = clean * stream.token_mask[..., None]

@@ -82,8 +82,6 @@ class TrainingRun:
     """None where the weights count as they are."""
     base: BaseModel
     prompt_preservation: PromptPreservation | None
-    passes: int
-    """Micro-batches for which each block is visited once."""
     preview: Preview | None
     validator: Validator | None
 

@@ -33,7 +33,7 @@ from musubi_tuner.training.preservation import BaseModel
 from musubi_tuner.training.prompts import caption_dropout, prompt_preservation
 from musubi_tuner.training.run import Schedule, TrainingRun
 from musubi_tuner.training.state import Watched, load_state
-from musubi_tuner.training.step import drawn_levels, item_losses_of_all
+from musubi_tuner.training.step import drawn_levels, item_losses
 from musubi_tuner.training.supervision import AudioSupervision, silence_warning
 from musubi_tuner.training.validation import Validator
 
@@ -89,7 +89,6 @@ def build_run(inputs: Inputs) -> TrainingRun:
         average=average,
         base=BaseModel(wrapper, network),
         prompt_preservation=held,
-        passes=loaded.placement.passes,
         preview=inputs.preview,
         validator=_make_validator(inputs),
     )
@@ -214,14 +213,13 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
     config = inputs.config
     batch = _largest_batch(inputs, rules)
 
-    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork, passes: int) -> float:
-        batches = [batch.to(inputs.device)] * passes
+    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
         started = time.perf_counter()
-        with network.dropout([batch.dropout_seeds] * passes):
+        with network.dropout(batch.dropout_seeds):
             base = BaseModel(wrapper, network)
-            batches = [base.with_imagined_sound(one) for one in batches]
-            losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches], base=base)
-            sum(total_loss(one, batches[0].video_weight, batches[0].audio_weight) for one in losses).backward()
+            full = base.with_imagined_sound(batch.to(inputs.device))
+            losses = item_losses(wrapper, full, drawn_levels(full), base=base)
+            total_loss(losses, full.video_weight, full.audio_weight).backward()
         for parameter in network.parameters():
             parameter.grad = None
         if inputs.device.type == "cuda":

@@ -1,6 +1,6 @@
 """One forward pass of training: batch -> tokens -> noised input -> velocity -> losses. Every mode takes this one path."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_st
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
-from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, WrapperInput
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.training.loss import ErrorFunction, ItemLosses, masked_mean, squared_error
 
 
@@ -25,40 +25,28 @@ class StepInputs:
     audio_sigma: Tensor
 
 
-Forward = Callable[[Sequence[WrapperInput]], list[Velocity]]
-"""Independent passes through a model."""
-
-
 def drawn_levels(batch: Batch) -> StepInputs:
     """The noise levels that were drawn for the batch's items."""
     return StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma)
 
 
-def item_losses(wrapper: OfficialLTXV2Wrapper, batch: Batch, levels: StepInputs) -> ItemLosses:
-    """Raw losses of each item and stream of `batch`, at the given noise levels."""
-    return item_losses_of_all(wrapper, [batch], [levels])[0]
-
-
-def item_losses_of_all(
+def item_losses(
     wrapper: OfficialLTXV2Wrapper,
-    batches: Sequence[Batch],
-    levels: Sequence[StepInputs],
+    batch: Batch,
+    levels: StepInputs,
     error: ErrorFunction = squared_error,
-    base: Forward | None = None,
-) -> list[ItemLosses]:
-    """The same of several batches, for which the model visits each of its blocks once.
+    base: Callable[..., Velocity] | None = None,
+) -> ItemLosses:
+    """Raw losses of each item and stream of `batch`, at the given noise levels.
 
     Args:
-        base: the model without its adapters, asked first where a batch has items that learn from it (`Batch.taught`).
+        base: the model without its adapters, asked first where the batch has items that learn from it (`Batch.taught`).
     """
-    passes = [_Pass(wrapper, batch, given) for batch, given in zip(batches, levels, strict=True)]
-    learning = [one for one in passes if one.taught is not None]
-    if learning:
+    one = _Pass(wrapper, batch, levels)
+    if batch.taught is not None:
         assert base is not None
-        for one, velocity in zip(learning, base([one.given for one in learning]), strict=True):
-            one.base_velocity = velocity
-    velocities = wrapper.forward_many([one.given for one in passes])
-    return [one.losses(velocity, error) for one, velocity in zip(passes, velocities, strict=True)]
+        one.base_velocity = base(*one.inputs)
+    return one.losses(wrapper(*one.inputs), error)
 
 
 class _Pass:
@@ -76,7 +64,7 @@ class _Pass:
             sigma = model_sigma(sigmas[name], wrapper.timestep_format)
             inputs[name], self._targets[name] = noised(stream, noise[name], sigma)
             self._weights[name] = loss_weights(stream)
-        self.given = WrapperInput(inputs["video"], inputs["audio"], batch.text, batch.text_mask)
+        self.inputs = (inputs["video"], inputs["audio"], batch.text, batch.text_mask)
 
     def losses(self, velocity: Velocity, error: ErrorFunction) -> ItemLosses:
         predictions = {"video": velocity.video, "audio": velocity.audio}
