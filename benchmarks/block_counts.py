@@ -19,7 +19,7 @@ from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.networks.grouped import group_projections
+from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import create_network
 
 RANK = 32

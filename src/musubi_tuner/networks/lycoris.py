@@ -1,4 +1,9 @@
-"""LoKr: the change of the weight is a Kronecker product, dW = w1 x w2 (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
+"""LoHa and LoKr, as LyCORIS has them.
+
+LoHa: the change of the weight is the elementwise product of two low-rank matrices (FedPara, Hyeon-Woo et al. 2021, arXiv 2108.06098):
+dW = s (w1_a w1_b) * (w2_a w2_b), of rank up to r^2.
+
+LoKr: the change of the weight is a Kronecker product, dW = w1 x w2 (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
 
 With w1 (o1, i1) and w2 (o2, i2), out = o1 o2 and in = i1 i2, dW x needs no matrix of the size of W: x is read as (i1, i2), multiplied
 by w2 over i2 and by w1 over i1. w2 is stored as a product of rank r where that is smaller, r < max(o2, i2) / 2; the scale alpha / r
@@ -12,6 +17,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.networks.base import AddingLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
+
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+"""Endings of the tensors of LoHa; the scale is folded into the third."""
+
+
+class LoHaLayer(AddingLayer):
+    """Halves `_a` are (out, rank), `_b` (rank, in); w2_a starts at zero, the others as in LyCORIS."""
+
+    kind = "loha"
+    zero_at_start = (LOHA[2],)
+
+    def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
+        super().__init__(base, spec, generator)
+        device = base_device(base)
+
+        def drawn(rows: int, columns: int, spread: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns, generator=generator).mul_(spread).to(device))
+
+        self.hada_w1_a = drawn(base.out_features, spec.rank, 0.1)
+        self.hada_w1_b = drawn(spec.rank, base.in_features, 1.0)
+        self.hada_w2_a = nn.Parameter(torch.zeros(base.out_features, spec.rank, device=device))
+        self.hada_w2_b = drawn(spec.rank, base.in_features, 1.0)
+
+    def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
+        product = (self.hada_w1_a @ self.hada_w1_b) * ((self.hada_w2_a * self.scale) @ self.hada_w2_b)
+        return multiply(F.linear(x, product.to(x.dtype)), inner)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {leaf: getattr(self, leaf).detach() * (self.scale if leaf == LOHA[2] else 1.0) for leaf in LOHA}
+
+    def load(self, tensors: Tensors) -> None:
+        rank = tensors[LOHA[1]].shape[0]
+        if rank != self.rank:
+            raise ShapeMismatch(f"rank {rank} in the file, {self.rank} here; give --network_dim {rank}")
+        for leaf in LOHA:
+            copy_into(getattr(self, leaf), tensors[leaf] / (self.scale if leaf == LOHA[2] else 1.0), leaf)
+
+    @classmethod
+    def merged(cls, weight: Tensor, tensors: Tensors) -> Tensor:
+        w1_a, w1_b, w2_a, w2_b = (tensors[leaf].to(weight) for leaf in LOHA)
+        return weight + (w1_a @ w1_b) * (w2_a @ w2_b)
+
+    @classmethod
+    def spec_of(cls, tensors: Tensors) -> LayerSpec:
+        rank = tensors[LOHA[1]].shape[0]
+        return LayerSpec(rank=rank, alpha=float(rank))
+
 
 W1, W2 = "lokr_w1", "lokr_w2"
 W2_UP, W2_DOWN = "lokr_w2_a", "lokr_w2_b"
@@ -32,7 +84,7 @@ class LoKrLayer(AddingLayer):
     zero_at_start = (W2, W2_DOWN)
 
     def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
-        super().__init__(base, spec)
+        super().__init__(base, spec, generator)
         device = base_device(base)
         o1, i1 = spec.small or (small_factor(base.out_features, spec.factor), small_factor(base.in_features, spec.factor))
         self.inner_in, self.inner_out = i1, o1
@@ -77,10 +129,10 @@ class LoKrLayer(AddingLayer):
 
     @classmethod
     def spec_of(cls, tensors: Tensors) -> LayerSpec:
-        small = tuple(_w1(tensors).shape)
+        rows, columns = _w1(tensors).shape
         # A rank as large as the matrix keeps w2 whole.
         rank = tensors[W2_DOWN].shape[0] if W2_DOWN in tensors else max(tensors[W2].shape)
-        return LayerSpec(rank=rank, alpha=float(rank), small=small)
+        return LayerSpec(rank=rank, alpha=float(rank), small=(rows, columns))
 
 
 def _w1(tensors: Tensors) -> Tensor:
