@@ -1,6 +1,6 @@
 """What one block at real size keeps, computes and moves on each rung, counted on tensors without storage: no GPU, no memory, a few seconds.
 
-`python benchmarks/block_counts.py` prints the table of docs/memory_and_speed.md; tests/unit/test_block_budgets.py holds the block to it.
+`python benchmarks/block_counts.py` prints the table of docs/development/benchmarks.md; tests/unit/test_block_budgets.py holds the block to it.
 """
 
 import dataclasses
