@@ -55,7 +55,7 @@ class BlockCounts:
 
 
 def real_config(version: str = "2.3") -> TransformerConfig:
-    """The released sizes (architecture sheet 1.3)."""
+    """The released sizes (docs/explanation/model.md, "configuration")."""
     values: dict[str, Any] = {"av_ca_timestep_scale_multiplier": 1000.0, "frequencies_precision": "float64"}
     if version != "2.0":
         values |= {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True}
