@@ -1,6 +1,6 @@
 """What one block at real size keeps, computes and moves on each rung, counted on tensors without storage: no GPU, no memory, a few seconds.
 
-`python benchmarks/block_counts.py` prints the table of docs/development/benchmarks.md; tests/unit/test_block_budgets.py holds the block to it.
+`python -m benchmarks.block_counts` prints the table of docs/development/benchmarks.md, to which tests/unit/test_block_budgets.py holds it.
 """
 
 import dataclasses
