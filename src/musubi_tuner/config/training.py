@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
+from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_loss_options, check_preservation
 from musubi_tuner.config.memory import MemoryOptions, check_memory_options
@@ -156,11 +156,6 @@ class TrainingConfig:
         sections = (getattr(self, section.name) for section in fields(self))
         return {option.name: getattr(section, option.name) for section in sections for option in fields(section)}
 
-    @property
-    def recipe(self) -> Recipe:
-        """What of the items is given; reads the file of `--conditioning_config`."""
-        return make_recipe(self.conditioning, self.ltx_mode)
-
 
 def check_training_config(config: TrainingConfig) -> None:
     """Rules over several fields, and ranges.
@@ -175,7 +170,6 @@ def check_training_config(config: TrainingConfig) -> None:
     check_preservation(config.preservation, config.ltx_mode)
     if config.network.train_connectors and (config.losses.video_caption_dropout_rate or config.losses.audio_caption_dropout_rate):
         raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
-    make_recipe(config.conditioning, config.ltx_mode)
     optimization, saving = config.optimization, config.saving
     at_least_one = {
         "--network_dim": config.network.network_dim,

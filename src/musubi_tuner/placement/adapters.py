@@ -8,7 +8,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.conditioning import Reference
 from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
 from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
@@ -50,7 +49,9 @@ def read_start(config: TrainingConfig, checkpoint: Checkpoint, transformer: LTXM
     return start
 
 
-def make_network(config: TrainingConfig, transformer: LTXModel, start: NetworkFile | None) -> LoRANetwork:
+def make_network(
+    config: TrainingConfig, transformer: LTXModel, start: NetworkFile | None, *, shows_references: bool = False
+) -> LoRANetwork:
     """The network, not yet started from `start`, which gives its shapes where `--dim_from_weights` says so.
 
     Raises:
@@ -65,7 +66,7 @@ def make_network(config: TrainingConfig, transformer: LTXModel, start: NetworkFi
         seed=config.optimization.seed,
         **({"like": start} if options.dim_from_weights else {}),
     )
-    if network.trains_base_weights and config.recipe.probability("video", Reference):
+    if network.trains_base_weights and shows_references:
         raise UserError(
             "--network_args type=full: the recipe shows references, which only an adapter learns to follow, since samplers switch it on "
             "beside the unchanged model. Choose another type, or a recipe without the rule 'reference'."

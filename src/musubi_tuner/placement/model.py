@@ -55,6 +55,8 @@ class ModelRequest:
     """What a model is loaded for."""
 
     config: TrainingConfig
+    shows_references: bool = False
+    """Whether the recipe shows reference videos, which only an adapter learns to follow."""
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
@@ -197,7 +199,7 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
     total = sum(p.numel() for p in model.parameters())
     if config.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
-    network = make_network(config, model, read_start(config, request.checkpoint, model))
+    network = make_network(config, model, read_start(config, request.checkpoint, model), shows_references=request.shows_references)
     return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -213,7 +215,7 @@ def _trained_whole(request: ModelRequest) -> frozenset[str]:
         return frozenset()
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode])
-    network = make_network(config, model, read_start(config, request.checkpoint, model))
+    network = make_network(config, model, read_start(config, request.checkpoint, model), shows_references=request.shows_references)
     return frozenset(network.names) if network.trains_base_weights else frozenset()
 
 
@@ -283,7 +285,7 @@ def _adapt(request: ModelRequest, transformer: LTXModel) -> tuple[LoRANetwork, C
     """The network on the device, started where a start was given, and the connectors where they are trained."""
     config, device, connectors = request.config, request.device, None
     start = read_start(config, request.checkpoint, transformer)
-    network = make_network(config, transformer, start)
+    network = make_network(config, transformer, start, shows_references=request.shows_references)
     if start is not None:
         network.load(start)
         log.info("starting from %s: %s", start.path, network.describe())
