@@ -1,6 +1,6 @@
 """What one block at real size keeps, computes and moves on each rung, counted on tensors without storage: no GPU, no memory, a few seconds.
 
-`python benchmarks/block_counts.py` prints the table of docs/memory_and_speed.md; tests/unit/test_block_budgets.py holds the block to it.
+`python -m benchmarks.block_counts` prints the table of docs/development/benchmarks.md, to which tests/unit/test_block_budgets.py holds it.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class BlockCounts:
 
 
 def real_config(version: str = "2.3") -> TransformerConfig:
-    """The released sizes (architecture sheet 1.3)."""
+    """The released sizes (docs/explanation/model.md, "configuration")."""
     values: dict[str, Any] = {"av_ca_timestep_scale_multiplier": 1000.0, "frequencies_precision": "float64"}
     if version != "2.0":
         values |= {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True}

@@ -1,4 +1,4 @@
-"""Writes docs/options.md, the table of every flag, from the dataclasses that the parsers are made of.
+"""Writes docs/reference/options.md, the table of every flag, from the dataclasses that the parsers are made of.
 
 python tools/make_options_table.py          writes it
 python tools/make_options_table.py --check  exits with 1 where it is not current
@@ -23,7 +23,7 @@ from musubi_tuner.config.latent_caching import AudioCachingConfig, LatentCaching
 from musubi_tuner.config.text_caching import TextCachingConfig
 from musubi_tuner.config.training import TrainingConfig
 
-OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
 
 HEAD = """\
 # Options
