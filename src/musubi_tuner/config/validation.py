@@ -52,7 +52,12 @@ def _as_path(value: Any) -> Any:
     return value
 
 
-def _multiple_of_32(value: int) -> int:
+def multiple_of_32(value: int) -> int:
+    """The value, where it is one.
+
+    Raises:
+        ValueError: it is none; names the nearest ones.
+    """
     if value < 32 or value % 32:
         low = max(32, value // 32 * 32)
         raise ValueError(f"must be a multiple of 32; the nearest are {low} and {low + 32}")
@@ -82,9 +87,11 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 """What torch takes."""
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1), Wording("a share from 0 to 1")]
-Side = Annotated[int, Field(le=16384), AfterValidator(_multiple_of_32)]
-"""Of a picture, in pixels."""
+Share = Annotated[float, Field(ge=0, le=1), Wording("a share between 0 and 1")]
+FrameRate = Annotated[float, Field(gt=0, le=1000)]
+"""Frames a second."""
+Side = Annotated[int, Field(le=16384), AfterValidator(multiple_of_32)]
+"""Of a picture, in pixels, of which a latent cell takes 32."""
 Frames = Annotated[int, Field(le=100_000), AfterValidator(_8n_plus_1)]
 
 
@@ -128,7 +135,7 @@ def validated(
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """` Did you mean '...'?` with the closest valid key, or nothing where none is close."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
