@@ -31,7 +31,9 @@ HEAD = """\
 Every flag of every program. Written by `tools/make_options_table.py` from the code; do not edit it by hand.
 
 A flag of kind on/off is switched on by its name and off by `--no-` and its name. Each program also takes
-`--config_file FILE`: a TOML with flags by their names without dashes; the command line wins over it.
+`--config_file FILE`, a TOML with flags by their names without dashes (the command line wins over it), `--help` with the
+flags that most people need, `--help_all` and `--version`. Installed, the programs are one command too: `ltxv2 train ...`
+is `ltxv2_train_network.py ...`; `ltxv2 --help` lists them all.
 """
 
 

@@ -29,7 +29,7 @@ def dispatch(argv: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: ltxv2 COMMAND [flags]\n")
         for command, module in COMMANDS.items():
-            print(f"  {command:<20}{importlib.import_module(f'musubi_tuner.{module}').DESCRIPTION}")
+            print(f"  {command:<20}{importlib.import_module(f'musubi_tuner.{module}').DESCRIPTION.partition(': ')[0].rstrip('.')}")
         print("\nltxv2 COMMAND --help shows a command's usual flags, --help_all all of them; ltxv2 --version the version.")
         return 0
     if name == "--version":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROG = "tools/import_precomputed.py"
-DESCRIPTION = "Turn a .precomputed folder of the official trainer into caches and a dataset file, reading tensors and plain values alone."
+DESCRIPTION = "Turn a .precomputed folder of the official trainer into caches and a dataset file: tensors and plain values alone are read."
 _MOST_ROWS = 40
 _PROMPTS_TOGETHER = 8
 

@@ -22,11 +22,6 @@ Config = TypeVar("Config")
 VERSION = f"musubi-tuner-ltxv2 {__version__}"
 
 _WIDTH, _INDENT = 120, 36
-_GENERAL = (
-    ("--config_file FILE", "TOML file with flags by their names without dashes; the command line wins over it"),
-    ("--help_all", "every flag"),
-    ("--version", "the version of this program"),
-)
 
 
 def flag(help_text: str, *, default: Any = dataclasses.MISSING, aliases: tuple[str, ...] = (), common: bool = False) -> Any:
@@ -100,6 +95,12 @@ class Flag:
         return f"{self.name} {value}" + (" ..." if self.is_list else "")
 
 
+_CONFIG_FILE = Flag(
+    section="", group="General", key="config_file", type=Path, is_list=False, choices=(), default=None, aliases=(), common=True,
+    help="TOML with flags by their names without dashes; the command line wins over it",
+)  # fmt: skip
+
+
 def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
     """Read `argv` (and the TOML named by `--config_file`) into `config_class`.
 
@@ -111,13 +112,13 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
     typed = read_words(argv, flags, prog=prog, description=description)
     by_key = {flag.key: flag for flag in flags}
     in_file: dict[str, Any] = {}
-    if "config_file" in typed:
-        file = Path(typed.pop("config_file")[0])
+    if _CONFIG_FILE.key in typed:
+        file = Path(typed.pop(_CONFIG_FILE.key)[0])
         in_file = read_toml(file, named="--config_file")
         for key in in_file:
             if key not in by_key:
                 raise UserError(f"{file}: unknown key '{key}'.{nearest(key, by_key)} Keys are the flags' names without dashes.")
-    values = in_file | {key: _value(by_key[key], words) for key, words in typed.items()}
+    values = in_file | {key: words if isinstance(words, bool) else _value(by_key[key], words) for key, words in typed.items()}
     if missing := [f"{flag.name}: {flag.meaning}" for flag in flags if flag.is_required and flag.key not in values]:
         _refuse(f"missing {'; '.join(missing)}", prog)
 
@@ -156,44 +157,37 @@ def describe(config_class: type) -> tuple[Flag, ...]:
     return tuple(found)
 
 
-def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> dict[str, list[str]]:
-    """The words that follow each flag, by its key; "yes" or "no" for an on/off one. Of a flag given twice the last one counts.
+def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> dict[str, list[str] | bool]:
+    """The words that follow each flag, or whether it is on, by its key. Of a flag given twice the last one counts.
 
     Raises:
         UserError: an unknown flag, or one that has no value or too many.
         SystemExit: after `--help`, `--help_all` or `--version`.
     """
-    takers = {name: flag for flag in flags for name in (flag.name, *flag.aliases)}
-    switches = {f"--no-{name[2:]}": flag for name, flag in takers.items() if flag.type is bool}
+    named = {name: flag for flag in (*flags, _CONFIG_FILE) for name in (flag.name, *flag.aliases)}
+    switched_off = {f"--no-{name[2:]}": flag for name, flag in named.items() if flag.type is bool}
     answers = {"-h": False, "--help": False, "--help_all": True}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str] | bool] = {}
     words, name = list(argv), prog
     while words:
         before, (name, equals, value) = name, words.pop(0).partition("=")
-        if name in answers:
-            print("\n".join(_help(flags, prog, description, everything=answers[name])))
-            raise SystemExit(0)
-        if name == "--version":
-            print(VERSION)
+        if name == "--version" or name in answers:
+            print(VERSION if name == "--version" else "\n".join(_help(flags, prog, description, everything=answers[name])))
             raise SystemExit(0)
         if not name.startswith("--"):
             _refuse(f"'{name}{equals}{value}' after {before} is no flag and no value of one", prog)
-        flag = takers.get(name) or switches.get(name)
-        if flag is None and name != "--config_file":
-            _refuse(f"unknown flag '{name}'.{nearest(name, [*takers, *switches, '--config_file', *answers])}", prog)
-        key = flag.key if flag else "config_file"
-        if flag and flag.type is bool:
-            if equals:
-                _refuse(f"{name}={value}: takes no value; {flag.name} is on, --no-{flag.key} is off", prog)
-            found[key] = ["yes" if name in takers else "no"]
-            continue
-        most = len(words) if flag and flag.is_list else 1
+        flag = named.get(name) or switched_off.get(name)
+        if flag is None:
+            _refuse(f"unknown flag '{name}'.{nearest(name, [*named, *switched_off, *answers])}", prog)
+        if flag.type is bool and equals:
+            _refuse(f"{name}={value}: takes no value; {flag.name} is on, --no-{flag.key} is off", prog)
         values = [value] if equals else []
-        while not equals and len(values) < most and words and not words[0].startswith("--"):
+        most = 0 if equals or flag.type is bool else len(words) if flag.is_list else 1
+        while len(values) < most and words and not words[0].startswith("--"):
             values.append(words.pop(0))
-        if not values and not (flag and flag.is_list):
-            _refuse(f"{name}: needs a value{f' ({flag.help})' if flag else ''}", prog)
-        found[key] = values
+        if not values and flag.type is not bool and not flag.is_list:
+            _refuse(f"{name}: needs a value ({flag.help})", prog)
+        found[flag.key] = name in named if flag.type is bool else values
     return found
 
 
@@ -210,8 +204,6 @@ def _value(flag: Flag, words: Sequence[str]) -> Any:
         except ValueError:
             return word
 
-    if flag.type is bool:
-        return words[0] == "yes"
     return tuple(map(one, words)) if flag.is_list else one(words[0])
 
 
@@ -228,10 +220,11 @@ def _help(flags: Sequence[Flag], prog: str, description: str, *, everything: boo
             names = ", ".join([flag.usage, *(flag.aliases if everything else ())])
             default = "" if flag.is_required or flag.default in (None, ()) else f" [{flag.default_text}]"
             yield from _row(names, flag.meaning + default)
-    yield "\nGeneral"
-    for names, text in _GENERAL:
-        if names != "--help_all" or len(shown) < len(flags):
-            yield from _row(names, f"all {len(flags)} flags" if names == "--help_all" else text)
+    yield f"\n{_CONFIG_FILE.group}"
+    yield from _row(_CONFIG_FILE.usage, _CONFIG_FILE.help)
+    if len(shown) < len(flags):
+        yield from _row("--help_all", f"all {len(flags)} flags")
+    yield from _row("--version", "the version of this program")
 
 
 def _row(names: str, text: str) -> Iterator[str]:

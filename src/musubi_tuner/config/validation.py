@@ -10,7 +10,7 @@ command line's values become an object by `validated`, which words all errors al
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -112,19 +112,20 @@ def between(least: float, most: float | None = None, *, whole: bool = False) -> 
     return Annotated[tuple[number, number], BeforeValidator(pair), rule, AfterValidator(in_order)]
 
 
-def validated(
-    cls: type[Options], values: Mapping[str, Any], *, where: str = "", naming: Callable[[str, Any], str] | None = None
-) -> Options:
+def validated(cls: type[Options], values: Any, *, where: str = "", naming: Callable[[str, Any], str] | None = None) -> Options:
     """`cls(**values)`.
 
     Args:
         cls: made by `options`.
+        values: by the fields' names; what a file holds there.
         where: what a message begins with, such as the file and its section; "" = nothing.
         naming: how a field and its value are written; default: `key = value`.
 
     Raises:
         UserError: one line for each broken rule.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must hold keys and values, not {values!r:.100}.")
     try:
         return cls(**values)
     except ValidationError as error:

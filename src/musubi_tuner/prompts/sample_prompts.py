@@ -243,12 +243,12 @@ def _toml_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
     document = read_toml(path, named="--sample_prompts")
     shared = document.get("prompt")
     entries = shared.get("subset") if isinstance(shared, dict) else None
-    if set(document) != {"prompt"} or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if set(document) != {"prompt"} or not isinstance(entries, list):
         raise UserError(f"{path}: must hold a table [prompt] with defaults and a [[prompt.subset]] for each sample, and nothing else.")
     common = {key: value for key, value in shared.items() if key != "subset"}
     for number, entry in enumerate(entries, start=1):
         where = f"{path}, [[prompt.subset]] number {number}"
-        yield where, validated(_Entry, common | entry, where=where)
+        yield where, validated(_Entry, common | entry if isinstance(entry, dict) else entry, where=where)
 
 
 def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
@@ -258,8 +258,6 @@ def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
         raise UserError(f"{path}: must hold a list of objects, each with a 'prompt'.")
     for number, entry in enumerate(document, start=1):
         where = f"{path}, entry {number}"
-        if not isinstance(entry, str | dict):
-            raise UserError(f"{where}: must be an object or a line of text, not {entry!r}.")
         yield where, _from_line(where, entry) if isinstance(entry, str) else validated(_Entry, entry, where=where)
 
 
