@@ -18,9 +18,8 @@ from musubi_tuner import (
     ltxv2_import_precomputed,
     ltxv2_train_network,
 )
-from musubi_tuner.config.caching import AudioCachingConfig, LatentCachingConfig, TextCachingConfig
+from musubi_tuner.config.caching import AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
 from musubi_tuner.config.flags import Flag, describe
-from musubi_tuner.config.importing import ImportConfig
 from musubi_tuner.config.training import TrainingConfig
 
 OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "options.md"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from musubi_tuner.config.caching import ImportConfig, ImportModelOptions
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.importing import ImportConfig, ImportModelOptions
 from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import run_program

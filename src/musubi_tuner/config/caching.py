@@ -1,4 +1,4 @@
-"""What the three caching programs can be told."""
+"""Options of the programs that write caches: the three caching programs and `tools/import_precomputed.py`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.model import Dtype, Mode, TextTokens, chosen_mode
-from musubi_tuner.config.validation import AnyPath, Count, Wording, options
+from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
 SpatialTile = Annotated[int, Field(ge=256, le=2**16, multiple_of=32), Wording("a multiple of 32, at least 256")]
@@ -22,10 +22,10 @@ class DataOptions:
 
     dataset_config: AnyPath = flag("dataset TOML")
     ltx_mode: Mode | None = flag("what will be trained; default: video", default=None, aliases=("--ltx2_mode",))
-    ltxv2_audio_video: bool = flag("older way to say --ltx_mode av", default=False)
-    skip_existing: bool = flag("keep files that are right; off = make all anew", default=True)
+    ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
+    skip_existing: bool = flag("keep files that are right; off = make all of them again", default=True)
     keep_cache: bool = flag("accepted for older scripts: files that belong to no clip are always left where they are", default=True)
-    dry_run: bool = flag("say what would be done, and encode nothing", default=False)
+    dry_run: bool = flag("report what would be done, and encode nothing", default=False)
 
 
 @options
@@ -83,13 +83,13 @@ class TextDataOptions:
     sample_prompts: AnyPath | None = flag("prompt file whose texts are cached too, so that training needs no encoder", default=None)
     dop_prompt: str | None = flag("prompt of training's --dop_prompt, cached too", default=None)
     ltx_mode: Mode | None = flag("what will be trained; default: video", default=None, aliases=("--ltx2_mode",))
-    ltxv2_audio_video: bool = flag("older way to say --ltx_mode av", default=False)
+    ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     text_cache_stage: Literal["context", "features"] = flag(
         "context: what the transformer reads; features: before the connectors, smaller, to train them", default="context"
     )
-    skip_existing: bool = flag("keep files that are right; off = make all anew", default=True)
+    skip_existing: bool = flag("keep files that are right; off = make all of them again", default=True)
     keep_cache: bool = flag("accepted; files that belong to no caption are always left where they are", default=True)
-    dry_run: bool = flag("say what would be done, and encode nothing", default=False)
+    dry_run: bool = flag("report what would be done, and encode nothing", default=False)
 
 
 @options
@@ -142,6 +142,56 @@ class TextCachingConfig:
                 raise UserError(f"--text_encoder_backend t5 gives one stream of text; --ltx_mode {self.ltx_mode} needs two. Use gemma.")
             if self.data.text_cache_stage == "features":
                 raise UserError("--text_cache_stage features: T5 has no connectors after it; leave it at context.")
+        return self
+
+
+@options
+class ImportDataOptions:
+    """Data."""
+
+    precomputed_directory: AnyPath = flag("the official trainer's .precomputed folder, or the folder it lies in")
+    output_dir: AnyPath = flag("where dataset.toml and the folder cache are written")
+    ltx_mode: Mode = flag("what will be trained", default="video")
+    text_cache_stage: Literal["context", "features"] = flag(
+        "context: run the connectors, for training as usual; features: as they are, for --train_connectors", default="context"
+    )
+    sample_prompts: AnyPath | None = flag("prompt file whose texts are cached too, with the empty one; needs --text_encoder", default=None)
+    source_fps: FrameRate | None = flag("frame rate of clips whose files tell none", default=None)
+
+
+@options
+class ImportModelOptions:
+    """Models.
+
+    Those that the data were made with: they are recorded in the caches, which training compares with its own.
+    """
+
+    ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
+    vae: AnyPath | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
+    audio_vae: AnyPath | None = flag("full checkpoint or audio VAE file; default: --vae", default=None)
+    text_encoder: str | None = flag("encoder folder; needed where training is given one too", default=None)
+
+
+@options
+class ImportWorkOptions:
+    """Work."""
+
+    device: str | None = flag("device that runs the connectors; default: the best there is", default=None)
+
+
+@options
+class ImportConfig:
+    """All sections."""
+
+    data: ImportDataOptions
+    model: ImportModelOptions
+    work: ImportWorkOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImportConfig":
+        prompts = self.data.sample_prompts
+        if prompts is not None and self.model.text_encoder is None:
+            raise UserError(f"--sample_prompts {prompts}: prompts are not in the tree; give --text_encoder, which encodes them.")
         return self
 
 

@@ -30,7 +30,7 @@ class LossOptions:
     timestep_args: Annotated[tuple[str, ...], List] = flag("key=value: shift, std, mean, uniform_prob, eps", default=())
     min_timestep: NoiseLevel = flag("lowest noise level, of 1000", default=0.0)
     max_timestep: NoiseLevel = flag("highest noise level, of 1000", default=1000.0)
-    independent_audio_timestep: bool = flag("draw the sound's noise level apart from the video's", default=True)
+    independent_audio_timestep: bool = flag("draw the sound's noise level separately from the video's", default=True)
     av_timestep_rule: Literal["official", "cross", "own"] = flag("who drives the cross attention between the streams", default="official")
     loss_type: Literal["mse", "mae", "huber"] = flag("error of the predicted velocity", default="mse")
     huber_delta: Positive = flag("where huber turns from squares to lines", default=1.0)

@@ -1,11 +1,12 @@
-"""Which model is trained, on what."""
+"""The model of a run: its files, what of it is trained on what, and how it fits into memory."""
 
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.validation import AnyPath, Wording, options
+from musubi_tuner.config.validation import AnyPath, Positive, Whole, Wording, options
+from musubi_tuner.runtime.errors import UserError
 
 Mode = Literal["video", "av", "audio"]
 TextTokens = Annotated[int, Field(ge=1, le=1024), Wording("a whole number between 1 and 1024, the model's context")]
@@ -39,7 +40,7 @@ class ModeOptions:
     ltx_mode: Mode | None = flag(
         "video alone, video with sound, or sound alone; default: video", default=None, aliases=("--ltx2_mode",), common=True
     )
-    ltxv2_audio_video: bool = flag("older way to say --ltx_mode av", default=False)
+    ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] = flag(
         "how noise levels are written down, which differs between tools: t = 1 + 999 sigma (musubi-tuner's habit; take it if unsure), "
         "t = 1000 sigma, or t = sigma",
@@ -55,3 +56,33 @@ class _ChoosesMode(Protocol):
 def chosen_mode(section: _ChoosesMode) -> Mode:
     """`video`, `av` or `audio`: `--ltx_mode` wins over the older flag."""
     return section.ltx_mode or ("av" if section.ltxv2_audio_video else "video")
+
+
+@options
+class MemoryOptions:
+    """Memory and speed (a plan decides all of it; see docs/memory_and_speed.md)."""
+
+    vram_gb: Positive | None = flag("use no more device memory than this; default: what is free", default=None, common=True)
+    ram_gb: Positive | None = flag("use no more host memory than this; default: what is free", default=None)
+    weight_format: Literal["auto", "bf16", "fp8", "int8", "nf4"] = flag("how the frozen linears of the blocks are stored", default="auto")
+    fp8_base: bool = flag("the same as --weight_format fp8", default=False)
+    fp8_scaled: bool = flag("the same as --weight_format fp8: its codes are always scaled", default=False)
+    blocks_to_swap: Whole | None = flag("blocks whose weights are streamed from host memory; default: as planned", default=None)
+    gradient_checkpointing: bool | None = flag(
+        "recompute whole blocks in the backward pass (activation checkpointing); default: as planned", default=None
+    )
+    compile: bool | None = flag("compile the blocks; default: on a GPU", default=None)
+    attn_mode: Literal["auto", "cudnn", "flash", "efficient", "math"] = flag(
+        "attention kernel; auto measures them on the largest clip", default="auto", aliases=("--attention_backend",)
+    )
+
+    @property
+    def wanted_format(self) -> str:
+        """`auto` or the one format that was asked for."""
+        return "fp8" if self.fp8_base or self.fp8_scaled else self.weight_format
+
+    @model_validator(mode="after")
+    def _check(self) -> "MemoryOptions":
+        if (self.fp8_base or self.fp8_scaled) and self.weight_format not in ("auto", "fp8"):
+            raise UserError(f"--fp8_base and --weight_format {self.weight_format} contradict each other; give one of them.")
+        return self

@@ -1,4 +1,4 @@
-"""What can be said about previews on the command line."""
+"""Options of previews."""
 
 from typing import Annotated, Literal
 

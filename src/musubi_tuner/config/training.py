@@ -1,4 +1,4 @@
-"""Everything that `ltxv2_train_network.py` can be told."""
+"""All options of `ltxv2_train_network.py`."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
-from musubi_tuner.config.memory import MemoryOptions
-from musubi_tuner.config.model import Dtype, ModelOptions, ModeOptions, chosen_mode
+from musubi_tuner.config.model import Dtype, MemoryOptions, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Whole, Wording, options

@@ -159,7 +159,7 @@ def _line(details: ErrorDetails, known: list[str], naming: Callable[[str, Any], 
 
 
 def _rule(details: ErrorDetails) -> str:
-    """What is wrong, in words: of our own validators as they say it, of pydantic's by their kind."""
+    """What is wrong, in words: of our own validators in their own words, of pydantic's by their kind."""
     kind, context = details["type"], details.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])

@@ -19,7 +19,7 @@ from musubi_tuner.runtime.files import read_json, read_text, read_toml
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptDefaults:
-    """What a prompt has that does not say otherwise."""
+    """What a prompt has where it names nothing else."""
 
     width: int = 768
     height: int = 512
@@ -201,9 +201,9 @@ class _Entry:
             raise UserError("--l and --g both are the CFG scale; give one of them.")
         for flag, value in (("--vt", self.generate_seconds), ("--box", self.inpaint_box), ("--crop", self.outpaint_crop)):
             if value is not None and self.input_video_path is None:
-                raise UserError(f"{flag} says what of a clip is generated; give the clip by --iv.")
+                raise UserError(f"{flag} chooses what of a clip is generated; give the clip by --iv.")
         if self.generate_sound_seconds is not None and self.input_audio_path is None:
-            raise UserError("--at says which seconds of a sound are generated; give the sound by --a.")
+            raise UserError("--at chooses which seconds of a sound are generated; give the sound by --a.")
         if self.inpaint_box is not None and self.outpaint_crop is not None:
             raise UserError("--box (what is generated) and --crop (what is kept) exclude each other.")
         return self
