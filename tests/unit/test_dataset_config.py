@@ -102,6 +102,7 @@ def test_there_are_examples() -> None:
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\ntarget_fps = nan', ["target_fps = nan", "finite"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nflip_x = "no"', ["flip_x = 'no'", "force"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nresolution = 512', ["resolution = 512", "[width, height]"]),
+        ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nresolution = [32, 320000]', ["height 320000", "at most 16384"]),
         ('[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [25]\nkind = "video"', ["unknown key 'kind'"]),
         ('[[datasets]]\naudio_directory = "clips"\nflip_x = true', ["flip_x is for videos and images"]),
     ],

@@ -23,6 +23,7 @@ from musubi_tuner.runtime.errors import UserError
 
 Options = TypeVar("Options")
 
+_LONGEST_SIDE = 16384
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -58,6 +59,8 @@ def multiple_of_32(value: int) -> int:
     Raises:
         ValueError: it is none; names the nearest ones.
     """
+    if value > _LONGEST_SIDE:
+        raise ValueError(f"must be at most {_LONGEST_SIDE}")
     if value < 32 or value % 32:
         low = max(32, value // 32 * 32)
         raise ValueError(f"must be a multiple of 32; the nearest are {low} and {low + 32}")
@@ -90,7 +93,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1), Wording("a share between 0 and 1")]
 FrameRate = Annotated[float, Field(gt=0, le=1000)]
 """Frames a second."""
-Side = Annotated[int, Field(le=16384), AfterValidator(multiple_of_32)]
+Side = Annotated[int, AfterValidator(multiple_of_32)]
 """Of a picture, in pixels, of which a latent cell takes 32."""
 Frames = Annotated[int, Field(le=100_000), AfterValidator(_8n_plus_1)]
 
