@@ -96,7 +96,7 @@ def test_config_file_mistakes_are_named(tmp_path, text, message):
         (["--kind=x"], "--kind x: must be one of a, b."),
         (["--count"], "--count: needs a value (how many).\np --help shows the usual flags, --help_all all of them."),
         (["--on=true"], "--on=true: takes no value; --on is on, --no-on is off.\np --help shows the usual flags, --help_all all of them."),
-        (["--on", "true"], "'true' after --on is no flag and no value of one.\np --help shows the usual flags, --help_all all of them."),
+        (["--on", "true"], "unexpected 'true' after --on.\np --help shows the usual flags, --help_all all of them."),
         (["--coun", "5"], "unknown flag '--coun'. Did you mean '--count'?\np --help shows the usual flags, --help_all all of them."),
         (["--config_file", "nowhere"], "--config_file nowhere: no such file."),
     ],
