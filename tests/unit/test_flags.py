@@ -93,6 +93,7 @@ def test_config_file_mistakes_are_named(tmp_path, text, message):
         (["--count", "-1"], "--count -1: must be at least 1."),
         (["--rate", "nan"], "--rate nan: must be a finite number."),
         (["--rate", "inf"], "--rate inf: must be a finite number."),
+        (["--file", ""], "--file '': must be a path."),
         (["--kind=x"], "--kind x: must be one of a, b."),
         (["--count"], "--count: needs a value (how many).\np --help shows the usual flags, --help_all all of them."),
         (["--on=true"], "--on=true: takes no value; --on is on, --no-on is off.\np --help shows the usual flags, --help_all all of them."),

@@ -124,7 +124,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
-        return f"--{key} {' '.join(typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
+        return f"--{key} {' '.join(word or repr(word) for word in typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
 
     sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}
     for flag in flags:
