@@ -10,7 +10,8 @@ import torch
 
 from musubi_tuner.cache.keys import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
-from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.merge import merge_sources
