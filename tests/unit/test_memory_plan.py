@@ -42,7 +42,7 @@ def rates(bf16: float = 148, low: float = 279, forward: float = 145, backward: f
 
 
 def test_counts_are_those_of_the_real_block():
-    """TFLOP of one block at 6144 video, 126 audio and 1024 text tokens, as counted by a dispatch mode (docs/memory_and_speed.md)."""
+    """TFLOP of one block at 6144 video, 126 audio and 1024 text tokens, as counted by a dispatch mode (docs/development/benchmarks.md)."""
     assert linear_operations(LARGE, work()) / 1e12 == pytest.approx(3.439 - 0.031, rel=0.01)
     assert gradient_operations(LARGE, work()) / 1e12 == pytest.approx(3.384 - 0.062, rel=0.01)
     assert attention_operations(LARGE, work()) / 1e12 == pytest.approx(0.735, rel=0.002)

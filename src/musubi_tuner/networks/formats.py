@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.networks.base import Tensors
-from musubi_tuner.networks.dora import MAGNITUDE
+from musubi_tuner.networks.lora import MAGNITUDE
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "diffusion_model."

@@ -14,6 +14,7 @@ from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Velocity
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks.arguments import network_arguments
+from musubi_tuner.networks.base import FrozenLinear
 from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import choose_targets, linear_names
@@ -124,7 +125,9 @@ def create_network(
             spec = replace(layer_class.spec_of(like.adapters[name].tensors), dropout=arguments.dropout)
         owner_name, _, leaf = name.rpartition(".")
         owner = transformer.get_submodule(owner_name)
-        layer = layer_class(owner.get_submodule(leaf), spec, generator_for(seed, "lora", name))
+        target = owner.get_submodule(leaf)
+        assert isinstance(target, FrozenLinear), "targets are linears"
+        layer = layer_class(target, spec, generator_for(seed, "lora", name))
         owner.add_module(leaf, layer)
         layers[name] = layer
     return LoRANetwork(layers, arguments, kind)

@@ -9,12 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from musubi_tuner.networks.base import Tensors
-from musubi_tuner.networks.dora import MAGNITUDE
 from musubi_tuner.networks.formats import DORA_SCALE, PREFIX
-from musubi_tuner.networks.full import DIFF
-from musubi_tuner.networks.loha import LEAVES as LOHA
-from musubi_tuner.networks.lokr import W1, W2, W2_DOWN, W2_UP
-from musubi_tuner.networks.lora import DOWN, UP
+from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
+from musubi_tuner.networks.lycoris import LOHA, W1, W2, W2_DOWN, W2_UP
+from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 
 _ALPHA = "alpha"

@@ -23,7 +23,7 @@ from musubi_tuner.memory.compiling import said_by_compiler
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.sharing import can_share, processes_here
 from musubi_tuner.memory.streaming import BlockStreamer
-from musubi_tuner.networks.grouped import group_projections
+from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.adapters import adapted_connectors, make_network, read_start, with_base_networks
 from musubi_tuner.placement.planning import (
