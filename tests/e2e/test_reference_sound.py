@@ -14,13 +14,12 @@ from musubi_tuner.config import conditioning as rules
 from musubi_tuner.config.conditioning import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
+from musubi_tuner.dataset.items import Item, list_items, token_counts
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.generation.denoise import Sample, generate
 from musubi_tuner.generation.encode import Encoders, encode_given
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.placement.planning import token_counts
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_sounds

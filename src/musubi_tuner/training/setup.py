@@ -10,18 +10,20 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from musubi_tuner.config.conditioning import Reference
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.training import TrainingConfig, parse_pairs
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
-from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.items import Item, largest_item, token_counts
 from musubi_tuner.dataset.sampler import BatchPlan, Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.placement.model import LoadedModel, ModelRequest, load_model
-from musubi_tuner.placement.planning import largest_item
+from musubi_tuner.placement.load import LoadedModel, ModelRequest
+from musubi_tuner.placement.planning import BatchTokens, state_bytes
+from musubi_tuner.placement.prove import load_model
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
@@ -226,13 +228,26 @@ def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
             torch.cuda.synchronize(inputs.device)
         return time.perf_counter() - started
 
+    largest = largest_item(inputs.items, config.ltx_mode)
+    video_tokens, audio_tokens = token_counts(largest, config.ltx_mode)
     request = ModelRequest(
-        config=config,
         checkpoint=inputs.checkpoint,
+        mode=config.ltx_mode,
+        timestep_format=config.mode.ltxv2_timestep_format,
+        timestep_rule=config.losses.av_timestep_rule,
         device=inputs.device,
         dtype=inputs.dtype,
-        items=inputs.items,
-        text_tokens=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
+        network=config.network,
+        seed=config.optimization.seed,
+        with_references=config.recipe.probability("video", Reference) > 0,
+        memory=config.memory,
+        tokens=BatchTokens(
+            video=video_tokens,
+            audio=audio_tokens,
+            text=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
+            clips=largest.spec.batch_size,
+        ),
+        state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
         processes=inputs.processes,
     )
     return load_model(request, trial)
