@@ -108,9 +108,25 @@ def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     if config.preview.wanted and config.preview.sample_prompts is None:
         log.warning("WARNING: no previews: %s is given without --sample_prompts FILE", config.preview.wanted)
     if config.preview.sample_prompts is not None and group.is_main:
+        from musubi_tuner.generation.contexts import TextSource
+        from musubi_tuner.generation.prepare import ModelFiles
         from musubi_tuner.preview.previewer import make_previewer
 
-        preview = make_previewer(config, checkpoint, datasets, _prompt_encoder(config, checkpoint), wanted_text=wanted.text)
+        preview = make_previewer(
+            config.preview,
+            ModelFiles.beside(checkpoint, config.model.vae, config.model.audio_vae),
+            TextSource(
+                cache_directory=datasets.datasets[0].cache_directory,
+                expected=wanted.text,
+                encode=_prompt_encoder(config, checkpoint),
+            ),
+            mode=mode,
+            device=pick_device(config.model.device),
+            output_dir=config.saving.output_dir,
+            output_name=config.saving.output_name,
+            training_sigma=sigma_settings(config.losses),
+            reference_factors=datasets.reference_factors,
+        )
     device = accelerator.device if config.model.device is None else pick_device(config.model.device)
     return Inputs(
         config=config,

@@ -122,7 +122,7 @@ def _sigmas(options: PreviewOptions, steps: int) -> Tensor:
 
 
 def _scales(options: PreviewOptions, defaults: GuidanceScales, of_prompt: float | None, of_options: float | None) -> GuidanceScales:
-    """None is "not said"; 0 is a value."""
+    """None is "not set"; 0 is a value."""
     cfg = of_options if of_prompt is None else of_prompt
     given = {"cfg": cfg, "stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
     return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})

@@ -1,11 +1,11 @@
 """From a checkpoint to a model that runs: each weight where and as its placement says, adapters on it, an engine around its blocks."""
 
-import dataclasses
 import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -89,19 +89,22 @@ def load_for_generation(
     timestep_format: str,
     device: torch.device,
     dtype: torch.dtype,
-    memory: MemoryOptions | None = None,
+    weight_format: Literal["bf16", "fp8", "int8", "nf4"] = "bf16",
+    blocks_to_swap: int = 0,
     loras: Sequence[tuple[Path, float]] = (),
 ) -> OfficialLTXV2Wrapper:
-    """A model to sample with: held as `memory` says (weight format, streamed blocks), without a trained network, a plan or a trial.
+    """A model to sample with, without a trained network, a plan or a trial.
 
     Args:
+        weight_format: of the blocks' linears; bf16 leaves all weights in `dtype`.
+        blocks_to_swap: blocks whose weights are streamed from host memory.
         loras: LoRA files that are merged into the weights, each with its strength.
 
     Raises:
         UserError: a checkpoint or a LoRA file that does not fit.
     """
-    blocks = read_config(checkpoint).num_layers
-    placement = place_by_hand(memory or MemoryOptions(compile=False), blocks, device)
+    memory = MemoryOptions(weight_format=weight_format, blocks_to_swap=blocks_to_swap, compile=False, gradient_checkpointing=False)
+    placement = place_by_hand(memory, read_config(checkpoint).num_layers, device)
     weights = load_weights(
         checkpoint,
         placement,
@@ -110,7 +113,7 @@ def load_for_generation(
         dtype=dtype,
         before=lambda place: with_base_networks(loras, checkpoint, mode, place),
     )
-    _run_blocks(weights, dataclasses.replace(placement, levels=(None,) * blocks, compiled=False), device, max_rank=0)
+    _run_blocks(weights, placement, device, max_rank=0)
     return OfficialLTXV2Wrapper(weights.transformer, timestep_format).eval()
 
 
