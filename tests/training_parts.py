@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
+from musubi_tuner.config.conditioning import Reference
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -92,6 +93,7 @@ def load(config: TrainingConfig, data: Data) -> tuple[OfficialLTXV2Wrapper, LoRA
             dtype=torch.float32,
             network=config.network,
             seed=config.optimization.seed,
+            with_references=config.recipe.probability("video", Reference) > 0,
             memory=config.memory,
             tokens=BatchTokens(video=0, audio=0, text=0, clips=1),
             processes=group,

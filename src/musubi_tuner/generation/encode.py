@@ -12,8 +12,7 @@ from torch import Tensor
 from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, Reference, StreamConditions
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.prompts.files import Span
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt, Span
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
 
@@ -78,8 +77,8 @@ def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoder
     video, clean_video = _video(prompt, encoders) if "video" in streams else (None, None)
     audio, clean_audio = _audio(prompt, encoders) if "audio" in streams else (None, None)
     reference, reference_audio = _reference(prompt, encoders), None
-    if prompt.given.reference_sound is not None:
-        reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.given.reference_sound)))
+    if prompt.inputs.reference_audio is not None:
+        reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.inputs.reference_audio)))
     if all(one is None for one in (video, audio, reference, reference_audio)):
         return TEXT_ALONE
     clean = [tokens for tokens in (clean_video, clean_audio) if tokens is not None]
@@ -108,9 +107,9 @@ def audio_steps(prompt: PreviewPrompt) -> int:
 
 
 def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
-    files = prompt.given
-    pictures = {"--i": files.image, "--ei": files.end_image, "--k": files.keyframes, "--iv": files.video, "--v": files.reference}
-    sounds = {"--a": files.sound, "--ra": files.reference_sound}
+    inputs = prompt.inputs
+    pictures = {"--i": inputs.image, "--ei": inputs.end_image, "--k": inputs.keyframes, "--iv": inputs.video, "--v": inputs.reference}
+    sounds = {"--a": inputs.audio, "--ra": inputs.reference_audio}
     for stream, flags in (("video", pictures), ("audio", sounds)):
         named = [flag for flag, value in flags.items() if value]
         if named and stream not in streams:
@@ -120,17 +119,17 @@ def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
 
 def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tensor | None, Tensor | None]:
     """Latents with the conditioning in its place, and which (F, h, w) cells are conditioning."""
-    files, cells = prompt.given, video_cells(prompt)
-    pictures = dict(files.keyframes)
-    if files.image is not None:
-        pictures[0] = files.image
-    if files.end_image is not None:
-        pictures[prompt.frames - 1] = files.end_image
-    if files.video is None and not pictures:
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    pictures = dict(inputs.keyframes)
+    if inputs.image is not None:
+        pictures[0] = inputs.image
+    if inputs.end_image is not None:
+        pictures[prompt.frames - 1] = inputs.end_image
+    if inputs.video is None and not pictures:
         return None, None
     latents = torch.zeros(1, geometry.LATENT_CHANNELS, *cells)
     clean = _kept_video(prompt)
-    if files.video is not None:
+    if inputs.video is not None:
         _lay_clip(prompt, latents, clean, encoders)
     for frame, path in pictures.items():
         cell = -(-frame // geometry.TEMPORAL_SCALE)  # latent frame 0 holds the first frame alone, each other one eight
@@ -141,15 +140,15 @@ def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
 
 def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: ConditioningEncoders) -> None:
     """The input clip into `latents`, as far as any of it is kept; a crop is filled by the whole picture."""
-    files = prompt.given
+    inputs = prompt.inputs
     frames_kept = kept.flatten(1).any(1).nonzero()
     if not len(frames_kept):
-        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {files.video} to start from.")
+        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {inputs.video} to start from.")
     needed = int(frames_kept[-1]) + 1
-    place = files.crop
+    place = inputs.crop
     width, height = (place.width, place.height) if place is not None else (prompt.width, prompt.height)
     top, left = (place.top, place.left) if place is not None else (0, 0)
-    frames = _read_clip(prompt.where, "--iv", files.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
+    frames = _read_clip(prompt.where, "--iv", inputs.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
     rows, columns = (
         slice(start // geometry.SPATIAL_SCALE, (start + size) // geometry.SPATIAL_SCALE) for start, size in ((top, height), (left, width))
     )
@@ -185,19 +184,19 @@ def _read_clip(where: str, flag: str, path: Path, frames: int, fps: float, size:
 
 def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tensor | None, Tensor | None]:
     """Latents with the conditioning in its place, and which (T,) steps are conditioning."""
-    files, steps = prompt.given, audio_steps(prompt)
-    if files.sound is None:
+    inputs, steps = prompt.inputs, audio_steps(prompt)
+    if inputs.audio is None:
         return None, None
     bounds = geometry.audio_positions(steps, 1)[0, 0]
-    kept = torch.ones(steps, dtype=torch.bool) if files.sound_span is None else ~_within(bounds, files.sound_span)
+    kept = torch.ones(steps, dtype=torch.bool) if inputs.audio_span is None else ~_within(bounds, inputs.audio_span)
     if not bool(kept.any()):
-        raise UserError(f"{prompt.where}: --at leaves nothing of --a {files.sound} to start from.")
+        raise UserError(f"{prompt.where}: --at leaves nothing of --a {inputs.audio} to start from.")
     end = float(bounds[int(kept.nonzero()[-1]), 1])
-    samples = _read_audio(prompt, files.sound)
+    samples = _read_audio(prompt, inputs.audio)
     there = samples.shape[1] / geometry.AUDIO_SAMPLE_RATE
     if there + 1 / prompt.fps < min(end, prompt.seconds):
         raise UserError(
-            f"{prompt.where}: --a {files.sound}: has {there:.2f} s, {end:.2f} s are needed. "
+            f"{prompt.where}: --a {inputs.audio}: has {there:.2f} s, {end:.2f} s are needed. "
             "Give a longer sound, a smaller --f, or generate what is lacking (--at)."
         )
     # Cut or padded with silence to the sample's seconds, as caching does it, and to what `steps` latents need at least.
@@ -220,7 +219,7 @@ def _read_audio(prompt: PreviewPrompt, path: Path) -> Tensor:
 
 
 def _reference(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Reference | None:
-    path, (factor, temporal) = prompt.given.reference, encoders.reference_factors
+    path, (factor, temporal) = prompt.inputs.reference, encoders.reference_factors
     if path is None:
         return None
     width, height = prompt.width // factor, prompt.height // factor
@@ -246,18 +245,18 @@ def _reference(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Referen
 
 def _kept_video(prompt: PreviewPrompt) -> Tensor:
     """(F, h, w) bool: cells of the input clip that are kept. What is generated lies in the span and in the box (around the crop)."""
-    files, cells = prompt.given, video_cells(prompt)
-    if files.video is None:
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    if inputs.video is None:
         return torch.zeros(cells, dtype=torch.bool)
-    if files.video_span is None and files.box is None and files.crop is None:
+    if inputs.video_span is None and inputs.box is None and inputs.crop is None:
         return torch.ones(cells, dtype=torch.bool)
     generated = torch.ones(cells, dtype=torch.bool)
-    if (area := files.box or files.crop) is not None:
+    if (area := inputs.box or inputs.crop) is not None:
         inside = torch.zeros(cells, dtype=torch.bool)
         top, left, rows, columns = (value // geometry.SPATIAL_SCALE for value in (area.top, area.left, area.height, area.width))
         inside[:, top : top + rows, left : left + columns] = True
-        generated = inside if files.box is not None else ~inside
-    return ~(_within(geometry.frame_bounds(cells[0]) / prompt.fps, files.video_span)[:, None, None] & generated)
+        generated = inside if inputs.box is not None else ~inside
+    return ~(_within(geometry.frame_bounds(cells[0]) / prompt.fps, inputs.video_span)[:, None, None] & generated)
 
 
 def _within(bounds: Tensor, span: Span | None) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner.config.preview import PreviewOptions, check_preview_options
+from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.generation.contexts import TextSource, load_contexts
 from musubi_tuner.generation.decode import try_decoders
 from musubi_tuner.generation.denoise import SampleInputs
@@ -60,7 +60,6 @@ def prepare_samples(
     Raises:
         UserError: a prompt, a size, a text that is not cached, a VAE that is not there, a file that does not fit.
     """
-    check_preview_options(options)
     assert options.sample_prompts is not None
     defaults = PromptDefaults(
         width=options.sample_width,

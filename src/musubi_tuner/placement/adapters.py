@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, NetworkOptions, parse_pairs
+from musubi_tuner.config.network import NETWORK_MODULE, NETWORK_MODULE_ALIASES, NetworkOptions, parse_pairs
 from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, transformer_names

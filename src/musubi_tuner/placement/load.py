@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
-from musubi_tuner.config.training import NetworkOptions
+from musubi_tuner.config.model import MemoryOptions
+from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.card import GIB, free_memory, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.compiling import obstacle_to_compiling
