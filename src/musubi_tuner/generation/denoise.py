@@ -1,6 +1,5 @@
 """From noise to latents: the same noise levels, positions and model inputs as in training, by the same functions."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from musubi_tuner.flow.guidance import guide
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step
 from musubi_tuner.generation.contexts import TextContext
-from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, video_cells
+from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
 from musubi_tuner.generation.sampling import SamplingPlan
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
@@ -146,12 +145,8 @@ def _make_streams(sample: SampleInputs, device: torch.device) -> dict[str, Token
 
 
 def _initial(prompt: PreviewPrompt, stream: TokenStream, name: str) -> Tensor:
-    """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; conditioning tokens clean.
-
-    N are the tokens of the sample itself; those that the stream has behind them are a reference's.
-    """
-    tokens = audio_steps(prompt) if name == "audio" else math.prod(video_cells(prompt))
-    noise = torch.randn((1, tokens, stream.clean.shape[2]), generator=generator_for(prompt.seed, "preview", name))
+    """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; conditioning tokens clean."""
+    noise = torch.randn((1, token_count(prompt, name), stream.clean.shape[2]), generator=generator_for(prompt.seed, "preview", name))
     return _lay_clean(stream, noise.to(stream.clean.device))
 
 

@@ -3,6 +3,7 @@
 The result is what a training batch carries too: latents with the conditioning in its place, and which tokens of them are clean.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,13 @@ def video_cells(prompt: PreviewPrompt) -> tuple[int, int, int]:
 
 
 def audio_steps(prompt: PreviewPrompt) -> int:
+    """T, latents of 1/25 s."""
     return geometry.audio_latent_steps(prompt.frames, prompt.fps)
+
+
+def token_count(prompt: PreviewPrompt, stream: str) -> int:
+    """Tokens of the sample itself; a reference's come behind them."""
+    return audio_steps(prompt) if stream == "audio" else math.prod(video_cells(prompt))
 
 
 def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:

@@ -119,9 +119,9 @@ def _in_all(group: Processes, run: Callable[[], Result]) -> Result:
         if compiler is None and not out_of_memory:
             raise
         failed = True
-    failures = [said for one_failed, said in group.gather((failed, compiler)) if one_failed]
+    failures = [message for one_failed, message in group.gather((failed, compiler)) if one_failed]
     if failures:
-        raise PlanFailed(next((said for said in failures if said is not None), None))
+        raise PlanFailed(next((message for message in failures if message is not None), None))
     return result
 
 
