@@ -18,10 +18,9 @@ from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clip, write_clips, write_stills
-from musubi_tuner.training.averaging import WeightAverage
-from musubi_tuner.training.loss import total_loss
-from musubi_tuner.training.preservation import BaseModel, PromptPreservation
-from musubi_tuner.training.step import StepInputs, drawn_levels, item_losses
+from musubi_tuner.training.objective import total_loss
+from musubi_tuner.training.optimizer import WeightAverage
+from musubi_tuner.training.preservation import PromptPreservation, Teacher
 from tests import training_parts as parts
 from tests.e2e.test_processes import launch
 from tests.model_parts import predict_latents
@@ -94,9 +93,9 @@ def models(data):
 
 
 def losses_of(wrapper, network, batch):
-    base = BaseModel(wrapper, network)
-    batch = base.with_imagined_sound(batch)
-    losses = item_losses(wrapper, batch, drawn_levels(batch), base=base)
+    teacher = Teacher(wrapper, network)
+    batch = teacher.imagine_audio(batch)
+    losses = parts.item_losses(wrapper, batch, teacher=teacher)
     return batch, losses
 
 
@@ -160,11 +159,10 @@ def test_a_prompt_is_held_to_the_base_model(data, models):
     _, losses = losses_of(wrapper, network, held)
     assert not losses.video.any() and not losses.audio.any()
     assert total_loss(losses, held.video_weight, held.audio_weight) > 0
-    levels = StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma)
     outputs = []
     for model in (wrapper, plain):  # the same inputs, by hand
         captured = []
-        item_losses(model, dataclasses.replace(batch, text=held.text), levels, lambda p, t, seen=captured: seen.append(p) or p)
+        parts.item_losses(model, dataclasses.replace(batch, text=held.text), error=lambda p, t, seen=captured: seen.append(p) or p)
         outputs.append(captured)
     expected = sum((ours - theirs).pow(2).mean() for ours, theirs in zip(*outputs, strict=True))
     torch.testing.assert_close(losses.preserved[0], expected, atol=1e-7, rtol=1e-4)
@@ -231,7 +229,7 @@ def sound_drift(data, lora: dict[str, torch.Tensor]) -> float:
         for context in (network.disabled(), network.dropout(())):
             with context, torch.no_grad():
                 batch = batch_of([item], rules)
-                item_losses(wrapper, batch, drawn_levels(batch), lambda p, t, seen=given: seen.append(p) or p)
+                parts.item_losses(wrapper, batch, error=lambda p, t, seen=given: seen.append(p) or p)
         total += float((given[1] - given[3]).pow(2).mean())
     return total
 

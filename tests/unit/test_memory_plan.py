@@ -124,15 +124,16 @@ def test_waiting_for_weights_is_counted():
 
 
 def test_the_banner_says_what_is_recomputed_and_what_waits():
-    def rows(batch: Workload, **options: object) -> list[tuple[str, str]]:
-        machine = Machine(device=torch.device("cpu"), device_bytes=22 * GB, host_bytes=110 * GB, rates=rates(), low_rates={})
+    def rows(batch: Workload, device_gb: int, **options: object) -> list[tuple[str, str]]:
+        machine = Machine(device=torch.device("cpu"), device_bytes=device_gb * GB, host_bytes=110 * GB, rates=rates(), low_rates={})
         placed = place_by_plan(MemoryOptions(compile=True, weight_format="bf16", **options), machine, LARGE, batch, full_format="bf16")
         return describe_placement(placed, torch.bfloat16)
 
-    short, long = rows(work(64, 2)), rows(work(30_000, 2), gradient_checkpointing=True)
-    assert ("recomputation", "none (48 blocks)") in short and ("recomputation", "everything (48 blocks)") in long
-    assert any("of it waits for streamed weights, which a larger batch_size would hide" in text for _, text in short)
-    assert not any("waits" in text for _, text in long)
+    roomy, long, stalled = rows(work(), 139), rows(work(30_000, 2), 22), rows(work(64, 2), 139, blocks_to_swap=48)
+    assert ("recomputation", "none (48 blocks)") in roomy
+    assert ("recomputation", "everything (48 blocks), block inputs on the host") in long
+    assert any("of it waits for streamed weights, which a larger batch_size would hide" in text for _, text in stalled)
+    assert not any("waits" in text for _, text in (*roomy, *long))
 
 
 def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen():

@@ -4,9 +4,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
+from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
 from musubi_tuner.config.model import Dtype, MemoryOptions, ModelOptions, ModeOptions, chosen_mode
@@ -15,11 +15,9 @@ from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Whole, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
-
-def _file_name(value: str) -> str:
-    if not value or any(sign in value for sign in '/\\:*?"<>|\0'):
-        raise ValueError('must be a file name without / \\ : * ? " < > |; the folder is --output_dir')
-    return value
+FileName = Annotated[
+    str, Field(pattern=r'^[^/\\:*?"<>|\x00]+$'), Wording('a file name without / \\ : * ? " < > |; the folder is --output_dir')
+]
 
 
 @options
@@ -61,7 +59,7 @@ class SavingOptions:
     """Saving and resuming."""
 
     output_dir: AnyPath = flag("folder of everything the run leaves", default=Path("output"), common=True)
-    output_name: Annotated[str, AfterValidator(_file_name)] = flag("name of the LoRA file", default="ltxv2_lora", common=True)
+    output_name: FileName = flag("name of the LoRA file", default="ltxv2_lora", common=True)
     save_every_n_steps: Count | None = flag("save the LoRA every N steps", default=None, common=True)
     save_every_n_epochs: Count | None = flag("save the LoRA every N epochs", default=None)
     save_last_n: Count | None = flag("how many LoRAs of steps, and how many of epochs, are kept; default: all", default=None)
@@ -111,25 +109,9 @@ class TrainingConfig:
         sections = (getattr(self, section.name) for section in fields(self))
         return {option.name: getattr(section, option.name) for section in sections for option in fields(section)}
 
-    @property
-    def recipe(self) -> Recipe:
-        """What of the items is given; reads the file of `--conditioning_config`."""
-        return make_recipe(self.conditioning, self.ltx_mode)
-
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
         check_losses(self.losses, self.sound, self.preservation, self.ltx_mode)
         if self.network.train_connectors and (self.losses.video_caption_dropout_rate or self.losses.audio_caption_dropout_rate):
             raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
         return self
-
-
-def check_training_config(config: TrainingConfig) -> None:
-    """What cannot be known from one value after another: files, and flags that the program itself fills in later.
-
-    Raises:
-        UserError: the first rule that is broken.
-    """
-    make_recipe(config.conditioning, config.ltx_mode)
-    if config.saving.autoresume and config.saving.resume is not None:
-        raise UserError(f"--autoresume with --resume {config.saving.resume}: the first one chooses the state by itself; give one of them.")

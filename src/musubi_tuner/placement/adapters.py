@@ -64,12 +64,12 @@ def read_start(options: NetworkOptions, checkpoint: Checkpoint, transformer: LTX
 
 
 def make_network(
-    options: NetworkOptions, transformer: LTXModel, start: NetworkFile | None, *, seed: int, with_references: bool = False
+    options: NetworkOptions, transformer: LTXModel, start: NetworkFile | None, *, seed: int, shows_references: bool = False
 ) -> LoRANetwork:
     """The network, not yet started from `start`, which gives its shapes where `--dim_from_weights` is set.
 
     Args:
-        with_references: training shows references (IC-LoRA).
+        shows_references: training shows references (IC-LoRA).
 
     Raises:
         UserError: full weights trained on references.
@@ -82,7 +82,7 @@ def make_network(
         seed=seed,
         **({"like": start} if options.dim_from_weights else {}),
     )
-    if network.trains_base_weights and with_references:
+    if network.trains_base_weights and shows_references:
         raise UserError(
             "--network_args type=full: the recipe shows references, which only an adapter learns to follow, since samplers switch it on "
             "beside the unchanged model. Choose another type, or a recipe without the rule 'reference'."

@@ -50,7 +50,7 @@ class ModelRequest:
     network: NetworkOptions
     seed: int
     """Of the network's first weights."""
-    with_references: bool = False
+    shows_references: bool = False
     """Training shows references (IC-LoRA)."""
     memory: MemoryOptions
     tokens: BatchTokens
@@ -178,7 +178,7 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
     """Network, connectors and engine around the frozen model."""
     options, device, transformer = request.network, request.device, weights.transformer
     start = read_start(options, request.checkpoint, transformer)
-    network = make_network(options, transformer, start, seed=request.seed, with_references=request.with_references)
+    network = make_network(options, transformer, start, seed=request.seed, shows_references=request.shows_references)
     if start is not None:
         network.load(start)
         log.info("starting from %s: %s", start.path, network.describe())
@@ -207,7 +207,7 @@ def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANet
 
     def adapt() -> LoRANetwork:
         start = read_start(request.network, request.checkpoint, model)
-        return make_network(request.network, model, start, seed=request.seed, with_references=request.with_references)
+        return make_network(request.network, model, start, seed=request.seed, shows_references=request.shows_references)
 
     return model, adapt
 
