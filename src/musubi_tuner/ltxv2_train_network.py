@@ -124,12 +124,30 @@ def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) 
 
 def _previewer(inputs: RunInputs) -> Preview | None:
     """The previews of a run, tried as far as they can be; None where none are asked for."""
-    if inputs.config.preview.sample_prompts is None:
+    config, datasets = inputs.config, inputs.datasets
+    if config.preview.sample_prompts is None:
         return None
+    from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.generation.prepare import ModelFiles
     from musubi_tuner.preview.previewer import make_previewer
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.training.setup import sigma_settings
 
-    encode = prompt_encoder(inputs.config, inputs.checkpoint)
-    return make_previewer(inputs.config, inputs.checkpoint, inputs.datasets, encode, wanted_text=inputs.wanted.text)
+    return make_previewer(
+        config.preview,
+        ModelFiles.beside(inputs.checkpoint, config.model.vae, config.model.audio_vae),
+        TextSource(
+            cache_directory=datasets.datasets[0].cache_directory,
+            expected=inputs.wanted.text,
+            encode=prompt_encoder(config, inputs.checkpoint),
+        ),
+        mode=config.ltx_mode,
+        device=pick_device(config.model.device),
+        output_dir=config.saving.output_dir,
+        output_name=config.saving.output_name,
+        training_sigma=sigma_settings(config.losses),
+        reference_factors=datasets.reference_factors,
+    )
 
 
 def prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> EncodePrompts | None:
