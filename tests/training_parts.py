@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
+from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
 from musubi_tuner.config.conditioning import Reference, make_recipe
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
@@ -22,7 +22,7 @@ from musubi_tuner.training.objective import ErrorFunction, FlowMatching, ItemLos
 from musubi_tuner.training.preflight import RunInputs, check_inputs
 from musubi_tuner.training.preservation import Teacher, WithTeacher
 from musubi_tuner.training.run import TrainingRun
-from musubi_tuner.training.setup import build_run
+from musubi_tuner.training.setup import build_run, make_machine
 
 TOML = """
 [general]
@@ -119,4 +119,4 @@ def item_losses(
 def build(config: TrainingConfig, group: Processes) -> tuple[TrainingRun, RunInputs]:
     """The run of a config, built as the program builds it."""
     inputs = check_inputs(config)
-    return build_run(inputs, ltxv2_train_network.make_machine(config, group)), inputs
+    return build_run(inputs, make_machine(config, group)), inputs

@@ -1,6 +1,7 @@
 """The previewer with the tiny checkpoint: real VAEs, vocoders and codecs, from the flags to files that play."""
 
 import wave
+from functools import partial
 from pathlib import Path
 
 import av
@@ -8,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from musubi_tuner import ltxv2_train_network
 from musubi_tuner.cache.keys import TEXT_MASK_KEY, text_key
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.cache.store import write
@@ -16,11 +16,13 @@ from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.generation.contexts import TextSource
 from musubi_tuner.generation.prepare import ModelFiles
+from musubi_tuner.ltxv2.text.pipeline import encode_prompts
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.preview.previewer import Previewer, make_previewer
 from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.preflight import text_recipe
 from musubi_tuner.training.setup import sigma_settings
 from tests import preview_parts as parts
 
@@ -128,7 +130,8 @@ def test_training_encodes_a_prompt_to_what_the_caching_program_writes(tiny_famil
     (tmp_path / "prompts.txt").write_text("a fox hums --w 64 --h 32 --f 9 --n dark\n", encoding="utf-8")
     checkpoint = open_checkpoint(tiny_family.ltx23)
     config = make_config(tmp_path, tiny_family.ltx23, mode, "--text_encoder", str(tiny_family.gemma))
-    encoded = previewer_of(config, tmp_path, encode=ltxv2_train_network.prompt_encoder(config, checkpoint)).samples[0]
+    encode = partial(encode_prompts, text_recipe(config, checkpoint, torch.device("cpu")))
+    encoded = previewer_of(config, tmp_path, encode=encode).samples[0]
     cache_with_the_program(tmp_path, tiny_family, mode)
     cached = previewer_of(make_config(tmp_path, tiny_family.ltx23, mode), tmp_path).samples[0]
     for ours, theirs in ((encoded.positive, cached.positive), (encoded.negative, cached.negative)):

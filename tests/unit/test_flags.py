@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-from musubi_tuner import __version__, ltxv2_train_network, make_tiny
+from musubi_tuner import __version__, make_tiny
 from musubi_tuner.command import COMMANDS, dispatch
 from musubi_tuner.config.flags import describe, flag, parse
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.config.validation import AnyPath, Count, List, options
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.setup import weight_dtype
 from tools.make_options_table import PROGRAMS
 
 CONFIGS = {program.module.__name__.rpartition(".")[2]: program.config for program in PROGRAMS} | {"make_tiny": make_tiny.TinyConfig}
@@ -227,9 +228,9 @@ def test_the_installed_command_answers_for_itself(capsys):
     ],
 )  # fmt: skip
 def test_weights_are_bf16_on_a_gpu_unless_float32_is_asked_for(launched, asked, device, expected):
-    assert ltxv2_train_network.weight_dtype(launched, asked, torch.device(device)) == expected
+    assert weight_dtype(launched, asked, torch.device(device)) == expected
 
 
 def test_other_precisions_are_refused():
     with pytest.raises(UserError, match="mixed precision 'fp16'.*bf16"):
-        ltxv2_train_network.weight_dtype("fp16", None, torch.device("cpu"))
+        weight_dtype("fp16", None, torch.device("cpu"))

@@ -24,10 +24,13 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import LoadedModel, ModelRequest
 from musubi_tuner.placement.planning import BatchTokens, state_bytes
 from musubi_tuner.placement.prove import load_model
+from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
 from musubi_tuner.training.hooks import Hook, Preview, Previews, Saving, StepLog, Validation, Watching
+from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
 from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler
 from musubi_tuner.training.preflight import RunInputs, cached_prompt
@@ -39,6 +42,40 @@ from musubi_tuner.training.watch import AudioSupervision
 log = logging.getLogger(__name__)
 
 _TIMESTEP_RANGES = {"std": (0.01, 100.0), "uniform_prob": (0.0, 1.0), "eps": (0.0, 0.1)}
+
+
+def make_machine(config: TrainingConfig, group: Processes) -> Machine:
+    """Device, dtype and trackers."""
+    from accelerate import Accelerator
+
+    saving, options = config.saving, config.logging
+    accelerator = Accelerator(
+        mixed_precision=config.optimization.mixed_precision,
+        log_with=options.log_with,
+        project_dir=str(options.logging_dir or saving.output_dir / "logs") if options.log_with else None,
+    )
+    device = accelerator.device if config.model.device is None else pick_device(config.model.device)
+    return Machine(
+        processes=group,
+        device=device,
+        dtype=weight_dtype(accelerator.mixed_precision, config.optimization.mixed_precision, device),
+        trackers=Trackers(accelerator, options.log_with, saving.output_name, config.flat()),
+    )
+
+
+def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) -> torch.dtype:
+    """
+    Args:
+        mixed_precision: accelerate's, which is "no" also where nobody asked for anything.
+        asked: by our own flag; None = nothing.
+    """
+    if mixed_precision == "bf16":
+        return torch.bfloat16
+    if mixed_precision == "no":
+        return torch.bfloat16 if asked is None and device.type == "cuda" else torch.float32
+    raise UserError(
+        f"mixed precision {mixed_precision!r}: LTX-2 is trained in bf16 (or 'no' for float32). Launch with --mixed_precision bf16."
+    )
 
 
 def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:

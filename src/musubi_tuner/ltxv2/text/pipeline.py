@@ -4,7 +4,6 @@ Two stages, never in memory together: the text encoder with the text projection,
 a chunk of prompts, on the CPU.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions, TextEncoder, load_e
 from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names, load_feature_extractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 
 _BATCH = 8
@@ -145,13 +145,6 @@ def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Ten
     del second
     free_memory(recipe.options.device)
     return finished
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what was let go of."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def projection_fingerprint(checkpoint: Checkpoint) -> str:
