@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from musubi_tuner import ltxv2_train_network
-from musubi_tuner.cache.keys import TEXT_MASK_KEY, text_key
-from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, text_key
 from musubi_tuner.cache.store import write
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.config.flags import parse

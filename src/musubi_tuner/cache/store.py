@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from musubi_tuner.cache.names import ENDINGS
+from musubi_tuner.cache.names import ending_of
 from musubi_tuner.runtime.errors import UserError
 
 FORMAT_VERSION = "1"
@@ -58,7 +58,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         DiskFullError: what was cached before stays good.
         UserError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}.{os.getpid()}{_ending(path.name)}{_TEMPORARY}")
+    temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}.{os.getpid()}{ending_of(path.name)}{_TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -78,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def clean_temporaries(folder: Path, endings: Sequence[str] = ENDINGS) -> int:
+def clean_temporaries(folder: Path, endings: Sequence[str]) -> int:
     """Remove what killed runs left behind in `folder`; returns how many files that were.
 
     Args:
@@ -90,10 +90,6 @@ def clean_temporaries(folder: Path, endings: Sequence[str] = ENDINGS) -> int:
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)
-
-
-def _ending(name: str) -> str:
-    return next((ending for ending in ENDINGS if name.endswith(ending)), Path(name).suffix)
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:

@@ -54,9 +54,11 @@ NO_CONDITIONS = Conditions()
 
 
 def each_tensor(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
-    """`value` with `change` made to every tensor in it and in the dataclasses that it holds."""
+    """`value` with `change` made to every tensor in it and in the dataclasses and dicts that it holds."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, dict):
+        return {key: each_tensor(one, change) for key, one in value.items()}
     if not dataclasses.is_dataclass(value):
         return value
     return dataclasses.replace(

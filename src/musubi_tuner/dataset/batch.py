@@ -1,6 +1,7 @@
 """What a training step reads."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class Batch:
     """What is given of the items."""
     taught: Taught | None = None
     """None: every item learns its own content."""
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B, ...) tensors of kinds of sidecars that no other field holds, by their keys."""
 
     @property
     def size(self) -> int:

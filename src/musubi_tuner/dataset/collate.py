@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
 from musubi_tuner.config.conditioning import Mask, Recipe
@@ -21,6 +22,8 @@ from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16
+_STACKED = ("latents", "audio", "reference", "mask", "reference_audio", "text")
+"""Kinds of sidecars that have fields of a batch of their own; tensors of others are stacked as they are."""
 _LEAST_IMAGINED_STEPS = 25
 """A second: what a still is given where the base model makes its sound."""
 
@@ -107,10 +110,10 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     Raises:
         UserError: a cache file that lacks a key, or shapes that do not stack.
     """
-    merged = [merge_sources(draw.item.cache_paths) for draw in draws]
+    merged = [merge_sources(list(draw.item.paths.values())) for draw in draws]
     items = [draw.item for draw in draws]
     for item, tensors in zip(items, merged, strict=True):
-        _require(item, tensors, mode)
+        _require(item, tensors)
     merged = [_with_captions_dropped(draw, tensors, rules) for draw, tensors in zip(draws, merged, strict=True)]
     latents = _stack(items, merged, "latents") if mode != "audio" else None
     real_steps = _sound_lengths(merged) if mode != "video" else [0] * len(items)
@@ -152,6 +155,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_expected=expected,
         audio_supervised=supervised,
         dropout_seeds=tuple(one.dropout_seed for one in drawn),
+        further={key: _stack(items, merged, key) for name in items[0].paths if name not in _STACKED for key in KINDS[name].keys},
     )
 
 
@@ -238,7 +242,7 @@ def _stack_reference_sounds(
     items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions]
 ) -> Reference | None:
     """What is played beside the items that hear theirs, padded with zeros to the longest; None where no item does."""
-    chosen = [one.audio_reference and item.reference_audio_cache_path is not None for item, one in zip(items, found, strict=True)]
+    chosen = [one.audio_reference and "reference_audio" in item.paths for item, one in zip(items, found, strict=True)]
     if not any(chosen):
         return None
     lengths = [int(tensors["ref_audio_lengths"]) for tensors in merged]
@@ -254,7 +258,7 @@ def _stack_reference_sounds(
 
 def _stack_references(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], found: Sequence[ItemConditions]) -> Reference | None:
     """What is shown beside the items that see theirs; None where no item does."""
-    chosen = [one.video_reference and item.reference_cache_path is not None for item, one in zip(items, found, strict=True)]
+    chosen = [one.video_reference and "reference" in item.paths for item, one in zip(items, found, strict=True)]
     if not any(chosen):
         return None
     return Reference(
@@ -266,18 +270,14 @@ def _stack_references(items: Sequence[Item], merged: Sequence[Mapping[str, Tenso
     )
 
 
-def _require(item: Item, tensors: Mapping[str, Tensor], mode: str) -> None:
-    needed = {"text": "ltxv2_cache_text_encoder_outputs.py"}
-    if mode != "audio":
-        needed["latents"] = "ltxv2_cache_latents.py"
-    if item.audio_latent_cache_path is not None:
-        needed |= dict.fromkeys(("audio_latents", "audio_lengths"), "ltxv2_cache_audio_latents.py")
-    for key, program in needed.items():
-        if key not in tensors:
-            files = ", ".join(path.name for path in item.cache_paths)
-            raise UserError(
-                f"{item.key}: no '{key}' in {files} (folder {item.spec.cache_directory}). Run {program} with the same --dataset_config."
-            )
+def _require(item: Item, tensors: Mapping[str, Tensor]) -> None:
+    for kind in (KINDS[name] for name in item.paths):
+        for key in kind.keys:
+            if key not in tensors:
+                raise UserError(
+                    f"{item.key}: no '{key}' in {item.paths[kind.name].name} (folder {item.spec.cache_directory}). "
+                    f"Run {kind.program} with the same --dataset_config."
+                )
 
 
 def _stack(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:

@@ -1,11 +1,13 @@
 """The items that a run trains on, from the dataset's index."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.cache.index import Clip, DatasetIndex, read_index
+from musubi_tuner.cache.clip import Clip
+from musubi_tuner.cache.index import DatasetIndex, read_index
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
@@ -21,31 +23,16 @@ class Item:
     """Unique in the run; names the item's random draws."""
     spec: DatasetSpec
     clip: Clip
-    latent_cache_path: Path | None
-    """None in audio mode."""
-    audio_latent_cache_path: Path | None
-    """None in video mode, and for stills."""
-    text_encoder_output_cache_path: Path
-    reference_cache_path: Path | None = None
-    """What is shown beside it (IC-LoRA); None = nothing, and in audio mode."""
-    mask_cache_path: Path | None = None
-    """Where it counts; None = everywhere, and in audio mode."""
-    reference_audio_cache_path: Path | None = None
-    """What is played beside its sound; None = nothing, and in video mode."""
-
-    @property
-    def cache_paths(self) -> tuple[Path, ...]:
-        """In the order of merging."""
-        given = (self.mask_cache_path, self.reference_cache_path, self.reference_audio_cache_path)
-        paths = (self.latent_cache_path, self.audio_latent_cache_path, *given, self.text_encoder_output_cache_path)
-        return tuple(path for path in paths if path is not None)
+    paths: Mapping[str, Path]
+    """Cache files that the run's mode reads, by the names of their kinds (`cache.sidecars.KINDS`)."""
 
     @property
     def bucket(self) -> tuple[object, ...]:
         """Items of one bucket stack: same dataset, same frame size, same number of frames; in audio mode about the same length."""
-        if self.latent_cache_path is None:
-            return (self.spec.label, round(self.clip.end_seconds - self.clip.start_seconds))
-        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, self.clip.reference_frames)
+        if "latents" not in self.paths:
+            return (self.spec.label, round(self.clip.seconds))
+        own_frames = tuple((name, sidecar.frames) for name, sidecar in sorted(self.clip.sidecars.items()) if sidecar.frames)
+        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, own_frames)
 
 
 def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) -> tuple[Item, ...]:
@@ -62,7 +49,7 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
     for spec in specs:
         index = read_index(spec, dataset_config)
         clips = [clip for clip in index.clips if not (mode == "audio" and clip.mirrored)]
-        used = [clip for clip in clips if (clip.has_audio and clip.audio is not None if mode == "audio" else clip.latents is not None)]
+        used = [clip for clip in clips if ("audio" in clip.sidecars and clip.has_audio if mode == "audio" else "latents" in clip.sidecars)]
         if len(used) < len(clips):
             what = "stills and clips without sound" if mode == "audio" else "sound without pictures, which --ltx_mode audio trains on"
             left = len(clips) - len(used)
@@ -95,15 +82,6 @@ _EMPTY_HINTS = {
 
 
 def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
-    folder = spec.cache_directory
-    return Item(
-        key=f"{spec.label}/{clip.key}",
-        spec=spec,
-        clip=clip,
-        latent_cache_path=folder / clip.latents if mode != "audio" else None,
-        audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
-        text_encoder_output_cache_path=folder / clip.text,
-        reference_cache_path=folder / clip.reference if mode != "audio" and clip.reference is not None else None,
-        mask_cache_path=folder / clip.mask if mode != "audio" and clip.mask is not None else None,
-        reference_audio_cache_path=folder / clip.reference_sound if mode != "video" and clip.reference_sound is not None else None,
-    )
+    kinds = [kind for kind in KINDS.values() if mode in kind.modes and kind.name in clip.sidecars]
+    paths = {kind.name: spec.cache_directory / clip.sidecars[kind.name].file for kind in kinds}
+    return Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from musubi_tuner.cache.keys import strip_key
+from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.store import read
 from musubi_tuner.runtime.errors import UserError
 

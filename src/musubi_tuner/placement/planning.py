@@ -98,11 +98,11 @@ def token_counts(item: Item, mode: str) -> tuple[int, int]:
     """Video and audio tokens of a batch of items like this one."""
     clip, clips = item.clip, item.spec.batch_size
     video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
-    if video and clip.reference is not None:
-        video += ((clip.reference_frames - 1) // 8 + 1) * (clip.reference_height // 32) * (clip.reference_width // 32)
+    if video and (reference := clip.sidecars.get("reference")):
+        video += ((reference.frames - 1) // 8 + 1) * (reference.height // 32) * (reference.width // 32)
     heard = mode != "video" and clip.has_audio
     audio = round((clip.end_seconds - clip.start_seconds) * AUDIO_STEPS_PER_SECOND) if heard else 0
-    if clip.reference_sound is not None:
+    if "reference_audio" in clip.sidecars:
         audio *= 2  # it is as long as the clip at most
     return video * clips, audio * clips
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.flags import nearest
 from musubi_tuner.runtime.errors import UserError
@@ -15,7 +16,7 @@ EXTENSIONS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
-_PICTURES, _SOUNDS = EXTENSIONS["video"] + EXTENSIONS["image"], EXTENSIONS["audio"] + EXTENSIONS["video"]
+_OF_MEDIA = {"pictures": EXTENSIONS["video"] + EXTENSIONS["image"], "sounds": EXTENSIONS["audio"] + EXTENSIONS["video"]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,38 +30,13 @@ class Source:
     """Names its cache files."""
     caption: str
     """Empty where captions were not asked for and there is none."""
-    reference: Path | None = None
-    """What is shown beside it (IC-LoRA); of this and the next three, all sources of a dataset have one, or none."""
-    mask: Path | None = None
-    """Video or picture, white where it counts."""
-    reference_sound: Path | None = None
-    """What is played beside its sound."""
-    sound: Path | None = None
-    """A video's sound, in place of what is in its file."""
+    files: Mapping[str, Path]
+    """Those that belong to it, by the kind of sidecar that is made of them; all sources of a dataset have one of a kind, or none."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """Files that belong to sources."""
-
-    field: str
-    """Of `Source`."""
-    directory: str
-    """Key of a dataset: their folder."""
-    path: str
-    """Field of a jsonl line."""
-    extensions: tuple[str, ...]
-    what: str
-
-
-_BESIDE = (
-    _Beside("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
-    _Beside("mask", "mask_directory", "mask_path", _PICTURES, "mask"),
-    _Beside("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
-    _Beside("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
-)
-_FITTING = {"video": _BESIDE, "image": _BESIDE[:2], "audio": _BESIDE[2:3]}
-"""By the kind of the dataset."""
+def own_files(spec: DatasetSpec) -> dict[str, OwnFiles]:
+    """The kinds of files that may belong to the sources of a dataset."""
+    return {kind.name: kind.files for kind in KINDS.values() if kind.files is not None and spec.kind in kind.files.of}
 
 
 def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
@@ -78,7 +54,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         known = ", ".join(EXTENSIONS[spec.kind])
         raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
-    sources = _with_files_beside(spec, sources)
+    sources = _with_own_files(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
@@ -121,30 +97,34 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            sources.append(_source(spec, path, _read_text(caption).strip() if caption.is_file() else None))
+            sources.append(_source(spec, path, _read_text(caption).strip() if caption.is_file() else None, {}))
     return sources
 
 
-def _source(spec: DatasetSpec, path: Path, caption: str | None, beside: Mapping[str, Path] | None = None) -> Source:
-    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", **(beside or {}))
+def _source(spec: DatasetSpec, path: Path, caption: str | None, files: Mapping[str, Path]) -> Source:
+    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", files=files)
 
 
-def _with_files_beside(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
+def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
     """Each source with the files of its stem in the dataset's further folders."""
-    for kind in _FITTING[spec.kind]:
-        folder: Path | None = getattr(spec, kind.directory)
+    for name, own in own_files(spec).items():
+        folder: Path | None = None if own.directory is None else getattr(spec, own.directory)
+        extensions = _OF_MEDIA[own.media]
         if folder is not None:
             if not folder.is_dir():
-                raise UserError(f"{spec.label}: {kind.directory} {folder}: no such folder.")
-            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in kind.extensions}
-            named = {source.name: getattr(source, kind.field) or found.get(source.stem.casefold()) for source in sources}
-            sources = [dataclasses.replace(source, **{kind.field: named[source.name]}) for source in sources]
-        lacking = [source.name for source in sources if getattr(source, kind.field) is None]
+                raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder.")
+            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in extensions}
+            named = [source.files.get(name) or found.get(source.stem.casefold()) for source in sources]
+            sources = [
+                source if file is None else dataclasses.replace(source, files={**source.files, name: file})
+                for source, file in zip(sources, named, strict=True)
+            ]
+        lacking = [source.name for source in sources if name not in source.files]
         if lacking and (folder is not None or len(lacking) < len(sources)):
             raise UserError(
-                f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {kind.what}: {', '.join(lacking[:10])}"
-                f"{', ...' if len(lacking) > 10 else ''}. Put a file with the same stem ({', '.join(kind.extensions)}) into "
-                f'{folder or "a folder"} ({kind.directory}), or a "{kind.path}" into each line of the jsonl.'
+                f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {own.what}: {', '.join(lacking[:10])}"
+                f"{', ...' if len(lacking) > 10 else ''}. Put a file with the same stem ({', '.join(extensions)}) into "
+                f'{folder or "a folder"} ({own.directory}), or a "{own.path}" into each line of the jsonl.'
             )
     return sources
 
@@ -177,8 +157,8 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
         raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
-    beside = {kind.path: kind for kind in _FITTING[spec.kind]}
-    fields = [field, "caption", *beside]
+    own = {files.path: (name, files) for name, files in own_files(spec).items()}
+    fields = [field, "caption", *own]
     if unknown := sorted(set(entry) - set(fields)):
         raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], fields)} Fields are {', '.join(fields)}.")
     caption = entry.get("caption")
@@ -186,10 +166,11 @@ def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
         raise UserError(f"{where}: caption = {caption!r}: must be text.")
     path = _named_file(spec, where, entry[field], EXTENSIONS[spec.kind], spec.kind)
     files = {}
-    for key in beside.keys() & entry.keys():
+    for key in (key for key in own if key in entry):
         if not isinstance(entry[key], str):
             raise UserError(f"{where}: {key} = {entry[key]!r}: must be text.")
-        files[beside[key].field] = _named_file(spec, where, entry[key], beside[key].extensions, beside[key].what)
+        name, kind = own[key]
+        files[name] = _named_file(spec, where, entry[key], _OF_MEDIA[kind.media], kind.what)
     return _source(spec, path, caption.strip() if caption else None, files)
 
 
@@ -217,7 +198,3 @@ def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
                 "Rename one, or put them into two datasets with a cache_directory each."
             )
         seen[key] = source
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.keys import TEXT_MASK_KEY
-from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.losses import LossOptions, PreservationOptions
 from musubi_tuner.dataset.collate import CaptionDropout

@@ -43,17 +43,17 @@ def check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path
     Raises:
         UserError: one without the other.
     """
-    if recipe.probability("video", Mask) and not any(item.mask_cache_path is not None for item in items):
+    if recipe.probability("video", Mask) and not any("mask" in item.paths for item in items):
         raise UserError(
             f"{dataset_config}: the recipe has the rule 'mask', but no dataset has masks. "
             "Give one mask_directory (or a jsonl with mask_path) and run ltxv2_cache_latents.py."
         )
     files = {
-        "video": ("reference_cache_path", "reference_directory", "reference_path", "ltxv2_cache_latents.py"),
-        "audio": ("reference_audio_cache_path", "reference_audio_directory", "reference_audio_path", "ltxv2_cache_audio_latents.py"),
+        "video": ("reference", "reference_directory", "reference_path", "ltxv2_cache_latents.py"),
+        "audio": ("reference_audio", "reference_audio_directory", "reference_audio_path", "ltxv2_cache_audio_latents.py"),
     }
-    for stream, (field, directory, path, program) in files.items():
-        there = any(getattr(item, field) is not None for item in items)
+    for stream, (kind, directory, path, program) in files.items():
+        there = any(kind in item.paths for item in items)
         wanted = recipe.probability(stream, Reference) > 0
         if wanted and not there:
             raise UserError(
