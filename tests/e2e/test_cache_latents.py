@@ -324,7 +324,7 @@ def test_a_full_disk_ends_the_run_and_a_rerun_completes_it(tmp_path: Path, tiny_
 def test_two_cuts_that_would_share_a_file_are_refused(tmp_path: Path, tiny_family) -> None:
     write_clips(tmp_path / "clips", count=1, frames=33)
     config = write_config(tmp_path, VIDEOS + "target_frames = [9]\n" + VIDEOS + "target_frames = [9]\ntarget_fps = 12\n")
-    with pytest.raises(UserError, match=r"datasets\[0\].*datasets\[1\].*cut differently.*cache_directory"):
+    with pytest.raises(UserError, match=r"datasets\[0\].*datasets\[1\].*they differ .window: .*cache_directory"):
         cache_video(config, tiny_family.ltx23)
 
 

@@ -260,7 +260,7 @@ def test_references_masks_and_items_that_lack_files(native, tmp_path, caplog) ->
     argv = taken.arguments("--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--conditioning_config", recipe)
     assert ltxv2_train_network.main(argv) == 0
     save(tree / "video_masks" / "videos" / "clip_000.pt", {"mask": torch.ones(3, 2, 2)})
-    with pytest.raises(UserError, match=r"clip_000\.pt: gives all of the clip"):
+    with pytest.raises(UserError, match=r"clip_000\.pt: marks all of the clip as conditioning"):
         take_over(tree, tmp_path / "taken", native.contexts, mode="video")
 
 

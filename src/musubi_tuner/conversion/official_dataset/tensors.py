@@ -134,7 +134,7 @@ def _mask(sample: Sample) -> Tensor:
     if mask.shape != latents.shape[1:]:
         raise UserError(f"{path}: a mask of {tuple(mask.shape)} cells for latents of {tuple(latents.shape[1:])}.")
     if not bool(mask.any()):
-        raise UserError(f"{path}: is conditioning in all of the clip, so nothing of it would be learned.")
+        raise UserError(f"{path}: marks all of the clip as conditioning, so nothing of it would be learned.")
     return mask
 
 
