@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.block_counts import config_section
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel

@@ -1,25 +1,24 @@
 """Caches the video and image latents of a dataset."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from musubi_tuner.cache.clip import Clip
+from musubi_tuner.config.caching import LatentCachingConfig, first_given
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
-from musubi_tuner.encoding.layout import use_fastest_layout
-from musubi_tuner.encoding.makers import ClipJob, Encoder
-from musubi_tuner.encoding.pictures import frame_encoder, picture_encoding, sidecar_size
-from musubi_tuner.encoding.plan import DatasetPlan
-from musubi_tuner.encoding.program import cache_sidecars, plan_and_index
-from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
-from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.runtime.device import DTYPES, pick_device
-from musubi_tuner.runtime.processes import processes
+from musubi_tuner.config.model import chosen_mode
 from musubi_tuner.runtime.program import run_program
-from musubi_tuner.runtime.transfer import HostCopy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from musubi_tuner.cache.clip import Clip
+    from musubi_tuner.encoding.makers import ClipJob
+    from musubi_tuner.encoding.plan import DatasetPlan
+    from musubi_tuner.runtime.transfer import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +26,20 @@ PROG = "ltxv2_cache_latents.py"
 DESCRIPTION = "Cache the video and image latents of a dataset: decode, encode with the video VAE, write one file a clip."
 
 
-def main(argv: Sequence[str]) -> int:
-    config = parse(LatentCachingConfig, argv, prog=PROG, description=DESCRIPTION)
-    check_work(config.work)
-    check_video_vae(config.vae)
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    return _cache(parse(LatentCachingConfig, argv, prog=prog, description=DESCRIPTION))
+
+
+def _cache(config: LatentCachingConfig) -> int:
+    from musubi_tuner.encoding.layout import use_fastest_layout
+    from musubi_tuner.encoding.makers import Encoder
+    from musubi_tuner.encoding.pictures import frame_encoder, picture_encoding, sidecar_size
+    from musubi_tuner.encoding.program import cache_sidecars, plan_and_index
+    from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import DTYPES, pick_device
+    from musubi_tuner.runtime.processes import processes
+
     datasets = load_dataset_config(config.data.dataset_config)
     checkpoint = open_checkpoint(first_given(("--vae", config.vae.vae), ("--ltxv2_model", config.vae.ltxv2_model)))
     fingerprint = video_vae_fingerprint(checkpoint)
@@ -52,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         plans = plan_and_index(datasets, PROG, config.data, config.work, group)
         encoder = Encoder(model_version=checkpoint.model_version, metadata=metadata, load=load)
         code = cache_sidecars(plans, PROG, encoder, config.data, config.work, group)
-        if group.is_main and caching_mode(config.data) == "video":
+        if group.is_main and chosen_mode(config.data) == "video":
             _warn_of_sound(plans)
         return code
 

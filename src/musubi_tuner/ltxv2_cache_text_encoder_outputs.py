@@ -1,25 +1,21 @@
 """Caches the captions of a dataset, and its sample prompts, as the text contexts that training reads."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from musubi_tuner.cache.sidecars import KINDS
-from musubi_tuner.cache.store import clean_temporaries
+from musubi_tuner.config.caching import TextCachingConfig
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.text_caching import TextCachingConfig, check_text_caching
-from musubi_tuner.encoding.jobs import choose
-from musubi_tuner.encoding.program import conclude
-from musubi_tuner.encoding.report import Outcome, describe_forecast
-from musubi_tuner.encoding.text import TextJob, encode_texts, list_text_jobs
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions
-from musubi_tuner.ltxv2.text.pipeline import TextRecipe
-from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.prompts.sample_prompts import PromptDefaults, all_prompt_texts, load_prompts
-from musubi_tuner.runtime.device import DTYPES, pick_device
-from musubi_tuner.runtime.processes import Processes, processes
+from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from musubi_tuner.encoding.text import TextJob
+    from musubi_tuner.ltxv2.text.pipeline import TextRecipe
+    from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +23,17 @@ PROG = "ltxv2_cache_text_encoder_outputs.py"
 DESCRIPTION = "Cache captions and sample prompts: text encoder, projection and connectors, so that training needs none of them."
 
 
-def main(argv: Sequence[str]) -> int:
-    config = parse(TextCachingConfig, argv, prog=PROG, description=DESCRIPTION)
-    check_text_caching(config)
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse(TextCachingConfig, argv, prog=prog, description=DESCRIPTION)
     datasets = load_dataset_config(config.data.dataset_config)
     prompts = []
     if config.data.sample_prompts is not None:
-        prompts = all_prompt_texts(load_prompts(config.data.sample_prompts, PromptDefaults()))
+        prompts = all_prompt_texts(load_prompts(config.data.sample_prompts))
     if config.data.dop_prompt is not None:
         prompts = [*prompts, config.data.dop_prompt]
+    from musubi_tuner.encoding.text import list_text_jobs
+    from musubi_tuner.runtime.processes import processes
+
     recipe = _recipe(config)
     recipe.check()
     jobs = list_text_jobs(datasets, prompts, recipe)
@@ -44,6 +42,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob], group: Processes) -> int:
+    from musubi_tuner.cache.sidecars import KINDS
+    from musubi_tuner.cache.store import clean_temporaries
+    from musubi_tuner.encoding.jobs import choose
+    from musubi_tuner.encoding.program import conclude
+    from musubi_tuner.encoding.report import Outcome, describe_forecast
+    from musubi_tuner.encoding.text import encode_texts
+
     kind, folders = KINDS["text"], {job.target.parent for job in jobs}
     if group.is_main and not config.data.dry_run:
         for folder in folders:
@@ -64,6 +69,12 @@ def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob],
 
 
 def _recipe(config: TextCachingConfig) -> TextRecipe:
+    from musubi_tuner.ltxv2.text.encoders import EncoderOptions
+    from musubi_tuner.ltxv2.text.pipeline import TextRecipe
+    from musubi_tuner.ltxv2.transformer.load import read_config
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import DTYPES, pick_device
+
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     device = pick_device(config.work.device)
     options = EncoderOptions(

@@ -1,5 +1,7 @@
 """Trains a LoRA from caches: `accelerate launch ltxv2_train_network.py`."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import tempfile
@@ -7,32 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig, check_training_config
-from musubi_tuner.dataset.items import list_items
-from musubi_tuner.dataset.verify import verify_caches
-from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
-from musubi_tuner.networks.reading import newest_file
-from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.runtime.program import run_program
-from musubi_tuner.training.caches import text_stage, wanted_caches
-from musubi_tuner.training.inputs import Inputs
-from musubi_tuner.training.loop import train
-from musubi_tuner.training.metrics import loss_path, read_losses
-from musubi_tuner.training.references import check_reference_factors, check_references
-from musubi_tuner.training.report import draw_loss_curve, summary
-from musubi_tuner.training.setup import build_run, sigma_settings
-from musubi_tuner.training.state import newest_state
-from musubi_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
+    import torch
+
     from musubi_tuner.generation.contexts import EncodePrompts
+    from musubi_tuner.ltxv2.weights import Checkpoint
+    from musubi_tuner.runtime.processes import Processes
+    from musubi_tuner.training.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +29,24 @@ PROG = "ltxv2_train_network.py"
 DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captions."
 
 
-def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
-    config = parse(TrainingConfig, argv, prog=PROG, description=DESCRIPTION)
+def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:
+    config = parse(TrainingConfig, argv, prog=prog, description=DESCRIPTION)
     check_training_config(config)
+    from musubi_tuner.training.setup import sigma_settings
+
     sigma_settings(config.losses)
     return config
 
 
-def main(argv: Sequence[str]) -> int:
-    config = _with_newest_network(_with_newest_state(parse_arguments(argv)))
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse_arguments(argv, prog)
+    from musubi_tuner.runtime.processes import processes
+    from musubi_tuner.training.loop import train
+    from musubi_tuner.training.metrics import loss_path, read_losses
+    from musubi_tuner.training.report import draw_loss_curve, summary
+    from musubi_tuner.training.setup import build_run
+
+    config = _with_newest_network(_with_newest_state(config))
     with processes() as group:
         run = build_run(_gather_inputs(config, group))
         outcome = train(run)
@@ -61,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _with_newest_state(config: TrainingConfig) -> TrainingConfig:
     """What `--autoresume` means, said as `--resume`."""
+    from musubi_tuner.training.state import newest_state
+
     saving = config.saving
     found = newest_state(saving.output_dir, saving.output_name)
     if not saving.autoresume:
@@ -74,6 +74,8 @@ def _with_newest_state(config: TrainingConfig) -> TrainingConfig:
 
 def _with_newest_network(config: TrainingConfig) -> TrainingConfig:
     """`--network_weights FOLDER` said as its newest file, so that what lies beside that file and in its metadata is found."""
+    from musubi_tuner.networks.reading import newest_file
+
     network = config.network
     if network.network_weights is None:
         return config
@@ -83,6 +85,16 @@ def _with_newest_network(config: TrainingConfig) -> TrainingConfig:
 def _gather_inputs(config: TrainingConfig, group: Processes) -> Inputs:
     """Everything that can go wrong without the transformer's weights goes wrong here."""
     from accelerate import Accelerator
+
+    from musubi_tuner.dataset.items import list_items
+    from musubi_tuner.dataset.verify import verify_caches
+    from musubi_tuner.ltxv2.transformer.load import read_config
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.training.caches import wanted_caches
+    from musubi_tuner.training.inputs import Inputs
+    from musubi_tuner.training.references import check_reference_factors, check_references
+    from musubi_tuner.training.trackers import Trackers
 
     if group.is_main:
         _check_output_folder(config.saving.output_dir)
@@ -141,7 +153,7 @@ def _check_output_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written into ({error}). Choose another, or mend its permissions.") from error
 
 
-def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePrompts | None":
+def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> EncodePrompts | None:
     """Encodes prompts that were not cached, where `--text_encoder` is given; loads the encoder only when it is called."""
     if config.model.text_encoder is None:
         return None
@@ -149,6 +161,9 @@ def _prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePr
     def encode(prompts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         from musubi_tuner.ltxv2.text.encoders import encoder_options
         from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts
+        from musubi_tuner.ltxv2.transformer.load import read_config
+        from musubi_tuner.runtime.device import pick_device
+        from musubi_tuner.training.caches import text_stage
 
         model = config.model
         options = encoder_options(
@@ -172,6 +187,8 @@ def _weight_dtype(mixed_precision: str, asked: str | None, device: torch.device)
         mixed_precision: accelerate's, which is "no" also where nobody said so.
         asked: of our own flag; None = nothing.
     """
+    import torch
+
     if mixed_precision == "bf16":
         return torch.bfloat16
     if mixed_precision == "no":

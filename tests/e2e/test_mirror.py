@@ -21,7 +21,7 @@ from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import probe_video
 from musubi_tuner.media.video import read_frames
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.sources.captions import side_named
+from musubi_tuner.sources.listing import side_named
 from musubi_tuner.tiny.clips import write_clips, write_stills
 from tests import training_parts
 from tests.e2e.test_conditioning import RECIPES

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.config.flags import build_parser
-from musubi_tuner.prompts.files import GIVEN_FLAGS
-from musubi_tuner.prompts.sample_prompts import _parse_line
+from musubi_tuner.config.flags import describe, read_words
+from musubi_tuner.prompts.sample_prompts import INPUT_FLAGS, split_line
 from tools.make_options_table import OPTIONS, PROGRAMS, render
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +47,9 @@ def test_there_are_commands_of_every_program() -> None:
 def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
     place = next(index for index, word in enumerate(words) if Path(word).name in CONFIGS)
     script = Path(words[place]).name
-    build_parser(CONFIGS[script], prog=script, description="").parse_args(words[place + 1 :])
+    typed = read_words(words[place + 1 :], describe(CONFIGS[script]), prog=script, description="")
+    missing = {flag.key for flag in describe(CONFIGS[script]) if flag.is_required} - set(typed)
+    assert not missing or "config_file" in typed
     if "launch" in words[:place]:
         from accelerate.commands.launch import launch_command_parser
 
@@ -63,8 +64,8 @@ def test_toml_in_documents_is_valid() -> None:
 
 def test_prompt_lines_in_documents_parse_and_exercise_every_flag() -> None:
     lines = [(path.name, line) for path in DOCUMENTS for block in blocks(path, "prompt") for line in block.splitlines()]
-    given = {key for name, line in lines for key in _parse_line(name, line)}
-    assert set(GIVEN_FLAGS.values()) <= given
+    found = {key for name, line in lines for key in split_line(name, line)[1]}
+    assert set(INPUT_FLAGS.values()) <= found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -97,11 +98,10 @@ def test_the_table_of_options_is_current() -> None:
 
 @pytest.mark.parametrize("script", sorted(CONFIGS))
 def test_help_is_readable(script: str) -> None:
-    """Every script is thin, and its --help names every flag."""
+    """Every script is thin, and its --help_all names every flag."""
     path = REPOSITORY / SCRIPTS[script]
     assert len(path.read_text(encoding="utf-8").splitlines()) < 15
-    answer = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, encoding="utf-8", check=False)
+    answer = subprocess.run([sys.executable, str(path), "--help_all"], capture_output=True, text=True, encoding="utf-8", check=False)
     assert answer.returncode == 0, answer.stderr
-    parser = build_parser(CONFIGS[script], prog=script, description="")
-    assert all(action.option_strings[0] in answer.stdout for action in parser._actions if action.option_strings)
+    assert all(flag.usage in answer.stdout for flag in describe(CONFIGS[script]))
     assert max(map(len, answer.stdout.splitlines())) <= 140

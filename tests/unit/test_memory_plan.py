@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.plan import SLOTS, Budget, Wishes, candidates, choose_plan, count_rungs, fits, leanest_plan
 from musubi_tuner.memory.step_model import (
     RUNGS,

@@ -26,8 +26,7 @@ from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_vi
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.sources.captions import is_mirrored, side_named
-from musubi_tuner.sources.listing import EXTENSIONS, Source, list_all_sources
+from musubi_tuner.sources.listing import EXTENSIONS, Source, is_mirrored, list_all_sources, side_named
 
 _STILL_FPS = 24.0
 

@@ -10,8 +10,8 @@ from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
 from musubi_tuner.cache.names import INDEX_ENDING
 from musubi_tuner.cache.sidecars import KINDS, SidecarKind
+from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.latent_caching import DataOptions, WorkOptions
 from musubi_tuner.encoding.jobs import Job, Todo, choose
 from musubi_tuner.encoding.makers import ClipJob, Encoder, sidecar_jobs, stages
 from musubi_tuner.encoding.pipeline import run_pipeline

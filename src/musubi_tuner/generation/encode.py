@@ -76,9 +76,9 @@ def encode_given(prompt: PreviewPrompt, streams: tuple[str, ...], encoders: Enco
 
 
 def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
-    given = prompt.given
-    pictures = {"--i": given.image, "--ei": given.end_image, "--k": given.keyframes, "--iv": given.video, "--v": given.reference}
-    sounds = {"--a": given.sound, "--ra": given.reference_sound}
+    inputs = prompt.inputs
+    pictures = {"--i": inputs.image, "--ei": inputs.end_image, "--k": inputs.keyframes, "--iv": inputs.video, "--v": inputs.reference}
+    sounds = {"--a": inputs.audio, "--ra": inputs.reference_audio}
     for stream, flags in (("video", pictures), ("audio", sounds)):
         named = [flag for flag, value in flags.items() if value]
         if named and stream not in streams:
@@ -88,17 +88,17 @@ def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
 
 def _video(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Tensor | None]:
     """Latents with what is given in its place, and the (F, h, w) cells that are given."""
-    given, cells = prompt.given, video_cells(prompt)
-    pictures = dict(given.keyframes)
-    if given.image is not None:
-        pictures[0] = given.image
-    if given.end_image is not None:
-        pictures[prompt.frames - 1] = given.end_image
-    if given.video is None and not pictures:
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    pictures = dict(inputs.keyframes)
+    if inputs.image is not None:
+        pictures[0] = inputs.image
+    if inputs.end_image is not None:
+        pictures[prompt.frames - 1] = inputs.end_image
+    if inputs.video is None and not pictures:
         return None, None
     latents = torch.zeros(1, geometry.LATENT_CHANNELS, *cells)
     clean = kept_video(prompt)
-    if given.video is not None:
+    if inputs.video is not None:
         _lay_clip(prompt, latents, clean, encoders)
     for frame, path in pictures.items():
         cell = keyframe_cell(frame)
@@ -109,15 +109,15 @@ def _video(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Te
 
 def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: Encoders) -> None:
     """The input clip into `latents`, as far as any of it is kept; a crop is filled by the whole picture."""
-    given = prompt.given
+    inputs = prompt.inputs
     frames_kept = kept.flatten(1).any(1).nonzero()
     if not len(frames_kept):
-        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {given.video} to start from.")
+        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {inputs.video} to start from.")
     needed = int(frames_kept[-1]) + 1
-    place = given.crop
+    place = inputs.crop
     width, height = (place.width, place.height) if place is not None else (prompt.width, prompt.height)
     top, left = (place.top, place.left) if place is not None else (0, 0)
-    frames = read_clip(prompt.where, "--iv", given.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
+    frames = read_clip(prompt.where, "--iv", inputs.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
     rows, columns = (
         slice(start // geometry.SPATIAL_SCALE, (start + size) // geometry.SPATIAL_SCALE) for start, size in ((top, height), (left, width))
     )
@@ -152,18 +152,18 @@ def read_clip(where: str, flag: str, path: Path, frames: int, fps: float, size: 
 
 
 def _sound(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Tensor | None]:
-    given, steps = prompt.given, audio_steps(prompt)
-    if given.sound is None:
+    inputs, steps = prompt.inputs, audio_steps(prompt)
+    if inputs.audio is None:
         return None, None
     kept = kept_sound(prompt)
     if not bool(kept.any()):
-        raise UserError(f"{prompt.where}: --at leaves nothing of --a {given.sound} to start from.")
+        raise UserError(f"{prompt.where}: --at leaves nothing of --a {inputs.audio} to start from.")
     end = float(geometry.audio_positions(steps, 1)[0, 0, int(kept.nonzero()[-1]), 1])
-    samples = _read_sound(prompt, given.sound)
+    samples = _read_sound(prompt, inputs.audio)
     there = samples.shape[1] / geometry.AUDIO_SAMPLE_RATE
     if there + 1 / prompt.fps < min(end, prompt.seconds):
         raise UserError(
-            f"{prompt.where}: --a {given.sound}: has {there:.2f} s, {end:.2f} s are needed. "
+            f"{prompt.where}: --a {inputs.audio}: has {there:.2f} s, {end:.2f} s are needed. "
             "Give a longer sound, a smaller --f, or generate what is lacking (--at)."
         )
     latents = encoders.sound(_fitted(samples, prompt.seconds, steps))[:, :, :steps]
@@ -189,7 +189,7 @@ def _fitted(samples: Tensor, seconds: float, steps: int) -> Tensor:
 
 
 def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
-    path, (factor, temporal) = prompt.given.reference, encoders.reference_factors
+    path, (factor, temporal) = prompt.inputs.reference, encoders.reference_factors
     if path is None:
         return None
     width, height = prompt.width // factor, prompt.height // factor
@@ -214,7 +214,7 @@ def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
 
 
 def _reference_sound(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
-    path = prompt.given.reference_sound
+    path = prompt.inputs.reference_audio
     if path is None:
         return None
     samples = _read_sound(prompt, path)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions
 from musubi_tuner.ltxv2 import geometry
-from musubi_tuner.prompts.files import GivenFiles, Span
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import ConditioningInputs, PreviewPrompt, Span
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,21 +36,21 @@ def audio_steps(prompt: PreviewPrompt) -> int:
 
 def kept_video(prompt: PreviewPrompt) -> Tensor:
     """(F, h, w) bool: cells of the input clip that are kept. What is generated lies in the span and in the box (around the crop)."""
-    given, cells = prompt.given, video_cells(prompt)
-    if given.video is None:
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    if inputs.video is None:
         return torch.zeros(cells, dtype=torch.bool)
-    if given.video_span is None and given.box is None and given.crop is None:
+    if inputs.video_span is None and inputs.box is None and inputs.crop is None:
         return torch.ones(cells, dtype=torch.bool)
     times = geometry.frame_bounds(cells[0]) / prompt.fps
-    return ~(_within(times, given.video_span)[:, None, None] & _generated_area(given, cells))
+    return ~(_within(times, inputs.video_span)[:, None, None] & _generated_area(inputs, cells))
 
 
 def kept_sound(prompt: PreviewPrompt) -> Tensor:
     """(T,) bool: steps of the input sound that are kept."""
     steps = audio_steps(prompt)
-    if prompt.given.sound is None or prompt.given.sound_span is None:
-        return torch.full((steps,), prompt.given.sound is not None)
-    return ~_within(geometry.audio_positions(steps, 1)[0, 0], prompt.given.sound_span)
+    if prompt.inputs.audio is None or prompt.inputs.audio_span is None:
+        return torch.full((steps,), prompt.inputs.audio is not None)
+    return ~_within(geometry.audio_positions(steps, 1)[0, 0], prompt.inputs.audio_span)
 
 
 def keyframe_cell(frame: int) -> int:
@@ -67,11 +66,11 @@ def _within(bounds: Tensor, span: Span | None) -> Tensor:
     return (bounds[:, 0] < span.end - slack) & (bounds[:, 1] > span.start + slack)
 
 
-def _generated_area(given: GivenFiles, cells: tuple[int, int, int]) -> Tensor:
-    area = given.box or given.crop
+def _generated_area(inputs: ConditioningInputs, cells: tuple[int, int, int]) -> Tensor:
+    area = inputs.box or inputs.crop
     if area is None:
         return torch.ones(cells, dtype=torch.bool)
     inside = torch.zeros(cells, dtype=torch.bool)
     top, left, rows, columns = (value // geometry.SPATIAL_SCALE for value in (area.top, area.left, area.height, area.width))
     inside[:, top : top + rows, left : left + columns] = True
-    return inside if given.box is not None else ~inside
+    return inside if inputs.box is not None else ~inside

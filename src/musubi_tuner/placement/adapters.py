@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.conditioning import Reference
-from musubi_tuner.config.training import NETWORK_MODULE, NETWORK_MODULE_ALIASES, TrainingConfig, parse_pairs
+from musubi_tuner.config.network import NETWORK_MODULE, NETWORK_MODULE_ALIASES, parse_pairs
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, transformer_names

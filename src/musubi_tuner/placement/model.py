@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.memory.card import GIB, free_memory, measure_rates

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.preview import PreviewOptions, check_preview_options
-from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.generation.contexts import EncodePrompts, TextContext, load_contexts
 from musubi_tuner.generation.decode import decode_sounds, to_frames, video_decoder
 from musubi_tuner.generation.denoise import PreviewLatents, Sample, generate
@@ -121,7 +122,6 @@ def make_previewer(
         UserError: anything that would make a preview fail later: a prompt, a size, a text that is not cached, a VAE that is not there.
     """
     options, mode = config.preview, config.ltx_mode
-    check_preview_options(options)
     assert options.sample_prompts is not None
     prompts = load_prompts(options.sample_prompts, prompt_defaults(options))
     transformer = read_config(checkpoint)

@@ -1,15 +1,16 @@
-"""Listing a dataset's source files and their captions."""
+"""Listing a dataset's source files and their captions, and which of them are mirrored."""
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.flags import nearest
+from musubi_tuner.config.validation import AnyPath, options, validated
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json_lines, read_text
 
 EXTENSIONS = {
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"),
@@ -32,11 +33,6 @@ class Source:
     """Empty where captions were not asked for and there is none."""
     files: Mapping[str, Path]
     """Those that belong to it, by the kind of sidecar that is made of them; all sources of a dataset have one of a kind, or none."""
-
-
-def own_files(spec: DatasetSpec) -> dict[str, OwnFiles]:
-    """The kinds of files that may belong to the sources of a dataset."""
-    return {kind.name: kind.files for kind in KINDS.values() if kind.files is not None and spec.kind in kind.files.of}
 
 
 def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
@@ -97,34 +93,38 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            sources.append(_source(spec, path, _read_text(caption).strip() if caption.is_file() else None, {}))
+            sources.append(_source(spec, path, read_text(caption) if caption.is_file() else "", {}))
     return sources
 
 
-def _source(spec: DatasetSpec, path: Path, caption: str | None, files: Mapping[str, Path]) -> Source:
-    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", files=files)
+def _source(spec: DatasetSpec, path: Path, caption: str, files: Mapping[str, Path]) -> Source:
+    name = path.relative_to(spec.root) if path.is_relative_to(spec.root) else path
+    return Source(path=path, name=name.as_posix(), stem=path.stem, caption=caption.strip(), files=files)
+
+
+def _own_files(spec: DatasetSpec) -> dict[str, OwnFiles]:
+    """What may belong to the sources of a dataset, by kind of sidecar."""
+    return {kind.name: kind.files for kind in KINDS.values() if kind.files is not None and spec.kind in kind.files.of}
 
 
 def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
     """Each source with the files of its stem in the dataset's further folders."""
-    for name, own in own_files(spec).items():
+    for name, own in _own_files(spec).items():
         folder: Path | None = None if own.directory is None else getattr(spec, own.directory)
         extensions = _OF_MEDIA[own.media]
         if folder is not None:
             if not folder.is_dir():
                 raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder.")
             found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in extensions}
-            named = [source.files.get(name) or found.get(source.stem.casefold()) for source in sources]
-            sources = [
-                source if file is None else dataclasses.replace(source, files={**source.files, name: file})
-                for source, file in zip(sources, named, strict=True)
-            ]
+            by_stem = {source.name: {name: found[stem]} for source in sources if (stem := source.stem.casefold()) in found}
+            sources = [dataclasses.replace(source, files={**by_stem.get(source.name, {}), **source.files}) for source in sources]
         lacking = [source.name for source in sources if name not in source.files]
         if lacking and (folder is not None or len(lacking) < len(sources)):
+            by_folder = f"Put a file with the same stem ({', '.join(extensions)}) into {folder or 'a folder'} ({own.directory}), or a"
             raise UserError(
                 f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {own.what}: {', '.join(lacking[:10])}"
-                f"{', ...' if len(lacking) > 10 else ''}. Put a file with the same stem ({', '.join(extensions)}) into "
-                f'{folder or "a folder"} ({own.directory}), or a "{own.path}" into each line of the jsonl.'
+                f"{', ...' if len(lacking) > 10 else ''}. {'Put a' if own.directory is None else by_folder} "
+                f'"{own.path}" into each line of the jsonl.'
             )
     return sources
 
@@ -135,57 +135,30 @@ def _others(spec: DatasetSpec) -> str:
     return f"; it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else ""
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
-
-
 def _from_jsonl(spec: DatasetSpec) -> list[Source]:
-    if not spec.jsonl_file.is_file():
-        raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
-    lines = _read_text(spec.jsonl_file).split("\n")
-    return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    sources, own = [], _own_files(spec)
+    types = {f"{spec.kind}_path": AnyPath, "caption": str | None} | {files.path: AnyPath | None for files in own.values()}
+    optional = dict.fromkeys(["caption", *(files.path for files in own.values())])
+    line_class = options(type("Line", (), {"__annotations__": types, **optional}))
+    for where, values in read_json_lines(spec.jsonl_file, named=f"{spec.label}:"):
+        line = dataclasses.asdict(validated(line_class, values, where=where))
+        path = _named_file(spec, where, line[f"{spec.kind}_path"], EXTENSIONS[spec.kind], spec.kind)
+        named = {
+            name: _named_file(spec, where, line[files.path], _OF_MEDIA[files.media], files.what)
+            for name, files in own.items()
+            if line[files.path] is not None
+        }
+        sources.append(_source(spec, path, line["caption"] or "", named))
+    return sources
 
 
-def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
-    field = f"{spec.kind}_path"
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}).") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-        raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
-    own = {files.path: (name, files) for name, files in own_files(spec).items()}
-    fields = [field, "caption", *own]
-    if unknown := sorted(set(entry) - set(fields)):
-        raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], fields)} Fields are {', '.join(fields)}.")
-    caption = entry.get("caption")
-    if not isinstance(caption, str | None):
-        raise UserError(f"{where}: caption = {caption!r}: must be text.")
-    path = _named_file(spec, where, entry[field], EXTENSIONS[spec.kind], spec.kind)
-    files = {}
-    for key in (key for key in own if key in entry):
-        if not isinstance(entry[key], str):
-            raise UserError(f"{where}: {key} = {entry[key]!r}: must be text.")
-        name, kind = own[key]
-        files[name] = _named_file(spec, where, entry[key], _OF_MEDIA[kind.media], kind.what)
-    return _source(spec, path, caption.strip() if caption else None, files)
-
-
-def _named_file(spec: DatasetSpec, where: str, text: str, extensions: Sequence[str], kind: str) -> Path:
-    path = Path(text)
+def _named_file(spec: DatasetSpec, where: str, path: Path, extensions: Sequence[str], kind: str) -> Path:
     path = path if path.is_absolute() else spec.jsonl_file.parent / path
     if path.suffix.lower() not in extensions:
         raise UserError(f"{where}: {path}: no {kind} file of a known kind ({', '.join(extensions)}).")
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file.")
     return path
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
@@ -198,3 +171,17 @@ def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
                 "Rename one, or put them into two datasets with a cache_directory each."
             )
         seen[key] = source
+
+
+_SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?)?\b", re.IGNORECASE)
+
+
+def side_named(caption: str) -> str | None:
+    """The first word of a caption that tells left from right, such as `left` or `Rightmost`; None where there is none."""
+    found = _SIDES.search(caption)
+    return found.group() if found else None
+
+
+def is_mirrored(spec: DatasetSpec, caption: str) -> bool:
+    """Whether `flip_x` adds mirror images of a source: where its caption, if there is one yet, would still be true of them."""
+    return spec.flip_x == "force" or bool(spec.flip_x) and side_named(caption) is None

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from musubi_tuner.config.losses import LossOptions
-from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
 from musubi_tuner.dataset.items import Item
