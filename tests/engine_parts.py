@@ -12,14 +12,23 @@ from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.ltxv2.transformer.modality import Modality
-from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
+from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations
+from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.tiny import configs
 
 RANK = 4
 SHAPES = ((2, 2, 3, 9), (3, 4, 4, 17), (4, 3, 5, 26), (1, 4, 6, 5))
 """Latent frames, rows and columns, and steps of sound."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What `LTXModel.forward` takes."""
+
+    video: Modality | None
+    audio: Modality | None
+    perturbations: Perturbations | None = None
 
 
 def make_model(layers: int = 5, version: str = "2.3", args: Mapping[str, str] = MappingProxyType({})) -> tuple[LTXModel, LoRANetwork]:
@@ -76,14 +85,14 @@ def step(
 
 @contextmanager
 def watched(model: LTXModel) -> Iterator[list[ModelInput]]:
-    """Collects what the model is given, pass by pass, and lets it run."""
+    """Collects what the model is called with, and lets it run."""
     seen: list[ModelInput] = []
-    run = model.forward_many
-    model.forward_many = lambda inputs: seen.extend(inputs) or run(inputs)
+    run = model.forward
+    model.forward = lambda *inputs: seen.append(ModelInput(*inputs)) or run(*inputs)
     try:
         yield seen
     finally:
-        del model.forward_many
+        del model.forward
 
 
 def taken_gradients(network: LoRANetwork) -> list[Tensor]:

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
+from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
+from musubi_tuner.config.conditioning import Reference, make_recipe
 from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.model import ModelRequest, load_model
-from musubi_tuner.runtime.processes import processes
+from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.tiny.checkpoint import TinyFamily
 from musubi_tuner.tiny.clips import write_clips
+from musubi_tuner.training.objective import ErrorFunction, FlowMatching, ItemLosses, squared_error
+from musubi_tuner.training.preflight import RunInputs, check_inputs
+from musubi_tuner.training.preservation import Teacher, WithTeacher
+from musubi_tuner.training.run import TrainingRun
+from musubi_tuner.training.setup import build_run
 
 TOML = """
 [general]
@@ -83,6 +90,7 @@ def load(config: TrainingConfig, data: Data) -> tuple[OfficialLTXV2Wrapper, LoRA
     with processes() as group:
         request = ModelRequest(
             config=config,
+            shows_references=make_recipe(config.conditioning, config.ltx_mode).probability("video", Reference) > 0,
             checkpoint=open_checkpoint(data.model),
             device=torch.device("cpu"),
             dtype=torch.float32,
@@ -92,3 +100,17 @@ def load(config: TrainingConfig, data: Data) -> tuple[OfficialLTXV2Wrapper, LoRA
         )
         loaded = load_model(request, trial=lambda wrapper, network: 0.0)
     return loaded.wrapper, loaded.network
+
+
+def item_losses(
+    wrapper: OfficialLTXV2Wrapper, batch: Batch, *, error: ErrorFunction = squared_error, teacher: Teacher | None = None
+) -> ItemLosses:
+    """Raw losses of a batch at its own noise levels."""
+    objective = FlowMatching(wrapper, error) if teacher is None else WithTeacher(FlowMatching(wrapper, error), teacher)
+    return objective.loss(objective.predict(batch))
+
+
+def build(config: TrainingConfig, group: Processes) -> tuple[TrainingRun, RunInputs]:
+    """The run of a config, built as the program builds it."""
+    inputs = check_inputs(config)
+    return build_run(inputs, ltxv2_train_network.make_machine(config, group)), inputs

@@ -25,7 +25,6 @@ from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
-from musubi_tuner.training.step import StepInputs, item_losses
 from tests import engine_parts, preview_parts, training_parts
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "conditioning_recipes"
@@ -172,8 +171,8 @@ def test_a_preview_builds_the_inputs_that_training_builds(data, wrapper, tiny_fa
     context = preview_parts.context(wrapper)
     seen = spy(wrapper, lambda: generate(wrapper, Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)))
     noise = {"video_noise": seen[0].latent, "audio_noise": seen[1].latent}
-    ones = StepInputs(video_sigma=torch.ones(1), audio_sigma=torch.ones(1))
-    trained = spy(wrapper, lambda: item_losses(wrapper, replace(batch, text=context.text, text_mask=None, **noise), ones))
+    at_one = replace(batch, text=context.text, text_mask=None, video_sigma=torch.ones(1), audio_sigma=torch.ones(1), **noise)
+    trained = spy(wrapper, lambda: training_parts.item_losses(wrapper, at_one))
     for ours, theirs in zip(seen, trained, strict=True):
         assert torch.equal(ours.timesteps, theirs.timesteps) and torch.equal(ours.sigma, theirs.sigma)
         assert torch.equal(ours.positions, theirs.positions)

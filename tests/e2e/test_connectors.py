@@ -9,13 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
-from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.preflight import check_inputs
 from musubi_tuner.training.setup import draw_rules
-from musubi_tuner.training.step import StepInputs, item_losses
 from tests import training_parts as parts
 
 FEATURES = ("--text_cache_stage", "features")
@@ -47,13 +45,13 @@ def flags(output: Path, *extra: str) -> list[str]:
 def load(data: parts.Data, output: Path, *extra: str):
     config = ltxv2_train_network.parse_arguments(data.arguments(*flags(output, *extra)))
     parts_of_run = parts.load(config, data)
-    items = list_items(load_dataset_config(data.toml).datasets, data.mode, data.toml)
-    batch = make_batch([Draw(item, epoch=0, repeat=0) for item in items], data.mode, draw_rules(config, "train", 0))
+    inputs = check_inputs(config)
+    batch = make_batch([Draw(item, epoch=0, repeat=0) for item in inputs.items], data.mode, draw_rules(inputs, "train", 0))
     return *parts_of_run, batch
 
 
 def losses_of(wrapper, batch) -> torch.Tensor:
-    losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
+    losses = parts.item_losses(wrapper, batch)
     return torch.stack([losses.video, losses.audio])
 
 
@@ -72,9 +70,8 @@ def test_features_through_the_connectors_are_the_cached_contexts(contexts, featu
 
 
 def make_batch_of_one(data: parts.Data, output: Path):
-    config = ltxv2_train_network.parse_arguments(data.arguments(*flags(output, "--train_connectors")))
-    items = list_items(load_dataset_config(data.toml).datasets, data.mode, data.toml)
-    return make_batch([Draw(items[1], epoch=0, repeat=0)], data.mode, draw_rules(config, "train", 0))
+    inputs = check_inputs(ltxv2_train_network.parse_arguments(data.arguments(*flags(output, "--train_connectors"))))
+    return make_batch([Draw(inputs.items[1], epoch=0, repeat=0)], data.mode, draw_rules(inputs, "train", 0))
 
 
 def test_gradients_reach_the_connectors_and_no_frozen_weight(features, tmp_path):

@@ -17,9 +17,10 @@ from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
 from musubi_tuner.training.loop import train
-from musubi_tuner.training.setup import build_run
+from musubi_tuner.training.setup import make_hooks
 from tests import training_parts as parts
 from tests.conftest import REPOSITORY
+from tests.model_parts import predict_latents
 
 ARGS = {
     "lora": ["rank_dropout=0.2", "module_dropout=0.1", "neuron_dropout=0.1", "rank_stabilized=true", "audio_dim=2", "ranks=attn2:3"],
@@ -52,7 +53,7 @@ def outputs(wrapper: OfficialLTXV2Wrapper) -> list[Tensor]:
     text = torch.randn(1, 16, config.video_context_width + config.audio_context_width, generator=generator)
     video = torch.randn(1, 128, 2, 2, 3, generator=generator)
     audio = torch.randn(1, 8, 6, 16, generator=generator)
-    return list(wrapper.predict_latents(video, torch.tensor(500.0), text, audio_latents=audio))
+    return list(predict_latents(wrapper, video, torch.tensor(500.0), text, audio_latents=audio))
 
 
 def difference(left: list[Tensor], right: list[Tensor]) -> float:
@@ -63,8 +64,8 @@ def difference(left: list[Tensor], right: list[Tensor]) -> float:
 def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_path, kind):
     config = config_of(data, tmp_path, "--network_args", *ARGS[kind], "--learning_rate", "1e-2")
     with processes() as group:
-        run = build_run(ltxv2_train_network._gather_inputs(config, group))
-        train(run)
+        run, inputs = parts.build(config, group)
+        train(run, *make_hooks(run, inputs, None))
     live = outputs(run.wrapper)
     path = tmp_path / "ltxv2_lora.safetensors"
     with run.network.disabled():

@@ -15,10 +15,9 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
-from musubi_tuner.training.gradients import clip
-from musubi_tuner.training.loss import total_loss
 from musubi_tuner.training.metrics import LossMeter, NoiseLevelMeter
-from musubi_tuner.training.step import StepInputs, item_losses
+from musubi_tuner.training.objective import total_loss
+from musubi_tuner.training.optimizer import clip
 from tests import training_parts as parts
 
 WAITS = {
@@ -58,8 +57,8 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     meter, levels = LossMeter(torch.device("cpu")), NoiseLevelMeter(torch.device("cpu"))
-    with NoWaiting(), network.dropout([batch.dropout_seeds]):
-        losses = item_losses(wrapper, batch, StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma))
+    with NoWaiting(), network.dropout(batch.dropout_seeds):
+        losses = parts.item_losses(wrapper, batch)
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
         meter.add(losses, batch.size, batch.audio_supervised)
         levels.add(losses, batch.video_sigma, batch.audio_sigma)

@@ -18,12 +18,12 @@ from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clip, write_clips, write_stills
-from musubi_tuner.training.averaging import WeightAverage
-from musubi_tuner.training.loss import total_loss
-from musubi_tuner.training.preservation import BaseModel, PromptPreservation
-from musubi_tuner.training.step import StepInputs, drawn_levels, item_losses_of_all
+from musubi_tuner.training.objective import total_loss
+from musubi_tuner.training.optimizer import WeightAverage
+from musubi_tuner.training.preservation import PromptPreservation, Teacher
 from tests import training_parts as parts
 from tests.e2e.test_processes import launch
+from tests.model_parts import predict_latents
 
 CLASS_PROMPT = "a disc"
 TOML = """
@@ -93,9 +93,9 @@ def models(data):
 
 
 def losses_of(wrapper, network, batch):
-    base = BaseModel(wrapper, network)
-    batch = base.with_imagined_sound(batch)
-    (losses,) = item_losses_of_all(wrapper, [batch], [drawn_levels(batch)], base=base)
+    teacher = Teacher(wrapper, network)
+    batch = teacher.imagine_audio(batch)
+    losses = parts.item_losses(wrapper, batch, teacher=teacher)
     return batch, losses
 
 
@@ -108,7 +108,7 @@ def test_items_without_sound_keep_the_base_models(data, models):
         assert not losses.audio_present.any() and not losses.audio.any(), "it is no sound that was supervised"
         # the sound is what the base model alone expects of pure noise, and the target its prediction at the item's own levels
         noise = batch.audio_noise.transpose(1, 2).unflatten(1, (8, 16)).transpose(2, 3)
-        _, velocity = plain.predict_latents(None, torch.tensor(1000.0), batch.text, audio_latents=noise)
+        _, velocity = predict_latents(plain, None, torch.tensor(1000.0), batch.text, audio_latents=noise)
         torch.testing.assert_close(
             batch.audio_latents.float(), (noise - velocity).to(batch.audio_latents.dtype).float(), atol=1e-5, rtol=1e-2
         )
@@ -121,7 +121,7 @@ def test_items_without_sound_keep_the_base_models(data, models):
             audio_timesteps=1 + 999 * batch.audio_sigma,
         )  # fmt: skip
         with torch.no_grad():
-            ours, theirs = wrapper.predict_latents(video, **given)[1], plain.predict_latents(video, **given)[1]
+            ours, theirs = predict_latents(wrapper, video, **given)[1], predict_latents(plain, video, **given)[1]
         expected = 0.5 * (ours - theirs).pow(2).flatten(1).mean(1)
         assert expected.min() > 1e-6
         torch.testing.assert_close(losses.preserved, expected, atol=1e-6, rtol=1e-3)
@@ -159,11 +159,10 @@ def test_a_prompt_is_held_to_the_base_model(data, models):
     _, losses = losses_of(wrapper, network, held)
     assert not losses.video.any() and not losses.audio.any()
     assert total_loss(losses, held.video_weight, held.audio_weight) > 0
-    levels = StepInputs(video_sigma=batch.video_sigma, audio_sigma=batch.audio_sigma)
     outputs = []
     for model in (wrapper, plain):  # the same inputs, by hand
         captured = []
-        item_losses_of_all(model, [dataclasses.replace(batch, text=held.text)], [levels], lambda p, t, seen=captured: seen.append(p) or p)
+        parts.item_losses(model, dataclasses.replace(batch, text=held.text), error=lambda p, t, seen=captured: seen.append(p) or p)
         outputs.append(captured)
     expected = sum((ours - theirs).pow(2).mean() for ours, theirs in zip(*outputs, strict=True))
     torch.testing.assert_close(losses.preserved[0], expected, atol=1e-7, rtol=1e-4)
@@ -230,7 +229,7 @@ def sound_drift(data, lora: dict[str, torch.Tensor]) -> float:
         for context in (network.disabled(), network.dropout(())):
             with context, torch.no_grad():
                 batch = batch_of([item], rules)
-                item_losses_of_all(wrapper, [batch], [drawn_levels(batch)], lambda p, t, seen=given: seen.append(p) or p)
+                parts.item_losses(wrapper, batch, error=lambda p, t, seen=given: seen.append(p) or p)
         total += float((given[1] - given[3]).pow(2).mean())
     return total
 

@@ -117,7 +117,7 @@ def test_training_encodes_a_prompt_to_what_the_caching_program_writes(tiny_famil
     (tmp_path / "prompts.txt").write_text("a fox hums --w 64 --h 32 --f 9 --n dark\n", encoding="utf-8")
     checkpoint = open_checkpoint(tiny_family.ltx23)
     config = make_config(tmp_path, tiny_family.ltx23, mode, "--text_encoder", str(tiny_family.gemma))
-    encoded = make_previewer(config, checkpoint, datasets(tmp_path), ltxv2_train_network._prompt_encoder(config, checkpoint)).samples[0]
+    encoded = make_previewer(config, checkpoint, datasets(tmp_path), ltxv2_train_network.prompt_encoder(config, checkpoint)).samples[0]
     cache_with_the_program(tmp_path, tiny_family, mode)
     cached = make_previewer(make_config(tmp_path, tiny_family.ltx23, mode), checkpoint, datasets(tmp_path)).samples[0]
     for ours, theirs in ((encoded.positive, cached.positive), (encoded.negative, cached.negative)):

@@ -24,7 +24,6 @@ from musubi_tuner.placement.planning import token_counts
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_sounds
-from musubi_tuner.training.step import StepInputs, item_losses
 from tests import preview_parts, training_parts
 from tests.e2e.test_conditioning import RECIPES, draw_rules, spy
 
@@ -130,8 +129,8 @@ def test_a_preview_plays_the_reference_as_training_does(data, tiny_family, tmp_p
     made = Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)
     seen = spy(wrapper, lambda: generate(wrapper, made))
     noise = {"video_noise": seen[0].latent, "audio_noise": seen[1].latent[:, :18]}
-    ones = StepInputs(video_sigma=torch.ones(1), audio_sigma=torch.ones(1))
-    trained = spy(wrapper, lambda: item_losses(wrapper, replace(batch, text=context.text, text_mask=None, **noise), ones))
+    at_one = replace(batch, text=context.text, text_mask=None, video_sigma=torch.ones(1), audio_sigma=torch.ones(1), **noise)
+    trained = spy(wrapper, lambda: training_parts.item_losses(wrapper, at_one))
     for ours, theirs in zip(seen, trained, strict=True):
         assert torch.allclose(ours.latent, theirs.latent, rtol=2**-7, atol=2e-2)
         assert torch.equal(ours.timesteps, theirs.timesteps) and torch.equal(ours.positions, theirs.positions)

@@ -24,7 +24,6 @@ from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
-from musubi_tuner.training.step import StepInputs, item_losses
 from tests import preview_parts, training_parts
 from tests.e2e.test_conditioning import RECIPES, draw_rules, spy
 
@@ -131,9 +130,8 @@ def test_a_preview_shows_the_reference_as_training_does(data, tiny_family, tmp_p
     given, context = encode_given(prompt, plan.streams, encoders), preview_parts.context(wrapper)
     made = Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)
     ours, _ = spy(wrapper, lambda: generate(wrapper, made))
-    ones = StepInputs(video_sigma=torch.ones(1), audio_sigma=torch.ones(1))
-    noised = replace(batch, text=context.text, text_mask=None, video_noise=ours.latent[:, :24])
-    theirs, _ = spy(wrapper, lambda: item_losses(wrapper, noised, ones))
+    noised = replace(batch, text=context.text, text_mask=None, video_noise=ours.latent[:, :24], video_sigma=torch.ones(1))
+    theirs, _ = spy(wrapper, lambda: training_parts.item_losses(wrapper, noised))
     assert ours.latent.shape == (1, 24 + 6, 128) and torch.equal(ours.latent[:, :24], theirs.latent[:, :24])
     assert torch.allclose(ours.latent, theirs.latent, rtol=2**-7, atol=2e-2)
     for name in ("timesteps", "positions", "sigma", "keyframe_marker"):
@@ -151,10 +149,10 @@ def test_an_item_without_its_reference_is_trained_as_if_there_were_none(data, ti
     mixed = replace(shown, conditions=replace(shown.conditions, video=replace(shown.conditions.video, reference=reference)))
     plain = make_batch(draws, "video", draw_rules(Recipe()))
     text = preview_parts.context(wrapper).text.expand(2, -1, -1)
-    levels = StepInputs(video_sigma=plain.video_sigma, audio_sigma=plain.audio_sigma)
     with torch.no_grad():
         all_shown, half, none = (
-            item_losses(wrapper, replace(one, text=text, text_mask=None), levels).video for one in (shown, mixed, plain)
+            training_parts.item_losses(wrapper, replace(one, text=text, text_mask=None, video_sigma=plain.video_sigma)).video
+            for one in (shown, mixed, plain)
         )
     assert torch.allclose(half[0], all_shown[0], atol=1e-5) and torch.allclose(half[1], none[1], atol=1e-5)
     assert abs(float(half[0] - none[0])) > 1e-4

@@ -124,16 +124,16 @@ def test_killed_training_resumes_to_the_same_lora(data, tmp_path):
 def test_interrupt_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypatch, caplog):
     import signal
 
-    from musubi_tuner.training import loop
+    from musubi_tuner.training.hooks import StepLog
 
-    original = loop._log
+    original = StepLog.write
 
-    def interrupt_at_two(run_, meters, loss_file, bar, step, norm):
+    def interrupt_at_two(self, step, norm, bar):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        return original(run_, meters, loss_file, bar, step, norm)
+        return original(self, step, norm, bar)
 
-    monkeypatch.setattr(loop, "_log", interrupt_at_two)
+    monkeypatch.setattr(StepLog, "write", interrupt_at_two)
     with caplog.at_level("INFO"):
         assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "9")) == 0
     assert (tmp_path / "ltxv2_lora-step00000002-state").is_dir()

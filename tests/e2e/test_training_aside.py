@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import clips
-from musubi_tuner.training import loop
+from musubi_tuner.training.hooks import Saving, StepLog
 from tests import training_parts as parts
 
 
@@ -43,13 +43,13 @@ def test_retention_leaves_what_this_run_has_just_saved_beside_an_earlier_runs_fi
 
 
 def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monkeypatch, caplog):
-    original = loop._log
+    original = StepLog.write
 
-    def interrupt(run_, meters, loss_file, bar, step, norm):
+    def interrupt(self, step, norm, bar):
         signal.raise_signal(signal.SIGINT)
-        return original(run_, meters, loss_file, bar, step, norm)
+        return original(self, step, norm, bar)
 
-    monkeypatch.setattr(loop, "_log", interrupt)
+    monkeypatch.setattr(StepLog, "write", interrupt)
     with caplog.at_level("INFO"):
         run(data, tmp_path, "--max_train_steps", "1", "--validate_every_n_steps", "1")
     assert "--resume" not in caplog.text
@@ -132,13 +132,13 @@ def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_pa
 
 
 def test_seconds_of_a_step_leave_out_what_lies_between_steps(data, tmp_path, monkeypatch, caplog):
-    original = loop._save
+    original = Saving.save
 
-    def slow_save(*arguments, **named):
+    def slow_save(*arguments):
         time.sleep(2)
-        original(*arguments, **named)
+        original(*arguments)
 
-    monkeypatch.setattr(loop, "_save", slow_save)
+    monkeypatch.setattr(Saving, "save", slow_save)
     with caplog.at_level("INFO"):
         run(data, tmp_path, "--max_train_steps", "1")
     whole, step = re.search(r"time +([\d.]+) s; ([\d.]+) s a step", caplog.text).groups()

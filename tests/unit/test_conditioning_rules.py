@@ -17,7 +17,7 @@ from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, load_r
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.loss import masked_mean, squared_error
+from musubi_tuner.training.objective import masked_mean, squared_error
 from tests import engine_parts
 from tests import preview_parts as parts
 

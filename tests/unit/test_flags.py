@@ -228,9 +228,9 @@ def test_the_installed_command_answers_for_itself(capsys):
     ],
 )  # fmt: skip
 def test_weights_are_bf16_on_a_gpu_unless_float32_is_asked_for(launched, asked, device, expected):
-    assert ltxv2_train_network._weight_dtype(launched, asked, torch.device(device)) == expected
+    assert ltxv2_train_network.weight_dtype(launched, asked, torch.device(device)) == expected
 
 
 def test_other_precisions_are_refused():
     with pytest.raises(UserError, match="mixed precision 'fp16'.*bf16"):
-        ltxv2_train_network._weight_dtype("fp16", None, torch.device("cpu"))
+        ltxv2_train_network.weight_dtype("fp16", None, torch.device("cpu"))

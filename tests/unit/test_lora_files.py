@@ -18,7 +18,7 @@ from musubi_tuner.networks.lora_ltxv2 import create_network
 from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.loss import ItemLosses, masked_mean, squared_error, total_loss
+from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]

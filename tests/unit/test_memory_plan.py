@@ -134,15 +134,3 @@ def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen(
     assert chosen(machine(fp8=100e12)) != "fp8" and chosen(machine(fp8=100e12), "fp8") == "fp8"
     with pytest.raises(UserError, match="--weight_format fp8: this card .* does not multiply in fp8.* int8, nf4, bf16"):
         chosen(machine(int8=280e12), "fp8")
-
-
-def test_micro_batches_share_a_visit_where_weights_are_waited_for():
-    """32 GB card, blocks streamed by order, few tokens: four micro-batches cost hardly more than one."""
-    options = MemoryOptions(blocks_to_swap=48, compile=False, weight_format="bf16")
-    machine = Machine(device=torch.device("cpu"), budget=Budget(device=30 * GB, host=48 * GB), rates=rates(), low_rates={})
-    alone = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16")
-    together = place_by_plan(options, machine, LARGE, work(384, 10), full_format="bf16", micro_batches=4)
-    assert alone.passes == 1 and together.passes == 4
-    assert together.plan.seconds / 4 < 0.6 * alone.plan.seconds
-    many = place_by_plan(options, machine, LARGE, work(6144, 126), full_format="bf16", micro_batches=4)
-    assert many.passes == 1, "nothing is waited for, or four do not fit"

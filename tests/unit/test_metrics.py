@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from musubi_tuner.training.loss import ItemLosses
 from musubi_tuner.training.metrics import NoiseLevelMeter
+from musubi_tuner.training.objective import ItemLosses
 
 
 def test_losses_are_sorted_by_their_own_streams_noise_level():

@@ -18,6 +18,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.runtime.errors import UserError
+from tests.model_parts import predict_latents
 
 FIRST_OF_TWO = torch.tensor([[True] * 6 + [False] * 6, [False] * 12])
 """The first frame of the first item is given."""
@@ -44,21 +45,11 @@ def test_latents_in_latents_out_in_every_format(tiny_family):
     outputs = []
     for name in FORMATS:
         outputs.append(
-            wrapper(tiny_family, timestep_format=name).predict_latents(video, to_timestep(sigma, name), text, audio_latents=audio)
+            predict_latents(wrapper(tiny_family, timestep_format=name), video, to_timestep(sigma, name), text, audio_latents=audio)
         )
         assert outputs[-1][0].shape == video.shape and outputs[-1][1].shape == audio.shape
     for other in outputs[1:]:
         assert max(float((a - b).abs().max()) for a, b in zip(outputs[0], other, strict=True)) < 1e-2
-
-
-def test_timesteps_of_other_shapes_are_errors(tiny_family):
-    video, _, text = batch()
-    model = wrapper(tiny_family, "video")
-    with torch.no_grad():
-        scalar, single = (model.predict_latents(video, torch.full(shape, 0.5), text[..., :128])[0] for shape in ((), (1,)))
-    assert torch.equal(scalar, single)
-    with pytest.raises(ValueError, match="expected"):
-        model.predict_latents(video, torch.zeros(3), text[..., :128])
 
 
 def test_text_is_split_by_width_and_other_widths_are_named(tiny_family):
@@ -74,13 +65,15 @@ def test_text_is_split_by_width_and_other_widths_are_named(tiny_family):
 def test_contexts_reach_their_own_streams(tiny_family):
     video, audio, text = batch()
     model = wrapper(tiny_family)
-    plain = model.predict_latents(video, torch.tensor(0.5), text, audio_latents=audio)
+    plain = predict_latents(model, video, torch.tensor(0.5), text, audio_latents=audio)
     other = text.clone()
     other[..., 128:] += 1
-    changed = model.predict_latents(video, torch.tensor(0.5), other, audio_latents=audio)
+    changed = predict_latents(model, video, torch.tensor(0.5), other, audio_latents=audio)
     assert float((plain[1] - changed[1]).abs().max()) > 1e-2
     alone = wrapper(tiny_family, "video")
-    assert torch.equal(alone.predict_latents(video, torch.tensor(0.5), text)[0], alone.predict_latents(video, torch.tensor(0.5), other)[0])
+    assert torch.equal(
+        predict_latents(alone, video, torch.tensor(0.5), text)[0], predict_latents(alone, video, torch.tensor(0.5), other)[0]
+    )
 
 
 def test_modality_is_frozen_and_its_timesteps_are_per_token():
@@ -175,7 +168,7 @@ def gradients(family, prepare=lambda model: None):
         layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(1))
     prepare(model.transformer)
     video, audio, text = batch()
-    outputs = model.predict_latents(video, torch.tensor(0.5), text, audio_latents=audio)
+    outputs = predict_latents(model, video, torch.tensor(0.5), text, audio_latents=audio)
     sum(output.pow(2).mean() for output in outputs).backward()
     return [p.grad for p in network.parameters()]
 
@@ -202,8 +195,8 @@ def test_padded_sound_is_excluded_from_attention(tiny_family):
     garbage = audio.clone()
     garbage[:, :, 4:] = 100
     lengths = torch.tensor([4, 4])
-    padded = model.predict_latents(video, torch.tensor(0.5), text, audio_latents=garbage, audio_lengths=lengths)
-    exact = model.predict_latents(video, torch.tensor(0.5), text, audio_latents=audio[:, :, :4])
+    padded = predict_latents(model, video, torch.tensor(0.5), text, audio_latents=garbage, audio_lengths=lengths)
+    exact = predict_latents(model, video, torch.tensor(0.5), text, audio_latents=audio[:, :, :4])
     assert float((padded[0] - exact[0]).abs().max()) < 1e-4
     assert float((padded[1][:, :, :4] - exact[1]).abs().max()) < 1e-4
     assert loss_weights(audio_stream(garbage, lengths))[0].tolist() == [1, 1, 1, 1, 0, 0]

@@ -179,7 +179,7 @@ def test_masks_have_the_share_and_the_scale_of_their_probability(kind):
     adapted = network(kind, Dropout(rank=0.25, module=0.4, neuron=0.1))
     layer = adapted.layers["a"]
     inner, whole, neurons = [], [], []
-    with adapted.dropout([range(400)]):
+    with adapted.dropout(range(400)):
         inner, neurons, whole = layer.masks.inner, layer.masks.inputs, layer.masks.module
     assert inner.shape == (400, 1, layer.dropout_width) and neurons.shape == (400, 1, IN) and whole.shape == (400, 1, 1)
     assert sorted(inner.unique().tolist()) == pytest.approx([0, 1 / 0.75])
@@ -195,12 +195,12 @@ def test_dropout_is_off_outside_its_context_and_follows_the_seed_of_the_item_alo
     adapted = network(kind, Dropout(rank=0.5, module=0.3, neuron=0.2))
     layer, x = adapted.layers["a"], inputs(3)
     plain = layer(x)
-    with adapted.dropout([[5, 6, 7]]):
+    with adapted.dropout([5, 6, 7]):
         together = layer(x)
         assert not torch.allclose(together, plain)
         assert torch.equal(together, layer(x)), "the same masks when a block is computed again"
     assert layer.masks is None and torch.equal(layer(x), plain)
-    with adapted.dropout([[6]]):
+    with adapted.dropout([6]):
         assert torch.allclose(layer(x[1:2]), together[1:2], atol=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_items_in_one_batch_learn_what_they_learn_one_by_one(kind):
     layer, x = adapted.layers["a"], inputs(3)
 
     def gradients(seeds: list[int], part: slice) -> list[torch.Tensor]:
-        with adapted.dropout([seeds]):
+        with adapted.dropout(seeds):
             (layer(x[part]) ** 2).sum().backward()
         found = [parameter.grad for parameter in layer.parameters(recurse=False)]
         for parameter in layer.parameters(recurse=False):
@@ -227,7 +227,7 @@ def test_items_in_one_batch_learn_what_they_learn_one_by_one(kind):
 def test_rank_dropout_cuts_ranks_and_module_dropout_the_whole_adapter():
     adapted = network("lora", Dropout(rank=0.5, module=0.5), width=RANK)
     layer, x = adapted.layers["a"], inputs(8)
-    with adapted.dropout([range(8)]):
+    with adapted.dropout(range(8)):
         result, inner, module = layer(x), layer.masks.inner, layer.masks.module
     expected = layer.base(x) + module * F.linear(F.linear(x, layer.lora_A) * inner, layer.lora_B * layer.scale)
     assert torch.allclose(result, expected, atol=1e-5)
@@ -237,7 +237,7 @@ def test_rank_dropout_cuts_ranks_and_module_dropout_the_whole_adapter():
 
 def test_without_dropout_nothing_is_drawn():
     adapted = network("lora", Dropout())
-    with adapted.dropout([[1]]):
+    with adapted.dropout([1]):
         assert adapted.layers["a"].masks is None
 
 

@@ -11,9 +11,9 @@ from musubi_tuner.flow.schedule import mu_for_tokens
 from musubi_tuner.flow.sigma import SCHEMES, STRATA, SigmaSettings, draw_sigma, expected, loss_weight, stretched
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.balance import LEAST, MOST, TARGET, AudioBalance, at_bound
-from musubi_tuner.training.loss import ItemLosses, error_function, masked_mean, total_loss
+from musubi_tuner.training.objective import ItemLosses, error_function, masked_mean, total_loss
 from musubi_tuner.training.setup import sigma_settings
-from musubi_tuner.training.supervision import AudioSupervision
+from musubi_tuner.training.watch import AudioSupervision
 
 
 def losses(video: float, audio: float, *, heard: bool = True) -> ItemLosses:

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.finite import FiniteCheck
-from musubi_tuner.training.interrupt import Interrupt
-from musubi_tuner.training.loss import ItemLosses
-from musubi_tuner.training.pace import Pace
+from musubi_tuner.training.objective import ItemLosses
+from musubi_tuner.training.watch import FiniteCheck, Interrupt, Pace
 
 
 def losses(value: float) -> ItemLosses:

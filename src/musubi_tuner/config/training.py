@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, make_recipe
+from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
 from musubi_tuner.config.model import Dtype, MemoryOptions, ModelOptions, ModeOptions, chosen_mode
@@ -111,11 +111,6 @@ class TrainingConfig:
         sections = (getattr(self, section.name) for section in fields(self))
         return {option.name: getattr(section, option.name) for section in sections for option in fields(section)}
 
-    @property
-    def recipe(self) -> Recipe:
-        """What of the items is given; reads the file of `--conditioning_config`."""
-        return make_recipe(self.conditioning, self.ltx_mode)
-
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
         check_losses(self.losses, self.sound, self.preservation, self.ltx_mode)
@@ -130,6 +125,5 @@ def check_training_config(config: TrainingConfig) -> None:
     Raises:
         UserError: the first rule that is broken.
     """
-    make_recipe(config.conditioning, config.ltx_mode)
     if config.saving.autoresume and config.saving.resume is not None:
         raise UserError(f"--autoresume with --resume {config.saving.resume}: the first one chooses the state by itself; give one of them.")

@@ -13,9 +13,6 @@ from musubi_tuner.memory.checkpointing import Recompute, checkpointed
 from musubi_tuner.memory.offload import HostCheckpoint, HostStore, spread_out
 from musubi_tuner.memory.streaming import BlockStreamer
 
-BeginPass = Callable[[nn.Module, int], None]
-"""(block, number of the pass that runs it next), told before each run of a block, in the backward pass too."""
-
 log = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 128
@@ -70,43 +67,31 @@ class BlockEngine:
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
 
-    def __call__(self, block: nn.Module, passes: Sequence[tuple], begin: BeginPass) -> list[tuple]:
+    def __call__(self, block: nn.Module, *arguments: Any) -> tuple[Tensor | None, ...]:
+        """Run one block. Its first two arguments are its states, which it returns; the others are the same for all blocks."""
+        with_gradients = torch.is_grad_enabled()
         if self._streamer is not None:
             self._streamer.before_forward(block)
-        if torch.is_grad_enabled():
-            results = self._with_gradients(block, passes, begin)
+        if with_gradients:
+            states = self._gate(arguments[:2], block, entering=True)
+            states = self._gate(self._with_gradients(block, states, arguments[2:]), block, entering=False)
         else:
-            results = [self._without_gradients(block, begin, number)(*arguments) for number, arguments in enumerate(passes)]
+            states = self._without_gradients(block)(*arguments)
         if self._streamer is not None:
-            self._streamer.after_forward(block, last=not torch.is_grad_enabled())
-        return results
+            self._streamer.after_forward(block, last=not with_gradients)
+        return states
 
-    def _with_gradients(self, block: nn.Module, passes: Sequence[tuple], begin: BeginPass) -> list[tuple]:
-        """The first two arguments of a pass are its states; gates around the block tell the streamer of its backward pass."""
-        entered = self._gate([arguments[:2] for arguments in passes], block, entering=True)
-        results = []
-        for number, (states, arguments) in enumerate(zip(entered, passes, strict=True)):
-            results.append(self._run(block, (*states, *arguments[2:]), begin, number))
-        return self._gate(results, block, entering=False)
-
-    def _run(self, block: nn.Module, arguments: tuple, begin: BeginPass, number: int) -> tuple:
-        """What is computed again by Python begins its pass again; a compiled block has what differs among its saved inputs."""
-        if self._compiled:
-            run = _begun(partial(self._run_compiled, self._runs[block], block), block, begin, number)
-        else:
-            run = partial(self._runs[block], _begun(block, block, begin, number))
+    def _with_gradients(self, block: nn.Module, states: tuple[Tensor | None, ...], rest: tuple) -> tuple:
+        run = partial(self._run_compiled if self._compiled else _run_plain, self._runs[block], block)
         if self._store is None:
-            return run(*arguments)
-        states = arguments[:2]
+            return run(*states, *rest)
         present = tuple(tensor is not None for tensor in states)
-        given = [tensor for tensor in states if tensor is not None]
-        plain = self._without_gradients(block, begin, number)
-        results = HostCheckpoint.apply(self._store, plain, run, present, arguments[2:], *given)
+        kept = [tensor for tensor in states if tensor is not None]
+        results = HostCheckpoint.apply(self._store, self._without_gradients(block), run, present, rest, *kept)
         return spread_out(results, present)
 
-    def _without_gradients(self, block: nn.Module, begin: BeginPass, number: int) -> Callable[..., tuple]:
-        compiled = self._compiled and block.training
-        return _begun(partial(self._run_compiled, self._forward, block) if compiled else block, block, begin, number)
+    def _without_gradients(self, block: nn.Module) -> Callable[..., tuple]:
+        return partial(self._run_compiled, self._forward, block) if self._compiled and block.training else block
 
     def _run_compiled(self, run: Callable[..., tuple], block: nn.Module, *arguments: Any) -> tuple:
         for tensor, axis in self._axes(*arguments) if self._axes else ():
@@ -117,16 +102,17 @@ class BlockEngine:
         finally:
             self._in_block = False
 
-    def _gate(self, states: Sequence[tuple], block: nn.Module, *, entering: bool) -> list[tuple]:
-        flat = [tensor for pair in states for tensor in pair if tensor is not None]
-        needed = entering and not all(tensor.requires_grad for tensor in flat)
-        if self._streamer is None and not needed:
-            return list(states)
-        told = None
-        if self._streamer is not None:
-            told = self._streamer.after_backward if entering else self._streamer.before_backward
-        passed = iter(_Gate.apply(self._anchor(flat[0].device), told, block, *flat))
-        return [tuple(None if tensor is None else next(passed) for tensor in pair) for pair in states]
+    def _gate(self, states: tuple[Tensor | None, ...], block: nn.Module, *, entering: bool) -> tuple[Tensor | None, ...]:
+        """The states, through a node of the graph that tells the streamer of the block's backward pass."""
+        present = [tensor for tensor in states if tensor is not None]
+        if self._streamer is None:
+            if not entering or all(tensor.requires_grad for tensor in present):
+                return states
+            notify = None
+        else:
+            notify = self._streamer.after_backward if entering else self._streamer.before_backward
+        passed = _Gate.apply(self._anchor(present[0].device), notify, block, *present)
+        return spread_out(passed, [tensor is not None for tensor in states])
 
     def _anchor(self, device: torch.device) -> Tensor:
         """Makes all states require gradients from the first block on, so that one graph serves all blocks."""
@@ -139,15 +125,15 @@ class _Gate(torch.autograd.Function):
     """Passes tensors through, and says so in the backward pass once all their gradients are there."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, told: Callable[[nn.Module], None] | None, block: nn.Module, *tensors: Tensor) -> tuple:
+    def forward(ctx: Any, anchor: Tensor, notify: Callable[[nn.Module], None] | None, block: nn.Module, *tensors: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
-        ctx.told, ctx.block = told, block
+        ctx.notify, ctx.block = notify, block
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        if ctx.told is not None:
-            ctx.told(ctx.block)
+        if ctx.notify is not None:
+            ctx.notify(ctx.block)
         return (None, None, None, *gradients)
 
 
@@ -175,18 +161,10 @@ def _tell_of_compiling(engine: BlockEngine) -> None:
     callback_handler.register_start_callback(tell)
 
 
-def _begun(run: Callable[..., Any], block: nn.Module, begin: BeginPass, number: int) -> Callable[..., Any]:
-    def begun(*arguments: Any) -> Any:
-        begin(block, number)
-        return run(*arguments)
-
-    return begun
-
-
 def _concerns_us(record: logging.LogRecord) -> bool:
     """Torch asks for no operation in place under a checkpoint that chooses; a block has none."""
     return "context_fn is passed" not in record.getMessage()
 
 
-def _run_plain(block: Callable[..., Any], *arguments: Any) -> Any:
-    return block(*arguments)
+def _run_plain(run: Callable[..., Any], *arguments: Any) -> Any:
+    return run(*arguments)

@@ -3,20 +3,16 @@
 `--network_module` names this module; another one with the same `create_network` works in its place.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
-from musubi_tuner.flow.path import to_sigma
-from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Velocity
-from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
+from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks.arguments import network_arguments
 from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.reading import NetworkFile
@@ -24,17 +20,6 @@ from musubi_tuner.networks.targets import choose_targets, linear_names
 from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class WrapperInput:
-    """What `OfficialLTXV2Wrapper.forward` takes."""
-
-    video: Modality | None
-    audio: Modality | None
-    text: Tensor
-    text_mask: Tensor | None = None
-    perturbations: Perturbations | None = None
 
 
 class OfficialLTXV2Wrapper(nn.Module):
@@ -72,30 +57,23 @@ class OfficialLTXV2Wrapper(nn.Module):
             text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
             text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """
-        return self.forward_many([WrapperInput(video, audio, text, text_mask, perturbations)])[0]
-
-    def forward_many(self, inputs: Sequence[WrapperInput]) -> list[Velocity]:
-        """Several independent passes, for which each block is visited once."""
-        return self.transformer.forward_many([self._with_text(number, one) for number, one in enumerate(inputs)])
-
-    def _with_text(self, number: int, given: WrapperInput) -> ModelInput:
-        video, audio, mask = given.video, given.audio, given.text_mask
-        video_text, audio_text = self.split_text(given.text)
+        video_text, audio_text = self.split_text(text)
         if self.connectors is not None:
-            self.transformer.begin_pass(self.connectors, number)
-            video_text, audio_text = self._connect(video_text, audio_text, mask)
-            mask = None
+            video_text, audio_text = self._connect(self.connectors, video_text, audio_text, text_mask)
+            text_mask = None
         if video is not None:
-            video = replace(video, context=video_text, context_mask=mask)
+            video = replace(video, context=video_text, context_mask=text_mask)
         if audio is not None:
-            audio = replace(audio, context=audio_text, context_mask=mask)
-        return ModelInput(video, audio, given.perturbations)
+            audio = replace(audio, context=audio_text, context_mask=text_mask)
+        return self.transformer(video, audio, perturbations)
 
-    def _connect(self, video: Tensor, audio: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _connect(
+        self, connectors: Connectors, video: Tensor, audio: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Contexts (B, 1024, C) of the streams that the model has; every position of them is real."""
         lengths = torch.full(video.shape[:1], video.shape[1], device=video.device) if mask is None else mask.sum(1)
         contexts = {
-            stream: self.connectors.get_submodule(f"{stream}_embeddings_connector")(features, lengths)
+            stream: connectors.get_submodule(f"{stream}_embeddings_connector")(features, lengths)
             for stream, features in (("video", video), ("audio", audio))
             if stream in self.streams
         }
@@ -118,50 +96,6 @@ class OfficialLTXV2Wrapper(nn.Module):
             "Either another text encoder backend was used for caching, or the captions were cached without '--ltx_mode av'. "
             "Run ltxv2_cache_text_encoder_outputs.py with the same --ltxv2_model, --text_encoder_backend and --ltx_mode as training."
         )
-
-    def predict_latents(
-        self,
-        latents: Tensor | None,
-        timesteps: Tensor,
-        text: Tensor,
-        *,
-        fps: Tensor | float = 24.0,
-        audio_latents: Tensor | None = None,
-        audio_timesteps: Tensor | None = None,
-        audio_lengths: Tensor | None = None,
-        text_mask: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Latent-shaped velocities, in the manner of musubi-tuner.
-
-        Args:
-            latents: (B, 128, F, H, W) noised video latents.
-            timesteps: (), (1,) or (B,) in this wrapper's timestep format; of the audio too where `audio_timesteps` is None.
-            audio_latents: (B, 8, T, 16) noised audio latents.
-
-        Raises:
-            ValueError: timesteps of another shape.
-        """
-        given = latents if latents is not None else audio_latents
-        assert given is not None
-        batch = given.shape[0]
-        video_input = audio_input = None
-        if latents is not None:
-            rates = torch.as_tensor(fps, dtype=torch.float32, device=latents.device).expand(batch)
-            stream = video_stream(latents, rates)
-            video_input = model_input(stream, stream.clean, self._sigma(timesteps, batch))
-        if audio_latents is not None:
-            stream = audio_stream(audio_latents, audio_lengths)
-            audio_sigma = self._sigma(timesteps if audio_timesteps is None else audio_timesteps, batch)
-            audio_input = model_input(stream, stream.clean, audio_sigma)
-        velocity = self(video_input, audio_input, text, text_mask)
-        video = None if velocity.video is None else geometry.unpatchify_video(velocity.video, *latents.shape[2:])
-        audio = None if velocity.audio is None else geometry.unpatchify_audio(velocity.audio)
-        return video, audio
-
-    def _sigma(self, timesteps: Tensor, batch: int) -> Tensor:
-        if timesteps.ndim > 1 or timesteps.numel() not in (1, batch):
-            raise ValueError(f"timesteps of shape {tuple(timesteps.shape)}: (), (1,) or ({batch},) expected")
-        return to_sigma(timesteps.reshape(-1), self.timestep_format).expand(batch)
 
 
 def create_network(

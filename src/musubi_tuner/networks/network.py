@@ -27,8 +27,6 @@ class LoRANetwork:
         self.arguments = arguments
         self.kind = kind
         self._thresholds, self._gains = _dropout_rules(self.layers)
-        self._masks: list[dict[AdapterLayer, Masks]] = []
-        self._layers_in: dict[nn.Module, list[AdapterLayer]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -142,33 +140,22 @@ class LoRANetwork:
                 raise UserError(f"--network_weights {file.path}: '{name}': {error}; or give --dim_from_weights.") from error
 
     @contextmanager
-    def dropout(self, seeds: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Drop what the arguments say, for as long as the context lasts: around training batches, forward and backward.
+    def dropout(self, seeds: Sequence[int]) -> Iterator[None]:
+        """Drop what the arguments say, for as long as the context lasts: around a training batch, forward and backward.
 
         Args:
-            seeds: of each item of each batch; the masks depend on nothing else. Of several batches, `begin_pass` says whose turn it is.
+            seeds: of each item of the batch; the masks depend on nothing else.
         """
         if self._thresholds is None or not seeds:
             yield
             return
-        self._masks = [self._draw(one) for one in seeds]
-        for layer, masks in self._masks[0].items():
+        for layer, masks in self._draw(seeds).items():
             layer.masks = masks
         try:
             yield
         finally:
-            self._masks = []
             for layer in self.layers.values():
                 layer.masks = None
-
-    def begin_pass(self, part: nn.Module, number: int) -> None:
-        """The next run of `part` (a block, or a model) belongs to the batch of this number among those that run together."""
-        if not self._masks:
-            return
-        if part not in self._layers_in:
-            self._layers_in[part] = [module for module in part.modules() if isinstance(module, AdapterLayer)]
-        for layer in self._layers_in[part]:
-            layer.masks = self._masks[number][layer]
 
     def _draw(self, seeds: Sequence[int]) -> dict[AdapterLayer, Masks]:
         """Masks of one batch, in one transfer."""

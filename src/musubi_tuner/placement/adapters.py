@@ -8,7 +8,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.conditioning import Reference
 from musubi_tuner.config.network import NETWORK_MODULE, NETWORK_MODULE_ALIASES, parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
@@ -51,7 +50,9 @@ def read_start(config: TrainingConfig, checkpoint: Checkpoint, transformer: LTXM
     return start
 
 
-def make_network(config: TrainingConfig, transformer: LTXModel, start: NetworkFile | None) -> LoRANetwork:
+def make_network(
+    config: TrainingConfig, transformer: LTXModel, start: NetworkFile | None, *, shows_references: bool = False
+) -> LoRANetwork:
     """The network, not yet started from `start`, which gives its shapes where `--dim_from_weights` says so.
 
     Raises:
@@ -66,7 +67,7 @@ def make_network(config: TrainingConfig, transformer: LTXModel, start: NetworkFi
         seed=config.optimization.seed,
         **({"like": start} if options.dim_from_weights else {}),
     )
-    if network.trains_base_weights and config.recipe.probability("video", Reference):
+    if network.trains_base_weights and shows_references:
         raise UserError(
             "--network_args type=full: the recipe shows references, which only an adapter learns to follow, since samplers switch it on "
             "beside the unchanged model. Choose another type, or a recipe without the rule 'reference'."

@@ -55,6 +55,8 @@ class ModelRequest:
     """What a model is loaded for."""
 
     config: TrainingConfig
+    shows_references: bool = False
+    """Whether the recipe shows reference videos, which only an adapter learns to follow."""
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
@@ -78,8 +80,8 @@ class LoadedModel:
     """What was measured."""
 
 
-Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork, int], float]
-"""One forward and backward pass of the largest batch, as often as the number says in one visit of each block; returns its seconds."""
+Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
+"""One forward and backward pass of the largest batch; returns its seconds."""
 
 
 def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
@@ -172,9 +174,8 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: in
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
-    passes = loaded.placement.passes
-    trial(loaded.wrapper, loaded.network, passes)  # compiles, and finds attention plans
-    seconds = trial(loaded.wrapper, loaded.network, passes)
+    trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
+    seconds = trial(loaded.wrapper, loaded.network)
     del held
     plan = loaded.placement.plan
     text = f"{seconds:.3f} s"
@@ -185,12 +186,8 @@ def _proved(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: in
         wrapper=loaded.wrapper,
         network=loaded.network,
         placement=loaded.placement,
-        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of {_what(passes)}")),
+        notes=(*loaded.notes, ("measured", f"{text}, forward and backward of the largest batch")),
     )
-
-
-def _what(passes: int) -> str:
-    return "the largest batch" if passes == 1 else f"{passes} of the largest batch"
 
 
 def _sizes(request: ModelRequest) -> tuple[int, int, int]:
@@ -202,7 +199,7 @@ def _sizes(request: ModelRequest) -> tuple[int, int, int]:
     total = sum(p.numel() for p in model.parameters())
     if config.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
-    network = make_network(config, model, read_start(config, request.checkpoint, model))
+    network = make_network(config, model, read_start(config, request.checkpoint, model), shows_references=request.shows_references)
     return low_bit, total, sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -218,7 +215,7 @@ def _trained_whole(request: ModelRequest) -> frozenset[str]:
         return frozenset()
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[config.ltx_mode])
-    network = make_network(config, model, read_start(config, request.checkpoint, model))
+    network = make_network(config, model, read_start(config, request.checkpoint, model), shows_references=request.shows_references)
     return frozenset(network.names) if network.trains_base_weights else frozenset()
 
 
@@ -241,7 +238,6 @@ def _plan(request: ModelRequest, options: MemoryOptions, machine: Machine, sizes
         work,
         full_format=full,
         factor=factor,
-        micro_batches=config.optimization.gradient_accumulation_steps,
     )
 
 
@@ -264,7 +260,6 @@ def _assemble(request: ModelRequest, placement: Placement, weights: Weights, not
     """Network, connectors and engine around the frozen model."""
     transformer = weights.transformer
     network, connectors = _adapt(request, transformer)
-    transformer.begin_pass = network.begin_pass
     group_projections(transformer)
     blocks = transformer.transformer_blocks
     streamed = [blocks[index] for index in placement.streamed]
@@ -290,7 +285,7 @@ def _adapt(request: ModelRequest, transformer: LTXModel) -> tuple[LoRANetwork, C
     """The network on the device, started where a start was given, and the connectors where they are trained."""
     config, device, connectors = request.config, request.device, None
     start = read_start(config, request.checkpoint, transformer)
-    network = make_network(config, transformer, start)
+    network = make_network(config, transformer, start, shows_references=request.shows_references)
     if start is not None:
         network.load(start)
         log.info("starting from %s: %s", start.path, network.describe())

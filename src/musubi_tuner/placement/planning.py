@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 AUDIO_STEPS_PER_SECOND = 25
 _KEPT_AT_EACH_END = 2
-_CLEARLY = 0.95
 _FEW_BLOCKS = 12
 """Models of fewer blocks than this keep none of them out of quantization."""
 
@@ -57,12 +56,10 @@ class Placement:
     rungs: tuple[Recompute | None, ...]
     inputs_on_host: bool
     compiled: bool
-    passes: int = 1
-    """Micro-batches for which each block is visited once."""
     sharers: int = 1
     """Processes that have the streamed blocks in common."""
     plan: Plan | None
-    """None where nothing was planned: on the CPU without a cap. Of all passes together."""
+    """None where nothing was planned: on the CPU without a cap."""
 
 
 def kept_blocks(blocks: int) -> frozenset[int]:
@@ -126,13 +123,6 @@ def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trai
     )
 
 
-def times(work: Workload, count: int) -> Workload:
-    """As many such batches at once."""
-    return dataclasses.replace(
-        work, video_tokens=count * work.video_tokens, audio_tokens=count * work.audio_tokens, clips=count * work.clips
-    )
-
-
 def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, sharers: int = 1) -> Placement:
     """What the flags say, and plain defaults for the rest."""
     weight_format = options.wanted_format if options.wanted_format not in ("auto", "bf16") else None
@@ -158,14 +148,12 @@ def place_by_plan(
     *,
     full_format: str,
     factor: float = 1.0,
-    micro_batches: int = 1,
 ) -> Placement:
-    """The best plan that fits; of all micro-batches of an optimizer step in one visit of each block, where that is clearly faster.
+    """The best plan that fits.
 
     Args:
         full_format: `bf16` or `float32`, the compute dtype.
         factor: real bytes over predicted ones, where a trial has shown that they differ.
-        micro_batches: that may be run together.
 
     Raises:
         UserError: nothing fits (says what is missing and what would help), or a format that the device does not multiply in.
@@ -183,11 +171,7 @@ def place_by_plan(
         sharers=machine.sharers,
     )
     budget = Budget(device=int(machine.budget.device / factor), host=machine.budget.host)
-    plan, passes = choose_plan(shape, work, rates, budget, wishes), 1
-    if plan is not None and plan.stalled and micro_batches > 1:
-        together = choose_plan(shape, times(work, micro_batches), rates, budget, wishes)
-        if together is not None and together.score / micro_batches < _CLEARLY * plan.score:
-            plan, passes = together, micro_batches
+    plan = choose_plan(shape, work, rates, budget, wishes)
     if plan is None:
         raise UserError(_nothing_fits(leanest_plan(shape, work, rates, wishes), machine.budget, work))
     full = plan.weight_format == full_format
@@ -198,7 +182,6 @@ def place_by_plan(
         rungs=tuple(Recompute(name) for name in plan.rungs),
         inputs_on_host=plan.inputs_on_host,
         compiled=compiled,
-        passes=passes,
         sharers=machine.sharers,
         plan=plan,
     )
@@ -261,8 +244,7 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     counts = {rung: placement.rungs.count(rung) for rung in placement.rungs}
     again = ", ".join(f"{(rung or 'nothing, all is kept').replace('_', ' ')} ({count})" for rung, count in counts.items())
     rows.append(("computed again", again + (", block inputs on the host" if placement.inputs_on_host else "")))
-    together = f", {placement.passes} micro-batches in one visit" if placement.passes > 1 else ""
-    rows.append(("blocks", ("compiled" if placement.compiled else "not compiled") + together))
+    rows.append(("blocks", "compiled" if placement.compiled else "not compiled"))
     plan = placement.plan
     if plan is not None:
         rows.append(("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from musubi_tuner.training.loss import ItemLosses
+from musubi_tuner.training.objective import ItemLosses
 
 TARGET, DECAY, LEAST, MOST = 0.33, 0.99, 0.05, 20.0
 

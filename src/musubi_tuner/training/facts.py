@@ -9,9 +9,8 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.placement.model import LoadedModel
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
-from musubi_tuner.training.inputs import Inputs
-from musubi_tuner.training.references import reference_facts
-from musubi_tuner.training.run import TrainingRun
+from musubi_tuner.training.preflight import RunInputs, reference_facts
+from musubi_tuner.training.run import Machine, TrainingRun
 
 _WHERE_ONLY = {
     "output_dir",
@@ -27,7 +26,7 @@ _WHERE_ONLY = {
 """Settings that change nothing in the result, so that a resumed run may differ in them."""
 
 
-def run_settings(inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
+def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None) -> dict[str, Any]:
     """Flags and facts that shape the result, as plain JSON values."""
     config = inputs.config
     values: dict[str, Any] = {}
@@ -36,13 +35,14 @@ def run_settings(inputs: Inputs, weight_format: str | None) -> dict[str, Any]:
         for field in dataclasses.fields(section):
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
                 values[field.name] = getattr(section, field.name)
-    values |= {"dtype": str(inputs.dtype), "weight_format": weight_format, "processes": inputs.processes.count, "items": len(inputs.items)}
+    values |= {"dtype": str(machine.dtype), "weight_format": weight_format}
+    values |= {"processes": machine.processes.count, "items": len(inputs.items)}
     values["model"] = inputs.checkpoint.path.name
-    values["conditioning"] = config.recipe.describe()
+    values["conditioning"] = inputs.recipe.describe()
     return json.loads(json.dumps(values, default=str))
 
 
-def file_facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
+def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dict[str, object]:
     """Entries of the LoRA file's metadata."""
     config = inputs.config
     version = detect_version(inputs.checkpoint)
@@ -70,7 +70,7 @@ def file_facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ss_gradient_accumulation_steps": config.optimization.gradient_accumulation_steps,
         "ss_seed": config.optimization.seed,
         "ss_num_train_items": len(inputs.items),
-        "ss_mixed_precision": str(inputs.dtype).removeprefix("torch."),
+        "ss_mixed_precision": str(machine.dtype).removeprefix("torch."),
         "ltxv2_mode": config.ltx_mode,
         "ltxv2_adapted_streams": ",".join(adapted),
         "ltxv2_timestep_format": str(config.mode.ltxv2_timestep_format),
@@ -88,12 +88,12 @@ def file_facts(inputs: Inputs, network: LoRANetwork) -> dict[str, object]:
         "ltxv2_dop_weight": config.preservation.dop_weight if config.preservation.dop_prompt is not None else 0.0,
         "ltxv2_audio_dop_weight": config.preservation.audio_dop_weight,
         "ltxv2_ema_decay": config.optimization.ema_decay,
-        "ltxv2_conditioning": config.recipe.describe(),
-        **reference_facts(config.recipe, inputs.datasets),
+        "ltxv2_conditioning": inputs.recipe.describe(),
+        **reference_facts(inputs.recipe, inputs.datasets),
     }
 
 
-def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
+def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: LoadedModel) -> str:
     """What is about to be trained, in one table."""
     config = inputs.config
     streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
@@ -102,7 +102,7 @@ def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
     rows = [
         (
             "model",
-            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {inputs.dtype}".replace(
+            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {machine.dtype}".replace(
                 "torch.", ""
             ),
         ),
@@ -113,8 +113,8 @@ def banner(inputs: Inputs, run: TrainingRun, loaded: LoadedModel) -> str:
         (
             "run",
             f"{run.schedule.total} steps, {run.schedule.steps_per_epoch:.4g} steps an epoch, {run.processes.count} "
-            f"process(es), {inputs.device}",
+            f"process(es), {machine.device}",
         ),
     ]
-    rows += [*describe_placement(loaded.placement, inputs.dtype), *loaded.notes]
+    rows += [*describe_placement(loaded.placement, machine.dtype), *loaded.notes]
     return format_table(rows, ("training", ""))

@@ -1,14 +1,19 @@
-"""Losses on their way to the screen, the loss file and the trackers. They stay on the device until somebody looks."""
+"""Losses on their way to the screen, the loss file and the trackers. They stay on the device until they are logged."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from musubi_tuner.training.loss import ItemLosses
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.objective import ItemLosses
+
+log = logging.getLogger(__name__)
 
 
 class LossMeter:
@@ -19,19 +24,18 @@ class LossMeter:
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
         self._items = self._supervised = 0
 
-    def add(self, losses: ItemLosses, items: int, supervised: int, held: Tensor | None = None) -> None:
+    def add(self, losses: ItemLosses, items: int, supervised: int) -> None:
         """Without waiting for the device.
 
         Args:
-            supervised: items whose sound is trained: there, not given, and of some weight.
-            held: (B,) distance from the base model under the prompt of `--dop_prompt`.
+            supervised: items whose audio is trained: there, not conditioning, and of some weight.
         """
         self._items += items
         self._supervised += supervised
         seen = losses.video_present
         if seen is None and losses.video is not None:
             seen = torch.ones_like(losses.video)
-        of_prompt = (None, None) if held is None else (held, torch.ones_like(held))
+        of_prompt = (None, None) if losses.prompt is None else (losses.prompt, torch.ones_like(losses.prompt))
         row = [losses.video, losses.audio, seen, losses.audio_present, losses.preserved, losses.preserved_present, *of_prompt]
         nothing = self._sums.new_zeros(())
         self._sums += torch.stack([nothing if value is None else value.detach().to(torch.float64).sum() for value in row])
@@ -123,3 +127,52 @@ def loss_path(folder: Path, name: str) -> Path:
 def read_losses(path: Path) -> list[dict[str, float]]:
     """The rows of a loss file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+_REMEDIES = {
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install wandb, then 'wandb login' or WANDB_MODE=offline",
+    "all": "pip install tensorboard, or wandb",
+}
+
+
+class Trackers:
+    """accelerate's trackers (TensorBoard, Weights & Biases), as `--log_with` asks for them. One that cannot start ends the program before
+    any work; one that fails later costs a warning."""
+
+    def __init__(self, accelerator: Any, wanted: str | None, name: str, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            accelerator: made with `log_with=wanted`; it drops what is not installed.
+            name: of the run.
+            settings: shown beside the curves.
+
+        Raises:
+            UserError: no such package, or it refuses to start.
+        """
+        self._accelerator = accelerator
+        self._failed = False
+        if wanted is None:
+            return
+        if not accelerator.log_with:
+            raise UserError(f"--log_with {wanted}: the package is not installed. Remedy: {_REMEDIES[wanted]}.")
+        try:
+            accelerator.init_trackers(name, config={key: str(value) for key, value in settings.items()})
+        except Exception as error:  # whatever a tracker raises where there is no login, no network, no folder
+            raise UserError(f"--log_with {wanted}: cannot start ({type(error).__name__}: {error}). {_REMEDIES[wanted]}.") from error
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if self._failed:
+            return
+        try:
+            self._accelerator.log(dict(values), step=step)
+        except Exception as error:  # whatever a tracker raises: reporting must not end a run
+            self._failed = True
+            log.warning("WARNING: the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        try:
+            self._accelerator.end_training()
+        except Exception as error:  # as above
+            log.warning("WARNING: the tracker failed at the end (%s: %s).", type(error).__name__, error)

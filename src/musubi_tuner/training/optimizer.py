@@ -1,16 +1,17 @@
-"""Optimizers and schedules, all from libraries."""
+"""Optimizers and schedules, all from libraries; averaged weights, gradients over processes, clipping."""
 
 import ast
 import importlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from musubi_tuner.runtime.errors import UserError
@@ -97,6 +98,76 @@ def evaluating(optimizer: Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, trained, strict=True):
                 parameter.copy_(value)
+
+
+class WeightAverage:
+    """A moving average of the trained weights (EMA): often steadier than the last step's. It is what is saved, previewed and validated.
+
+    average <- d average + (1 - d) weights after each step, with d = min(decay, (1 + n) / (10 + n)) after n steps: the start is
+    forgotten soon (as in TensorFlow's ExponentialMovingAverage with `num_updates`).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters = dict(parameters)
+        self._averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._decay = decay
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the weights after an optimizer step."""
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averages in place of the weights, which come back from it to the bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(self._averages[name])
+            self._averages[name] = weights
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        return {"steps": self._steps} | self._averages
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        self._steps = int(state["steps"])
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> None:
+    """Replace every gradient by its mean over the processes, in one exchange.
+
+    Adapters are small beside the model, so one flat buffer after the last backward costs less than hooks during it, and a
+    parameter that took no part in this process's batch simply adds zero.
+    """
+    if processes == 1:
+        return
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    torch.distributed.all_reduce(flat)
+    flat /= processes
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Total gradient norm (a scalar on the device), clipped to `max_norm` where that is above 0."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,7 @@ import torch
 
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.runtime.tables import format_table
-from musubi_tuner.training.loop import Outcome
-from musubi_tuner.training.run import TrainingRun
+from musubi_tuner.training.run import Outcome, TrainingRun
 
 _WIDTH, _HEIGHT, _MARGIN = 900, 420, 56
 _COLORS = {

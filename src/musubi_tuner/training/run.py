@@ -1,8 +1,8 @@
-"""Everything that the loop needs, built by `setup` and not changed after."""
+"""A run as `setup` builds it: everything that the loop and its hooks need, and nothing that changes after."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.collate import DrawRules
 from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.sampler import BatchPlan
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
-from musubi_tuner.training.loss import ErrorFunction
-from musubi_tuner.training.optimizer import evaluating
-from musubi_tuner.training.preservation import BaseModel, PromptPreservation
+from musubi_tuner.training.metrics import Trackers
+from musubi_tuner.training.objective import BatchObjective
+from musubi_tuner.training.optimizer import WeightAverage, evaluating
 from musubi_tuner.training.state import Watched
-from musubi_tuner.training.supervision import AudioSupervision
-from musubi_tuner.training.trackers import Trackers
-from musubi_tuner.training.validation import Validator
+from musubi_tuner.training.watch import AudioSupervision, FiniteCheck
 
-Preview = Callable[[OfficialLTXV2Wrapper, int, int], None]
-"""(wrapper, step, epoch): make the preview clips of this moment."""
+_VALIDATIONS_PER_RUN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +44,43 @@ class Schedule:
         """Whole passes over the data after `step` steps."""
         return int((step + 1e-9) / self.steps_per_epoch)
 
-    def ends_epoch(self, step: int, every: int | None) -> bool:
-        """Whether `step` is the first one that completes a multiple of `every` epochs."""
-        return bool(every) and self.epoch(step) // every > self.epoch(step - 1) // every
+    def is_due(self, step: int, every: int | None, every_epochs: int | None) -> bool:
+        """Whether `step` is a multiple of `every`, or the first one that completes a multiple of `every_epochs` epochs."""
+        by_step = bool(every) and step % every == 0
+        return by_step or (bool(every_epochs) and self.epoch(step) // every_epochs > self.epoch(step - 1) // every_epochs)
+
+
+def make_schedule(config: TrainingConfig, items: Sequence[Item], processes: int, *, has_validation: bool) -> Schedule:
+    """When the run ends, saves, validates and previews."""
+    optimization, saving, preview = config.optimization, config.saving, config.preview
+    batches = BatchPlan(items, optimization.seed).batches_per_epoch
+    batches_per_step = optimization.gradient_accumulation_steps * processes
+    total = optimization.max_train_steps
+    if optimization.max_train_epochs is not None:
+        total = max(1, -(-optimization.max_train_epochs * batches // batches_per_step))
+    every = config.logging.validate_every_n_steps or max(1, total // _VALIDATIONS_PER_RUN)
+    return Schedule(
+        total=total,
+        steps_per_epoch=batches / batches_per_step,
+        save_every=saving.save_every_n_steps,
+        save_every_epochs=saving.save_every_n_epochs,
+        validate_every=every if has_validation else None,
+        preview_every=preview.sample_every_n_steps,
+        preview_every_epochs=preview.sample_every_n_epochs,
+        preview_first=preview.sample_at_first,
+        log_every=config.logging.log_every_n_steps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Where a run is trained."""
+
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
+    """Of the frozen weights and of the arithmetic."""
+    trackers: Trackers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +92,7 @@ class TrainingRun:
     device: torch.device
     wrapper: OfficialLTXV2Wrapper
     network: LoRANetwork
+    objective: BatchObjective
     optimizer: Optimizer
     scheduler: LRScheduler
     items: Sequence[Item]
@@ -72,24 +104,18 @@ class TrainingRun:
     facts: Mapping[str, object]
     """Entries of the LoRA file's metadata."""
     trackers: Trackers
-    error: ErrorFunction
     balance: AudioBalance | None
     """None where the audio loss has a fixed weight."""
     supervision: AudioSupervision
-    watched: Mapping[str, Watched]
-    """What has a state of its own beside network and optimizer."""
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
     average: WeightAverage | None
     """None where the weights count as they are."""
-    base: BaseModel
-    prompt_preservation: PromptPreservation | None
-    passes: int
-    """Micro-batches for which each block is visited once."""
-    preview: Preview | None
-    validator: Validator | None
+    watched: Mapping[str, Watched]
+    """What has a state of its own beside network and optimizer."""
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Weights as they are to be saved and looked at; the model evaluates (`BlockEngine`)."""
+        """Weights as they are to be saved and looked at; the model is in eval mode, so that nothing is compiled for it (`BlockEngine`)."""
         with evaluating(self.optimizer), nullcontext() if self.average is None else self.average.applied():
             self.wrapper.eval()
             try:
@@ -104,3 +130,18 @@ class TrainingRun:
     @property
     def name(self) -> str:
         return self.config.saving.output_name
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did, for its last table."""
+
+    step: int
+    seconds: float = 0.0
+    stepping: float = 0.0
+    """Seconds of the steps alone, without what lies between them."""
+    losses: dict[str, float] = field(default_factory=dict)
+    first_validation: dict[str, float] = field(default_factory=dict)
+    last_validation: dict[str, float] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    interrupted: bool = False

@@ -1,4 +1,4 @@
-"""From a config to a run: load, adapt, plan; in the order in which mistakes are cheapest to find."""
+"""From checked inputs to a run: load, adapt, plan; in the order in which mistakes are cheapest to find."""
 
 import dataclasses
 import logging
@@ -7,16 +7,15 @@ import time
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from musubi_tuner.cache.names import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
-from musubi_tuner.dataset.items import Item
-from musubi_tuner.dataset.sampler import BatchPlan, Draw
+from musubi_tuner.dataset.merge import merge_sources
+from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -24,45 +23,60 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.model import LoadedModel, ModelRequest, load_model
 from musubi_tuner.placement.planning import largest_item
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training.averaging import WeightAverage
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
-from musubi_tuner.training.inputs import Inputs
-from musubi_tuner.training.loss import error_function, total_loss
-from musubi_tuner.training.optimizer import ScheduleOptions, is_schedule_free, make_optimizer, make_scheduler
-from musubi_tuner.training.preservation import BaseModel
-from musubi_tuner.training.prompts import caption_dropout, prompt_preservation
-from musubi_tuner.training.run import Schedule, TrainingRun
+from musubi_tuner.training.hooks import Hook, Preview, Previews, Saving, StepLog, Validation, Watching
+from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
+from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler
+from musubi_tuner.training.preflight import RunInputs, cached_prompt
+from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
+from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
 from musubi_tuner.training.state import Watched, load_state
-from musubi_tuner.training.step import drawn_levels, item_losses_of_all
-from musubi_tuner.training.supervision import AudioSupervision, silence_warning
-from musubi_tuner.training.validation import Validator
+from musubi_tuner.training.watch import AudioSupervision
 
 log = logging.getLogger(__name__)
 
-_VALIDATIONS_PER_RUN = 10
 _TIMESTEP_RANGES = {"std": (0.01, 100.0), "uniform_prob": (0.0, 1.0), "eps": (0.0, 0.1)}
 
 
-def build_run(inputs: Inputs) -> TrainingRun:
+def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     """Load the transformer, put the network on it, and restore a state where one is given."""
     config = inputs.config
-    datasets, wanted = inputs.datasets.datasets, inputs.wanted
-    dropped = caption_dropout(config.losses, datasets, wanted, read_config(inputs.checkpoint).video_context_width)
-    rules = draw_rules(config, "train", config.optimization.seed, dropped)
-    held = prompt_preservation(config.preservation, datasets, wanted, inputs.device)
-    loaded = _load_model(inputs, rules)
-    wrapper, network = loaded.wrapper, loaded.network
-    schedule = make_schedule(config, inputs.items, inputs.processes.count, has_validation=bool(inputs.validation_items))
-    optimizer = _make_optimizer(config, network)
-    scheduler = _make_scheduler(config, optimizer, schedule.total)
-    settings = run_settings(inputs, loaded.placement.weight_format)
-    start_step = 0
-    balance = AudioBalance(inputs.device) if config.sound.audio_balance == "ema" else None
+    optimization = config.optimization
+    rules = draw_rules(inputs, "train", optimization.seed, _caption_dropout(inputs))
+    prompt = _prompt_preservation(inputs, machine.device)
+    balance = AudioBalance(machine.device) if config.sound.audio_balance == "ema" else None
+    loaded = _load_model(inputs, machine, rules, prompt)
+    network = loaded.network
+    schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
+    optimizer = make_optimizer(
+        optimization.optimizer_type,
+        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
+        optimization.learning_rate,
+        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
+    )
+    scheduler = make_scheduler(
+        optimizer,
+        ScheduleOptions(
+            name=optimization.lr_scheduler,
+            total_steps=schedule.total,
+            warmup=optimization.lr_warmup_steps,
+            decay=optimization.lr_decay_steps,
+            class_name=optimization.lr_scheduler_type,
+            args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
+        ),
+    )
+    settings = run_settings(inputs, machine, loaded.placement.weight_format)
+    average = None
+    if optimization.ema_decay:
+        if is_schedule_free(optimizer):
+            name, decay = optimization.optimizer_type, optimization.ema_decay
+            raise UserError(f"--ema_decay {decay:g}: --optimizer_type {name} averages already; give one of them.")
+        average = WeightAverage(network.named_parameters(), optimization.ema_decay)
     supervision = AudioSupervision(config.sound)
-    average = _make_average(config, network, optimizer)
     with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
     watched = {name: one for name, one in with_state.items() if one is not None}
+    start_step = 0
     if config.saving.resume is not None:
         start_step, differences = load_state(
             config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
@@ -70,10 +84,11 @@ def build_run(inputs: Inputs) -> TrainingRun:
         _report_resume(config.saving.resume, start_step, schedule.total, differences)
     run = TrainingRun(
         config=config,
-        processes=inputs.processes,
-        device=inputs.device,
-        wrapper=wrapper,
+        processes=machine.processes,
+        device=machine.device,
+        wrapper=loaded.wrapper,
         network=network,
+        objective=make_objective(config, loaded.wrapper, network, balance=balance, prompt=prompt),
         optimizer=optimizer,
         scheduler=scheduler,
         items=inputs.items,
@@ -81,73 +96,53 @@ def build_run(inputs: Inputs) -> TrainingRun:
         schedule=schedule,
         start_step=start_step,
         settings=settings,
-        facts=file_facts(inputs, network),
-        trackers=inputs.trackers,
-        error=error_function(config.losses.loss_type, config.losses.huber_delta),
+        facts=file_facts(inputs, machine, network),
+        trackers=machine.trackers,
         balance=balance,
         supervision=supervision,
-        watched=watched,
         average=average,
-        base=BaseModel(wrapper, network),
-        prompt_preservation=held,
-        passes=loaded.placement.passes,
-        preview=inputs.preview,
-        validator=_make_validator(inputs),
+        watched=watched,
     )
-    if inputs.processes.is_main:
-        log.info(banner(inputs, run, loaded))
-        if (warning := silence_warning(inputs.items, config.ltx_mode, config.preservation.audio_dop_weight)) is not None:
-            log.warning("WARNING: %s", warning)
+    if machine.processes.is_main:
+        log.info(banner(inputs, machine, run, loaded))
+        if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
+            log.warning(
+                "WARNING: --ltx_mode av, and none of the %d items has sound: the video alone is trained, and nothing holds the sound that "
+                "goes with it to the base model's. Give --audio_dop_weight 1 for that, or train with --ltx_mode video.",
+                len(inputs.items),
+            )
     return run
 
 
-def _make_optimizer(config: TrainingConfig, network: LoRANetwork) -> Optimizer:
-    optimization = config.optimization
-    return make_optimizer(
-        optimization.optimizer_type,
-        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
-        optimization.learning_rate,
-        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
-    )
+def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> tuple[StepLog, list[Hook]]:
+    """The log of a run's steps, and what happens between them, in order."""
+    step_log = StepLog(run)
+    hooks: list[Hook] = [Watching(run), Saving(run)]
+    if inputs.validation_items:
+        items = run.processes.share(inputs.validation_items)
+        hooks.append(Validation(run, items, draw_rules(inputs, "validation", 0), step_log.report))
+    if preview is not None:
+        hooks.append(Previews(run, preview))
+    return step_log, hooks
 
 
-def _make_scheduler(config: TrainingConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    optimization = config.optimization
-    options = ScheduleOptions(
-        name=optimization.lr_scheduler,
-        total_steps=total_steps,
-        warmup=optimization.lr_warmup_steps,
-        decay=optimization.lr_decay_steps,
-        class_name=optimization.lr_scheduler_type,
-        args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
-    )
-    return make_scheduler(optimizer, options)
+def make_objective(
+    config: TrainingConfig,
+    wrapper: OfficialLTXV2Wrapper,
+    network: LoRANetwork,
+    *,
+    balance: AudioBalance | None = None,
+    prompt: PromptPreservation | None = None,
+) -> BatchObjective:
+    """What a run learns, which the trial of its memory plan learns too."""
+    matching = FlowMatching(wrapper, error_function(config.losses.loss_type, config.losses.huber_delta))
+    objective = WithTeacher(matching, Teacher(wrapper, network))
+    return BatchObjective(network=network, objective=objective, balance=balance, prompt=prompt)
 
 
-def _make_average(config: TrainingConfig, network: LoRANetwork, optimizer: Optimizer) -> WeightAverage | None:
-    decay = config.optimization.ema_decay
-    if not decay:
-        return None
-    if is_schedule_free(optimizer):
-        raise UserError(f"--ema_decay {decay:g}: --optimizer_type {config.optimization.optimizer_type} averages already; give one of them.")
-    return WeightAverage(network.named_parameters(), decay)
-
-
-def _make_validator(inputs: Inputs) -> Validator | None:
-    if not inputs.validation_items:
-        return None
-    return Validator(
-        items=inputs.processes.share(inputs.validation_items),
-        mode=inputs.config.ltx_mode,
-        rules=draw_rules(inputs.config, "validation", 0),
-        device=inputs.device,
-        processes=inputs.processes.count,
-    )
-
-
-def draw_rules(config: TrainingConfig, purpose: str, seed: int, dropped: CaptionDropout | None = None) -> DrawRules:
-    losses, sound = config.losses, config.sound
-    training = purpose == "train"
+def draw_rules(inputs: RunInputs, purpose: str, seed: int, dropped: CaptionDropout | None = None) -> DrawRules:
+    """How the items of training, or of validation, are drawn."""
+    losses, sound, training = inputs.config.losses, inputs.config.sound, purpose == "train"
     return DrawRules(
         seed=seed,
         purpose=purpose,
@@ -156,12 +151,12 @@ def draw_rules(config: TrainingConfig, purpose: str, seed: int, dropped: Caption
         weighting_scheme=losses.weighting_scheme if training else "none",
         noise_offset=losses.noise_offset if training else 0.0,
         dropped=dropped if training else None,
-        text_features=config.network.train_connectors,
+        text_features=inputs.config.network.train_connectors,
         video_loss_weight=sound.video_loss_weight,
         audio_loss_weight=sound.audio_loss_weight,
-        recipe=config.recipe,
+        recipe=inputs.recipe,
         preserves=training,
-        audio_dop_weight=config.preservation.audio_dop_weight if training else 0.0,
+        audio_dop_weight=inputs.config.preservation.audio_dop_weight if training else 0.0,
     )
 
 
@@ -189,59 +184,60 @@ def sigma_settings(losses: LossOptions) -> SigmaSettings:
     return SigmaSettings(kind=losses.timestep_sampling, low=low, high=high, **values)
 
 
-def make_schedule(config: TrainingConfig, items: tuple[Item, ...], processes: int, *, has_validation: bool) -> Schedule:
-    """When the run ends, saves, validates and previews."""
-    optimization, saving, preview = config.optimization, config.saving, config.preview
-    batches = BatchPlan(items, optimization.seed).batches_per_epoch
-    steps_per_epoch = batches / (optimization.gradient_accumulation_steps * processes)
-    total = optimization.max_train_steps
-    if optimization.max_train_epochs is not None:
-        total = max(1, -(-optimization.max_train_epochs * batches // (optimization.gradient_accumulation_steps * processes)))
-    every = config.logging.validate_every_n_steps or max(1, total // _VALIDATIONS_PER_RUN)
-    return Schedule(
-        total=total,
-        steps_per_epoch=steps_per_epoch,
-        save_every=saving.save_every_n_steps,
-        save_every_epochs=saving.save_every_n_epochs,
-        validate_every=every if has_validation else None,
-        preview_every=preview.sample_every_n_steps,
-        preview_every_epochs=preview.sample_every_n_epochs,
-        preview_first=preview.sample_at_first,
-        log_every=config.logging.log_every_n_steps,
+def _caption_dropout(inputs: RunInputs) -> CaptionDropout | None:
+    """None where every item keeps its caption."""
+    losses = inputs.config.losses
+    if not (losses.drops_captions or any(spec.caption_dropout_rate for spec in inputs.datasets.datasets)):
+        return None
+    return CaptionDropout(
+        both=losses.caption_dropout_rate,
+        video=losses.video_caption_dropout_rate,
+        audio=losses.audio_caption_dropout_rate,
+        empty=cached_prompt(inputs.datasets, "", inputs.wanted, "dropped captions are replaced by it"),
+        video_width=read_config(inputs.checkpoint).video_context_width,
     )
 
 
-def _load_model(inputs: Inputs, rules: DrawRules) -> LoadedModel:
+def _prompt_preservation(inputs: RunInputs, device: torch.device) -> PromptPreservation | None:
+    """None without `--dop_prompt`."""
+    options = inputs.config.preservation
+    prompt = options.dop_prompt
+    if prompt is None or not options.dop_weight:
+        return None
+    path = cached_prompt(inputs.datasets, prompt, inputs.wanted, "--dop_prompt needs it", f' --dop_prompt "{prompt}"')
+    tensors = merge_sources([path])
+    mask = tensors[TEXT_MASK_KEY].bool()
+    text_mask = None if bool(mask.all()) else mask[None].to(device)
+    return PromptPreservation(text=tensors["text"][None].to(device), text_mask=text_mask, weight=options.dop_weight)
+
+
+def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None) -> LoadedModel:
     config = inputs.config
     batch = _largest_batch(inputs, rules)
 
-    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork, passes: int) -> float:
-        batches = [batch.to(inputs.device)] * passes
+    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
         started = time.perf_counter()
-        with network.dropout([batch.dropout_seeds] * passes):
-            base = BaseModel(wrapper, network)
-            batches = [base.with_imagined_sound(one) for one in batches]
-            losses = item_losses_of_all(wrapper, batches, [drawn_levels(one) for one in batches], base=base)
-            sum(total_loss(one, batches[0].video_weight, batches[0].audio_weight) for one in losses).backward()
+        make_objective(config, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
         for parameter in network.parameters():
             parameter.grad = None
-        if inputs.device.type == "cuda":
-            torch.cuda.synchronize(inputs.device)
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize(machine.device)
         return time.perf_counter() - started
 
     request = ModelRequest(
         config=config,
+        shows_references=inputs.shows_references,
         checkpoint=inputs.checkpoint,
-        device=inputs.device,
-        dtype=inputs.dtype,
+        device=machine.device,
+        dtype=machine.dtype,
         items=inputs.items,
         text_tokens=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
-        processes=inputs.processes,
+        processes=machine.processes,
     )
     return load_model(request, trial)
 
 
-def _largest_batch(inputs: Inputs, rules: DrawRules) -> Batch:
+def _largest_batch(inputs: RunInputs, rules: DrawRules) -> Batch:
     """The batch that a plan must hold, from real caches; its draws are nobody else's."""
     largest = largest_item(inputs.items, inputs.config.ltx_mode)
     draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]

@@ -1,7 +1,8 @@
 """The LTX-2 transformer: tokens of one or two streams in, velocity out. Names are the official ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +25,13 @@ TIMESTEP_RULES = ("official", "cross", "own")
 States = tuple[Tensor | None, Tensor | None]
 """(B, N, D) of video and audio; None where the stream is absent."""
 
-BeginPass = Callable[[nn.Module, int], None]
-"""(part of the model, number of the pass that runs it next): what differs between the passes of one visit is set here."""
-
-RunBlock = Callable[[Block, Sequence[tuple], BeginPass], list[States]]
-"""(block, arguments of each of its passes, what to call before each of them) -> the next states of each pass."""
+RunBlock = Callable[..., States]
+"""(block, its arguments) -> its next states. `memory` puts checkpointing, streaming and compiled blocks in its place."""
 
 
-def run_plain(block: Block, passes: Sequence[tuple], begin: BeginPass) -> list[States]:
-    """How a block is run unless `memory` puts something else in its place."""
-    results = []
-    for number, arguments in enumerate(passes):
-        begin(block, number)
-        results.append(block(*arguments))
-    return results
-
-
-def begin_plain(part: nn.Module, number: int) -> None:
-    """All passes are alike, unless `networks` puts something else in its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """One forward pass: what `LTXModel.forward` takes."""
-
-    video: Modality | None
-    audio: Modality | None
-    perturbations: Perturbations | None = None
+def run_plain(block: Block, *arguments: Any) -> States:
+    """How a block is run unless something else takes the place of `LTXModel.run_block`."""
+    return block(*arguments)
 
 
 class TextProjection(nn.Module):
@@ -88,7 +69,6 @@ class LTXModel(nn.Module):
         self.streams = streams
         self.timestep_rule = timestep_rule
         self.run_block: RunBlock = run_plain
-        self.begin_pass: BeginPass = begin_plain
         for stream in streams:
             self._build_stream(_shape(config, stream))
         if len(streams) == 2:
@@ -116,16 +96,23 @@ class LTXModel(nn.Module):
 
         A stream that the model has may be left out (None): the other one then runs as if the cross attentions were off.
         """
-        return self.forward_many([ModelInput(video, audio, perturbations)])[0]
-
-    def forward_many(self, inputs: Sequence[ModelInput]) -> list[Velocity]:
-        """Several independent passes, each block visited once for all of them: one transfer of its weights serves all."""
-        passes = [_Pass(self, number, given) for number, given in enumerate(inputs)]
+        pairs = {"video": (video, audio), "audio": (audio, video)}
+        streams = [(_shape(self.config, name), own, other) for name, (own, other) in pairs.items() if own is not None]
+        inputs, embedded, tokens = {}, {}, {}
+        for shape, own, other in streams:
+            tokens[shape.prefix] = self._embed_tokens(shape, own)
+            inputs[shape.prefix], embedded[shape.prefix] = self._stream_inputs(shape, own, other)
+        skips = perturbations or Perturbations()
+        skip_a2v, skip_v2a = _with_absent(skips.skip_audio_to_video, audio), _with_absent(skips.skip_video_to_audio, video)
+        states: States = (tokens.get(""), tokens.get("audio_"))
         for index, block in enumerate(self.transformer_blocks):
-            results = self.run_block(block, [one.arguments(index) for one in passes], self.begin_pass)
-            for one, states in zip(passes, results, strict=True):
-                one.states = states
-        return [one.velocity() for one in passes]
+            block_skips = BlockSkips(skips.skip_video_self.get(index, False), skips.skip_audio_self.get(index, False), skip_a2v, skip_v2a)
+            states = self.run_block(block, *states, inputs.get(""), inputs.get("audio_"), block_skips)
+        outputs = {}
+        for shape, own, _ in streams:
+            state = states[1] if shape.prefix else states[0]
+            outputs[shape.prefix] = self._head(shape, own, state, embedded[shape.prefix]) if own.enabled else None
+        return Velocity(outputs.get(""), outputs.get("audio_"))
 
     def _embed_tokens(self, shape: StreamShape, stream: Modality) -> Tensor:
         projection = self.get_submodule(f"{shape.prefix}patchify_proj")
@@ -195,47 +182,6 @@ class LTXModel(nn.Module):
         rows = Modulation(embedded[:, :, None], own.level_index).plus(self.get_parameter(f"{shape.prefix}scale_shift_table"))
         normed = F.layer_norm(x, (x.shape[-1],), eps=self.config.norm_eps)
         return self.get_submodule(f"{shape.prefix}proj_out")(modulate(normed, rows.row(0), rows.row(1)))
-
-
-class _Pass:
-    """One forward pass on its way through the blocks."""
-
-    def __init__(self, model: LTXModel, number: int, given: ModelInput) -> None:
-        self._model = model
-        self._number = number
-        self._given = given
-        self._perturbations = given.perturbations or Perturbations()
-        self._inputs: dict[str, StreamInputs] = {}
-        self._embedded: dict[str, Tensor] = {}
-        states: dict[str, Tensor] = {}
-        model.begin_pass(model, number)
-        for shape, own, other in self._streams():
-            states[shape.prefix] = model._embed_tokens(shape, own)
-            self._inputs[shape.prefix], self._embedded[shape.prefix] = model._stream_inputs(shape, own, other)
-        self.states: States = (states.get(""), states.get("audio_"))
-        self._skip_a2v = _with_absent(self._perturbations.skip_audio_to_video, given.audio)
-        self._skip_v2a = _with_absent(self._perturbations.skip_video_to_audio, given.video)
-
-    def _streams(self) -> list[tuple[StreamShape, Modality, Modality | None]]:
-        video, audio = self._given.video, self._given.audio
-        pairs = (("video", video, audio), ("audio", audio, video))
-        return [(_shape(self._model.config, name), own, other) for name, own, other in pairs if own is not None]
-
-    def arguments(self, index: int) -> tuple:
-        """What the block at `index` is called with."""
-        skips = self._perturbations
-        block_skips = BlockSkips(
-            skips.skip_video_self.get(index, False), skips.skip_audio_self.get(index, False), self._skip_a2v, self._skip_v2a
-        )
-        return (*self.states, self._inputs.get(""), self._inputs.get("audio_"), block_skips)
-
-    def velocity(self) -> Velocity:
-        outputs = {}
-        self._model.begin_pass(self._model, self._number)
-        for shape, own, _ in self._streams():
-            states = self.states[1] if shape.prefix else self.states[0]
-            outputs[shape.prefix] = self._model._head(shape, own, states, self._embedded[shape.prefix]) if own.enabled else None
-        return Velocity(outputs.get(""), outputs.get("audio_"))
 
 
 def _shape(config: TransformerConfig, stream: str) -> StreamShape:

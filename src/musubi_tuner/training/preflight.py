@@ -1,0 +1,230 @@
+"""Everything that can go wrong without the transformer's weights goes wrong here: folders, files, items, caches, prompts, references."""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
+from musubi_tuner.cache.store import read_metadata
+from musubi_tuner.config.conditioning import Mask, Recipe, Reference, make_recipe
+from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
+from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.dataset.items import Item, list_items
+from musubi_tuner.dataset.verify import Wanted, verify_caches
+from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
+from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options
+from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
+from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.program import quoted
+
+log = logging.getLogger(__name__)
+
+REFERENCE_DOWNSCALE = "reference_downscale_factor"
+REFERENCE_TEMPORAL = "reference_temporal_scale_factor"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInputs:
+    """What a run is made of, read once and checked, before the transformer is loaded."""
+
+    config: TrainingConfig
+    recipe: Recipe
+    """Parsed once: what is trained is what the metadata says, whatever becomes of its file."""
+    checkpoint: Checkpoint
+    datasets: DatasetConfig
+    items: tuple[Item, ...]
+    validation_items: tuple[Item, ...]
+    wanted: Wanted
+    """What the caches of this run must be."""
+
+    @property
+    def shows_references(self) -> bool:
+        """Whether the recipe shows reference videos (IC-LoRA)."""
+        return self.recipe.probability("video", Reference) > 0
+
+
+def check_inputs(config: TrainingConfig) -> RunInputs:
+    """Read headers, indices and metadata, and no weights; imports no encoder.
+
+    Raises:
+        UserError: the first thing that is missing, stale or contradictory, with the command that fixes it.
+    """
+    recipe = make_recipe(config.conditioning, config.ltx_mode)
+    checkpoint = open_checkpoint(config.model.ltxv2_model)
+    path = config.mode.dataset_config
+    datasets = load_dataset_config(path)
+    items = list_items(datasets.datasets, config.ltx_mode, path)
+    validation_items = list_items(datasets.validation_datasets, config.ltx_mode, path) if datasets.validation_datasets else ()
+    if config.logging.validate_every_n_steps and not validation_items:
+        log.warning("WARNING: --validate_every_n_steps: nothing is held out; %s has no [[validation_datasets]]", path)
+    if config.preview.wanted and config.preview.sample_prompts is None:
+        log.warning("WARNING: no previews: %s is given without --sample_prompts FILE", config.preview.wanted)
+    _check_references(recipe, items, path)
+    network_weights = config.network.network_weights
+    if network_weights is not None and network_weights.is_file():
+        _check_reference_factors(network_weights, recipe, datasets)
+    wanted = wanted_caches(config, checkpoint)
+    verify_caches((*items, *validation_items), wanted)
+    return RunInputs(
+        config=config,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        datasets=datasets,
+        items=items,
+        validation_items=validation_items,
+        wanted=wanted,
+    )
+
+
+def check_output_folder(folder: Path) -> None:
+    """Write a byte there now, so that a folder that takes none is known before hours are spent.
+
+    Raises:
+        UserError: it takes none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written into ({error}). Choose another, or fix its permissions.") from error
+
+
+def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
+    """Fingerprints of every encoder that can be looked at: the VAEs where a file holds them, connectors and projection, the encoder's
+    folder."""
+    mode, model = config.ltx_mode, config.model
+    vae = checkpoint if model.vae is None else open_checkpoint(model.vae)
+    audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
+    latents = {"encoder_fingerprint": video_vae_fingerprint(vae)} if _holds(vae, "vae.encoder.", "encoder.down_blocks.") else {}
+    audio = {"encoder_fingerprint": audio_vae_fingerprint(audio_vae)} if _holds(audio_vae, "audio_vae.encoder.") else {}
+    text = {"stage": text_stage(config), "widths": "+".join(map(str, text_widths(read_config(checkpoint), mode)))}
+    if model.text_encoder_backend is not None:
+        text["backend"] = model.text_encoder_backend
+    if model.max_length is not None:
+        text["max_length"] = str(model.max_length)
+    if model.text_encoder_backend != "t5" and _holds(checkpoint, "text_embedding_projection."):
+        text["projection_fingerprint"] = projection_fingerprint(checkpoint)
+    if checkpoint.model_version:
+        text["model_version"] = checkpoint.model_version
+    if model.text_encoder is not None and Path(model.text_encoder).is_dir():
+        text["encoder_fingerprint"] = encoder_fingerprint(text_encoder_options(config, torch.device("cpu")))
+    return Wanted(latents=latents, audio=audio, text=text, arguments=_caching_arguments(config))
+
+
+def text_stage(config: TrainingConfig) -> Literal["context", "features"]:
+    """Connectors that are trained read what comes before them."""
+    return "features" if config.network.train_connectors else "context"
+
+
+def text_encoder_options(config: TrainingConfig, device: torch.device) -> EncoderOptions:
+    """Of the encoder of `--text_encoder`, which must be given."""
+    model = config.model
+    assert model.text_encoder is not None
+    return encoder_options(
+        model.text_encoder,
+        tokenizer=model.tokenizer,
+        backend=model.text_encoder_backend or "gemma",
+        device=device,
+        max_length=model.max_length,
+    )
+
+
+def cached_prompt(datasets: DatasetConfig, prompt: str, wanted: Wanted, why: str, flags: str = "") -> Path:
+    """The cache file of a text beside the captions: the empty prompt of dropped captions, the prompt of `--dop_prompt`.
+
+    Raises:
+        UserError: it is not cached, or for another model; `why` it is needed, and the command with its `flags`.
+    """
+    path = prompt_path(datasets.datasets[0].cache_directory, prompt)  # the first dataset's folder holds all prompts
+    reason = reason_to_rebuild(path, {"kind": "text", **wanted.text}, ("text", TEXT_MASK_KEY))
+    if reason is not None:
+        name, program = f"the prompt '{prompt}'" if prompt else "the empty prompt", "ltxv2_cache_text_encoder_outputs.py"
+        raise UserError(
+            f"{path}: {name} is not cached as it should be ({reason}), and {why}. "
+            f"Run, then start training again:\n  python {program} {wanted.arguments[program]}{flags}"
+        )
+    return path
+
+
+def reference_facts(recipe: Recipe, datasets: DatasetConfig) -> dict[str, object]:
+    """Scale of the references in the LoRA's metadata, where samplers read it; none where the recipe shows no reference."""
+    if not recipe.probability("video", Reference):
+        return {}
+    space, time = (str(factor) for factor in datasets.reference_factors)
+    return {REFERENCE_DOWNSCALE: space, "reference_spatial_scale_factor": space, REFERENCE_TEMPORAL: time}
+
+
+def _check_reference_factors(path: Path, recipe: Recipe, datasets: DatasetConfig) -> None:
+    """A LoRA to start from must have been trained on references of the same scale; files that do not say are taken.
+
+    Raises:
+        UserError: names both factors.
+    """
+    metadata = read_metadata(path)
+    wanted = reference_facts(recipe, datasets)
+    for key, setting in ((REFERENCE_DOWNSCALE, "reference_downscale"), (REFERENCE_TEMPORAL, "reference_temporal_scale")):
+        if key in metadata and key in wanted and metadata[key] != wanted[key]:
+            raise UserError(
+                f"--network_weights {path}: its {key} is {metadata[key]}, the dataset's {setting} is {wanted[key]}. "
+                f"Set {setting} = {metadata[key]} in {datasets.path} and cache the references again, or start without --network_weights."
+            )
+
+
+def _check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path) -> None:
+    """A recipe that shows masks or references needs them, and references need a recipe.
+
+    Raises:
+        UserError: one without the other.
+    """
+    if recipe.probability("video", Mask) and not any("mask" in item.paths for item in items):
+        raise UserError(
+            f"{dataset_config}: the recipe has the rule 'mask', but no dataset has masks. "
+            "Give one mask_directory (or a jsonl with mask_path) and run ltxv2_cache_latents.py."
+        )
+    video = any("reference" in item.paths for item in items)
+    audio = any("reference_audio" in item.paths for item in items)
+    for stream, found, infix, program, ready in (
+        ("video", video, "", "ltxv2_cache_latents.py", "reference_video"),
+        ("audio", audio, "audio_", "ltxv2_cache_audio_latents.py", "reference_sound"),
+    ):
+        shown = recipe.probability(stream, Reference) > 0
+        if shown and not found:
+            raise UserError(
+                f"{dataset_config}: the recipe has the rule 'reference' for {stream}, but no dataset has references. "
+                f"Give one reference_{infix}directory (or a jsonl with reference_{infix}path) and run {program}."
+            )
+        if found and not shown:
+            raise UserError(
+                f"{dataset_config}: has references (reference_{infix}directory), but nothing shows them. Give --conditioning_config "
+                f"conditioning_recipes/{ready}.toml (its rule is 'reference'), or take reference_{infix}directory out."
+            )
+
+
+def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in checkpoint.names())
+
+
+def _caching_arguments(config: TrainingConfig) -> dict[str, str]:
+    """Arguments of the caching programs that go with this run."""
+    model = config.model
+    dataset = f"--dataset_config {quoted(config.mode.dataset_config)} --ltx_mode {config.ltx_mode}"
+    vae = quoted(model.vae or model.ltxv2_model)
+    encoder = quoted(model.text_encoder) if model.text_encoder else "ENCODER_FOLDER"
+    text = f" --text_encoder_backend {model.text_encoder_backend}" if model.text_encoder_backend else ""
+    text += f" --max_length {model.max_length}" if model.max_length else ""
+    text += " --text_cache_stage features" if text_stage(config) == "features" else ""
+    return {
+        "ltxv2_cache_latents.py": f"{dataset} --vae {vae}",
+        "ltxv2_cache_audio_latents.py": f"{dataset} --audio_vae {quoted(model.audio_vae) if model.audio_vae else vae}",
+        "ltxv2_cache_text_encoder_outputs.py": f"{dataset} --ltxv2_model {quoted(model.ltxv2_model)} --text_encoder {encoder}{text}",
+    }

@@ -1,0 +1,173 @@
+"""What is watched while a run trains: Ctrl-C, gradients that are not finite, the pace, and whether audio is really supervised."""
+
+import os
+import signal
+import statistics
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from musubi_tuner.config.losses import SoundOptions
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.transfer import HostCopy, to_host
+from musubi_tuner.training.objective import ItemLosses
+
+_STDERR = 2
+_CTRL_C = b"\nCtrl-C: this step (or preview) is finished and the run saved; Ctrl-C again ends at once and saves nothing\n"
+
+
+class Interrupt:
+    """While it is entered, the first Ctrl-C sets `requested`, so that the step is finished; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(_STDERR, _CTRL_C)  # print and logging may be in the middle of a line of their own
+
+
+SeenItems = Sequence[tuple[tuple[str, ...], ItemLosses]]
+"""Names and losses of the items of each micro-batch."""
+
+
+class FiniteCheck:
+    """Ends a run whose gradients are not finite: on the CPU at once; on a GPU one step later, as the host does not wait for the device, but
+    before anything is saved."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, HostCopy, SeenItems] | None = None
+
+    def add(self, step: int, norm: Tensor, seen: SeenItems) -> None:
+        """
+        Args:
+            norm: () gradient norm of the step.
+
+        Raises:
+            UserError: the step before, or on the CPU this one, was not finite.
+        """
+        self.settle()
+        self._pending = (step, to_host(norm.detach()), seen)
+        if not norm.is_cuda:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the step that is still open; call it before saving.
+
+        Raises:
+            UserError: it is not finite; names the items whose losses are not.
+        """
+        if self._pending is None:
+            return
+        (step, norm, seen), self._pending = self._pending, None
+        if bool(torch.isfinite(norm.result())):
+            return
+        rows = []
+        for names, losses in seen:
+            for stream, values in (("video", losses.video), ("audio", losses.audio)):
+                finite = [] if values is None else torch.isfinite(values).tolist()
+                rows += [f"{stream} loss {float(values[place])} of {names[place]}" for place, good in enumerate(finite) if not good]
+        items = ", ".join(name for names, _ in seen for name in names)
+        where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
+        raise UserError(
+            f"step {step}: not finite: {where}. Nothing of this step was saved; the last saved file is good. "
+            "Check these items' caches, or lower --learning_rate, and resume from the last state."
+        )
+
+
+class Pace:
+    """Compares the median of the last steps with that of the first: memory that is short, or a card that gets hot, slows a run down."""
+
+    FIRST = 5
+    """Steps that are not counted: kernels are chosen and compiled in them."""
+    WINDOW = 20
+    DRIFT = 1.3
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._usual: float | None = None
+        self._reported = 1.0
+
+    def add(self, seconds: float) -> str | None:
+        """Take in one step; returns a warning the first time that steps have become slower by a third, and each time by a third more.
+
+        Args:
+            seconds: of the step alone, without saving and previews.
+        """
+        self._seconds.append(seconds)
+        if len(self._seconds) == self.FIRST + self.WINDOW and self._usual is None:
+            self._usual = statistics.median(self._seconds[self.FIRST :])
+        if self._usual is None:
+            return None
+        self._seconds = self._seconds[-self.WINDOW :]
+        ratio = statistics.median(self._seconds) / self._usual if len(self._seconds) == self.WINDOW else 1.0
+        if ratio < self.DRIFT * self._reported:
+            return None
+        self._reported = ratio
+        return (
+            f"steps have become slower: {self._usual:.3f} s in the beginning, {self._usual * ratio:.3f} s now ({ratio:.1f} times). "
+            "Another program on the card or in memory, a hot card, or a full disk under the caches are usual causes."
+        )
+
+
+class AudioSupervision:
+    """Strict audio: counts on the host, from what batches know of themselves, whether the items that should have audio really have it."""
+
+    def __init__(self, options: SoundOptions) -> None:
+        self._options = options
+        self.expected = 0
+        self.supervised = 0
+        self._warned = False
+
+    def add(self, expected: int, supervised: int) -> None:
+        """
+        Args:
+            expected: items of a batch that should have audio: clips, whose audio is not conditioning.
+            supervised: those of them that have it.
+        """
+        self.expected += expected
+        self.supervised += supervised
+
+    def check(self, step: int, device: torch.device, processes: int) -> str | None:
+        """Look at the share after a step, over all processes; returns a warning where the mode is `warn`, once.
+
+        Raises:
+            UserError: the share is too small, and the mode is `error`.
+        """
+        options = self._options
+        if options.audio_supervision_mode == "off" or step <= options.audio_supervision_warmup_steps:
+            return None
+        expected, supervised = self.expected, self.supervised
+        if processes > 1:
+            totals = torch.tensor([expected, supervised], device=device)
+            torch.distributed.all_reduce(totals)
+            expected, supervised = totals.tolist()
+        if not expected or supervised >= options.audio_supervision_min_ratio * expected:
+            return None
+        text = (
+            f"step {step}: {supervised} of {expected} items that should have sound had it ({supervised / expected:.0%}); "
+            f"--audio_supervision_min_ratio is {options.audio_supervision_min_ratio:g}. Clips without an audio stream "
+            "are listed by ltxv2_cache_audio_latents.py; give them sound, take them out of the dataset file, or lower the ratio."
+        )
+        if options.audio_supervision_mode == "error":
+            raise UserError(text)
+        warned, self._warned = self._warned, True
+        return None if warned else text
+
+    def state_dict(self) -> dict[str, int]:
+        return {"expected": self.expected, "supervised": self.supervised}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.expected, self.supervised = int(state["expected"]), int(state["supervised"])
