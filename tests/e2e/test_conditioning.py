@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe, load_recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe, load_recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import DrawRules, make_batch

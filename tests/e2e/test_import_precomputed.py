@@ -13,7 +13,7 @@ from torch import Tensor
 
 from musubi_tuner import ltxv2_import_precomputed, ltxv2_train_network
 from musubi_tuner.cache.names import strip_key
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Item, list_items

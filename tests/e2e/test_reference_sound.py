@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Item, list_items

@@ -12,7 +12,7 @@ from musubi_tuner.cache import store
 from musubi_tuner.cache.fingerprint import text_fingerprint
 from musubi_tuner.cache.index import index_path
 from musubi_tuner.cache.sidecars import KINDS, LATENT_PROGRAM, OwnFiles, SidecarKind, clip_window
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Item, list_items

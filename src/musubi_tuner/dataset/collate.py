@@ -10,8 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
-from musubi_tuner.config.conditioning import Mask, Recipe
+from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Mask, Recipe, draw_conditions
 from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources

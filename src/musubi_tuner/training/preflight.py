@@ -12,7 +12,7 @@ import torch
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.cache.store import read_metadata
-from musubi_tuner.config.conditioning import Mask, Recipe, Reference, make_recipe
+from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item, list_items
