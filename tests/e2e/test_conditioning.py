@@ -14,7 +14,8 @@ from musubi_tuner.conditioning.recipe import Recipe, load_recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SigmaSettings

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SigmaSettings

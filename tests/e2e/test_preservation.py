@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import list_items
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.ltxv2.transformer.load import load_transformer

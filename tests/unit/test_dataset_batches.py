@@ -11,7 +11,8 @@ from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.dataset.collate import DrawRules, make_batch
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import BatchPlan, Draw

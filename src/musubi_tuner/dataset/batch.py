@@ -11,7 +11,7 @@ from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, each
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taught:
-    """Items that learn what the base model predicts for the same input, in place of their own content. All (B,)."""
+    """Items that learn what the base model, the teacher, predicts for the same input, in place of their own content. All (B,)."""
 
     video: Tensor
     """float32 weights of that loss; 0 = learns its own content."""
@@ -58,7 +58,7 @@ class Batch:
     audio_supervised: int = 0
     """Those of them that have sound."""
     conditions: Conditions = NO_CONDITIONS
-    """What is given of the items."""
+    """What of the items is conditioning."""
     taught: Taught | None = None
     """None: every item learns its own content."""
     further: Mapping[str, Tensor] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.dataset.collate import DrawRules
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.dataset.sampler import BatchPlan
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper

@@ -13,7 +13,9 @@ from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
+from musubi_tuner.dataset.captions import CaptionDropout
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
