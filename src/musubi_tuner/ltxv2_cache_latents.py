@@ -62,17 +62,17 @@ def _cache(config: LatentCachingConfig) -> int:
         encoder = Encoder(model_version=checkpoint.model_version, metadata=metadata, load=load)
         code = cache_sidecars(plans, PROG, encoder, config.data, config.work, group)
         if group.is_main and chosen_mode(config.data) == "video":
-            _warn_of_sound(plans)
+            _warn_of_audio(plans)
         return code
 
 
-def _warn_of_sound(plans: Sequence[DatasetPlan]) -> None:
-    sounding = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
-    if sounding:
+def _warn_of_audio(plans: Sequence[DatasetPlan]) -> None:
+    with_audio = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
+    if with_audio:
         log.warning(
             "WARNING: %d clip(s) have sound, which --ltx_mode video (the default) ignores. To train it, run "
             "ltxv2_cache_audio_latents.py too and give the other programs --ltx_mode av.",
-            sounding,
+            with_audio,
         )
 
 

@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
             names = list(file.keys())
             return file.metadata() or {}, {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file anew.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -120,4 +120,4 @@ def read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file anew.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error

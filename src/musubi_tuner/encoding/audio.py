@@ -61,10 +61,10 @@ def decode_reference_audio(planned: PlannedClip) -> Tensor:
 def audio_encoder(vae: AudioVAE) -> Callable[[Sequence[Tensor]], list[HostCopy]]:
     """(2, samples) of clips of one length -> their latents, on the way to the host."""
 
-    def encode(sounds: Sequence[Tensor]) -> list[HostCopy]:
-        if sounds[0].shape[1] == 0:
-            return [to_host(torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS, dtype=STORED_DTYPE)) for _ in sounds]
-        return [to_host(latents) for latents in vae.encode(torch.stack(list(sounds))).to(STORED_DTYPE)]
+    def encode(waveforms: Sequence[Tensor]) -> list[HostCopy]:
+        if waveforms[0].shape[1] == 0:
+            return [to_host(torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS, dtype=STORED_DTYPE)) for _ in waveforms]
+        return [to_host(latents) for latents in vae.encode(torch.stack(list(waveforms))).to(STORED_DTYPE)]
 
     return encode
 
