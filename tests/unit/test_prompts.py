@@ -102,7 +102,7 @@ def test_mistakes_in_text_are_named(tmp_path: Path, text: str, expected: str) ->
         ("p.toml", "[prompt]\nwidth=64\n", r"\[\[prompt.subset\]\]"),
         ("p.toml", '[prompt]\n[[prompt.subset]]\nprompt="a"\nwidht=64', "number 1: unknown key 'widht'. Did you mean 'width'"),
         ("p.toml", "[prompt]\nsubset = [3]", "number 1: must hold keys and values"),
-        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' stands there twice"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' appears twice"),
         ("p.json", '[{"prompt": "a", "keyframes": [1]}]', r"keyframes = \[1\]: must be text"),
         ("p.json", "{}", "must hold a list"),
         ("p.json", "[3]", "entry 1: must hold keys and values, not 3"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from musubi_tuner.config.validation import (
     AnyPath,
@@ -69,17 +69,11 @@ def _one_or_more(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _with_dot(value: str) -> str:
-    if not value.startswith("."):
-        raise ValueError("must begin with a dot, such as '.txt'")
-    return value
-
-
 @options
 class GeneralSettings:
     """What `[general]` may hold, and every dataset."""
 
-    caption_extension: Annotated[str, AfterValidator(_with_dot)] = ".txt"
+    caption_extension: Annotated[str, Field(pattern=r"^\."), Wording("text that begins with a dot, such as '.txt'")] = ".txt"
     resolution: Annotated[tuple[int, int], BeforeValidator(_width_and_height)] = (768, 512)
     """(width, height): the area that buckets keep, or the exact size where buckets are off."""
     batch_size: Count = 1

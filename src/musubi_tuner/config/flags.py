@@ -124,7 +124,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
-        return f"--{key} {' '.join(typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
+        return f"--{key} {' '.join(word or repr(word) for word in typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
 
     sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}
     for flag in flags:
@@ -175,7 +175,7 @@ def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, descrip
             print(VERSION if name == "--version" else "\n".join(_help(flags, prog, description, everything=answers[name])))
             raise SystemExit(0)
         if not name.startswith("--"):
-            _refuse(f"'{name}{equals}{value}' after {before} is no flag and no value of one", prog)
+            _refuse(f"unexpected '{name}{equals}{value}' after {before}", prog)
         flag = named.get(name) or switched_off.get(name)
         if flag is None:
             _refuse(f"unknown flag '{name}'.{nearest(name, [*named, *switched_off, *answers])}", prog)

@@ -2,22 +2,23 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.validation import List, NotNegative, Positive, Share, Whole, options
+from musubi_tuner.config.validation import List, NotNegative, Positive, Share, Whole, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1000)]
 
 
-def _no_min_snr(value: float) -> float:
-    if value:
-        raise ValueError(
-            "must be left out: min-SNR weights by the signal-to-noise ratio of a diffusion schedule, which flow matching has not; "
-            "give --weighting_scheme"
-        )
-    return value
+NoMinSnr = Annotated[
+    float,
+    Field(ge=0, le=0),
+    Wording(
+        "left out: min-SNR weights by the signal-to-noise ratio of a diffusion schedule, which flow matching has not; "
+        "give --weighting_scheme"
+    ),
+]
 
 
 @options
@@ -35,7 +36,7 @@ class LossOptions:
     loss_type: Literal["mse", "mae", "huber"] = flag("error of the predicted velocity", default="mse")
     huber_delta: Positive = flag("where huber turns from squares to lines", default=1.0)
     weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = flag("weight of the loss by noise level, 1 in the mean", default="none")
-    min_snr_gamma: Annotated[float, AfterValidator(_no_min_snr)] = flag("refused unless 0: flow matching has no such quantity", default=0.0)
+    min_snr_gamma: NoMinSnr = flag("refused unless 0: flow matching has no such quantity", default=0.0)
     noise_offset: NotNegative = flag("strength of an offset of the video's noise, the same for all cells of a channel", default=0.0)
     caption_dropout_rate: Share = flag("share of items whose caption is replaced by the empty one", default=0.0)
     video_caption_dropout_rate: Share = flag("the same for the video's context alone", default=0.0)

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
@@ -15,11 +15,9 @@ from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Whole, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
-
-def _file_name(value: str) -> str:
-    if not value or any(sign in value for sign in '/\\:*?"<>|\0'):
-        raise ValueError('must be a file name without / \\ : * ? " < > |; the folder is --output_dir')
-    return value
+FileName = Annotated[
+    str, Field(pattern=r'^[^/\\:*?"<>|\x00]+$'), Wording('a file name without / \\ : * ? " < > |; the folder is --output_dir')
+]
 
 
 @options
@@ -61,7 +59,7 @@ class SavingOptions:
     """Saving and resuming."""
 
     output_dir: AnyPath = flag("folder of everything the run leaves", default=Path("output"), common=True)
-    output_name: Annotated[str, AfterValidator(_file_name)] = flag("name of the LoRA file", default="ltxv2_lora", common=True)
+    output_name: FileName = flag("name of the LoRA file", default="ltxv2_lora", common=True)
     save_every_n_steps: Count | None = flag("save the LoRA every N steps", default=None, common=True)
     save_every_n_epochs: Count | None = flag("save the LoRA every N epochs", default=None)
     save_last_n: Count | None = flag("how many LoRAs of steps, and how many of epochs, are kept; default: all", default=None)

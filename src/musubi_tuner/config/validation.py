@@ -74,13 +74,9 @@ def _8n_plus_1(value: int) -> int:
     return value
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 AnyPath = Annotated[Path, BeforeValidator(_as_path)]
 """A path, or text that is one."""
-List = BeforeValidator(_as_tuple)
+List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
 
 Count = Annotated[int, Field(ge=1, le=10**9)]

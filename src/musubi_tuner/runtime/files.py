@@ -8,7 +8,7 @@ import math
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from musubi_tuner.runtime.errors import UserError
 
@@ -76,7 +76,7 @@ def parse_json(text: str, where: str) -> Any:
         UserError: begins with `where`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number, parse_int=_whole, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_once_each, parse_constant=_finite, parse_int=_whole, parse_float=_finite)
         if "\\ud" in text.lower():  # half of a pair of escapes is a character that no file and no path can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -88,12 +88,8 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' appears twice")
     return values
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def _whole(text: str) -> int:
@@ -105,8 +101,8 @@ def _whole(text: str) -> int:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is larger than any number that can be computed with")
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
