@@ -16,8 +16,7 @@ from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.generation.denoise import Sample, generate
 from musubi_tuner.generation.encode import Encoders, encode_given

@@ -16,8 +16,7 @@ from musubi_tuner.cache.names import strip_key
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.ltxv2.geometry import patchify_video
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills

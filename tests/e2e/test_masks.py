@@ -13,8 +13,7 @@ from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.encoding.pictures import cells_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips

@@ -14,8 +14,7 @@ from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.generation.denoise import Sample, generate
 from musubi_tuner.generation.encode import Encoders, encode_given
 from musubi_tuner.generation.sampling import make_plan

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from musubi_tuner import ltxv2_cache_latents
 from musubi_tuner.cache import store
-from musubi_tuner.cache.fingerprint import text_fingerprint
 from musubi_tuner.cache.index import index_path
 from musubi_tuner.cache.sidecars import KINDS, LATENT_PROGRAM, OwnFiles, SidecarKind, clip_window
+from musubi_tuner.cache.store import text_fingerprint
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.dataset.verify import Wanted, verify_caches
 from musubi_tuner.encoding.makers import MAKERS, Maker
 from musubi_tuner.encoding.pictures import frames_of, mask_bytes

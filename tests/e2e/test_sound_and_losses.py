@@ -17,8 +17,7 @@ from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
-from musubi_tuner.dataset.items import list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clip
 from tests import training_parts as parts

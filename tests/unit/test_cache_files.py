@@ -10,7 +10,6 @@ import torch
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.fingerprint import canonical, file_fingerprint
 from musubi_tuner.cache.index import DatasetIndex, index_path, read_index, write_index
 from musubi_tuner.cache.names import (
     audio_latents_key,
@@ -24,6 +23,7 @@ from musubi_tuner.cache.names import (
     video_latent_name,
 )
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, file_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.runtime.errors import UserError
 

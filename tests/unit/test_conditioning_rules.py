@@ -9,9 +9,8 @@ import torch
 from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.noising import loss_weights, noised
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Recipe, draw_conditions, load_recipe, make_recipe
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised, video_stream
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.validation import options
 from musubi_tuner.ltxv2 import geometry

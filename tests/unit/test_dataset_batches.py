@@ -13,9 +13,8 @@ from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
-from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.items import BatchPlan, Draw, Item
 from musubi_tuner.dataset.merge import merge_sources
-from musubi_tuner.dataset.sampler import BatchPlan, Draw
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.runtime.errors import UserError
 

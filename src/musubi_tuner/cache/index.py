@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
 from musubi_tuner.cache.names import index_name
 from musubi_tuner.cache.sidecars import AUDIO_PROGRAM, KINDS, LATENT_PROGRAM
-from musubi_tuner.cache.store import write_bytes
+from musubi_tuner.cache.store import canonical, text_fingerprint, write_bytes
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import quoted
 

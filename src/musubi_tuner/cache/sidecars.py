@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.fingerprint import canonical
 from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, TEXT_ENDING, TEXT_MASK_KEY, audio_latents_key, latents_key, text_key
+from musubi_tuner.cache.store import canonical
 
 LATENT_PROGRAM = "ltxv2_cache_latents.py"
 AUDIO_PROGRAM = "ltxv2_cache_audio_latents.py"

@@ -1,4 +1,4 @@
-"""Reading and writing cache files: whole or not at all, finite, and the same bytes for the same content."""
+"""Reading and writing cache files: whole or not at all, finite, the same bytes for the same content; and identity by content."""
 
 import errno
 import hashlib
@@ -18,6 +18,9 @@ from musubi_tuner.runtime.errors import UserError
 
 FORMAT_VERSION = "1"
 _TEMPORARY = ".tmp"
+_WHOLE_UP_TO = 16 * 2**20
+_BLOCK = 2**20
+_BLOCKS = 16
 
 
 class DiskFullError(UserError):
@@ -121,3 +124,30 @@ def read(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
+
+
+def file_fingerprint(path: Path) -> str:
+    """32 hex digits of a file's size and content.
+
+    Files up to 16 MiB are hashed whole; of larger ones the head, the tail and evenly spaced blocks, 16 MiB in all.
+    Renaming or copying a file does not change it.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _WHOLE_UP_TO:
+            digest.update(file.read())
+        else:
+            for block in range(_BLOCKS):
+                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def text_fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -34,9 +34,8 @@ from musubi_tuner.conditioning.recipe import ItemConditions, Mask
 from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.dataset.captions import stack_text
 from musubi_tuner.dataset.draws import Drawn, DrawRules, draw_item, draw_item_conditions
-from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.dataset.merge import merge_sources, stack_equal
-from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS, audio_latent_steps
 from musubi_tuner.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Recipe, draw_conditions
 from musubi_tuner.dataset.captions import CaptionDropout
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw
 from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, loss_weight
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
 from musubi_tuner.runtime.draws import generator_for

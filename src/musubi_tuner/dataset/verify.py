@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import file_fingerprint, text_fingerprint
 from musubi_tuner.cache.sidecars import AUDIO_PROGRAM, KINDS, LATENT_PROGRAM, TEXT_PROGRAM, SidecarKind
-from musubi_tuner.cache.store import read_metadata
+from musubi_tuner.cache.store import file_fingerprint, read_metadata, text_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip
-from musubi_tuner.cache.fingerprint import canonical
+from musubi_tuner.cache.store import canonical
 from musubi_tuner.encoding.plan import PlannedClip
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip
-from musubi_tuner.cache.fingerprint import canonical
+from musubi_tuner.cache.store import canonical
 from musubi_tuner.encoding.layout import ClipSize
 from musubi_tuner.encoding.plan import MediaFile, PlannedClip
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.index import DatasetIndex
 from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
 from musubi_tuner.media.picture import picture_size

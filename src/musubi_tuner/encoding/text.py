@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from musubi_tuner.cache import store
-from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, text_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.encoding.jobs import Job, Todo, one_for_each_file
 from musubi_tuner.encoding.report import Outcome, outcome_of

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.conditioning.apply import condition
-from musubi_tuner.conditioning.noising import loss_weights, noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised, video_stream
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity

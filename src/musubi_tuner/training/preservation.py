@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import audio_stream
+from musubi_tuner.conditioning.tokens import audio_stream, model_input
 from musubi_tuner.dataset.batch import Batch, Taught
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.ltxv2 import geometry

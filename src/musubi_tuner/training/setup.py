@@ -16,8 +16,8 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw
 from musubi_tuner.dataset.merge import merge_sources
-from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.fingerprint import file_fingerprint
 from musubi_tuner.cache.names import audio_only_name, image_latent_name, text_name, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.conversion.official_dataset.files import Sample, read_audio, read_video
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND, SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.runtime.errors import UserError

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import canonical, file_fingerprint
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, file_fingerprint
 from musubi_tuner.conversion.official_dataset.files import OfficialText, Sample, read_audio, read_mask, read_text, read_video
 from musubi_tuner.conversion.official_dataset.plan import ImportedItem
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
