@@ -146,7 +146,7 @@ def test_items_with_sound_are_trained_as_ever(data, models):
     clips = items_of(data)["clips"]
     batch, losses = losses_of(wrapper, network, batch_of(clips))
     _, plain = losses_of(wrapper, network, batch_of(clips, dataclasses.replace(RULES, audio_dop_weight=0.0)))
-    assert batch.taught is None and torch.equal(losses.video, plain.video) and torch.equal(losses.audio, plain.audio)
+    assert batch.preserved is None and torch.equal(losses.video, plain.video) and torch.equal(losses.audio, plain.audio)
 
 
 def test_a_prompt_is_held_to_the_base_model(data, models):

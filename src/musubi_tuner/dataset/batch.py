@@ -10,7 +10,7 @@ from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Taught:
+class Preserved:
     """Items that learn what the base model, the teacher, predicts for the same input, in place of their own content. All (B,)."""
 
     video: Tensor
@@ -59,7 +59,7 @@ class Batch:
     """Those of them that have sound."""
     conditions: Conditions = NO_CONDITIONS
     """What of the items is conditioning."""
-    taught: Taught | None = None
+    preserved: Preserved | None = None
     """None: every item learns its own content."""
     further: Mapping[str, Tensor] = field(default_factory=dict)
     """(B, ...) tensors of kinds of sidecars that no other field holds, by their keys."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
 from musubi_tuner.conditioning.recipe import ItemConditions, Mask
-from musubi_tuner.dataset.batch import Batch, Taught
+from musubi_tuner.dataset.batch import Batch, Preserved
 from musubi_tuner.dataset.captions import stack_text
 from musubi_tuner.dataset.draws import Drawn, DrawRules, draw_item, draw_item_conditions
 from musubi_tuner.dataset.items import Draw, Item
@@ -70,7 +70,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         video=_video_conditions(items, merged, found, masks_weigh=not rules.recipe.probability("video", Mask)),
         audio=_audio_conditions(items, merged, found, 0 if audio is None else audio.shape[2]),
     )
-    video_weight, audio_weight, taught = _loss_weights(items, drawn, imagined_steps, rules)
+    video_weight, audio_weight, preserved = _loss_weights(items, drawn, imagined_steps, rules)
     expected, supervised = _count_supervised(items, real_steps, conditions, mode, rules)
     return Batch(
         names=tuple(item.key for item in items),
@@ -87,7 +87,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=video_weight,
         audio_weight=audio_weight,
-        taught=taught,
+        preserved=preserved,
         conditions=conditions,
         audio_expected=expected,
         audio_supervised=supervised,
@@ -200,7 +200,7 @@ def _audio_conditions(items: Sequence[Item], merged: Merged, found: Sequence[Ite
 
 def _loss_weights(
     items: Sequence[Item], drawn: Sequence[Drawn], imagined_steps: Sequence[int], rules: DrawRules
-) -> tuple[Tensor, Tensor, Taught | None]:
+) -> tuple[Tensor, Tensor, Preserved | None]:
     """(B,) weights of the losses of video and audio, 0 where an item learns from the base model instead; and what it learns from that."""
     video = _dataset_weights(items, "video_loss_weight", rules.video_loss_weight) * torch.tensor([one.video_weight for one in drawn])
     audio = _dataset_weights(items, "audio_loss_weight", rules.audio_loss_weight) * torch.tensor([one.audio_weight for one in drawn])
@@ -208,12 +208,12 @@ def _loss_weights(
     imagined = torch.tensor([steps > 0 for steps in imagined_steps])
     if not (preserves.any() or imagined.any()):
         return video, audio, None
-    taught = Taught(
+    preserved = Preserved(
         video=video * preserves,
         audio=torch.where(imagined, rules.audio_dop_weight, audio * preserves),
         imagined=imagined if imagined.any() else None,
     )
-    return video * (taught.video == 0), audio * (taught.audio == 0), taught
+    return video * (preserved.video == 0), audio * (preserved.audio == 0), preserved
 
 
 def _preserves(item: Item, rules: DrawRules) -> bool:

@@ -44,7 +44,7 @@ class ItemLosses:
     video_present: Tensor | None = None
     """(B,) bool items of whose video anything was to be generated; None = all."""
     preserved: Tensor | None = None
-    """(B,) weighted distance from the teacher's prediction, of items that learn from it (`Batch.taught`); None where none does."""
+    """(B,) weighted distance from the teacher's prediction, of items that learn from it (`Batch.preserved`); None where none does."""
     preserved_present: Tensor | None = None
     """(B,) bool items that are in it"""
     prompt: Tensor | None = None
