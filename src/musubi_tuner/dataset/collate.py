@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
@@ -82,7 +83,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_lengths=torch.tensor(lengths) if mode != "video" else None,
         audio_padded=audio is not None and min(lengths) < audio.shape[2],
         video_noise=None if latents is None else torch.stack([one.video_noise for one in drawn]),
-        audio_noise=None if audio is None else torch.stack([_pad(one.audio_noise, audio.shape[2]) for one in drawn]),
+        audio_noise=None if audio is None else pad_sequence([one.audio_noise for one in drawn], batch_first=True),
         video_sigma=torch.tensor([one.video_sigma for one in drawn], dtype=torch.float32),
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=video_weight,
@@ -139,10 +140,6 @@ def _stack_audio(merged: Merged, lengths: Sequence[int]) -> Tensor | None:
         if "audio_latents" in tensors and (length := int(tensors["audio_lengths"])):
             stacked[row, :, :length] = tensors["audio_latents"][:, :length]
     return stacked
-
-
-def _pad(noise: Tensor, steps: int) -> Tensor:
-    return torch.nn.functional.pad(noise, (0, 0, 0, steps - noise.shape[0]))
 
 
 def _video_conditions(items: Sequence[Item], merged: Merged, found: Sequence[ItemConditions], *, masks_weigh: bool) -> StreamConditions:

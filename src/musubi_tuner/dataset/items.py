@@ -62,7 +62,10 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
                 "WARNING: %s: %d source(s) came after caching and are not trained on: %s. Run the caching programs again to have them.",
                 spec.label, len(new), shown,
             )  # fmt: skip
-        items += [_item(spec, clip, mode) for clip in used]
+        for clip in used:
+            kinds = [kind for kind in KINDS.values() if mode in kind.modes and kind.name in clip.sidecars]
+            paths = {kind.name: spec.cache_directory / clip.sidecars[kind.name].file for kind in kinds}
+            items.append(Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths))
     if not items:
         raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
     return tuple(items)
@@ -81,12 +84,6 @@ _EMPTY_HINTS = {
     "av": "It needs video_directory, image_directory or their jsonl forms.",
     "audio": "It needs clips with sound: audio_directory, or video_directory.",
 }
-
-
-def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
-    kinds = [kind for kind in KINDS.values() if mode in kind.modes and kind.name in clip.sidecars]
-    paths = {kind.name: spec.cache_directory / clip.sidecars[kind.name].file for kind in kinds}
-    return Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths)
 
 
 @dataclass(frozen=True, slots=True)

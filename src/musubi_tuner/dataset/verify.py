@@ -85,7 +85,13 @@ def _mirror_problems(items: Sequence[Item], sources: Mapping[str, Source]) -> li
     problems = []
     for name, clip_items in _by_source(items).items():
         item = clip_items[0]
-        caption = sources[name].caption if name in sources else _cached_caption(item.paths["text"])
+        text = item.paths["text"]
+        if name in sources:
+            caption = sources[name].caption
+        elif reason_to_rebuild(text, {}, ()) is None:
+            caption = read_metadata(text).get("caption")  # that the cache was made from
+        else:
+            continue  # the file itself is at fault
         if caption is None or "latents" not in item.paths:
             continue
         mirrored = [one for one in clip_items if one.clip.mirrored]
@@ -94,11 +100,6 @@ def _mirror_problems(items: Sequence[Item], sources: Mapping[str, Source]) -> li
             first = mirrored[0] if mirrored else item
             problems.append(_Problem(first.key, first.paths["latents"], reason, LATENT_PROGRAM))
     return problems
-
-
-def _cached_caption(path: Path) -> str | None:
-    """The caption that a text cache was made from; None where the file itself is at fault."""
-    return read_metadata(path).get("caption") if reason_to_rebuild(path, {}, ()) is None else None
 
 
 def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Source]) -> list[_Problem]:

@@ -63,7 +63,12 @@ def sidecar_jobs(plans: Sequence[DatasetPlan], kind: SidecarKind, encoder: Encod
     jobs = one_for_each_file(
         _job(plan, planned, kind, encoder) for plan in plans for planned in plan.clips if kind.name in planned.clip.sidecars
     )
-    return sorted(jobs, key=lambda job: (_bucket(job.content.clip), str(job.target)))
+
+    def order(job: ClipJob) -> tuple[float | str, ...]:
+        clip = job.content.clip
+        return -clip.width * clip.height * clip.frames, clip.width, clip.height, clip.frames, clip.seconds, str(job.target)
+
+    return sorted(jobs, key=order)
 
 
 def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: Encoder) -> ClipJob:
@@ -78,10 +83,6 @@ def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: En
         people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
         size=MAKERS[kind.name].size(clip, kind.name),
     )
-
-
-def _bucket(clip: Clip) -> tuple[float, ...]:
-    return (-clip.width * clip.height * clip.frames, clip.width, clip.height, clip.frames, clip.seconds)
 
 
 def stages(kind: SidecarKind, encoder: Encoder, jobs: Sequence[ClipJob]) -> Stages[ClipJob, Tensor, HostCopy, Tensor]:

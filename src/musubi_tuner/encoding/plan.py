@@ -174,7 +174,9 @@ def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list
         clips, outcome, notes = _cut_audio(spec, one, one.media.found)
     if clips and spec.flip_x:
         if is_mirrored(spec, one.source.caption):
-            clips = [*clips, *map(_mirror_image, clips)]
+            for clip in tuple(clips):
+                sidecars = {**clip.sidecars, "latents": Sidecar(file=mirrored_name(clip.sidecars["latents"].file))}
+                clips.append(dataclasses.replace(clip, key=f"{clip.key}:mirrored", mirrored=True, sidecars=sidecars))
         else:
             notes = [*notes, f"not mirrored, as its caption says '{side_named(one.source.caption)}'"]
     for name, file in one.files.items() if clips else ():
@@ -287,11 +289,6 @@ def _clip(
 
 def _with_size(clip: Clip, size: tuple[int, int], shown: tuple[int, int]) -> Clip:
     return dataclasses.replace(clip, width=size[0], height=size[1], original_width=shown[0], original_height=shown[1])
-
-
-def _mirror_image(clip: Clip) -> Clip:
-    latents = Sidecar(file=mirrored_name(clip.sidecars["latents"].file))
-    return dataclasses.replace(clip, key=f"{clip.key}:mirrored", mirrored=True, sidecars={**clip.sidecars, "latents": latents})
 
 
 def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaFile) -> tuple[list[Clip], str]:

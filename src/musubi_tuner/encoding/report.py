@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.encoding.jobs import Job, Todo
 from musubi_tuner.encoding.plan import DatasetPlan
@@ -80,7 +79,11 @@ def describe_sources(plans: Sequence[DatasetPlan]) -> str:
 
 def describe_buckets(plans: Sequence[DatasetPlan]) -> str:
     """Clips by dataset, size and length."""
-    buckets = Counter((plan.spec.label, *_shape(planned.clip)) for plan in plans for planned in plan.clips)
+    buckets = Counter(
+        (plan.spec.label, f"{clip.width}x{clip.height}", clip.frames, round(clip.fps, 3), round(clip.seconds, 2))
+        for plan in plans
+        for clip in (planned.clip for planned in plan.clips)
+    )
     return _table([(*bucket, count) for bucket, count in sorted(buckets.items())], ("dataset", "size", "frames", "fps", "seconds", "clips"))
 
 
@@ -136,10 +139,6 @@ def describe_orphans(folders: Iterable[Path], ending: str, jobs: Sequence[Job]) 
     listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     what = "caption and no sample prompt" if ending == KINDS["text"].ending else "planned clip"
     return f"{len(names)} file(s) belong to no {what}; they are left where they are and not trained on: {listed}"
-
-
-def _shape(clip: Clip) -> tuple[str, int, float, float]:
-    return f"{clip.width}x{clip.height}", clip.frames, round(clip.fps, 3), round(clip.seconds, 2)
 
 
 def _mebibytes(size: int) -> str:

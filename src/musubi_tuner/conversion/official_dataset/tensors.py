@@ -138,16 +138,13 @@ def _mask(sample: Sample) -> Tensor:
     return mask
 
 
-def _audio(sample: Sample) -> Tensor:
-    latents = read_audio(sample.files["audio"]).latents if "audio" in sample.files else torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS)
-    return latents.to(STORED_DTYPE)
-
-
 _READERS: dict[str, Callable[[Sample], Tensor]] = {
     "latents": lambda sample: read_video(sample.files["latents"]).latents.to(STORED_DTYPE),
     "reference": lambda sample: read_video(sample.files["reference"]).latents.to(STORED_DTYPE),
     "mask": _mask,
-    "audio": _audio,
+    "audio": lambda sample: (
+        read_audio(sample.files["audio"]).latents if "audio" in sample.files else torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS)
+    ).to(STORED_DTYPE),
     "reference_audio": lambda sample: read_audio(sample.files["reference_audio"]).latents.to(STORED_DTYPE),
 }
 """By kind of sidecar: what its file holds."""
