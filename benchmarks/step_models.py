@@ -18,7 +18,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer, spread
-from musubi_tuner.networks.grouped import group_projections
+from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import create_network
 from tests.parity.name_maps import to_diffusers
 

@@ -1,4 +1,4 @@
-"""Writes docs/options.md, the table of every flag, from the dataclasses that the parsers are made of.
+"""Writes docs/reference/options.md, the table of every flag, from the dataclasses that the parsers are made of.
 
 python tools/make_options_table.py          writes it
 python tools/make_options_table.py --check  exits with 1 where it is not current
@@ -22,7 +22,7 @@ from musubi_tuner.config.caching import AudioCachingConfig, ImportConfig, Latent
 from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.training import TrainingConfig
 
-OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
 
 HEAD = """\
 # Options

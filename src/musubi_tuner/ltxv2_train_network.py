@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.training import TrainingConfig, check_training_config
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import run_program
 
@@ -54,9 +54,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:
-    """The command line, checked by itself."""
+    """The command line, checked by itself. Nothing heavy is imported before, so that `--help` is instant."""
     config = parse(TrainingConfig, argv, prog=prog, description=DESCRIPTION)
-    check_training_config(config)
     from musubi_tuner.training.setup import sigma_settings
 
     sigma_settings(config.losses)
@@ -71,6 +70,8 @@ def _resolve(config: TrainingConfig) -> TrainingConfig:
     saving, network = config.saving, config.network
     newest = newest_state(saving.output_dir, saving.output_name)
     if saving.autoresume:
+        if saving.resume is not None:
+            raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
         if newest is None:
             log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
         saving = dataclasses.replace(saving, resume=newest)
@@ -123,12 +124,30 @@ def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) 
 
 def _previewer(inputs: RunInputs) -> Preview | None:
     """The previews of a run, tried as far as they can be; None where none are asked for."""
-    if inputs.config.preview.sample_prompts is None:
+    config, datasets = inputs.config, inputs.datasets
+    if config.preview.sample_prompts is None:
         return None
+    from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.generation.prepare import ModelFiles
     from musubi_tuner.preview.previewer import make_previewer
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.training.setup import sigma_settings
 
-    encode = prompt_encoder(inputs.config, inputs.checkpoint)
-    return make_previewer(inputs.config, inputs.checkpoint, inputs.datasets, encode, wanted_text=inputs.wanted.text)
+    return make_previewer(
+        config.preview,
+        ModelFiles.beside(inputs.checkpoint, config.model.vae, config.model.audio_vae),
+        TextSource(
+            cache_directory=datasets.datasets[0].cache_directory,
+            expected=inputs.wanted.text,
+            encode=prompt_encoder(config, inputs.checkpoint),
+        ),
+        mode=config.ltx_mode,
+        device=pick_device(config.model.device),
+        output_dir=config.saving.output_dir,
+        output_name=config.saving.output_name,
+        training_sigma=sigma_settings(config.losses),
+        reference_factors=datasets.reference_factors,
+    )
 
 
 def prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> EncodePrompts | None:

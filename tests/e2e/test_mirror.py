@@ -207,7 +207,7 @@ def test_training_notices_captions_that_came_to_name_a_side(data, tmp_path) -> N
     ("change", "message"),
     [
         (("flip_x = true", 'flip_x = "sometimes"'), 'must be true, false, or "force"'),
-        (("flip_x = true", "flip_x = 1"), "must be true, false, or"),
+        (("flip_x = true", "flip_x = 1"), "must be true, false, or .force."),
         (('video_directory = "clips"', 'audio_directory = "clips"'), "flip_x is for videos and images"),
     ],
 )

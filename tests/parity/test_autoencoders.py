@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
-from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_fingerprint
-from musubi_tuner.ltxv2.autoencoders.mel import log_mel, mel_filters
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_fingerprint, log_mel, mel_filters
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, overlaps, ramp
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder

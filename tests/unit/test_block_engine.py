@@ -12,7 +12,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer, spread
-from musubi_tuner.networks.grouped import group_projections
+from musubi_tuner.networks.lora import group_projections
 from tests import engine_parts as parts
 
 

@@ -13,7 +13,7 @@ from musubi_tuner import __version__, ltxv2_train_network, make_tiny
 from musubi_tuner.command import COMMANDS, dispatch
 from musubi_tuner.config.flags import describe, flag, parse
 from musubi_tuner.config.network import parse_pairs
-from musubi_tuner.config.training import TrainingConfig, check_training_config
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.config.validation import AnyPath, Count, List, options
 from musubi_tuner.runtime.errors import UserError
 from tools.make_options_table import PROGRAMS
@@ -46,9 +46,7 @@ def read(*argv):
 
 
 def training(*argv):
-    config = parse(TrainingConfig, [*REQUIRED, *argv], prog="p", description="d")
-    check_training_config(config)
-    return config
+    return parse(TrainingConfig, [*REQUIRED, *argv], prog="p", description="d")
 
 
 def test_types_and_defaults():

@@ -10,13 +10,12 @@ from torch import nn
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks import formats
-from musubi_tuner.networks.dora import MAGNITUDE
-from musubi_tuner.networks.full import DIFF
-from musubi_tuner.networks.lokr import W1, W2, W2_DOWN, W2_UP
-from musubi_tuner.networks.lora import DOWN, UP
+from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
 from musubi_tuner.networks.lora_ltxv2 import create_network
+from musubi_tuner.networks.lycoris import W1, W2, W2_DOWN, W2_UP
 from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
+from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler

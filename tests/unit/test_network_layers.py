@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from musubi_tuner.memory.quantized import QuantizedLinear, quantize
 from musubi_tuner.networks import base
 from musubi_tuner.networks.base import Dropout, LayerSpec, base_weight, is_linear
-from musubi_tuner.networks.dora import DoRALayer
-from musubi_tuner.networks.lokr import LoKrLayer, small_factor
-from musubi_tuner.networks.lora import LoRALayer
+from musubi_tuner.networks.lora import DoRALayer, LoRALayer
+from musubi_tuner.networks.lycoris import LoKrLayer, small_factor
 from musubi_tuner.networks.types import TYPES
 
 KINDS = list(TYPES)
@@ -83,7 +82,7 @@ def test_one_helper_runs_every_base(kind, monkeypatch):
         calls.append(frozen)
         return run(frozen, x)
 
-    for module in (base, __import__("musubi_tuner.networks.full", fromlist=["full"])):
+    for module in (base, __import__("musubi_tuner.networks.types", fromlist=["full"])):
         monkeypatch.setattr(module, "run_base", counted)
     layer = make(kind)
     layer.enabled = False

@@ -67,6 +67,8 @@ def test_what_files_hold_is_taken() -> None:
         ("share", math.nan, "must be a share between 0 and 1."),
         ("on", 1, "must be true or false."),
         ("path", "", "must be a path."),
+        ("path", "x" * 300, "must be a path."),
+        ("path", "a\0b", "must be a path."),
         ("path", 3, "must be a path in quotes."),
         ("names", "x", "must be a list in [ ]."),
         ("kind", "lsat", "must be one of first, last. Did you mean 'last'?"),

@@ -26,7 +26,7 @@ class LossOptions:
     """Noise levels and losses."""
 
     timestep_sampling: Literal["shifted_logit_normal", "uniform", "logit_normal", "stratified"] = flag(
-        "how noise levels are drawn (docs/losses.md)", default="shifted_logit_normal"
+        "how noise levels are drawn (docs/explanation/noise_levels.md)", default="shifted_logit_normal"
     )
     timestep_args: Annotated[tuple[str, ...], List] = flag("key=value: shift, std, mean, uniform_prob, eps", default=())
     min_timestep: NoiseLevel = flag("lowest noise level, of 1000", default=0.0)

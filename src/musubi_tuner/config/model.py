@@ -60,7 +60,7 @@ def chosen_mode(section: _ChoosesMode) -> Mode:
 
 @options
 class MemoryOptions:
-    """Memory and speed (a plan decides all of it; see docs/memory_and_speed.md)."""
+    """Memory and speed (a plan decides all of it; see docs/explanation/memory.md)."""
 
     vram_gb: Positive | None = flag("use no more device memory than this; default: what is free", default=None, common=True)
     ram_gb: Positive | None = flag("use no more host memory than this; default: what is free", default=None)

@@ -23,7 +23,7 @@ class NetworkOptions:
     network_dim: Count = flag("rank", default=32, common=True)
     network_alpha: Alpha = flag("alpha; the update is scaled by alpha / rank", default=32.0, common=True)
     network_args: Annotated[tuple[str, ...], List] = flag(
-        "key=value: type, preset, rank_dropout and so on (docs/networks.md)", default=(), common=True
+        "key=value: type, preset, rank_dropout and so on (docs/how-to/networks.md)", default=(), common=True
     )
     network_weights: AnyPath | None = flag("LoRA file to start from, or a folder, whose newest one is taken", default=None)
     dim_from_weights: bool = flag("take type, modules and ranks from --network_weights", default=False)

@@ -115,13 +115,3 @@ class TrainingConfig:
         if self.network.train_connectors and (self.losses.video_caption_dropout_rate or self.losses.audio_caption_dropout_rate):
             raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
         return self
-
-
-def check_training_config(config: TrainingConfig) -> None:
-    """What cannot be known from one value after another: files, and flags that the program itself fills in later.
-
-    Raises:
-        UserError: the first rule that is broken.
-    """
-    if config.saving.autoresume and config.saving.resume is not None:
-        raise UserError(f"--autoresume with --resume {config.saving.resume}: the first one chooses the state by itself; give one of them.")

@@ -9,6 +9,7 @@ command line's values become an object by `validated`, which words all errors al
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,12 +46,18 @@ class Wording:
         )
 
 
-def _as_path(value: Any) -> Any:
-    if isinstance(value, str):
-        if not value.strip() or "\0" in value:
-            raise ValueError("must be a path")
-        return Path(value)
-    return value
+def as_path(value: Any) -> Any:
+    """Text as a path; anything else as it is.
+
+    Raises:
+        ValueError: text that no file system takes as a path.
+    """
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    if not value.strip() or "\0" in value or len(value) > 4096 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError("must be a path")
+    return path
 
 
 def multiple_of_32(value: int) -> int:
@@ -74,7 +81,7 @@ def _8n_plus_1(value: int) -> int:
     return value
 
 
-AnyPath = Annotated[Path, BeforeValidator(_as_path)]
+AnyPath = Annotated[Path, BeforeValidator(as_path)]
 """A path, or text that is one."""
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""

@@ -11,6 +11,7 @@ from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.index import DatasetIndex, read_index
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
 
@@ -84,6 +85,24 @@ _EMPTY_HINTS = {
     "av": "It needs video_directory, image_directory or their jsonl forms.",
     "audio": "It needs clips with sound: audio_directory, or video_directory.",
 }
+
+
+def token_counts(item: Item, mode: str) -> tuple[int, int]:
+    """Video and audio tokens of a batch of items like this one, references included: 8 x 32 x 32 pixels or 1/25 s of sound each."""
+    clip, clips = item.clip, item.spec.batch_size
+    video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
+    if video and (reference := clip.sidecars.get("reference")):
+        video += ((reference.frames - 1) // 8 + 1) * (reference.height // 32) * (reference.width // 32)
+    has_audio = mode != "video" and clip.has_audio
+    audio = round(clip.seconds * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
+    if "reference_audio" in clip.sidecars:
+        audio *= 2  # it is as long as the clip at most
+    return video * clips, audio * clips
+
+
+def largest_item(items: Sequence[Item], mode: str) -> Item:
+    """The item whose batch has the most tokens."""
+    return max(items, key=lambda item: sum(token_counts(item, mode)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""Latent geometry: sizes, tokens and positions (architecture sheet 2.5 and 3). Time is in seconds, space in pixels."""
+"""Latent geometry: sizes, tokens and positions (docs/explanation/model.md, "latents and positions").
+Time is in seconds, space in pixels."""
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def video_positions(frames: int, height: int, width: int, fps: Tensor) -> Tensor
 
 
 def reference_positions(frames: int, height: int, width: int, fps: Tensor, *, spatial_factor: int, temporal_factor: int) -> Tensor:
-    """Positions of a reference's tokens on the target's scale (architecture sheet 6, IC-LoRA).
+    """Positions of a reference's tokens on the target's scale (docs/explanation/model.md, "latents and positions").
 
     Pixels are multiplied by `spatial_factor`; S = `temporal_factor`: seconds of the reference at fps / S, moved by -(S - 1) / fps,
     not below 0, so that the first frame of both is the same one.

@@ -141,7 +141,7 @@ def _room(entry: TensorEntry) -> int:
 
 
 def _read_into(data: Tensor, name: str, entry: TensorEntry) -> None:
-    rest = memoryview(data.numpy())
+    rest = memoryview(data.numpy())  # pyrefly: ignore[bad-argument-type] - numpy arrays are buffers
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)

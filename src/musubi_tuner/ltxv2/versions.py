@@ -57,7 +57,7 @@ def transformer_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def detect_version(checkpoint: Checkpoint) -> str:
-    """`2.0`, `2.3` or `2.5` of a checkpoint that holds a transformer (architecture sheet 1.3)."""
+    """`2.0`, `2.3` or `2.5` of a checkpoint that holds a transformer (docs/explanation/model.md, "blocks")."""
     names = transformer_names(checkpoint)
     if any(name.startswith(("caption_projection.", "audio_caption_projection.")) for name in names):
         return "2.0"

@@ -68,6 +68,10 @@ def relative_error(weight: Tensor, codes: Codes) -> float:
 class QuantizedLinear(nn.Module):
     """y = x W^T + b with W in codes; frozen. Returns the dtype of `x`."""
 
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, codes: Codes, bias: Tensor | None, in_features: int) -> None:
         super().__init__()
         self.format = codes.format

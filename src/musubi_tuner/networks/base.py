@@ -8,33 +8,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from musubi_tuner.memory.quantized import QuantizedLinear
 
 Tensors = Mapping[str, Tensor]
 """One module's tensors under the endings they have in our files (`lora_A.weight`, `lokr_w1`, ...), scale folded in."""
 
 
-@runtime_checkable
-class QuantizedBase(Protocol):
-    """A linear whose weight is not stored as a plain matrix."""
-
-    in_features: int
-    out_features: int
-
-    def dequantized_weight(self) -> Tensor:
-        """(out, in) in a floating dtype."""
-        ...
-
-
-FrozenLinear = nn.Linear | QuantizedBase
+FrozenLinear = nn.Linear | QuantizedLinear
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can sit on `module`."""
-    return isinstance(module, nn.Linear | QuantizedBase)
+    return isinstance(module, FrozenLinear)
 
 
 def base_weight(linear: FrozenLinear) -> Tensor:
@@ -45,17 +35,16 @@ def base_weight(linear: FrozenLinear) -> Tensor:
         return linear.dequantized_weight()
 
 
-def base_bias(linear: nn.Module) -> Tensor | None:
+def base_bias(linear: FrozenLinear) -> Tensor | None:
     """The (out,) bias, a parameter or a buffer of the linear."""
-    own = chain(linear.named_parameters(recurse=False), linear.named_buffers(recurse=False))
-    return dict(own).get("bias")
+    return linear.bias
 
 
-def base_device(linear: nn.Module) -> torch.device:
+def base_device(linear: FrozenLinear) -> torch.device:
     return next(chain(linear.parameters(), linear.buffers())).device
 
 
-def run_base(linear: nn.Module, x: Tensor) -> Tensor:
+def run_base(linear: FrozenLinear, x: Tensor) -> Tensor:
     """The frozen linear in its own dtype; the result has the dtype of `x`. Every layer runs its base through here."""
     if isinstance(linear, nn.Linear):
         return linear(x.to(linear.weight.dtype)).to(x.dtype)
@@ -118,7 +107,11 @@ class AdapterLayer(nn.Module, ABC):
     zero_at_start: ClassVar[tuple[str, ...]]
     """Endings of file tensors that are all zero as long as nothing is learned."""
 
-    def __init__(self, base: FrozenLinear, spec: LayerSpec) -> None:
+    def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
+        """
+        Args:
+            generator: for the tensors that start at random.
+        """
         super().__init__()
         self.base = base
         self.spec = spec
@@ -129,7 +122,8 @@ class AdapterLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base's, for callers that ask a linear for its dtype."""
+        """The base's, for callers that ask a linear for its dtype; none of them holds a quantized one."""
+        assert isinstance(self.base, nn.Linear)
         return self.base.weight
 
     @property

@@ -1,4 +1,17 @@
-"""LoRA: y = W x + s B A x (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA, and LoRA of linears that read the same tensor, run as a group.
+
+LoRA: y = W x + s B A x.
+
+DoRA: a LoRA whose result keeps a trained length for each output row (Liu et al. 2024, arXiv 2402.09353).
+
+    V = W + s B A,  y = (m / |V|) V x + bias, with |V| the length of each row of V, which takes no gradient (section 4.3 there)
+
+|V|^2 is had without forming V: row by row |W|^2 + 2 s B (W A^T) + s^2 B (A A^T) B^T, so a step costs two thin products and no
+matrix of the size of W. m starts as |W|, and V as W, so the start equals the base exactly.
+
+A group is the queries, keys and values of one attention: one thin product for the first halves of all, and second halves that are added to
+the base's output inside their product. The activations are read once instead of once for each adapter.
+"""
 
 import math
 
@@ -6,7 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.networks.base import AddingLayer, FrozenLinear, LayerSpec, ShapeMismatch, Tensors, base_device, copy_into, multiply
+from musubi_tuner.ltxv2.transformer.attention import Attention
+from musubi_tuner.networks.base import (
+    AddingLayer,
+    FrozenLinear,
+    LayerSpec,
+    ShapeMismatch,
+    Tensors,
+    base_bias,
+    base_device,
+    base_weight,
+    copy_into,
+    multiply,
+    run_base,
+)
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 
@@ -18,7 +44,7 @@ class LoRALayer(AddingLayer):
     zero_at_start = (UP,)
 
     def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
-        super().__init__(base, spec)
+        super().__init__(base, spec, generator)
         down = torch.empty(spec.rank, base.in_features)
         bound = 1 / math.sqrt(base.in_features)  # kaiming uniform with a = sqrt(5)
         down.uniform_(-bound, bound, generator=generator)
@@ -68,3 +94,84 @@ class LoRALayer(AddingLayer):
     def spec_of(cls, tensors: Tensors) -> LayerSpec:
         rank = tensors[DOWN].shape[0]
         return LayerSpec(rank=rank, alpha=float(rank))
+
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoRALayer(LoRALayer):
+    """`magnitude` is (out,)."""
+
+    kind = "dora"
+
+    def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
+        super().__init__(base, spec, generator)
+        self.register_buffer("base_squares", base_weight(base).float().square().sum(1), persistent=False)
+        self.magnitude = nn.Parameter(self.base_squares.sqrt())
+
+    def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
+        gain = self.magnitude / self._lengths()
+        bias = base_bias(self.base)
+        plain = y if bias is None else y - bias.to(y.dtype)
+        low = multiply(F.linear(x, self.lora_A.to(x.dtype)), inner)
+        up = self.lora_B * (gain * self.scale)[:, None]
+        return plain * (gain - 1).to(x.dtype) + F.linear(low, up.to(x.dtype))
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        weight = base_weight(self.base)
+        down, up = self.lora_A, self.lora_B * self.scale
+        across = F.linear(weight, down.to(weight.dtype)).float()  # W A^T
+        squares = self.base_squares + (up * (2 * across + up @ (down @ down.T))).sum(1)
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return super().file_tensors() | {MAGNITUDE: self.magnitude.detach()}
+
+    def load(self, tensors: Tensors) -> None:
+        super().load(tensors)
+        copy_into(self.magnitude, tensors[MAGNITUDE].flatten(), "magnitude")
+
+    @classmethod
+    def merged(cls, weight: Tensor, tensors: Tensors) -> Tensor:
+        direction = weight + tensors[UP].to(weight) @ tensors[DOWN].to(weight)
+        return direction * (tensors[MAGNITUDE].to(weight).flatten() / direction.norm(dim=1))[:, None]
+
+
+def group_projections(model: nn.Module) -> int:
+    """Let every attention of `model` run the LoRA of its queries, keys and values together. Returns how many do.
+
+    Whatever else sits on a linear (another type of adapter, none, one that is switched off or drops inputs) is run by itself.
+    """
+    count = 0
+    for module in model.modules():
+        if isinstance(module, Attention) and _plain(module.to_k) and _plain(module.to_v):
+            module.project_together = _Group(module)
+            count += 1
+    return count
+
+
+class _Group:
+    """The linears of one attention."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._linears = {name: getattr(attention, name) for name in ("to_q", "to_k", "to_v")}
+
+    def __call__(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        linears = [self._linears[name] for name in names]
+        if not all(_plain(linear) for linear in linears):
+            return tuple(linear(x) for linear in linears)
+        down = torch.cat([linear.lora_A for linear in linears]).to(x.dtype)
+        lows = F.linear(x, down).split([linear.rank for linear in linears], dim=-1)
+        return tuple(_added(linear, x, low) for linear, low in zip(linears, lows, strict=True))
+
+
+def _plain(linear: nn.Module) -> bool:
+    return type(linear) is LoRALayer and linear.enabled and (linear.masks is None or linear.masks.inputs is None)
+
+
+def _added(linear: LoRALayer, x: Tensor, low: Tensor) -> Tensor:
+    masks = linear.masks
+    low, up = linear.second_half(low, *((masks.inner, masks.module) if masks else ()))
+    y = run_base(linear.base, x)
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t()).view(y.shape)

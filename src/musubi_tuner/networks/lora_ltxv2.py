@@ -14,6 +14,7 @@ from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Velocity
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.networks.arguments import network_arguments
+from musubi_tuner.networks.base import FrozenLinear
 from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import choose_targets, linear_names
@@ -53,7 +54,7 @@ class OfficialLTXV2Wrapper(nn.Module):
         """Velocity of the streams that are given.
 
         Args:
-            video, audio: inputs without context, from `conditioning.noising.model_input`.
+            video, audio: inputs without context, from `conditioning.tokens.model_input`.
             text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
             text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """
@@ -104,7 +105,7 @@ def create_network(
     """Put adapters on the transformer's chosen linears, in place. The start is the base model exactly.
 
     Args:
-        args: `--network_args` as key=value (docs/networks.md).
+        args: `--network_args` as key=value (docs/how-to/networks.md).
         like: take type, modules and shapes from this file, with a scale of 1, in place of `dim`, `alpha` and the targets
             (`--dim_from_weights`).
 
@@ -124,7 +125,9 @@ def create_network(
             spec = replace(layer_class.spec_of(like.adapters[name].tensors), dropout=arguments.dropout)
         owner_name, _, leaf = name.rpartition(".")
         owner = transformer.get_submodule(owner_name)
-        layer = layer_class(owner.get_submodule(leaf), spec, generator_for(seed, "lora", name))
+        target = owner.get_submodule(leaf)
+        assert isinstance(target, FrozenLinear), "targets are linears"
+        layer = layer_class(target, spec, generator_for(seed, "lora", name))
         owner.add_module(leaf, layer)
         layers[name] = layer
     return LoRANetwork(layers, arguments, kind)

@@ -26,7 +26,7 @@ class LoRANetwork:
         self.layers = dict(layers)
         self.arguments = arguments
         self.kind = kind
-        self._thresholds, self._gains = _dropout_rules(self.layers)
+        self._dropout = _dropout_rules(self.layers)
 
     @property
     def names(self) -> list[str]:
@@ -146,10 +146,10 @@ class LoRANetwork:
         Args:
             seeds: of each item of the batch; the masks depend on nothing else.
         """
-        if self._thresholds is None or not seeds:
+        if self._dropout is None or not seeds:
             yield
             return
-        for layer, masks in self._draw(seeds).items():
+        for layer, masks in self._draw(seeds, *self._dropout).items():
             layer.masks = masks
         try:
             yield
@@ -157,10 +157,10 @@ class LoRANetwork:
             for layer in self.layers.values():
                 layer.masks = None
 
-    def _draw(self, seeds: Sequence[int]) -> dict[AdapterLayer, Masks]:
+    def _draw(self, seeds: Sequence[int], thresholds: Tensor, gains: Tensor) -> dict[AdapterLayer, Masks]:
         """Masks of one batch, in one transfer."""
-        drawn = [torch.rand(self._thresholds.numel(), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        kept = (torch.stack(drawn) >= self._thresholds) * self._gains
+        drawn = [torch.rand(thresholds.numel(), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        kept = (torch.stack(drawn) >= thresholds) * gains
         device = self.parameters()[0].device
         kept = (kept.pin_memory() if device.type == "cuda" else kept).to(device, non_blocking=True)[:, None]
         start, found = 0, {}
@@ -191,8 +191,9 @@ def _widths(layer: AdapterLayer) -> tuple[int, int, int]:
     return (layer.dropout_width if dropout.rank else 0, layer.base.in_features if dropout.neuron else 0, 1 if dropout.module else 0)
 
 
-def _dropout_rules(layers: Mapping[str, AdapterLayer]) -> tuple[Tensor | None, Tensor | None]:
-    """For all masks of all layers in one row: the draw under which an entry is dropped, and what it is multiplied by where it stays."""
+def _dropout_rules(layers: Mapping[str, AdapterLayer]) -> tuple[Tensor, Tensor] | None:
+    """For all masks of all layers in one row: the draw under which an entry is dropped, and what it is multiplied by where it stays; None
+    where nothing is dropped."""
     thresholds, gains = [], []
     for layer in layers.values():
         dropout = layer.spec.dropout
@@ -201,5 +202,5 @@ def _dropout_rules(layers: Mapping[str, AdapterLayer]) -> tuple[Tensor | None, T
             thresholds.append(torch.full((width,), p))
             gains.append(torch.full((width,), 1.0 if place == 2 else 1 / (1 - p)))
     if not any(part.numel() for part in thresholds):
-        return None, None
+        return None
     return torch.cat(thresholds), torch.cat(gains)

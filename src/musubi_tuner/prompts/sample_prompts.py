@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
-from musubi_tuner.config.validation import Count, FrameRate, Frames, NotNegative, Seed, Side, options, validated
+from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Frames, NotNegative, Seed, Side, as_path, options, validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, read_text, read_toml
 
@@ -141,11 +141,11 @@ def _from_text(read: Callable[[str], Any]) -> BeforeValidator:
     return BeforeValidator(checked)
 
 
-def _read_keyframes(text: str) -> tuple[tuple[int, str], ...]:
+def _read_keyframes(text: str) -> tuple[tuple[int, Path], ...]:
     pairs = [part.strip().partition("=") for part in text.split(";")]
     if not all(sign and re.fullmatch("[0-9]{1,9} *", number) for number, sign, _ in pairs):
         raise ValueError("must be FRAME=PICTURE, several parted by ';', such as 24=door.png;48=street.png")
-    return tuple((int(number), name.strip()) for number, _, name in pairs)
+    return tuple((int(number), as_path(name.strip())) for number, _, name in pairs)
 
 
 def _read_span(text: str) -> Span:
@@ -183,17 +183,17 @@ class _Entry:
     cfg_scale: NotNegative | None = None
     guidance_scale: NotNegative | None = None
     audio_cfg_scale: NotNegative | None = None
-    image_path: str | None = None
-    end_image_path: str | None = None
-    keyframes: Annotated[tuple[tuple[int, str], ...], _from_text(_read_keyframes)] = ()
-    input_video_path: str | None = None
+    image_path: AnyPath | None = None
+    end_image_path: AnyPath | None = None
+    keyframes: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
+    input_video_path: AnyPath | None = None
     generate_seconds: Annotated[Span | None, _from_text(_read_span)] = None
     inpaint_box: Annotated[Rectangle | None, _from_text(_read_rectangle)] = None
     outpaint_crop: Annotated[Rectangle | None, _from_text(_read_rectangle)] = None
-    input_audio_path: str | None = None
+    input_audio_path: AnyPath | None = None
     generate_sound_seconds: Annotated[Span | None, _from_text(_read_span)] = None
-    reference_video_path: str | None = None
-    reference_audio_path: str | None = None
+    reference_video_path: AnyPath | None = None
+    reference_audio_path: AnyPath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "_Entry":
@@ -326,18 +326,18 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
 def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
     """The files of a prompt; a path counts from here, else from the prompt file's folder."""
 
-    def find(flag: str, name: str | None) -> Path | None:
-        if name is None:
+    def find(flag: str, path: Path | None) -> Path | None:
+        if path is None:
             return None
-        for candidate in (Path(name), folder / name):
+        for candidate in (path, folder / path):
             if candidate.is_file():
                 return candidate
-        raise UserError(f"{where}: --{flag} {name!r}: no such file, neither here nor in {folder}.")
+        raise UserError(f"{where}: --{flag} '{path}': no such file, neither here nor in {folder}.")
 
     return ConditioningInputs(
         image=find("i", entry.image_path),
         end_image=find("ei", entry.end_image_path),
-        keyframes=tuple((frame, find(f"k {frame}=", name)) for frame, name in entry.keyframes),
+        keyframes=tuple((frame, find(f"k {frame}=", path)) for frame, path in entry.keyframes),
         video=find("iv", entry.input_video_path),
         video_span=entry.generate_seconds,
         box=entry.inpaint_box,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from musubi_tuner.cache.store import serialize, write_bytes
 from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
+from musubi_tuner.ltxv2.autoencoders.audio_vae import log_mel
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
-from musubi_tuner.ltxv2.autoencoders.mel import log_mel
 from musubi_tuner.ltxv2.geometry import patchify_audio
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.text.features import FeatureExtractor

@@ -1,14 +1,15 @@
-"""The audio VAE: diffusers' network, the official config and weights, run in float32."""
+"""The audio VAE: diffusers' network, the official config and weights, run in float32; and the log mel spectrogram that it encodes, by torch
+alone (docs/explanation/model.md, "vocoder")."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
-from musubi_tuner.ltxv2.autoencoders.mel import log_mel
-from musubi_tuner.ltxv2.geometry import patchify_audio, unpatchify_audio
+from musubi_tuner.ltxv2.geometry import AUDIO_HOP, AUDIO_SAMPLE_RATE, patchify_audio, unpatchify_audio
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
@@ -19,7 +20,7 @@ _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
 class AudioVAE:
     """Stereo sound at 16 kHz <-> normalized latents."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         self._network = network
 
     @classmethod
@@ -86,7 +87,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of diffusers' class for an official `audio_vae` section.
 
     Raises:
-        UserError: another mel recipe than the one that `mel` computes.
+        UserError: another mel recipe than the one that `log_mel` computes.
     """
     parameters = config["model"]["params"]
     stft = config.get("preprocessing", {}).get("stft", {})
@@ -112,3 +113,45 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "mel_bins": 64,
         "double_z": network.get("double_z", True),
     }
+
+
+FFT_SIZE = 1024
+MEL_BINS = 64
+_FLOOR = 1e-5
+
+
+def log_mel(waveform: Tensor) -> Tensor:
+    """(B, C, samples) at 16 kHz -> (B, C, samples // 160 + 1, 64) natural log of Slaney mel magnitudes."""
+    batch, channels, samples = waveform.shape
+    flat = waveform.reshape(batch * channels, samples)
+    window = torch.hann_window(FFT_SIZE, device=waveform.device)
+    spectrum = torch.stft(flat, FFT_SIZE, AUDIO_HOP, FFT_SIZE, window, center=True, pad_mode="reflect", return_complex=True).abs()
+    mel = mel_filters(waveform.device).T @ spectrum
+    return mel.clamp(min=_FLOOR).log().view(batch, channels, MEL_BINS, -1).transpose(2, 3)
+
+
+def mel_filters(device: torch.device | str = "cpu") -> Tensor:
+    """(513, 64) triangular filters from 0 to 8000 Hz, spaced on the Slaney scale, each of unit area (Slaney norm)."""
+    bins = torch.linspace(0, AUDIO_SAMPLE_RATE / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
+    top = _to_mel(AUDIO_SAMPLE_RATE / 2)
+    edges = torch.tensor([_to_hertz(top * i / (MEL_BINS + 1)) for i in range(MEL_BINS + 2)], dtype=torch.float64)
+    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    rising = (bins[:, None] - left) / (center - left)
+    falling = (right - bins[:, None]) / (right - center)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * (2 / (right - left))).to(torch.float32).to(device)
+
+
+_LINEAR_STEP = 200 / 3
+_KNEE_HERTZ = 1000.0
+_KNEE_MEL = _KNEE_HERTZ / _LINEAR_STEP
+_LOG_STEP = math.log(6.4) / 27
+
+
+def _to_mel(hertz: float) -> float:
+    """Slaney: linear below 1000 Hz, logarithmic above."""
+    return hertz / _LINEAR_STEP if hertz < _KNEE_HERTZ else _KNEE_MEL + math.log(hertz / _KNEE_HERTZ) / _LOG_STEP
+
+
+def _to_hertz(mel: float) -> float:
+    return mel * _LINEAR_STEP if mel < _KNEE_MEL else _KNEE_HERTZ * math.exp(_LOG_STEP * (mel - _KNEE_MEL))

@@ -50,7 +50,7 @@ class CausalConv3d(nn.Module):
 class CausalDownsampler(nn.Module):
     """A convolution whose results move from space and time into channels, beside means of neighboring channels of what it was given.
 
-    Takes the place of diffusers' `LTX2VideoDownsampler3d` (architecture sheet 4.1): halving time, it sees the first frame of a clip
+    Takes the place of diffusers' `LTX2VideoDownsampler3d`: halving time, it sees the first frame of a clip
     twice, and that of a later part once.
     """
 
@@ -76,7 +76,7 @@ class CausalDownsampler(nn.Module):
         return cells.reshape(batch, channels * time * rows * columns, frames, height, width)
 
 
-def use_layout(encoder: nn.Module, name: str) -> None:
+def use_layout(encoder: Any, name: str) -> None:
     """Have an encoder of diffusers in a layout of `LAYOUTS`, with the layers above; weights keep their values."""
     from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d, LTX2VideoDownsampler3d
 

@@ -7,7 +7,6 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import nn
 
 from musubi_tuner.ltxv2.weights import Checkpoint, fill
 from musubi_tuner.runtime.errors import UserError
@@ -54,9 +53,7 @@ def find_component(checkpoint: Checkpoint, section: str, prefix: str, marks: tup
     raise UserError(f"{checkpoint.path}: holds no {what} ('{prefix}...'). Give {flag} a full checkpoint, or the file of the {what}.")
 
 
-def load_frozen(
-    module: nn.Module, sources: Mapping[str, str], checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype
-) -> nn.Module:
+def load_frozen(module: Any, sources: Mapping[str, str], checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Any:
     """Fill a module that was built on the meta device, strictly, and freeze it."""
     fill(module, sources, checkpoint, device=device, dtype=dtype)
     for name, buffer in module.named_buffers():

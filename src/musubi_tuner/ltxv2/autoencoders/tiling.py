@@ -72,15 +72,17 @@ def run_tiled(
         out_shape: shape of the whole result, (B, C, F, H, W).
         run: maps a tile of `x` to a tile of the result, a tensor of its own, exactly as long as its `write` spans.
     """
-    total = weight_sum = None
+    total: Tensor | None = None
+    weight_sum: Tensor | None = None
     for frames, rows, columns in itertools.product(*spans):
         tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
         along = [to_device(span.weights, tile.device) for span in (frames, rows, columns)]
         weights = along[0][:, None, None] * along[1][None, :, None] * along[2][None, None, :]
-        if total is None:
+        if total is None or weight_sum is None:
             total = torch.zeros(out_shape, device=tile.device)
             weight_sum = torch.zeros(out_shape[2:], device=tile.device)
         place = (frames.write, rows.write, columns.write)
         total[(..., *place)] += tile.mul_(weights)
         weight_sum[place] += weights
+    assert total is not None and weight_sum is not None, "each axis has a tile"
     return total.div_(weight_sum)

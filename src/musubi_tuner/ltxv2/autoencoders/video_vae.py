@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
@@ -53,7 +53,7 @@ ENCODER_TILES = TileSizes(pixels=1280, frames=32)
 class VideoVAE:
     """Pixels in -1..1 <-> normalized latents."""
 
-    def __init__(self, network: nn.Module, tiles: TileSizes, dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, tiles: TileSizes, dtype: torch.dtype) -> None:
         self._network = network
         self._tiles = tiles
         self._dtype = dtype
@@ -137,8 +137,8 @@ class VideoVAE:
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1."""
         batch, _, *cells = latents.shape
-        frames = _time_spans(cells[0], self._tiles.time)
-        spans = (frames, *(_space_spans(count, self._tiles.space, encode=False) for count in cells[1:]))
+        rows, columns = (_space_spans(count, self._tiles.space, encode=False) for count in cells[1:])
+        spans = (_time_spans(cells[0], self._tiles.time), rows, columns)
         if all(len(axis) == 1 for axis in spans):
             return self._decode(latents)
         shape = (batch, 3, (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE)
@@ -289,7 +289,7 @@ def _parse_blocks(blocks: Any, suffix: str) -> _Blocks:
 
 
 def to_diffusers_name(name: str, encoder_blocks: int) -> str:
-    """An official name as diffusers has it (architecture sheet 4.1).
+    """An official name as diffusers has it (docs/explanation/model.md, "latents and positions").
 
     Args:
         encoder_blocks: length of the encoder's block list, whose last entry is diffusers' middle block.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.components import find_component, load_frozen
 from musubi_tuner.ltxv2.weights import Checkpoint
@@ -25,7 +25,7 @@ _RENAMES = (
 class Vocoder:
     """Log mel -> waveform."""
 
-    def __init__(self, network: nn.Module, sampling_rate: int) -> None:
+    def __init__(self, network: Any, sampling_rate: int) -> None:
         self._network = network
         self.sampling_rate = sampling_rate
 
@@ -42,7 +42,7 @@ class Vocoder:
         config = component.config
         two_stages = "bwe" in config
         # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
-        network = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
+        network: Any = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
         network = network.to(device)
         load_frozen(network, {to_diffusers_name(name): full for name, full in component.names.items()}, checkpoint, device, torch.float32)
         if two_stages:

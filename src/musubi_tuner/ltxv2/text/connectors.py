@@ -1,4 +1,5 @@
-"""Text connectors: features of a prompt -> the 1024-token context that the transformer reads (architecture sheet 5.4).
+"""Text connectors: features of a prompt -> the 1024-token context that the transformer reads (docs/explanation/model.md,
+"text path").
 
 Stored under the transformer's prefix, but part of the text side. Frozen as a rule; may be trained.
 """
@@ -10,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.transformer.attention import Attention
-from musubi_tuner.ltxv2.transformer.feed_forward import FeedForward
-from musubi_tuner.ltxv2.transformer.rope import RopeTable, rope_table
+from musubi_tuner.ltxv2.transformer.attention import Attention, RopeTable, rope_table
+from musubi_tuner.ltxv2.transformer.block import FeedForward
 from musubi_tuner.ltxv2.versions import CONNECTORS, transformer_prefix
 from musubi_tuner.ltxv2.weights import Checkpoint, fill
 from musubi_tuner.runtime.errors import UserError
@@ -53,7 +53,7 @@ class Connector(nn.Module):
         rope_type: str,
     ) -> None:
         super().__init__()
-        self.heads, self.max_pos, self.theta, self.double = heads, max_pos, theta, double
+        self.heads, self.max_pos, self.theta, self.double_rope = heads, max_pos, theta, double
         self.learnable_registers = nn.Parameter(torch.empty(registers, width))
         self.transformer_1d_blocks = nn.ModuleList(
             [ConnectorBlock(width, heads, gated=gated, ff_bias=ff_bias, rope_type=rope_type) for _ in range(layers)]
@@ -70,7 +70,7 @@ class Connector(nn.Module):
         """
         x = self.padded(features, lengths)
         positions = torch.arange(CONTEXT_TOKENS, dtype=torch.float32, device=x.device)[None, None]
-        rope = rope_table(positions, (self.max_pos,), dim=self.width, heads=self.heads, theta=self.theta, double=self.double)
+        rope = rope_table(positions, (self.max_pos,), dim=self.width, heads=self.heads, theta=self.theta, double=self.double_rope)
         for block in self.transformer_1d_blocks:
             x = block(x, rope)
         return _rms(x)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.runtime.errors import UserError
 
@@ -83,7 +83,7 @@ class PromptTokenizer:
 class TextEncoder:
     """A loaded encoder."""
 
-    def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, options: EncoderOptions) -> None:
+    def __init__(self, model: Any, tokenizer: PromptTokenizer, options: EncoderOptions) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options
@@ -132,7 +132,7 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     flag = "--tokenizer" if options.tokenizer else "--text_encoder"
     name = options.tokenizer or options.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name, flag), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(name, flag), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{flag} {name}: holds no tokenizer that transformers can read ({error}). Give its folder with --tokenizer."
@@ -217,11 +217,12 @@ def resolve_model(name: str, flag: str) -> str:
         ) from error
 
 
-def _load_model(path: str, config: Any, options: EncoderOptions) -> nn.Module:
+def _load_model(path: str, config: Any, options: EncoderOptions) -> Any:
     extra: dict[str, Any] = {}
     if options.load_in_8bit or options.load_in_4bit:
         extra = {"quantization_config": _quantization(options), "device_map": {"": options.device}}
-    common = {"local_files_only": True, "dtype": options.dtype, **extra}
+    common: dict[str, Any] = {"local_files_only": True, "dtype": options.dtype, **extra}
+    model: Any
     if options.backend == "t5":
         from transformers import T5EncoderModel
 

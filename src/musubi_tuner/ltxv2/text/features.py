@@ -1,4 +1,5 @@
-"""Text feature extractors: hidden states of all encoder layers -> one feature vector a token (architecture sheet 5.2 and 5.3).
+"""Text feature extractors: hidden states of all encoder layers -> one feature vector a token (docs/explanation/model.md,
+"text path").
 
 The projection is split by layer and accumulated, so the (tokens, width * layers) matrix is never built.
 Feature index = d * layers + layer.

@@ -91,14 +91,14 @@ class FinishStage:
         """
         if self._recipe.options.backend == "t5":
             return [self._padded(one[0]) for one in features]
-        streams = features if self._connectors is None else self._connect(features)
+        streams = features if self._connectors is None else self._connect(self._connectors, features)
         return [(text, torch.ones(text.shape[0], dtype=torch.bool)) for text in map(self._joined, streams)]
 
-    def _connect(self, features: Sequence[Features]) -> list[Features]:
+    def _connect(self, connectors: Connectors, features: Sequence[Features]) -> list[Features]:
         device = self._recipe.options.device
         lengths = torch.tensor([video.shape[0] for video, _ in features], device=device)
         video, audio = (pad_sequence([pair[stream] for pair in features], batch_first=True).to(device) for stream in (0, 1))
-        return list(zip(*self._connectors(video, audio, lengths), strict=True))
+        return list(zip(*connectors(video, audio, lengths), strict=True))
 
     def _joined(self, streams: Features) -> Tensor:
         wanted = streams[:1] if self._recipe.mode == "video" else streams

@@ -1,4 +1,4 @@
-"""Modulation from noise levels (architecture sheet 2.3), computed once per distinct level and never per token."""
+"""Modulation from noise levels (docs/explanation/model.md, "modulation"), computed once per distinct level and never per token."""
 
 import math
 from typing import NamedTuple

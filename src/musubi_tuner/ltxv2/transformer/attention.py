@@ -1,13 +1,64 @@
-"""Attention with query and key norm over all heads, optional per-head gates (architecture sheet 2.7)."""
+"""Attention with query and key norm over all heads, optional gates and rotary positions (docs/explanation/model.md, "attention and RoPE").
 
+Every head gets its own slice of one spectrum: the D/2 angles of a token are laid out frequency-major, axis-minor, padded at the front with
+zeros, and cut into heads. `split` and `interleaved` share the angles and differ in which elements form a pair.
+"""
+
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.modality import Skip
-from musubi_tuner.ltxv2.transformer.rope import RopeTable, rotate
+
+
+class RopeTable(NamedTuple):
+    """(B, H, N, head_dim / 2) float32 each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(count: int, theta: float, *, double: bool, device: torch.device) -> Tensor:
+    """(count,) float32: (pi/2) theta^(j/(count-1)), evaluated in float64 where `double`."""
+    dtype = torch.float64 if double else torch.float32
+    exponents = torch.linspace(0.0, 1.0, count, dtype=dtype, device=device)
+    return (theta**exponents * (math.pi / 2)).to(torch.float32)
+
+
+def rope_table(mid_points: Tensor, max_pos: tuple[int, ...], *, dim: int, heads: int, theta: float, double: bool) -> RopeTable:
+    """Tables for tokens at `mid_points`.
+
+    Args:
+        mid_points: (B, P, N) float32 middle of each token on P axes.
+        max_pos: P sizes that positions are divided by; fractions are not clamped.
+        dim: inner width of the attention (heads * head_dim).
+    """
+    batch, axes, tokens = mid_points.shape
+    count = dim // (2 * axes)
+    grid = frequencies(count, theta, double=double, device=mid_points.device)
+    sizes = torch.tensor(max_pos, dtype=torch.float32, device=mid_points.device)
+    centered = (mid_points.float() / sizes[None, :, None]) * 2 - 1
+    angles = centered.transpose(1, 2)[:, :, None, :] * grid[None, None, :, None]
+    angles = angles.reshape(batch, tokens, count * axes)
+    angles = torch.nn.functional.pad(angles, (dim // 2 - count * axes, 0))
+    angles = angles.view(batch, tokens, heads, dim // 2 // heads).transpose(1, 2)
+    return RopeTable(cos=angles.cos(), sin=angles.sin())
+
+
+def rotate(x: Tensor, table: RopeTable, *, interleaved: bool) -> Tensor:
+    """Rotate (B, H, N, head_dim) in float32; the result has the dtype of `x`."""
+    if interleaved:
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        first, second = x.float().chunk(2, dim=-1)
+    turned = (first * table.cos - second * table.sin, second * table.cos + first * table.sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x.dtype)
+
 
 ProjectTogether = Callable[[Tensor, tuple[str, ...]], tuple[Tensor, ...]]
 """(x, names of this module's linears) -> what each of them makes of x."""
@@ -53,7 +104,13 @@ class Attention(nn.Module):
             mixed = values = self.to_v(context)
         else:
             query, key, values = self._project(x, context)
-            mixed = self._attend(query, key, values, query_rope, key_rope, mask)
+            query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
+            if query_rope is not None:
+                query = rotate(query, query_rope, interleaved=self.interleaved)
+            if key_rope is not None:
+                key = rotate(key, key_rope, interleaved=self.interleaved)
+            mixed = F.scaled_dot_product_attention(query, key, self._heads(values), attn_mask=mask)
+            mixed = mixed.transpose(1, 2).flatten(-2)
         if isinstance(skip, Tensor):
             mixed = torch.where(skip[:, None, None], values, mixed)
         if self.to_gate_logits is not None:
@@ -70,23 +127,6 @@ class Attention(nn.Module):
             return query, key, values
         key, values = self.project_together(context, ("to_k", "to_v"))
         return self.to_q(x), key, values
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        values: Tensor,
-        query_rope: RopeTable | None,
-        key_rope: RopeTable | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        query, key = self._heads(self.q_norm(query)), self._heads(self.k_norm(key))
-        if query_rope is not None:
-            query = rotate(query, query_rope, interleaved=self.interleaved)
-        if key_rope is not None:
-            key = rotate(key, key_rope, interleaved=self.interleaved)
-        mixed = F.scaled_dot_product_attention(query, key, self._heads(values), attn_mask=mask)
-        return mixed.transpose(1, 2).flatten(-2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""One transformer block: video, audio, and the two cross attentions between them (architecture sheet 2.6).
+"""One transformer block: video, audio, and the two cross attentions between them (docs/explanation/model.md, "blocks").
 
 Written to compile as one graph for all blocks: no block index, no autocast, no mask where it is all ones, no host sync.
 """
@@ -10,14 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.adaln import Modulation, modulate
-from musubi_tuner.ltxv2.transformer.attention import Attention
+from musubi_tuner.ltxv2.transformer.attention import Attention, RopeTable
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.ltxv2.transformer.feed_forward import FeedForward
 from musubi_tuner.ltxv2.transformer.modality import Skip
-from musubi_tuner.ltxv2.transformer.rope import RopeTable
 
 SCALE_A2V, SHIFT_A2V, SCALE_V2A, SHIFT_V2A, GATE = range(5)
 """Rows of the cross-attention tables; note that scale comes before shift here, and after it everywhere else."""
+
+
+class CrossInputs(NamedTuple):
+    """What the cross attentions between the streams read of one of them."""
+
+    modulation: Modulation
+    """(B, U, 4, D)"""
+    gate: Modulation
+    """(B, U, 1, D)"""
+    rope: RopeTable
+    """Of time alone."""
 
 
 class StreamInputs(NamedTuple):
@@ -27,11 +36,8 @@ class StreamInputs(NamedTuple):
     """(B, U, 6 or 9, D)"""
     prompt_modulation: Modulation | None
     """(B, 1, 2, D) for the text's keys and values; None in 2.0 and where only the static table is used."""
-    cross_modulation: Modulation | None
-    """(B, U, 4, D); None in models of one stream, as the two below."""
-    cross_gate: Modulation | None
-    """(B, U, 1, D)"""
-    cross_rope: RopeTable | None
+    cross: CrossInputs | None
+    """None where the other stream is absent."""
     context: Tensor
     """(B, S, context width)"""
     context_mask: Tensor | None
@@ -61,18 +67,68 @@ def sequence_axes(
     for inputs in (v, a):
         if inputs is None:
             continue
-        for table in (inputs.rope, inputs.cross_rope):
-            found += [] if table is None else [(table.cos, 2), (table.sin, 2)]
-        for modulation in (inputs.modulation, inputs.cross_modulation, inputs.cross_gate):
-            found += [] if modulation is None else [(modulation.index, 1)]
+        cross = inputs.cross
+        for table in (inputs.rope,) if cross is None else (inputs.rope, cross.rope):
+            found += [(table.cos, 2), (table.sin, 2)]
+        for modulation in (inputs.modulation,) if cross is None else (inputs.modulation, cross.modulation, cross.gate):
+            found.append((modulation.index, 1))
         found += [(inputs.self_mask, 3), (inputs.key_mask, 3)]
         if inputs.self_mask is not None and inputs.self_mask.shape[2] > 1:
             found.append((inputs.self_mask, 2))
     return [(tensor, axis) for tensor, axis in found if tensor is not None]
 
 
+class StreamLayers(NamedTuple):
+    """What a block holds of one stream, under one set of names."""
+
+    self_attention: Attention
+    text_attention: Attention
+    feed_forward: "FeedForward"
+    table: Tensor
+    """(6 or 9, D): shift, scale and gate of self-attention, of the feed-forward, and from 2.3 on of the text attention."""
+    text_table: Tensor | None
+    """(2, D): shift and scale of the text; None in 2.0."""
+
+
+class GeluProjection(nn.Module):
+    """Only there for the official name `net.0.proj`."""
+
+    def __init__(self, dim: int, inner: int, *, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """(..., dim) -> (..., dim): linear to 4 dim, GELU (tanh), linear back, under the official names `net.0.proj` and `net.2`."""
+
+    def __init__(self, dim: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GeluProjection(dim, 4 * dim, bias=bias), nn.Identity(), nn.Linear(4 * dim, dim, bias=bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
 class Block(nn.Module):
-    """`streams` is ("video", "audio"), ("video",) or ("audio",)."""
+    """`streams` is ("video", "audio"), ("video",) or ("audio",). What is annotated here is there in the streams that it serves."""
+
+    attn1: Attention
+    attn2: Attention
+    ff: FeedForward
+    scale_shift_table: Tensor
+    prompt_scale_shift_table: Tensor
+    audio_attn1: Attention
+    audio_attn2: Attention
+    audio_ff: FeedForward
+    audio_scale_shift_table: Tensor
+    audio_prompt_scale_shift_table: Tensor
+    audio_to_video_attn: Attention
+    video_to_audio_attn: Attention
+    scale_shift_table_a2v_ca_video: Tensor
+    scale_shift_table_a2v_ca_audio: Tensor
 
     def __init__(self, config: TransformerConfig, streams: tuple[str, ...]) -> None:
         super().__init__()
@@ -100,73 +156,87 @@ class Block(nn.Module):
             self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.empty(5, config.video_dim))
             self.scale_shift_table_a2v_ca_audio = nn.Parameter(torch.empty(5, config.audio_dim))
 
+    def video_layers(self) -> StreamLayers:
+        """Looked up at each use, as weights are replaced when they are loaded or streamed."""
+        text_table = self.prompt_scale_shift_table if self.modulates_text else None
+        return StreamLayers(self.attn1, self.attn2, self.ff, self.scale_shift_table, text_table)
+
+    def audio_layers(self) -> StreamLayers:
+        text_table = self.audio_prompt_scale_shift_table if self.modulates_text else None
+        return StreamLayers(self.audio_attn1, self.audio_attn2, self.audio_ff, self.audio_scale_shift_table, text_table)
+
     def forward(
         self, video: Tensor | None, audio: Tensor | None, v: StreamInputs | None, a: StreamInputs | None, skips: BlockSkips
     ) -> tuple[Tensor | None, Tensor | None]:
-        """States (B, N, D) of both streams in, the next states out; a stream that is absent is None."""
-        runs_video = v is not None and v.enabled
-        runs_audio = a is not None and a.enabled
-        if runs_video:
-            video = self._attend_self_and_text(video, v, "", skips.video_self)
-        if runs_audio:
-            audio = self._attend_self_and_text(audio, a, "audio_", skips.audio_self)
-        if v is not None and a is not None:
-            video, audio = self._attend_across(video, audio, v, a, skips)
-        if runs_video:
-            video = self._feed_forward(video, v, "")
-        if runs_audio:
-            audio = self._feed_forward(audio, a, "audio_")
-        return video, audio
+        """States (B, N, D) of both streams in, the next states out; a stream that is absent is None.
+
+        x += gate * self_attention(modulated norm of x), x += [gate *] text_attention(norm of x), then each stream attends to the other,
+        then x += gate * feed_forward(modulated norm of x). A stream that is not enabled keeps its states.
+        """
+        streams = ((self.video_layers, v, skips.video_self), (self.audio_layers, a, skips.audio_self))
+        states = [video, audio]
+        for place, (layers_of, inputs, skip) in enumerate(streams):
+            x = states[place]
+            if x is None or inputs is None or not inputs.enabled:
+                continue
+            layers = layers_of()
+            rows = inputs.modulation.plus(layers.table)
+            h = modulate(self._rms(x), rows.row(0), rows.row(1))
+            x = x + rows.row(2) * layers.self_attention(
+                h, h, query_rope=inputs.rope, key_rope=inputs.rope, mask=inputs.self_mask, skip=skip
+            )
+            states[place] = self._attend_to_text(x, inputs, layers, rows)
+        video, audio = states
+        if video is not None and audio is not None and v is not None and a is not None:
+            states = [*self._attend_across(video, audio, v, a, skips)]
+        for place, (layers_of, inputs, _) in enumerate(streams):
+            x = states[place]
+            if x is not None and inputs is not None and inputs.enabled:
+                layers = layers_of()
+                rows = inputs.modulation.plus(layers.table)
+                states[place] = x + rows.row(5) * layers.feed_forward(modulate(self._rms(x), rows.row(3), rows.row(4)))
+        return states[0], states[1]
 
     def _rms(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
-    def _attend_self_and_text(self, x: Tensor, inputs: StreamInputs, prefix: str, skip: Skip) -> Tensor:
-        rows = inputs.modulation.plus(getattr(self, f"{prefix}scale_shift_table"))
-        h = modulate(self._rms(x), rows.row(0), rows.row(1))
-        attended = getattr(self, f"{prefix}attn1")(h, h, query_rope=inputs.rope, key_rope=inputs.rope, mask=inputs.self_mask, skip=skip)
-        x = x + rows.row(2) * attended
-        text_attention = getattr(self, f"{prefix}attn2")
-        if not self.modulates_text:
-            return x + text_attention(self._rms(x), inputs.context, mask=inputs.context_mask)
-        table = getattr(self, f"{prefix}prompt_scale_shift_table")
+    def _attend_to_text(self, x: Tensor, inputs: StreamInputs, layers: StreamLayers, rows: Modulation) -> Tensor:
+        table = layers.text_table
+        if table is None:
+            return x + layers.text_attention(self._rms(x), inputs.context, mask=inputs.context_mask)
         if inputs.prompt_modulation is None:
             text_shift, text_scale = table[0].to(x.dtype), table[1].to(x.dtype)
         else:
             text_rows = inputs.prompt_modulation.plus(table)
             text_shift, text_scale = text_rows.row(0), text_rows.row(1)
         h = modulate(self._rms(x), rows.row(6), rows.row(7))
-        return x + rows.row(8) * text_attention(h, modulate(inputs.context, text_shift, text_scale), mask=inputs.context_mask)
+        return x + rows.row(8) * layers.text_attention(h, modulate(inputs.context, text_shift, text_scale), mask=inputs.context_mask)
 
     def _attend_across(self, video: Tensor, audio: Tensor, v: StreamInputs, a: StreamInputs, skips: BlockSkips) -> tuple[Tensor, Tensor]:
+        assert v.cross is not None and a.cross is not None
         video_table, audio_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
-        v_rows, a_rows = v.cross_modulation.plus(video_table[:GATE]), a.cross_modulation.plus(audio_table[:GATE])
+        v_rows, a_rows = v.cross.modulation.plus(video_table[:GATE]), a.cross.modulation.plus(audio_table[:GATE])
         v_normed, a_normed = self._rms(video), self._rms(audio)
         video_next, audio_next = video, audio
         if v.enabled and skips.audio_to_video is not True:
             heard = self.audio_to_video_attn(
                 modulate(v_normed, v_rows.row(SHIFT_A2V), v_rows.row(SCALE_A2V)),
                 modulate(a_normed, a_rows.row(SHIFT_A2V), a_rows.row(SCALE_A2V)),
-                query_rope=v.cross_rope,
-                key_rope=a.cross_rope,
+                query_rope=v.cross.rope,
+                key_rope=a.cross.rope,
                 mask=a.key_mask,
             )
-            video_next = video + v.cross_gate.plus(video_table[GATE:]).row(0) * _kept(heard, skips.audio_to_video)
+            video_next = video + v.cross.gate.plus(video_table[GATE:]).row(0) * _kept(heard, skips.audio_to_video)
         if a.enabled and skips.video_to_audio is not True:
             seen = self.video_to_audio_attn(
                 modulate(a_normed, a_rows.row(SHIFT_V2A), a_rows.row(SCALE_V2A)),
                 modulate(v_normed, v_rows.row(SHIFT_V2A), v_rows.row(SCALE_V2A)),
-                query_rope=a.cross_rope,
-                key_rope=v.cross_rope,
+                query_rope=a.cross.rope,
+                key_rope=v.cross.rope,
                 mask=v.key_mask,
             )
-            audio_next = audio + a.cross_gate.plus(audio_table[GATE:]).row(0) * _kept(seen, skips.video_to_audio)
+            audio_next = audio + a.cross.gate.plus(audio_table[GATE:]).row(0) * _kept(seen, skips.video_to_audio)
         return video_next, audio_next
-
-    def _feed_forward(self, x: Tensor, inputs: StreamInputs, prefix: str) -> Tensor:
-        rows = inputs.modulation.plus(getattr(self, f"{prefix}scale_shift_table"))
-        h = modulate(self._rms(x), rows.row(3), rows.row(4))
-        return x + rows.row(5) * getattr(self, f"{prefix}ff")(h)
 
 
 def _attention(config: TransformerConfig, query_dim: int, context_dim: int, head_dim: int) -> Attention:

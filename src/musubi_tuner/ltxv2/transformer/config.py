@@ -27,7 +27,7 @@ _CONSTANTS: dict[str, Any] = {
     "share_ff": False,
     "av_cross_ada_norm": True,
 }
-"""Values that our maths is written for (architecture sheet 1.3); another value in a checkpoint is an error."""
+"""Values that our maths is written for (docs/explanation/model.md, "blocks"); another value in a checkpoint is an error."""
 
 _TEXT_PROJECTION_KEYS = (
     "caption_proj_before_connector",
@@ -115,7 +115,7 @@ class TransformerConfig:
                 "checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are given."
             )
         names = {field.name for field in dataclasses.fields(cls)}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items() if key in names}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items() if key in names}
         config = cls(**values)
         if config.num_attention_heads != config.audio_num_attention_heads:
             raise UserError("checkpoint config: num_attention_heads and audio_num_attention_heads must be equal.")

@@ -64,7 +64,7 @@ Skip = bool | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Perturbations:
-    """What guidance passes leave out (architecture sheet 2.10), by block."""
+    """What guidance passes leave out (docs/explanation/model.md, "sampling"), by block."""
 
     skip_video_self: Mapping[int, Skip] = field(default_factory=dict)
     skip_audio_self: Mapping[int, Skip] = field(default_factory=dict)
