@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from musubi_tuner.conditioning.noising import noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, noised, video_stream
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.transformer.model import LTXModel

@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.block_counts import RANK, TEXT_TOKENS
 from benchmarks.loading_case import write_checkpoint
-from musubi_tuner.cache import keys, store
-from musubi_tuner.cache import sidecars as expected
-from musubi_tuner.cache.index import Clip, DatasetIndex, write_index
-from musubi_tuner.cache.names import audio_sidecar_name, text_name, video_latent_name
-from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.cache import store
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.index import DatasetIndex, write_index
+from musubi_tuner.cache.names import text_name, video_latent_name
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.config.dataset import DatasetSpec, load_dataset_config
 from musubi_tuner.ltxv2.geometry import (
     AUDIO_CHANNELS,
     AUDIO_LATENTS_PER_SECOND,
@@ -81,26 +82,29 @@ def write_caches(toml: Path, checkpoint: Checkpoint, *, frames: int, width: int,
     widths = text_widths(read_config(checkpoint), "av")
     for number, clip in enumerate(clips):
         generator = torch.Generator().manual_seed(number)
+        synthetic = {"encoder_fingerprint": "synthetic"}
         latents = torch.randn(size, generator=generator).bfloat16()
-        entries = expected.latents_of(clip) | {"encoder_fingerprint": "synthetic"}
-        store.write(spec.cache_directory / clip.latents, {keys.latents_key(*size[1:], latents.dtype): latents}, entries)
+        _write(spec, clip, "latents", synthetic, latents)
         sound = torch.randn(AUDIO_CHANNELS, steps, AUDIO_MEL_BINS, generator=generator).bfloat16()
-        tensors = {keys.audio_latents_key(steps, sound.dtype): sound, keys.AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}
-        entries = expected.audio_of(clip) | {"encoder_fingerprint": "synthetic", "audio": "present"}
-        store.write(spec.cache_directory / clip.audio, tensors, entries)
-        text = torch.randn(tokens, sum(widths), generator=generator).bfloat16()
-        tensors = {keys.text_key(text.dtype): text, keys.TEXT_MASK_KEY: torch.ones(tokens, dtype=torch.bool)}
-        entries = {"kind": "text", "caption": "", "source": clip.source, "source_fingerprint": "synthetic", "stage": "context"}
+        _write(spec, clip, "audio", synthetic | {"audio": "present"}, sound)
+        entries = {"caption": "", "source": clip.source, "source_fingerprint": "synthetic", "stage": "context"}
         entries |= {"widths": "+".join(map(str, widths)), "model_version": checkpoint.model_version, "backend": "gemma"}
-        store.write(spec.cache_directory / clip.text, tensors, entries)
+        text = torch.randn(tokens, sum(widths), generator=generator).bfloat16()
+        _write(spec, clip, "text", entries, text, torch.ones(tokens, dtype=torch.bool))
+
+
+def _write(spec: DatasetSpec, clip: Clip, kind: str, entries: Mapping[str, str], *tensors: torch.Tensor) -> None:
+    store.write(spec.cache_directory / clip.sidecars[kind].file, KINDS[kind].pack(*tensors), {**KINDS[kind].expected(clip), **entries})
 
 
 def _clip(stem: str, frames: int, width: int, height: int) -> Clip:
     latents = video_latent_name(stem, 0, frames, width, height)
+    files = {"latents": latents, "audio": KINDS["audio"].name_beside(latents), "text": text_name(stem)}
     return Clip(
         key=stem, kind="video", source=f"{stem}.mp4", stem=stem, source_fingerprint="synthetic", start_seconds=0.0,
         end_seconds=frames / FPS, fps=FPS, start_frame=0, frames=frames, width=width, height=height, original_width=width,
-        original_height=height, latents=latents, audio=audio_sidecar_name(latents), text=text_name(stem), has_audio=True,
+        original_height=height, has_audio=True,
+        sidecars={name: Sidecar(file=file) for name, file in files.items()},
     )  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import each_tensor
-from musubi_tuner.conditioning.noising import noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, noised, video_stream
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations
 from musubi_tuner.ltxv2.transformer.model import LTXModel

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, model_input, video_stream
 from musubi_tuner.flow.path import to_sigma
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
-from musubi_tuner.config.conditioning import Reference, make_recipe
+from musubi_tuner.conditioning.recipe import Reference, make_recipe
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.ltxv2.weights import open_checkpoint

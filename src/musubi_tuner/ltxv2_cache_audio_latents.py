@@ -16,10 +16,9 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def _cache(config: AudioCachingConfig) -> int:
-    from musubi_tuner.cache.names import AUDIO_ENDING, REFERENCE_AUDIO_ENDING
-    from musubi_tuner.cache.sidecars import AUDIO_KEYS, REFERENCE_AUDIO_KEYS
-    from musubi_tuner.encoding.program import Task, plan_and_index, run_task
-    from musubi_tuner.encoding.sound import audio_jobs, audio_stages, reference_audio_jobs, reference_audio_stages
+    from musubi_tuner.encoding.audio import AUDIO_ENCODING, audio_encoder
+    from musubi_tuner.encoding.makers import Encoder
+    from musubi_tuner.encoding.program import cache_sidecars, plan_and_index
     from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_fingerprint
     from musubi_tuner.ltxv2.weights import open_checkpoint
     from musubi_tuner.runtime.device import pick_device
@@ -28,28 +27,16 @@ def _cache(config: AudioCachingConfig) -> int:
     datasets = load_dataset_config(config.data.dataset_config)
     files = config.audio_vae
     checkpoint = open_checkpoint(first_given(("--audio_vae", files.audio_vae), ("--vae", files.vae), ("--ltxv2_model", files.ltxv2_model)))
-    encoder = audio_vae_fingerprint(checkpoint)
+    metadata = {"encoder_fingerprint": audio_vae_fingerprint(checkpoint), "encoding": AUDIO_ENCODING}
     with processes() as group:
         device = pick_device(config.work.device)
-        task = Task(
-            title="Audio latent caching",
-            ending=AUDIO_ENDING,
-            required=AUDIO_KEYS,
-            make_stages=lambda jobs: audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
+        encoder = Encoder(
+            model_version=checkpoint.model_version,
+            metadata=lambda clip, kind: metadata,
+            load=lambda jobs, kind: audio_encoder(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
         )
-        plans = plan_and_index(datasets, task, config.data, config.work, group)
-        jobs = audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
-        code = run_task(task, plans, jobs, config.data, config.work, group)
-        references = reference_audio_jobs(plans, encoder=encoder, model_version=checkpoint.model_version)
-        if references:
-            played = Task(
-                title="Reference audio caching",
-                ending=REFERENCE_AUDIO_ENDING,
-                required=REFERENCE_AUDIO_KEYS,
-                make_stages=lambda jobs: reference_audio_stages(AudioVAE.load(checkpoint, device=device, parts=("encoder",))),
-            )
-            code = max(code, run_task(played, plans, references, config.data, config.work, group))
-        return code
+        plans = plan_and_index(datasets, PROG, config.data, config.work, group)
+        return cache_sidecars(plans, PROG, encoder, config.data, config.work, group)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Caches the video and image latents of a dataset."""
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from musubi_tuner.config.caching import LatentCachingConfig, first_given
@@ -11,7 +13,12 @@ from musubi_tuner.config.model import chosen_mode
 from musubi_tuner.runtime.program import run_program
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from musubi_tuner.cache.clip import Clip
+    from musubi_tuner.encoding.makers import ClipJob
     from musubi_tuner.encoding.plan import DatasetPlan
+    from musubi_tuner.runtime.transfer import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +31,10 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def _cache(config: LatentCachingConfig) -> int:
-    from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDING
-    from musubi_tuner.cache.sidecars import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
-    from musubi_tuner.encoding.latents import clip_size, latent_jobs, latent_stages, reference_jobs, reference_size, reference_stages
-    from musubi_tuner.encoding.layout import ClipSize, use_fastest_layout
-    from musubi_tuner.encoding.masks import mask_jobs, mask_stages
-    from musubi_tuner.encoding.program import Task, plan_and_index, run_task
+    from musubi_tuner.encoding.layout import use_fastest_layout
+    from musubi_tuner.encoding.makers import Encoder
+    from musubi_tuner.encoding.pictures import frame_encoder, picture_encoding, sidecar_size
+    from musubi_tuner.encoding.program import cache_sidecars, plan_and_index
     from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
     from musubi_tuner.ltxv2.weights import open_checkpoint
     from musubi_tuner.runtime.device import DTYPES, pick_device
@@ -37,52 +42,37 @@ def _cache(config: LatentCachingConfig) -> int:
 
     datasets = load_dataset_config(config.data.dataset_config)
     checkpoint = open_checkpoint(first_given(("--vae", config.vae.vae), ("--ltxv2_model", config.vae.ltxv2_model)))
-    encoder = video_vae_fingerprint(checkpoint)
+    fingerprint = video_vae_fingerprint(checkpoint)
     tiles = TileSizes(pixels=config.vae.vae_spatial_tile_size, frames=config.vae.vae_temporal_tile_size)
     with processes() as group:
         device = pick_device(config.work.device)
         dtype = DTYPES[config.vae.vae_dtype or ("float32" if device.type == "cpu" else "bfloat16")]
 
-        def load_vae(sizes: Sequence[ClipSize]) -> VideoVAE:
-            vae = VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)
-            if (times := use_fastest_layout(vae, sizes, config.work.batch_size)) and group.is_main:
-                log.info("%s", times.describe())
-            return vae
+        def metadata(clip: Clip, kind: str) -> dict[str, str]:
+            return {"encoder_fingerprint": fingerprint, "encoding": picture_encoding(sidecar_size(clip, kind), dtype, tiles)}
 
-        task = Task(
-            title="Video latent caching",
-            ending=LATENTS_ENDING,
-            required=LATENT_KEYS,
-            make_stages=lambda jobs: latent_stages(load_vae([clip_size(job) for job in jobs])),
-        )
-        plans = plan_and_index(datasets, task, config.data, config.work, group)
-        jobs = latent_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
-        code = run_task(task, plans, jobs, config.data, config.work, group)
-        references = reference_jobs(plans, encoder=encoder, dtype=dtype, tiles=tiles, model_version=checkpoint.model_version)
-        if references:
-            shown = Task(
-                title="Reference latent caching",
-                ending=REFERENCE_ENDING,
-                required=REFERENCE_KEYS,
-                make_stages=lambda jobs: reference_stages(load_vae([reference_size(job) for job in jobs])),
-            )
-            code = max(code, run_task(shown, plans, references, config.data, config.work, group))
-        masks = mask_jobs(plans, model_version=checkpoint.model_version)
-        if masks:
-            task = Task(title="Mask caching", ending=MASK_ENDING, required=MASK_KEYS, make_stages=lambda jobs: mask_stages())
-            code = max(code, run_task(task, plans, masks, config.data, config.work, group))
+        def load(jobs: Sequence[ClipJob], kind: str) -> Callable[[Sequence[Tensor]], list[HostCopy]]:
+            vae = VideoVAE.load(checkpoint, device=device, dtype=dtype, parts=("encoder",), tiles=tiles)
+            times = use_fastest_layout(vae, [sidecar_size(job.content.clip, kind) for job in jobs], config.work.batch_size)
+            if times and group.is_main:
+                log.info("%s", times.describe())
+            return frame_encoder(vae)
+
+        plans = plan_and_index(datasets, PROG, config.data, config.work, group)
+        encoder = Encoder(model_version=checkpoint.model_version, metadata=metadata, load=load)
+        code = cache_sidecars(plans, PROG, encoder, config.data, config.work, group)
         if group.is_main and chosen_mode(config.data) == "video":
-            _warn_of_sound(plans)
+            _warn_of_audio(plans)
         return code
 
 
-def _warn_of_sound(plans: "Sequence[DatasetPlan]") -> None:
-    sounding = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
-    if sounding:
+def _warn_of_audio(plans: Sequence[DatasetPlan]) -> None:
+    with_audio = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
+    if with_audio:
         log.warning(
             "WARNING: %d clip(s) have sound, which --ltx_mode video (the default) ignores. To train it, run "
             "ltxv2_cache_audio_latents.py too and give the other programs --ltx_mode av.",
-            sounding,
+            with_audio,
         )
 
 

@@ -13,7 +13,7 @@ from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.program import run_program
 
 if TYPE_CHECKING:
-    from musubi_tuner.encoding.text import TextJob, TextTodo
+    from musubi_tuner.encoding.text import TextJob
     from musubi_tuner.ltxv2.text.pipeline import TextRecipe
     from musubi_tuner.runtime.processes import Processes
 
@@ -31,40 +31,41 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         prompts = all_prompt_texts(load_prompts(config.data.sample_prompts))
     if config.data.dop_prompt is not None:
         prompts = [*prompts, config.data.dop_prompt]
-    from musubi_tuner.encoding.text import common_metadata, list_text_jobs
+    from musubi_tuner.encoding.text import list_text_jobs
     from musubi_tuner.runtime.processes import processes
 
     recipe = _recipe(config)
     recipe.check()
-    jobs = list_text_jobs(datasets, prompts, common_metadata(recipe))
+    jobs = list_text_jobs(datasets, prompts, recipe)
     with processes() as group:
         return _run(config, recipe, jobs, group)
 
 
 def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob], group: Processes) -> int:
-    from musubi_tuner.cache.names import TEXT_ENDING
+    from musubi_tuner.cache.sidecars import KINDS
     from musubi_tuner.cache.store import clean_temporaries
-    from musubi_tuner.encoding.text import choose_text_jobs, encode_texts
-    from musubi_tuner.encoding.text_report import TextReport, describe_orphans
+    from musubi_tuner.encoding.jobs import choose
+    from musubi_tuner.encoding.program import conclude
+    from musubi_tuner.encoding.report import Outcome, describe_forecast
+    from musubi_tuner.encoding.text import encode_texts
 
+    kind, folders = KINDS["text"], {job.target.parent for job in jobs}
     if group.is_main and not config.data.dry_run:
-        for folder in {job.target.parent for job in jobs}:
-            clean_temporaries(folder, (TEXT_ENDING,))
+        for folder in folders:
+            clean_temporaries(folder, (kind.ending,))
     group.barrier()
-    todo = choose_text_jobs(jobs, skip_existing=config.data.skip_existing)
+    todo = choose(jobs, kind.keys, skip_existing=config.data.skip_existing)
     if config.data.dry_run:
         if group.is_main:
-            log.info("%s", _forecast(recipe, jobs, todo))
+            chosen = [one.job for one in todo]
+            texts = len({job.content for job in chosen})
+            kept, at_most = len(jobs) - len(todo), recipe.stage == "features"
+            log.info("%s", describe_forecast(kind.title, chosen, kept=kept, at_most=at_most, further=[("different texts", texts)]))
         return 0
     group.barrier()  # nobody writes while another still looks at what is there
-    report = TextReport(kept=len(jobs) - len(todo))
-    for part in group.gather(encode_texts(todo, recipe, group, batch_size=config.work.batch_size)):
-        report.add(part)
-    if group.is_main:
-        log.info("\n%s", report.table())
-        if orphans := describe_orphans([job.target for job in jobs]):
-            log.info("%s", orphans)
-    return 1 if report.failed else 0
+    outcome = Outcome.joined(group.gather(encode_texts(todo, recipe, group, batch_size=config.work.batch_size)))
+    outcome.kept = len(jobs) - len(todo)
+    return conclude(kind, outcome, jobs, folders, group)
 
 
 def _recipe(config: TextCachingConfig) -> TextRecipe:
@@ -92,22 +93,6 @@ def _recipe(config: TextCachingConfig) -> TextRecipe:
         options=options,
         mode=config.ltx_mode,
         stage=config.data.text_cache_stage,
-    )
-
-
-def _forecast(recipe: TextRecipe, jobs: Sequence[TextJob], todo: Sequence[TextTodo]) -> str:
-    from musubi_tuner.encoding.text import STORED_DTYPE
-    from musubi_tuner.encoding.text_report import describe_forecast
-    from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
-    from musubi_tuner.ltxv2.text.pipeline import text_widths
-
-    rows = recipe.options.max_length if recipe.options.backend == "t5" else CONTEXT_TOKENS
-    return describe_forecast(
-        [one.job.target for one in todo],
-        texts=len({one.job.text for one in todo}),
-        kept=len(jobs) - len(todo),
-        bytes_each=rows * (sum(text_widths(recipe.config, recipe.mode)) * STORED_DTYPE.itemsize + 1),
-        at_most=recipe.stage == "features",
     )
 
 

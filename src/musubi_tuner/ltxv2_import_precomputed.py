@@ -34,6 +34,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def _import(config: ImportConfig) -> int:
+    from musubi_tuner.cache.sidecars import KINDS
     from musubi_tuner.cache.store import clean_temporaries
     from musubi_tuner.conversion.official_dataset.files import list_samples, tree_root
     from musubi_tuner.conversion.official_dataset.plan import CACHE_FOLDER, plan_import
@@ -50,7 +51,7 @@ def _import(config: ImportConfig) -> int:
     plan = plan_import(samples, data.ltx_mode, data.source_fps)
     toml, cache = data.output_dir / "dataset.toml", data.output_dir / CACHE_FOLDER
     _write_dataset(plan, toml, root, dropped)
-    clean_temporaries(cache)
+    clean_temporaries(cache, [kind.ending for kind in KINDS.values()])
     written = Written()
     import_tensors(plan.items, cache, data.ltx_mode, encoders, written)
     import_texts(plan.items, cache, recipe, encoders, written)
@@ -90,7 +91,7 @@ def _encoders(model: ImportModelOptions, checkpoint: Checkpoint, recipe: TextRec
     audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
     return Encoders(
         latents="" if recipe.mode == "audio" else video_vae_fingerprint(vae),
-        sound="" if recipe.mode == "video" else audio_vae_fingerprint(audio_vae),
+        audio="" if recipe.mode == "video" else audio_vae_fingerprint(audio_vae),
         text="not told" if model.text_encoder is None else encoder_fingerprint(recipe.options),
         projection=projection_fingerprint(checkpoint),
         model_version=checkpoint.model_version,
@@ -118,16 +119,18 @@ def _write_dataset(plan: ImportPlan, toml: Path, root: Path, dropped: Sequence[t
 
 def _encode_prompts(cache: Path, prompts: Sequence[str], recipe: TextRecipe, written: Written) -> None:
     """Sample prompts and the empty one, as the text caching program makes them."""
-    from musubi_tuner.encoding.text import choose_text_jobs, common_metadata, encode_texts, list_prompt_jobs
+    from musubi_tuner.cache.sidecars import KINDS
+    from musubi_tuner.encoding.jobs import choose
+    from musubi_tuner.encoding.text import encode_texts, list_prompt_jobs
     from musubi_tuner.runtime.processes import processes
 
     recipe.check()
-    jobs = list_prompt_jobs(cache, prompts, common_metadata(recipe))
-    todo = choose_text_jobs(jobs, skip_existing=True)
+    jobs = list_prompt_jobs(cache, prompts, recipe)
+    todo = choose(jobs, KINDS["text"].keys, skip_existing=True)
     with processes() as group:
-        report = encode_texts(todo, recipe, group, batch_size=_PROMPTS_TOGETHER)
-    if report.failed:
-        raise UserError("; ".join(reason for _, reason in report.failed))
+        outcome = encode_texts(todo, recipe, group, batch_size=_PROMPTS_TOGETHER)
+    if outcome.failed:
+        raise UserError("; ".join(reason for _, reason in outcome.failed))
     written.made["prompts"] += len(todo)
     written.kept["prompts"] += len(jobs) - len(todo)
 

@@ -13,10 +13,10 @@ import torch
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents
 from musubi_tuner.cache import store
-from musubi_tuner.cache.keys import strip_key
-from musubi_tuner.encoding import latents as latents_module
+from musubi_tuner.cache.names import strip_key
+from musubi_tuner.encoding import audio as audio_module
 from musubi_tuner.encoding import layout as layout_module
-from musubi_tuner.encoding import sound as sound_module
+from musubi_tuner.encoding import pictures as pictures_module
 from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.write import Sound, write_wav
@@ -99,7 +99,7 @@ def test_a_second_run_decodes_nothing_and_touches_nothing(tmp_path: Path, tiny_f
     def forbidden(*arguments: object) -> None:
         raise AssertionError("decoded though everything is there")
 
-    for module, name in ((latents_module, "read_frames"), (latents_module, "read_picture"), (sound_module, "read_audio")):
+    for module, name in ((pictures_module, "read_frames"), (pictures_module, "read_picture"), (audio_module, "read_audio")):
         monkeypatch.setattr(module, name, forbidden)
     assert cache_video(config, tiny_family.ltx23) == cache_sound(config, tiny_family.ltx23) == 0
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / "cache").iterdir()} == before
@@ -324,7 +324,7 @@ def test_a_full_disk_ends_the_run_and_a_rerun_completes_it(tmp_path: Path, tiny_
 def test_two_cuts_that_would_share_a_file_are_refused(tmp_path: Path, tiny_family) -> None:
     write_clips(tmp_path / "clips", count=1, frames=33)
     config = write_config(tmp_path, VIDEOS + "target_frames = [9]\n" + VIDEOS + "target_frames = [9]\ntarget_fps = 12\n")
-    with pytest.raises(UserError, match=r"datasets\[0\].*datasets\[1\].*cut differently.*cache_directory"):
+    with pytest.raises(UserError, match=r"datasets\[0\].*datasets\[1\].*they differ .window: .*cache_directory"):
         cache_video(config, tiny_family.ltx23)
 
 

@@ -1,5 +1,6 @@
 """Recipes from end to end: each trains on the tiny checkpoint, and a preview builds what training builds."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe, load_recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe, load_recipe
 from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.generation.denoise import SampleInputs, generate
 from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
@@ -25,6 +27,7 @@ from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
+from musubi_tuner.training import preflight
 from tests import engine_parts, preview_parts, training_parts
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "conditioning_recipes"
@@ -96,6 +99,23 @@ def test_a_resumed_run_with_a_recipe_is_the_run_it_would_have_been(data, tmp_pat
     assert whole.keys() == resumed.keys() and all(torch.equal(value, resumed[name]) for name, value in whole.items())
     plain = train(data, tmp_path / "plain", "--max_train_steps", "4")
     assert not all(torch.equal(value, plain[name]) for name, value in whole.items())
+
+
+def test_a_recipe_that_is_edited_during_a_run_is_in_the_metadata_as_it_was_trained(data, tmp_path, monkeypatch):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[[video]]\nrule = 'prefix'\nprobability = 0.25\n", encoding="utf-8")
+    before = load_recipe(path).describe()
+    check = preflight.check_inputs
+
+    def check_and_edit(config: TrainingConfig) -> preflight.RunInputs:
+        inputs = check(config)
+        path.write_text("[[video]]\nrule = 'crop'\n", encoding="utf-8")
+        return inputs
+
+    monkeypatch.setattr(preflight, "check_inputs", check_and_edit)
+    train(data, tmp_path, "--conditioning_config", str(path), "--max_train_steps", "1", "--save_every_n_steps", "1", "--save_state")
+    assert json.loads(open_checkpoint(tmp_path / "ltxv2_lora.safetensors").metadata["ltxv2_conditioning"]) == before
+    assert load_recipe(path).describe() != before
 
 
 def draw_rules(recipe: Recipe, seed: int = 1) -> DrawRules:

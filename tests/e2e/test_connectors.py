@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.preflight import check_inputs
 from musubi_tuner.training.setup import draw_rules

@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from musubi_tuner import ltxv2_import_precomputed, ltxv2_train_network
-from musubi_tuner.cache.keys import strip_key
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.cache.names import strip_key
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.ltxv2.geometry import patchify_video
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
@@ -95,19 +94,19 @@ def write_tree(native: Native, root: Path, *, older: bool = False, widths: tuple
     """A tree in the present form, or in the older one: tokens, `prompt_embeds`, and `condition_X` for `latent_X`."""
     for number, (stem, item) in enumerate(sorted(items_of(native.features).items())):
         name = f"latent_{number}.pt" if older else f"videos/{stem}.pt"
-        latents = tensors_of(item.latent_cache_path)["latents"]
+        latents = tensors_of(item.paths["latents"])["latents"]
         _, frames, height, width = latents.shape
         fps = 1.0 if item.clip.kind == "image" else item.clip.fps
         shown = patchify_video(latents[None])[0].contiguous() if older else latents
         save(root / "latents" / name, {"latents": shown, "num_frames": frames, "height": height, "width": width, "fps": fps})
-        text = tensors_of(item.text_encoder_output_cache_path)["text"]
+        text = tensors_of(item.paths["text"])["text"]
         mask = torch.cat([torch.zeros(PADDED - len(text)), torch.ones(len(text))]).long()
         split = widths[0] or text.shape[1] // 2
         streams = {"video_prompt_embeds": padded_left(text[:, :split]), "audio_prompt_embeds": padded_left(text[:, split:])}
         value = {"prompt_embeds": padded_left(text[:, :split])} if older else streams
         save(root / "conditions" / name.replace("latent_", "condition_"), value | {"prompt_attention_mask": mask})
-        if item.audio_latent_cache_path is not None:
-            sound = tensors_of(item.audio_latent_cache_path)["audio_latents"]
+        if "audio" in item.paths:
+            sound = tensors_of(item.paths["audio"])["audio_latents"]
             seconds = item.clip.end_seconds - item.clip.start_seconds
             entries = {"num_time_steps": sound.shape[1], "frequency_bins": 16, "duration": seconds}
             save(root / "audio_latents" / name, {"latents": sound} | entries)
@@ -132,26 +131,26 @@ def test_a_tree_comes_back_as_the_caches_it_was_made_of(native, tmp_path) -> Non
     ours = items_of(native.contexts)
     taken = items_of(take_over(tmp_path / "data", tmp_path / "with contexts", native.contexts))
     assert taken.keys() == ours.keys() == {"clip_000", "clip_001", "still_000"}
-    captions = [tensors_of(item.text_encoder_output_cache_path)["text"].float() for item in ours.values()]
+    captions = [tensors_of(item.paths["text"])["text"].float() for item in ours.values()]
     difference = min((captions[0] - other).abs().mean() for other in captions[1:])
     for stem, item in taken.items():
         other = ours[stem]
-        assert item.latent_cache_path.name == other.latent_cache_path.name
-        assert load_file(item.latent_cache_path).keys() == load_file(other.latent_cache_path).keys()
-        assert torch.equal(tensors_of(item.latent_cache_path)["latents"], tensors_of(other.latent_cache_path)["latents"])
+        assert item.paths["latents"].name == other.paths["latents"].name
+        assert load_file(item.paths["latents"]).keys() == load_file(other.paths["latents"]).keys()
+        assert torch.equal(tensors_of(item.paths["latents"])["latents"], tensors_of(other.paths["latents"])["latents"])
         same = ("kind", "fps", "frames", "width", "height", "start_seconds", "end_seconds", "has_audio")
         assert [getattr(item.clip, name) for name in same] == [getattr(other.clip, name) for name in same]
-        texts = [tensors_of(one.text_encoder_output_cache_path) for one in (item, other)]
+        texts = [tensors_of(one.paths["text"]) for one in (item, other)]
         assert texts[0]["text"].shape == texts[1]["text"].shape and torch.equal(texts[0]["text_mask"], texts[1]["text_mask"])
         error = (texts[0]["text"].float() - texts[1]["text"].float()).abs().mean()
         assert error < 0.05 * difference, "features were rounded to bfloat16 on their way"
-        if item.audio_latent_cache_path is not None:
-            sounds = [tensors_of(one.audio_latent_cache_path) for one in (item, other)]
+        if "audio" in item.paths:
+            sounds = [tensors_of(one.paths["audio"]) for one in (item, other)]
             assert all(torch.equal(sounds[0][key], sounds[1][key]) for key in ("audio_latents", "audio_lengths"))
     features = items_of(take_over(tmp_path / "data" / ".precomputed", tmp_path / "with features", native.features, *FEATURES))
     for stem, item in features.items():
         other = items_of(native.features)[stem]
-        texts = [tensors_of(one.text_encoder_output_cache_path)["text"] for one in (item, other)]
+        texts = [tensors_of(one.paths["text"])["text"] for one in (item, other)]
         assert torch.equal(*texts), "real tokens alone, as they were"
 
 
@@ -252,15 +251,15 @@ def test_references_masks_and_items_that_lack_files(native, tmp_path, caplog) ->
     assert "audio_masks is left aside" in caplog.text
     items = items_of(taken)
     assert load_dataset_config(taken.toml).reference_factors == (2, 1) and items.keys() == {"clip_000", "still_000"}
-    assert torch.equal(tensors_of(items["clip_000"].reference_cache_path)["ref_latents"], shown.bfloat16())
-    assert tensors_of(items["clip_000"].mask_cache_path)["video_mask"].tolist() == [[[0, 0], [1, 1]]] * 3
-    texts = [tensors_of(items_of(one)["clip_000"].text_encoder_output_cache_path)["text"] for one in (taken, native.contexts)]
+    assert torch.equal(tensors_of(items["clip_000"].paths["reference"])["ref_latents"], shown.bfloat16())
+    assert tensors_of(items["clip_000"].paths["mask"])["video_mask"].tolist() == [[[0, 0], [1, 1]]] * 3
+    texts = [tensors_of(items_of(one)["clip_000"].paths["text"])["text"] for one in (taken, native.contexts)]
     assert torch.allclose(texts[0].float(), texts[1][:, : texts[0].shape[1]].float(), rtol=2**-6, atol=0.05), "without features for sound"
     recipe = str(RECIPES / "reference_video.toml")
     argv = taken.arguments("--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--conditioning_config", recipe)
     assert ltxv2_train_network.main(argv) == 0
     save(tree / "video_masks" / "videos" / "clip_000.pt", {"mask": torch.ones(3, 2, 2)})
-    with pytest.raises(UserError, match=r"clip_000\.pt: gives all of the clip"):
+    with pytest.raises(UserError, match=r"clip_000\.pt: marks all of the clip as conditioning"):
         take_over(tree, tmp_path / "taken", native.contexts, mode="video")
 
 
@@ -273,7 +272,7 @@ def test_sound_alone_and_clips_without_sound(native, tmp_path) -> None:
     assert ltxv2_train_network.main(argv) == 0
     (tree / "audio_latents" / "videos" / "clip_001.pt").unlink()
     items = items_of(take_over(tree, tmp_path / "half", native.contexts))
-    assert int(tensors_of(items["clip_001"].audio_latent_cache_path)["audio_lengths"]) == 0
+    assert int(tensors_of(items["clip_001"].paths["audio"])["audio_lengths"]) == 0
     assert not items["clip_001"].clip.has_audio and items["clip_000"].clip.has_audio
     shutil.rmtree(tree / "audio_latents")
     with pytest.raises(UserError, match="has no folder 'audio_latents'.*--ltx_mode video"):

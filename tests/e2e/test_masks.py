@@ -9,13 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_latents, ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
-from musubi_tuner.encoding.masks import cells_of
+from musubi_tuner.dataset.items import Draw, Item, list_items
+from musubi_tuner.encoding.pictures import cells_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
 from tests import preview_parts, training_parts
@@ -64,8 +63,8 @@ def test_cells_are_shares_of_white():
 
 def test_masks_are_cached_and_weigh_the_loss(data, tiny_family):
     draws = [Draw(item, 0, 0) for item in items_of(data)]
-    cached = load_file(draws[0].item.mask_cache_path)["video_mask"]
-    assert draws[0].item.mask_cache_path.name == "clip_000_00000-009_0096x0064_ltxv2_mask.safetensors"
+    cached = load_file(draws[0].item.paths["mask"])["video_mask"]
+    assert draws[0].item.paths["mask"].name == "clip_000_00000-009_0096x0064_ltxv2_mask.safetensors"
     assert torch.allclose(cached, torch.tensor([1.0, 0.2, 0.0]).expand(2, 2, 3), atol=5e-3)
     batch = make_batch(draws, "video", draw_rules(Recipe()))
     assert torch.equal(batch.conditions.video.weight[0], cached.flatten()) and batch.conditions.video.clean is None

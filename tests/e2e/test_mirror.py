@@ -110,17 +110,17 @@ def test_mirror_images_are_cached_from_flipped_frames(data) -> None:
     plain, other, mirrored = sorted(items_of(data), key=lambda item: (item.clip.mirrored, item.key))
     assert other.clip.source == "clip_001.mp4"
     assert mirrored.key == f"{plain.key}:mirrored"
-    assert mirrored.latent_cache_path.name == "clip_000_00000-009_0096x0064_mirrored_ltxv2.safetensors"
-    assert mirrored.reference_cache_path.name == "clip_000_00000-009_0096x0064_mirrored_ltxv2_ref.safetensors"
-    assert mirrored.mask_cache_path.name == "clip_000_00000-009_0096x0064_mirrored_ltxv2_mask.safetensors"
-    assert mirrored.audio_latent_cache_path == plain.audio_latent_cache_path
-    assert mirrored.text_encoder_output_cache_path == plain.text_encoder_output_cache_path
-    for folder, key, field in (("clips", "latents", "latent_cache_path"), ("references", "ref_latents", "reference_cache_path")):
+    assert mirrored.paths["latents"].name == "clip_000_00000-009_0096x0064_mirrored_ltxv2.safetensors"
+    assert mirrored.paths["reference"].name == "clip_000_00000-009_0096x0064_mirrored_ltxv2_ref.safetensors"
+    assert mirrored.paths["mask"].name == "clip_000_00000-009_0096x0064_mirrored_ltxv2_mask.safetensors"
+    assert mirrored.paths["audio"] == plain.paths["audio"]
+    assert mirrored.paths["text"] == plain.paths["text"]
+    for folder, key, kind in (("clips", "latents", "latents"), ("references", "ref_latents", "reference")):
         frames = read_frames(probe_video(data.folder / folder / "clip_000.mp4"), range(9), 96, 64)
         assert not torch.equal(frames, frames.flip(2))
         for item, seen in ((plain, frames), (mirrored, frames.flip(2))):
-            assert torch.equal(load_file(getattr(item, field))[f"{key}_2x2x3_bfloat16"], encoded(data, seen)), (folder, item.key)
-    masks = [load_file(item.mask_cache_path)["video_mask"] for item in (plain, mirrored)]
+            assert torch.equal(load_file(item.paths[kind])[f"{key}_2x2x3_bfloat16"], encoded(data, seen)), (folder, item.key)
+    masks = [load_file(item.paths["mask"])["video_mask"] for item in (plain, mirrored)]
     assert masks[0][0].tolist() == [[1, 0, 0]] * 2 and masks[1][0].tolist() == [[0, 0, 1]] * 2
 
 

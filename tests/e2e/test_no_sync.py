@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint

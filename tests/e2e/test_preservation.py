@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
@@ -146,7 +146,7 @@ def test_items_with_sound_are_trained_as_ever(data, models):
     clips = items_of(data)["clips"]
     batch, losses = losses_of(wrapper, network, batch_of(clips))
     _, plain = losses_of(wrapper, network, batch_of(clips, dataclasses.replace(RULES, audio_dop_weight=0.0)))
-    assert batch.taught is None and torch.equal(losses.video, plain.video) and torch.equal(losses.audio, plain.audio)
+    assert batch.preserved is None and torch.equal(losses.video, plain.video) and torch.equal(losses.audio, plain.audio)
 
 
 def test_a_prompt_is_held_to_the_base_model(data, models):

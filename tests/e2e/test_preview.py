@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from musubi_tuner.cache.keys import TEXT_MASK_KEY, text_key
-from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, text_key
 from musubi_tuner.cache.store import write
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig

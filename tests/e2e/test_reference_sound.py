@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items, token_counts
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items, token_counts
 from musubi_tuner.generation.denoise import SampleInputs, generate
 from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
 from musubi_tuner.generation.sampling import make_plan
@@ -71,7 +70,7 @@ def test_a_separate_file_takes_the_place_of_the_clips_own_sound(data, tmp_path):
     alone.write_text(f'[[datasets]]\naudio_directory="sounds"\ncache_directory="alone"\ntarget_seconds={seconds}\n', encoding="utf-8")
     assert cache_sound(own, data.model) == cache_sound(alone, data.model) == 0
     of_clip, of_sound = (latents_in(next((data.folder / name).glob("clip_000*_ltxv2_audio.safetensors"))) for name in ("own", "alone"))
-    cached = latents_in(item.audio_latent_cache_path)
+    cached = latents_in(item.paths["audio"])
     assert cached.shape == of_clip.shape == (8, 18, 16)
     assert torch.allclose(cached[:, :14], of_sound[:, :14], atol=2e-2), "the end differs: sounds alone are cut at 1 / 25 s"
     assert not torch.allclose(cached[:, :14], of_clip[:, :14], atol=0.1)
@@ -83,8 +82,8 @@ def latents_in(path: Path) -> torch.Tensor:
 
 def test_reference_sounds_are_cached_from_their_own_beginning(data):
     item = items_of(data)[0]
-    assert item.reference_audio_cache_path.name == item.audio_latent_cache_path.name.replace("_audio", "_ref_audio")
-    tensors = load_file(item.reference_audio_cache_path)
+    assert item.paths["reference_audio"].name == item.paths["audio"].name.replace("_audio", "_ref_audio")
+    tensors = load_file(item.paths["reference_audio"])
     assert (
         set(tensors) == {"ref_audio_latents_13x1x1_bfloat16", "ref_audio_lengths_int32"} and int(tensors["ref_audio_lengths_int32"]) == 13
     )
@@ -139,13 +138,13 @@ def test_a_preview_plays_the_reference_as_training_does(data, tiny_family, tmp_p
 
 def test_sounds_of_unequal_length_are_masked_in_a_batch(data):
     draws = [Draw(item, 0, 0) for item in items_of(data)]
-    shorter = dict(load_file(draws[1].item.reference_audio_cache_path))
+    shorter = dict(load_file(draws[1].item.paths["reference_audio"]))
     short = data.folder / "short_ltxv2_ref_audio.safetensors"
     from musubi_tuner.cache.store import write
 
     latents = shorter["ref_audio_latents_13x1x1_bfloat16"][:, :7].contiguous()
     write(short, {"ref_audio_latents_7x1x1_bfloat16": latents, "ref_audio_lengths_int32": torch.tensor(7, dtype=torch.int32)}, {})
-    draws[1] = replace(draws[1], item=replace(draws[1].item, reference_audio_cache_path=short))
+    draws[1] = replace(draws[1], item=replace(draws[1].item, paths={**draws[1].item.paths, "reference_audio": short}))
     reference = make_batch(draws, "av", draw_rules(Recipe(audio=(rules.Reference(),)))).conditions.audio.reference
     assert reference.latents.shape == (2, 8, 13, 16) and reference.lengths.tolist() == [13, 7]
     assert not reference.latents[1, :, 7:].any()
@@ -159,7 +158,7 @@ def test_by_jsonl_and_what_is_missing(data, tmp_path):
     text = '[[datasets]]\nvideo_jsonl_file="clips/list.jsonl"\ncache_directory="by line"\ntarget_frames=[17]\nresolution=[96, 64]\n'
     toml.write_text(text, encoding="utf-8")
     assert cache_sound(toml, data.model) == 0
-    name = items_of(data)[0].audio_latent_cache_path.name
+    name = items_of(data)[0].paths["audio"].name
     left, right = (load_file(data.folder / folder / name) for folder in ("cache", "by line"))
     assert all(torch.equal(left[key], right[key]) for key in left)
     del lines[1]["audio_path"]
@@ -170,7 +169,8 @@ def test_by_jsonl_and_what_is_missing(data, tmp_path):
 
 def test_the_plan_counts_what_is_played_beside_the_sound(data):
     item = items_of(data)[0]
-    assert item.clip.reference_sound is not None
-    _, alone = token_counts(dataclasses.replace(item, clip=dataclasses.replace(item.clip, reference_sound=None)), "av")
+    without = {name: sidecar for name, sidecar in item.clip.sidecars.items() if name != "reference_audio"}
+    assert without != item.clip.sidecars
+    _, alone = token_counts(dataclasses.replace(item, clip=dataclasses.replace(item.clip, sidecars=without)), "av")
     assert token_counts(item, "av")[1] == 2 * alone == 36
     assert token_counts(item, "video")[1] == 0

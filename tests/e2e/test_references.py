@@ -11,12 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_latents, ltxv2_train_network
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import Recipe
+from musubi_tuner.conditioning import recipe as rules
+from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.generation.denoise import SampleInputs, generate
 from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
 from musubi_tuner.generation.sampling import make_plan
@@ -64,9 +63,9 @@ def cache_latents(toml: Path, model: Path) -> int:
 
 def test_references_are_cached_beside_the_latents_for_the_same_seconds(data):
     item = items_of(data)[0]
-    assert item.reference_cache_path.name == "clip_000_00000-017_0128x0064_ltxv2_ref.safetensors"
-    assert set(load_file(item.reference_cache_path)) == {"ref_latents_3x1x2_bfloat16"}
-    with safe_open(item.reference_cache_path, framework="pt") as file:
+    assert item.paths["reference"].name == "clip_000_00000-017_0128x0064_ltxv2_ref.safetensors"
+    assert set(load_file(item.paths["reference"])) == {"ref_latents_3x1x2_bfloat16"}
+    with safe_open(item.paths["reference"], framework="pt") as file:
         metadata = file.metadata()
     assert metadata["kind"] == "reference_latents" and metadata["source_fingerprint"] != item.clip.source_fingerprint
     assert json.loads(metadata["window"])["start"] == item.clip.start_seconds == 0
@@ -219,5 +218,5 @@ def test_references_by_jsonl(data, tmp_path):
     )
     toml.write_text(text.replace('"cache"', '"jsonl cache"'), encoding="utf-8")
     assert cache_latents(toml, data.model) == 0
-    made, named = (load_file(data.folder / folder / items_of(data)[0].reference_cache_path.name) for folder in ("cache", "jsonl cache"))
+    made, named = (load_file(data.folder / folder / items_of(data)[0].paths["reference"].name) for folder in ("cache", "jsonl cache"))
     assert made.keys() == named.keys() and all(torch.equal(made[key], named[key]) for key in made)

@@ -14,9 +14,10 @@ from musubi_tuner.cache import store
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
-from musubi_tuner.dataset.items import list_items
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.captions import CaptionDropout
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clip
 from tests import training_parts as parts

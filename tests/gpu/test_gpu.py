@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.encoder_counts import make_encoder
 from musubi_tuner import ltxv2_train_network
-from musubi_tuner.encoding.latents import latent_stages
 from musubi_tuner.encoding.layout import ClipSize, measure_layouts
+from musubi_tuner.encoding.pictures import frame_encoder
 from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
@@ -104,16 +104,16 @@ def test_layouts_of_the_video_vae_agree_and_encoding_waits_for_nothing():
     tiles = TileSizes(pixels=64, pixel_overlap=32, frames=16, frame_overlap=8)
     vae = VideoVAE(make_encoder(CUDA, torch.bfloat16, toy=True), tiles, torch.bfloat16)
     frames = [torch.randint(256, (17, 64, 96, 3), dtype=torch.uint8) for _ in range(2)]
-    stages, found = latent_stages(vae), []
+    encode, found = frame_encoder(vae), []
     for layout in LAYOUTS:
         vae.use_layout(layout)
-        stages.encode(frames)
+        encode(frames)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            begun = stages.encode(frames)
+            begun = encode(frames)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found.append(torch.stack([stages.settle(one).float() for one in begun]))
+        found.append(torch.stack([one.result().float() for one in begun]))
     usual, turned = found
     assert float((turned - usual).norm() / usual.norm()) < 2e-2
     times = measure_layouts(vae, ClipSize(17, 64, 96), 2)

@@ -5,8 +5,7 @@ import torch
 
 from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import video_stream
+from musubi_tuner.conditioning.tokens import model_input, video_stream
 from musubi_tuner.ltxv2.transformer.modality import Modality
 
 FRAMES, HEIGHT, WIDTH, FPS = 3, 4, 6, 16.0

@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner.conditioning.noising import noised
-from musubi_tuner.conditioning.tokens import TokenStream
+from musubi_tuner.conditioning.tokens import TokenStream, noised
 from musubi_tuner.ltxv2.geometry import audio_positions, video_positions
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
 from musubi_tuner.networks.reading import read_network

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.encoding.buckets import bucket_for
+from musubi_tuner.encoding.windows import bucket_for
 
 
 def spec(resolution: tuple[int, int] = (768, 512), **values) -> DatasetSpec:

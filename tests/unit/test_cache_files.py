@@ -9,10 +9,21 @@ import torch
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import canonical, file_fingerprint
-from musubi_tuner.cache.index import Clip, DatasetIndex, index_path, read_index, write_index
-from musubi_tuner.cache.keys import AUDIO_LENGTHS_KEY, audio_latents_key, latents_key, strip_key, text_key
-from musubi_tuner.cache.names import audio_only_name, audio_sidecar_name, image_latent_name, prompt_path, text_name, video_latent_name
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.index import DatasetIndex, index_path, read_index, write_index
+from musubi_tuner.cache.names import (
+    audio_latents_key,
+    audio_only_name,
+    image_latent_name,
+    latents_key,
+    prompt_path,
+    strip_key,
+    text_key,
+    text_name,
+    video_latent_name,
+)
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, file_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.runtime.errors import UserError
 
@@ -20,7 +31,9 @@ from musubi_tuner.runtime.errors import UserError
 def test_names_are_those_of_the_contract() -> None:
     assert video_latent_name("a.b c", 24, 49, 832, 480) == "a.b c_00024-049_0832x0480_ltxv2.safetensors"
     assert image_latent_name("bild_é", 64, 96) == "bild_é_0064x0096_ltxv2.safetensors"
-    assert audio_sidecar_name("a_ltxv2_00000-009_0064x0064_ltxv2.safetensors") == "a_ltxv2_00000-009_0064x0064_ltxv2_audio.safetensors"
+    assert (
+        KINDS["audio"].name_beside("a_ltxv2_00000-009_0064x0064_ltxv2.safetensors") == "a_ltxv2_00000-009_0064x0064_ltxv2_audio.safetensors"
+    )
     assert audio_only_name("a", 1500, 2000) == "a_00001500-002000_ltxv2_audio.safetensors"
     assert text_name("a") == "a_ltxv2_te.safetensors"
     assert prompt_path(Path("c"), "") == Path("c/ltxv2_prompts/e3b0c44298fc1c14_ltxv2_te.safetensors")
@@ -32,7 +45,7 @@ def test_names_are_those_of_the_contract() -> None:
         (latents_key(7, 2, 3, torch.bfloat16), "latents"),
         (audio_latents_key(51, torch.float16), "audio_latents"),
         ("audio_latents_51x16x8_bfloat16", "audio_latents"),
-        (AUDIO_LENGTHS_KEY, "audio_lengths"),
+        ("audio_lengths_int32", "audio_lengths"),
         (text_key(torch.float8_e4m3fn), "text"),
         ("text_mask", "text_mask"),
         ("t5_mask", "t5_mask"),
@@ -108,7 +121,7 @@ def test_only_the_callers_temporaries_are_cleaned(tmp_path: Path) -> None:
         path.write_bytes(b"")
     assert store.clean_temporaries(tmp_path, ("_ltxv2.safetensors",)) == 1
     assert sorted(tmp_path.iterdir()) == sorted([other, *kept])
-    assert store.clean_temporaries(tmp_path / "none") == 0
+    assert store.clean_temporaries(tmp_path / "none", (".json",)) == 0
 
 
 def test_temporaries_are_named_so_that_cleaning_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +204,8 @@ def clip() -> Clip:
         height=64,
         original_width=100,
         original_height=100,
-        latents="l",
-        audio="s",
-        text="t",
         has_audio=True,
+        sidecars={"latents": Sidecar(file="l"), "audio": Sidecar(file="s"), "text": Sidecar(file="t")},
     )
 
 

@@ -1,19 +1,18 @@
 """Each rule: which cells it gives, that they reach the model clean without loss or gradient, and that nothing else changes them."""
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from musubi_tuner.conditioning import recipe as recipe_module
+from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.noising import loss_weights, noised
-from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, draw_conditions
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
-from musubi_tuner.config import conditioning as rules
-from musubi_tuner.config.conditioning import ConditioningOptions, Recipe, load_recipe, make_recipe
+from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Recipe, draw_conditions, load_recipe, make_recipe
+from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised, video_stream
+from musubi_tuner.config.conditioning import ConditioningOptions
+from musubi_tuner.config.validation import options
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
@@ -231,8 +230,10 @@ def test_reference_sound_is_masked_where_it_is_padded():
         ("[[audio]]\nrule='box'\n", ("rule = 'box'", "prefix, suffix, gap, clean, reference")),
         ("[[video]]\nrule='prefix'\nlatentframes=2\n", ("unknown key 'latentframes'", "Did you mean 'latent_frames'")),
         ("[[video]]\nrule='prefix'\nprobability=1.5\n", ("probability = 1.5", "from 0 to 1")),
-        ("[[video]]\nrule='prefix'\nlatent_frames=[3,1]\n", ("the lowest comes first",)),
-        ("[[video]]\nrule='prefix'\nlatent_frames=1.5\n", ("whole numbers",)),
+        ("[[video]]\nrule='prefix'\nlatent_frames=[3,1]\n", ("must have the lowest first: [1, 3]",)),
+        ("[[video]]\nrule='prefix'\nlatent_frames=1.5\n", ("a whole number of at least 1",)),
+        ("[[video]]\nrule='prefix'\nprobability=true\n", ("probability = True", "from 0 to 1")),
+        ("[[video]]\nrule='keyframes'\nat=[]\n", ("first, last, interior, random",)),
         ("[[video]]\nrule='keyframes'\nat=['middle']\n", ("first, last, interior, random",)),
         ("[[video]]\nrule='prefix'\n[[video]]\nrule='prefix'\n", ("'prefix' twice",)),
         ("[[video]]\nrule='clean'\n[[audio]]\nrule='clean'\nprobability=0.5\n", ("1.5 together",)),
@@ -250,13 +251,22 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text, parts_of_message):
 def test_a_recipe_must_fit_the_mode(tmp_path: Path):
     path = tmp_path / "recipe.toml"
     path.write_text("[[audio]]\nrule='prefix'\nseconds=[1, 2]\n", encoding="utf-8")
-    options = ConditioningOptions(conditioning_config=path)
-    assert make_recipe(options, "audio").audio == (rules.SoundPrefix(seconds=(1, 2)),)
+    flags = ConditioningOptions(conditioning_config=path)
+    assert make_recipe(flags, "audio").audio == (rules.SoundPrefix(seconds=(1, 2)),)
     with pytest.raises(UserError, match="--ltx_mode video does not train"):
-        make_recipe(options, "video")
+        make_recipe(flags, "video")
     path.write_text("[[video]]\nrule='clean'\n", encoding="utf-8")
     with pytest.raises(UserError, match="Give --ltx_mode av"):
-        make_recipe(options, "video")
+        make_recipe(flags, "video")
+
+
+def test_numbers_are_quoted_in_metadata_as_they_were_written(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[[video]]\nrule='crop'\nprobability=1\nsize=[0.3, 1]\n[[audio]]\nrule='prefix'\nseconds=2\n", encoding="utf-8")
+    assert json.dumps(load_recipe(path).describe()) == (
+        '{"video": [{"rule": "Crop", "probability": 1, "size": [0.3, 1]}], '
+        '"audio": [{"rule": "SoundPrefix", "probability": 1.0, "seconds": [2, 2]}]}'
+    )
 
 
 def test_the_short_flag_is_a_rule_of_the_recipe(tmp_path: Path):
@@ -269,21 +279,19 @@ def test_the_short_flag_is_a_rule_of_the_recipe(tmp_path: Path):
         make_recipe(ConditioningOptions(conditioning_config=path, first_frame_conditioning_p=0.5), "av")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EveryOther(rules.Rule):
-    """Every second latent frame is given."""
+@options
+class EveryOther(rules.CellRule):
+    """Every second latent frame is conditioning."""
 
-
-def every_other(rule: EveryOther, cells: tuple[int, ...], generator: torch.Generator, shape: ItemShape) -> torch.Tensor:
-    given = torch.zeros(cells, dtype=torch.bool)
-    given[::2] = True
-    return given
+    def cells(self, shape: tuple[int, ...], generator: torch.Generator, item: ItemShape) -> torch.Tensor:
+        inside = torch.zeros(shape, dtype=torch.bool)
+        inside[::2] = True
+        return inside
 
 
 def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch):
-    """A dataclass and a function in two tables: the recipe reader, the draw and the model's input know the rule."""
+    """A class and its name in a table: the recipe reader, the draw and the model's input know the rule."""
     monkeypatch.setitem(rules.VIDEO_RULES, "every_other", EveryOther)
-    monkeypatch.setitem(recipe_module.VIDEO_CELLS, EveryOther, every_other)
     path = tmp_path / "recipe.toml"
     path.write_text("[[video]]\nrule='every_other'\n", encoding="utf-8")
     cells = drawn(load_recipe(path), shape=ItemShape(video=(3, 2, 4), audio_steps=0)).video_clean

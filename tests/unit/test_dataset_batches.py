@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.cache import keys, store
-from musubi_tuner.cache.index import Clip
+from musubi_tuner.cache import store
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.names import strip_key
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import BatchPlan, Draw, Item
 from musubi_tuner.dataset.merge import merge_sources
-from musubi_tuner.dataset.sampler import BatchPlan, Draw
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.runtime.errors import UserError
 
@@ -35,7 +37,7 @@ RULES = DrawRules(
     ],
 )  # fmt: skip
 def test_keys_are_stripped(key, name):
-    assert keys.strip_key(key) == name
+    assert strip_key(key) == name
 
 
 def spec(folder: Path, **values: object) -> DatasetSpec:
@@ -47,24 +49,19 @@ def make_item(folder: Path, name: str, *, steps: int | None = 10, frames: int = 
     """Cache files of one item; `steps` of None means a still, 0 a clip without sound."""
     generator = torch.Generator().manual_seed(len(name) + (steps or 0))
     cells = (frames - 1) // 8 + 1
-    paths = [folder / f"{name}{ending}" for ending in ("_ltxv2.safetensors", "_ltxv2_audio.safetensors", "_ltxv2_te.safetensors")]
-    store.write(
-        paths[0], {keys.latents_key(cells, 2, 3, torch.bfloat16): torch.randn(128, cells, 2, 3, generator=generator).bfloat16()}, {}
-    )
+    kinds = ("latents", "text") if steps is None else ("latents", "audio", "text")
+    paths = {kind: folder / f"{name}{KINDS[kind].ending}" for kind in kinds}
+    store.write(paths["latents"], KINDS["latents"].pack(torch.randn(128, cells, 2, 3, generator=generator).bfloat16()), {})
     if steps is not None:
-        audio = {keys.audio_latents_key(steps, torch.bfloat16): torch.randn(8, steps, 16, generator=generator).bfloat16()}
-        store.write(paths[1], audio | {keys.AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}, {})
-    text = {keys.text_key(torch.bfloat16): torch.randn(16, 12, generator=generator).bfloat16()}
-    store.write(paths[2], text | {keys.TEXT_MASK_KEY: torch.ones(16, dtype=torch.bool)}, {})
+        store.write(paths["audio"], KINDS["audio"].pack(torch.randn(8, steps, 16, generator=generator).bfloat16()), {})
+    text = torch.randn(16, 12, generator=generator).bfloat16()
+    store.write(paths["text"], KINDS["text"].pack(text, torch.ones(16, dtype=torch.bool)), {})
     clip = Clip(
         key=name, kind="video", source=f"{name}.mp4", stem=name, source_fingerprint="0", start_seconds=0, end_seconds=frames / fps, fps=fps,
-        start_frame=0, frames=frames, width=96, height=64, original_width=96, original_height=64, latents=paths[0].name,
-        audio=paths[1].name, text=paths[2].name, has_audio=bool(steps),
+        start_frame=0, frames=frames, width=96, height=64, original_width=96, original_height=64, has_audio=bool(steps),
+        sidecars={kind: Sidecar(file=path.name) for kind, path in paths.items()},
     )  # fmt: skip
-    return Item(
-        key=f"datasets[0]/{name}", spec=spec(folder, **values), clip=clip, latent_cache_path=paths[0],
-        audio_latent_cache_path=None if steps is None else paths[1], text_encoder_output_cache_path=paths[2],
-    )  # fmt: skip
+    return Item(key=f"datasets[0]/{name}", spec=spec(folder, **values), clip=clip, paths=paths)
 
 
 def draws(*items: Item, epoch: int = 0) -> list[Draw]:
@@ -73,9 +70,8 @@ def draws(*items: Item, epoch: int = 0) -> list[Draw]:
 
 def test_merged_sources_have_exactly_the_keys_of_the_mode(tmp_path):
     item = make_item(tmp_path, "clip")
-    assert set(merge_sources(item.cache_paths)) == {"latents", "audio_latents", "audio_lengths", "text", "text_mask"}
-    video = replace(item, audio_latent_cache_path=None)
-    assert set(merge_sources(video.cache_paths)) == {"latents", "text", "text_mask"}
+    assert set(merge_sources(list(item.paths.values()))) == {"latents", "audio_latents", "audio_lengths", "text", "text_mask"}
+    assert set(merge_sources([item.paths["latents"], item.paths["text"]])) == {"latents", "text", "text_mask"}
 
 
 def test_two_keys_of_one_name_are_an_error(tmp_path):
@@ -99,7 +95,7 @@ def test_sound_is_padded_and_keeps_its_place_in_the_batch(tmp_path):
     batch = make_batch(draws(*items, make_item(tmp_path, "short", steps=7)), "av", RULES)
     assert batch.audio_lengths.tolist() == [0, 10, 0, 7] and batch.audio_padded
     assert batch.audio_latents.shape == (4, 8, 10, 16)
-    assert torch.equal(batch.audio_latents[1], merge_sources(items[1].cache_paths)["audio_latents"])
+    assert torch.equal(batch.audio_latents[1], merge_sources(list(items[1].paths.values()))["audio_latents"])
     assert not bool(batch.audio_latents[0].any()) and not bool(batch.audio_latents[3, :, 7:].any())
     assert batch.latents.shape == (4, 128, 2, 2, 3) and batch.text_mask is None
 
@@ -136,7 +132,7 @@ def test_noise_levels_of_sound_are_apart_or_together(tmp_path):
 
 def test_missing_key_names_item_and_program(tmp_path):
     item = make_item(tmp_path, "one")
-    store.write(item.text_encoder_output_cache_path, {"other": torch.ones(1)}, {})
+    store.write(item.paths["text"], {"other": torch.ones(1)}, {})
     with pytest.raises(UserError, match=r"datasets\[0\]/one: no 'text'.*ltxv2_cache_text_encoder_outputs.py"):
         make_batch(draws(item), "av", RULES)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from musubi_tuner.conditioning import apply as rules
-from musubi_tuner.conditioning.noising import loss_weights, model_input, noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, model_input, noised, video_stream
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.adaln import timestep_embedding
 from musubi_tuner.ltxv2.transformer.attention import Attention, attention_bias, key_bias

@@ -95,7 +95,7 @@ def test_the_report_names_the_stage_that_the_others_wait_for() -> None:
         return job
 
     times = run_pipeline(range(12), stages({}, decode=slow), batch_size=2, workers=2, on_done=lambda: None).times
-    decode, encode, write = times.rates()
-    assert (decode.clips, encode.clips, write.clips) == (12, 12, 12) and decode.threads == 2
-    assert decode.rate < encode.rate and decode.rate < write.rate and times.overall <= decode.rate * 1.01
+    rates = times.rates()
+    assert times.clips == {"decode": 12, "encode": 12, "write": 12} and times.threads["decode"] == 2
+    assert rates["decode"] < rates["encode"] and rates["decode"] < rates["write"] and times.overall <= rates["decode"] * 1.01
     assert "decode binds, at" in times.describe()

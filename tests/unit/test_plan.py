@@ -34,9 +34,9 @@ def test_windows_are_the_same_seconds_for_picture_and_sound(tmp_path: Path) -> N
     first, second = (planned.clip for planned in dataset.clips)
     assert (first.start_seconds, first.end_seconds, first.fps) == (0.0, 17 / 16, 16.0)
     assert (second.start_seconds, second.end_seconds, second.start_frame) == (17 / 16, 34 / 16, 17)
-    assert second.latents == "a_00017-017_0096x0064_ltxv2.safetensors"
-    assert second.audio == "a_00017-017_0096x0064_ltxv2_audio.safetensors"
-    assert second.text == "a_ltxv2_te.safetensors" and second.has_audio
+    assert second.sidecars["latents"].file == "a_00017-017_0096x0064_ltxv2.safetensors"
+    assert second.sidecars["audio"].file == "a_00017-017_0096x0064_ltxv2_audio.safetensors"
+    assert second.sidecars["text"].file == "a_ltxv2_te.safetensors" and second.has_audio
     assert len({planned.clip.key for planned in dataset.clips}) == 2
     (row,) = dataset.rows
     assert (row.outcome, row.clips, row.note) == ("trimmed", 2, "34 of 40 frames")
@@ -77,18 +77,18 @@ def test_stills_sit_at_the_rate_of_most_clips(tmp_path: Path) -> None:
     assert plan(tmp_path, VIDEOS + "target_frames = [9]\ntarget_fps = 12\n" + stills)[1].clips[0].clip.fps == 12.0
     (alone,) = plan(tmp_path, stills)
     clip = alone.clips[0].clip
-    assert (clip.fps, clip.frames, clip.audio, clip.start_frame) == (24.0, 1, None, 0)
+    assert (clip.fps, clip.frames, clip.start_frame, "audio" in clip.sidecars) == (24.0, 1, 0, False)
     assert plan(tmp_path, stills + "target_fps = 30\n")[0].clips[0].clip.fps == 30.0
 
 
 def test_sound_files_are_cut_by_seconds(tmp_path: Path) -> None:
     write_sounds(tmp_path / "sounds", count=1, seconds=1.5)
     (dataset,) = plan(tmp_path, '[[datasets]]\naudio_directory = "sounds"\ntarget_seconds = 0.6\nframe_extraction = "chunk"\n')
-    assert [planned.clip.audio for planned in dataset.clips] == [
+    assert [planned.clip.sidecars["audio"].file for planned in dataset.clips] == [
         "sound_000_00000000-000600_ltxv2_audio.safetensors",
         "sound_000_00000600-000600_ltxv2_audio.safetensors",
     ]
-    assert all(planned.clip.latents is None for planned in dataset.clips)
+    assert all("latents" not in planned.clip.sidecars for planned in dataset.clips)
     (whole,) = plan(tmp_path, '[[datasets]]\naudio_directory = "sounds"\n')
     assert whole.clips[0].clip.end_seconds == pytest.approx(1.48)
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from musubi_tuner.conditioning.noising import noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, noised, video_stream
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from musubi_tuner.cache.keys import strip_key
+from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.store import FORMAT_VERSION, read_header
 from musubi_tuner.runtime.errors import UserError
 

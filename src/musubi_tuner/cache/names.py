@@ -1,17 +1,20 @@
-"""File names in a cache directory. They are for people; identity is in the metadata."""
+"""Names of cache files, and of the tensors in them. File names are for people; identity is in the metadata."""
 
 import hashlib
+import re
 from pathlib import Path
+
+import torch
 
 PROMPT_FOLDER = "ltxv2_prompts"
 LATENTS_ENDING = "_ltxv2.safetensors"
-AUDIO_ENDING = "_ltxv2_audio.safetensors"
-REFERENCE_ENDING = "_ltxv2_ref.safetensors"
-REFERENCE_AUDIO_ENDING = "_ltxv2_ref_audio.safetensors"
-MASK_ENDING = "_ltxv2_mask.safetensors"
 TEXT_ENDING = "_ltxv2_te.safetensors"
+AUDIO_ENDING = "_ltxv2_audio.safetensors"
 INDEX_ENDING = ".json"
-ENDINGS = (LATENTS_ENDING, AUDIO_ENDING, REFERENCE_ENDING, REFERENCE_AUDIO_ENDING, MASK_ENDING, TEXT_ENDING, INDEX_ENDING)
+TEXT_MASK_KEY = "text_mask"
+
+_DTYPE = re.compile(r"_(bfloat16|float16|float32|float64|float8_e4m3fn|float8_e5m2|u?int8|int16|int32|int64|bool)$")
+_SHAPE = re.compile(r"_\d+x\d+x\d+$")
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:
@@ -25,25 +28,6 @@ def image_latent_name(stem: str, width: int, height: int) -> str:
 def mirrored_name(latent_name: str) -> str:
     """Latents of the mirror image of a video or still."""
     return latent_name.removesuffix(LATENTS_ENDING) + "_mirrored" + LATENTS_ENDING
-
-
-def audio_sidecar_name(latent_name: str) -> str:
-    """The sidecar of a video latent file."""
-    return latent_name.removesuffix(LATENTS_ENDING) + AUDIO_ENDING
-
-
-def reference_sidecar_name(latent_name: str) -> str:
-    """What is shown beside a video or still."""
-    return latent_name.removesuffix(LATENTS_ENDING) + REFERENCE_ENDING
-
-
-def mask_sidecar_name(latent_name: str) -> str:
-    return latent_name.removesuffix(LATENTS_ENDING) + MASK_ENDING
-
-
-def reference_audio_name(audio_name: str) -> str:
-    """What is played beside a sound."""
-    return audio_name.removesuffix(AUDIO_ENDING) + REFERENCE_AUDIO_ENDING
 
 
 def audio_only_name(stem: str, start_ms: int, length_ms: int) -> str:
@@ -62,3 +46,33 @@ def prompt_path(cache_directory: Path, prompt: str) -> Path:
 
 def index_name(digest: str) -> str:
     return f"ltxv2_index_{digest}{INDEX_ENDING}"
+
+
+def ending_of(name: str) -> str:
+    """What tells the kind of a file, such as `_ltxv2_audio.safetensors`."""
+    _, mark, rest = name.rpartition("_ltxv2")
+    return mark + rest if mark else Path(name).suffix
+
+
+def latents_key(frames: int, height: int, width: int, dtype: torch.dtype) -> str:
+    """Sizes in latent cells."""
+    return f"latents_{frames}x{height}x{width}_{_name(dtype)}"
+
+
+def audio_latents_key(steps: int, dtype: torch.dtype) -> str:
+    return f"audio_latents_{steps}x1x1_{_name(dtype)}"
+
+
+def text_key(dtype: torch.dtype) -> str:
+    return f"text_{_name(dtype)}"
+
+
+def strip_key(key: str) -> str:
+    """The name that training sees: a key that ends in `_mask` stays; otherwise the dtype goes, then the shape."""
+    if key.endswith("_mask"):
+        return key
+    return _SHAPE.sub("", _DTYPE.sub("", key))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Reading and writing cache files: whole or not at all, finite, and the same bytes for the same content."""
+"""Reading and writing cache files: whole or not at all, finite, the same bytes for the same content; and identity by content."""
 
 import errno
 import hashlib
@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from musubi_tuner.cache.names import ENDINGS
+from musubi_tuner.cache.names import ending_of
 from musubi_tuner.runtime.errors import UserError
 
 FORMAT_VERSION = "1"
 _TEMPORARY = ".tmp"
+_WHOLE_UP_TO = 16 * 2**20
+_BLOCK = 2**20
+_BLOCKS = 16
 
 
 class DiskFullError(UserError):
@@ -58,7 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         DiskFullError: what was cached before stays good.
         UserError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}.{os.getpid()}{_ending(path.name)}{_TEMPORARY}")
+    temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}.{os.getpid()}{ending_of(path.name)}{_TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -78,7 +81,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def clean_temporaries(folder: Path, endings: Sequence[str] = ENDINGS) -> int:
+def clean_temporaries(folder: Path, endings: Sequence[str]) -> int:
     """Remove what killed runs left behind in `folder`; returns how many files that were.
 
     Args:
@@ -92,10 +95,6 @@ def clean_temporaries(folder: Path, endings: Sequence[str] = ENDINGS) -> int:
     return len(found)
 
 
-def _ending(name: str) -> str:
-    return next((ending for ending in ENDINGS if name.endswith(ending)), Path(name).suffix)
-
-
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """Metadata, and {key: shape}, without reading tensors.
 
@@ -107,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
             names = list(file.keys())
             return file.metadata() or {}, {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file anew.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -124,4 +123,31 @@ def read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file anew.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
+
+
+def file_fingerprint(path: Path) -> str:
+    """32 hex digits of a file's size and content.
+
+    Files up to 16 MiB are hashed whole; of larger ones the head, the tail and evenly spaced blocks, 16 MiB in all.
+    Renaming or copying a file does not change it.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _WHOLE_UP_TO:
+            digest.update(file.read())
+        else:
+            for block in range(_BLOCKS):
+                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def text_fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

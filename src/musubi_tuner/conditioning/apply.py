@@ -1,4 +1,4 @@
-"""Laying what is given over a stream. Training and preview both pass through `condition`; no mode has a branch of its own."""
+"""Laying conditioning over a stream. Training and preview both pass through `condition`; no mode has a branch of its own."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_re
 
 
 def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dict[str, TokenStream]:
-    """The streams with what is given laid over them, and their references behind them.
+    """The streams with their conditioning laid over them, and their references behind them.
 
     Args:
         streams: `video` and `audio`, or one of them.
     """
     found = {}
     for name, stream in streams.items():
-        given = getattr(conditions, name)
-        if given.weight is not None:
-            stream = dataclasses.replace(stream, weight=given.weight if stream.weight is None else stream.weight * given.weight)
-        if given.clean is not None:
-            stream = keep_clean(stream, given.clean)
-        if given.reference is not None:
-            stream = append_clean(stream, _reference_stream(name, given.reference), given.reference.chosen)
+        own = getattr(conditions, name)
+        if own.weight is not None:
+            stream = dataclasses.replace(stream, weight=own.weight if stream.weight is None else stream.weight * own.weight)
+        if own.clean is not None:
+            stream = keep_clean(stream, own.clean)
+        if own.reference is not None:
+            stream = append_clean(stream, _reference_stream(name, own.reference), own.reference.chosen)
         found[name] = stream
     return found
 

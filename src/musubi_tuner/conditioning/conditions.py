@@ -1,4 +1,4 @@
-"""What is given of a batch or of a preview: the one thing that tells a mode from another in the step."""
+"""The conditioning of a batch or of a preview: the one thing that tells a mode from another in the step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,30 +33,32 @@ class StreamConditions:
     """Of one stream."""
 
     clean: Tensor | None = None
-    """(B, N) bool, True = a given token: noise level 0, no loss. None where no rule gives any."""
+    """(B, N) bool, True = a conditioning token: noise level 0, no loss. None where no rule asks for any."""
     weight: Tensor | None = None
     """(B, N) float32 loss weights of the tokens; None = 1."""
     reference: Reference | None = None
 
 
-NOTHING_GIVEN = StreamConditions()
+NO_STREAM_CONDITIONS = StreamConditions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
     """Of both streams."""
 
-    video: StreamConditions = NOTHING_GIVEN
-    audio: StreamConditions = NOTHING_GIVEN
+    video: StreamConditions = NO_STREAM_CONDITIONS
+    audio: StreamConditions = NO_STREAM_CONDITIONS
 
 
 NO_CONDITIONS = Conditions()
 
 
 def each_tensor(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
-    """`value` with `change` made to every tensor in it and in the dataclasses that it holds."""
+    """`value` with `change` made to every tensor in it and in the dataclasses and dicts that it holds."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, dict):
+        return {key: each_tensor(one, change) for key, one in value.items()}
     if not dataclasses.is_dataclass(value):
         return value
     return dataclasses.replace(

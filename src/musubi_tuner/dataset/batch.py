@@ -1,6 +1,7 @@
 """What a training step reads."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Taught:
-    """Items that learn what the base model predicts for the same input, in place of their own content. All (B,)."""
+class Preserved:
+    """Items that learn what the base model, the teacher, predicts for the same input, in place of their own content. All (B,)."""
 
     video: Tensor
     """float32 weights of that loss; 0 = learns its own content."""
@@ -57,9 +58,11 @@ class Batch:
     audio_supervised: int = 0
     """Those of them that have sound."""
     conditions: Conditions = NO_CONDITIONS
-    """What is given of the items."""
-    taught: Taught | None = None
+    """What of the items is conditioning."""
+    preserved: Preserved | None = None
     """None: every item learns its own content."""
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B, ...) tensors of kinds of sidecars that no other field holds, by their keys."""
 
     @property
     def size(self) -> int:

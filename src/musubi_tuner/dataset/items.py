@@ -1,11 +1,15 @@
-"""The items that a run trains on, from the dataset's index."""
+"""The items that a run trains on, from the dataset's index, and which of them make which batch."""
 
 import logging
-from collections.abc import Sequence
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.cache.index import Clip, DatasetIndex, read_index
+from musubi_tuner.cache.clip import Clip
+from musubi_tuner.cache.index import DatasetIndex, read_index
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.runtime.errors import UserError
@@ -22,31 +26,16 @@ class Item:
     """Unique in the run; names the item's random draws."""
     spec: DatasetSpec
     clip: Clip
-    latent_cache_path: Path | None
-    """None in audio mode."""
-    audio_latent_cache_path: Path | None
-    """None in video mode, and for stills."""
-    text_encoder_output_cache_path: Path
-    reference_cache_path: Path | None = None
-    """What is shown beside it (IC-LoRA); None = nothing, and in audio mode."""
-    mask_cache_path: Path | None = None
-    """Where it counts; None = everywhere, and in audio mode."""
-    reference_audio_cache_path: Path | None = None
-    """What is played beside its sound; None = nothing, and in video mode."""
-
-    @property
-    def cache_paths(self) -> tuple[Path, ...]:
-        """In the order of merging."""
-        given = (self.mask_cache_path, self.reference_cache_path, self.reference_audio_cache_path)
-        paths = (self.latent_cache_path, self.audio_latent_cache_path, *given, self.text_encoder_output_cache_path)
-        return tuple(path for path in paths if path is not None)
+    paths: Mapping[str, Path]
+    """Cache files that the run's mode reads, by the names of their kinds (`cache.sidecars.KINDS`)."""
 
     @property
     def bucket(self) -> tuple[object, ...]:
         """Items of one bucket stack: same dataset, same frame size, same number of frames; in audio mode about the same length."""
-        if self.latent_cache_path is None:
-            return (self.spec.label, round(self.clip.end_seconds - self.clip.start_seconds))
-        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, self.clip.reference_frames)
+        if "latents" not in self.paths:
+            return (self.spec.label, round(self.clip.seconds))
+        own_frames = tuple((name, sidecar.frames) for name, sidecar in sorted(self.clip.sidecars.items()) if sidecar.frames)
+        return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, own_frames)
 
 
 def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) -> tuple[Item, ...]:
@@ -63,7 +52,7 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
     for spec in specs:
         index = read_index(spec, dataset_config)
         clips = [clip for clip in index.clips if not (mode == "audio" and clip.mirrored)]
-        used = [clip for clip in clips if (clip.has_audio and clip.audio is not None if mode == "audio" else clip.latents is not None)]
+        used = [clip for clip in clips if ("audio" in clip.sidecars and clip.has_audio if mode == "audio" else "latents" in clip.sidecars)]
         if len(used) < len(clips):
             what = "stills and clips without sound" if mode == "audio" else "sound without pictures, which --ltx_mode audio trains on"
             left = len(clips) - len(used)
@@ -74,7 +63,10 @@ def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) ->
                 "WARNING: %s: %d source(s) came after caching and are not trained on: %s. Run the caching programs again to have them.",
                 spec.label, len(new), shown,
             )  # fmt: skip
-        items += [_item(spec, clip, mode) for clip in used]
+        for clip in used:
+            kinds = [kind for kind in KINDS.values() if mode in kind.modes and kind.name in clip.sidecars]
+            paths = {kind.name: spec.cache_directory / clip.sidecars[kind.name].file for kind in kinds}
+            items.append(Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths))
     if not items:
         raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
     return tuple(items)
@@ -95,30 +87,15 @@ _EMPTY_HINTS = {
 }
 
 
-def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
-    folder = spec.cache_directory
-    return Item(
-        key=f"{spec.label}/{clip.key}",
-        spec=spec,
-        clip=clip,
-        latent_cache_path=folder / clip.latents if mode != "audio" else None,
-        audio_latent_cache_path=folder / clip.audio if mode != "video" and clip.audio is not None else None,
-        text_encoder_output_cache_path=folder / clip.text,
-        reference_cache_path=folder / clip.reference if mode != "audio" and clip.reference is not None else None,
-        mask_cache_path=folder / clip.mask if mode != "audio" and clip.mask is not None else None,
-        reference_audio_cache_path=folder / clip.reference_sound if mode != "video" and clip.reference_sound is not None else None,
-    )
-
-
 def token_counts(item: Item, mode: str) -> tuple[int, int]:
     """Video and audio tokens of a batch of items like this one, references included: 8 x 32 x 32 pixels or 1/25 s of sound each."""
     clip, clips = item.clip, item.spec.batch_size
     video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
-    if video and clip.reference is not None:
-        video += ((clip.reference_frames - 1) // 8 + 1) * (clip.reference_height // 32) * (clip.reference_width // 32)
+    if video and (reference := clip.sidecars.get("reference")):
+        video += ((reference.frames - 1) // 8 + 1) * (reference.height // 32) * (reference.width // 32)
     has_audio = mode != "video" and clip.has_audio
-    audio = round((clip.end_seconds - clip.start_seconds) * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
-    if clip.reference_sound is not None:
+    audio = round(clip.seconds * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
+    if "reference_audio" in clip.sidecars:
         audio *= 2  # it is as long as the clip at most
     return video * clips, audio * clips
 
@@ -126,3 +103,46 @@ def token_counts(item: Item, mode: str) -> tuple[int, int]:
 def largest_item(items: Sequence[Item], mode: str) -> Item:
     """The item whose batch has the most tokens."""
     return max(items, key=lambda item: sum(token_counts(item, mode)))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One appearance of an item in an epoch."""
+
+    item: Item
+    epoch: int
+    repeat: int
+
+
+class BatchPlan:
+    """An endless sequence of batches: epoch after epoch, each shuffled by (seed, epoch).
+
+    Batch i does not depend on how many processes there are or where a run was resumed: process r of R takes the batches
+    with i mod R = r, and a resumed run goes on at the number it stopped at.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int) -> None:
+        self.seed = seed
+        self._buckets: dict[tuple[object, ...], list[Item]] = defaultdict(list)
+        for item in items:
+            self._buckets[item.bucket].append(item)
+        self.batches_per_epoch = len(self._epoch(0))
+        self._cached: tuple[int, list[tuple[Draw, ...]]] | None = None
+
+    def batch(self, number: int) -> tuple[Draw, ...]:
+        """The items of batch `number`, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, self._epoch(epoch))
+        return self._cached[1][place]
+
+    def _epoch(self, epoch: int) -> list[tuple[Draw, ...]]:
+        shuffler = random.Random(f"{self.seed}|{epoch}")
+        batches = []
+        for bucket in self._buckets.values():
+            draws = [Draw(item, epoch, repeat) for item in bucket for repeat in range(item.spec.num_repeats)]
+            shuffler.shuffle(draws)
+            size = bucket[0].spec.batch_size
+            batches += [tuple(draws[start : start + size]) for start in range(0, len(draws), size)]
+        shuffler.shuffle(batches)
+        return batches

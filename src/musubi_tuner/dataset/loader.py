@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import Item
-from musubi_tuner.dataset.sampler import BatchPlan
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import BatchPlan, Item
 
 
 class _Batches(Dataset):

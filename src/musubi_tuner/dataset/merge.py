@@ -1,13 +1,15 @@
-"""An item's cache files -> one dict under the keys that training knows."""
+"""An item's cache files -> one dict under the keys that training knows; such dicts -> stacked tensors."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from musubi_tuner.cache.keys import strip_key
+from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.store import read
+from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,21 @@ def merge_sources(paths: Sequence[Path]) -> dict[str, Tensor]:
             merged[name] = tensor
             origin[name] = f"{path.name}: {key}"
     return merged
+
+
+def stack_equal(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
+    """(B, ...) tensors of one key.
+
+    Raises:
+        UserError: they differ in shape.
+    """
+    shapes = {tuple(tensors[key].shape) for tensors in merged}
+    if len(shapes) > 1:
+        listed = ", ".join(f"{item.key} {tuple(tensors[key].shape)}" for item, tensors in zip(items, merged, strict=True))
+        raise UserError(
+            f"'{key}' of one batch differ in shape: {listed}. The caches were made with different settings; run the caching programs again."
+        )
+    return torch.stack([tensors[key] for tensors in merged])
 
 
 def _current(name: str) -> str:

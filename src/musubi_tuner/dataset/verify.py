@@ -1,13 +1,12 @@
-"""Checking every cache before the transformer is loaded: what is missing, stale or of another model, and the command that mends it."""
+"""Checking every cache before the transformer is loaded: what is missing, stale or of another model, and the command that fixes it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.cache import sidecars as expected
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import file_fingerprint, text_fingerprint
-from musubi_tuner.cache.store import read_metadata
+from musubi_tuner.cache.sidecars import AUDIO_PROGRAM, KINDS, LATENT_PROGRAM, TEXT_PROGRAM, SidecarKind
+from musubi_tuner.cache.store import file_fingerprint, read_metadata, text_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
@@ -27,6 +26,10 @@ class Wanted:
     arguments: Mapping[str, str]
     """{program: its arguments}, for the command in messages."""
 
+    def of(self, kind: SidecarKind) -> Mapping[str, str]:
+        """Of the encoder that makes such files."""
+        return {"video_vae": self.latents, "audio_vae": self.audio, "text": self.text, None: {}}[kind.encoder]
+
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
@@ -42,11 +45,15 @@ def verify_caches(items: Sequence[Item], wanted: Wanted) -> None:
     Sources that are still there are compared with what was cached; training goes on without them where they are gone.
 
     Raises:
-        UserError: lists the files and reasons, and for each program the one command that mends them.
+        UserError: lists the files and reasons, and for each program the one command that fixes them.
     """
     problems = _source_problems(items)
     for item in items:
-        problems += _item_problems(item, wanted)
+        for name, path in item.paths.items():
+            kind = KINDS[name]
+            reason = reason_to_rebuild(path, {**kind.expected(item.clip), **wanted.of(kind)}, kind.keys)
+            if reason is not None:
+                problems.append(_Problem(item.key, path, reason, kind.program))
     if not problems:
         return
     rows = "\n".join(f"  {problem.item}: {problem.path.name}: {problem.reason}" for problem in problems[:_MOST_ROWS])
@@ -55,35 +62,6 @@ def verify_caches(items: Sequence[Item], wanted: Wanted) -> None:
         f"  python {program} {wanted.arguments[program]}" for program in dict.fromkeys(problem.program for problem in problems)
     )
     raise UserError(f"{len(problems)} cache file(s) cannot be trained on:\n{rows}{more}\nRun, then start training again:\n{commands}")
-
-
-def _item_problems(item: Item, wanted: Wanted) -> list[_Problem]:
-    checks = []
-    if item.latent_cache_path is not None:
-        checks.append(
-            (item.latent_cache_path, expected.latents_of(item.clip) | wanted.latents, expected.LATENT_KEYS, "ltxv2_cache_latents.py")
-        )
-    if item.audio_latent_cache_path is not None:
-        checks.append(
-            (item.audio_latent_cache_path, expected.audio_of(item.clip) | wanted.audio, expected.AUDIO_KEYS, "ltxv2_cache_audio_latents.py")
-        )
-    if item.reference_cache_path is not None:
-        checks.append(
-            (
-                item.reference_cache_path,
-                expected.reference_of(item.clip) | wanted.latents,
-                expected.REFERENCE_KEYS,
-                "ltxv2_cache_latents.py",
-            )
-        )
-    if item.mask_cache_path is not None:
-        checks.append((item.mask_cache_path, expected.mask_of(item.clip), expected.MASK_KEYS, "ltxv2_cache_latents.py"))
-    if item.reference_audio_cache_path is not None:
-        entries = expected.reference_audio_of(item.clip) | wanted.audio
-        checks.append((item.reference_audio_cache_path, entries, expected.REFERENCE_AUDIO_KEYS, "ltxv2_cache_audio_latents.py"))
-    checks.append((item.text_encoder_output_cache_path, {"kind": "text", **wanted.text}, ("text",), "ltxv2_cache_text_encoder_outputs.py"))
-    found = [(path, reason_to_rebuild(path, entries, keys), program) for path, entries, keys, program in checks]
-    return [_Problem(item.key, path, reason, program) for path, reason, program in found if reason is not None]
 
 
 def _source_problems(items: Sequence[Item]) -> list[_Problem]:
@@ -107,56 +85,51 @@ def _mirror_problems(items: Sequence[Item], sources: Mapping[str, Source]) -> li
     problems = []
     for name, clip_items in _by_source(items).items():
         item = clip_items[0]
-        caption = sources[name].caption if name in sources else _cached_caption(item.text_encoder_output_cache_path)
-        if caption is None or item.latent_cache_path is None:
+        text = item.paths["text"]
+        if name in sources:
+            caption = sources[name].caption
+        elif reason_to_rebuild(text, {}, ()) is None:
+            caption = read_metadata(text).get("caption")  # that the cache was made from
+        else:
+            continue  # the file itself is at fault
+        if caption is None or "latents" not in item.paths:
             continue
         mirrored = [one for one in clip_items if one.clip.mirrored]
         if is_mirrored(item.spec, caption) != bool(mirrored):
             reason = f"its caption says '{side_named(caption)}', so it must not be mirrored (flip_x)" if mirrored else _NOW_MIRRORED
             first = mirrored[0] if mirrored else item
-            problems.append(_Problem(first.key, first.latent_cache_path, reason, "ltxv2_cache_latents.py"))
+            problems.append(_Problem(first.key, first.paths["latents"], reason, LATENT_PROGRAM))
     return problems
 
 
-def _cached_caption(path: Path) -> str | None:
-    """The caption that a text cache was made from; None where the file itself is at fault."""
-    return read_metadata(path).get("caption") if reason_to_rebuild(path, {}, ()) is None else None
-
-
 def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Source]) -> list[_Problem]:
-    program = "ltxv2_cache_audio_latents.py" if spec.kind == "audio" else "ltxv2_cache_latents.py"
+    program = AUDIO_PROGRAM if spec.kind == "audio" else LATENT_PROGRAM
     problems = []
     for name, clip_items in _by_source(items).items():
         item = clip_items[0]
-        path = item.latent_cache_path or item.audio_latent_cache_path
+        path = item.paths["latents"] if "latents" in item.paths else item.paths["audio"]
         source = sources.get(name)
         if source is None:
             problems.append(_Problem(item.key, path, f"its source '{name}' is gone from {spec.root}", program))
         elif file_fingerprint(source.path) != item.clip.source_fingerprint:
             problems.append(_Problem(item.key, path, f"its source '{name}' has changed since it was cached", program))
-        elif changed := _changed_beside(item, source):
-            mends = "ltxv2_cache_latents.py" if changed.startswith(("reference '", "mask")) else "ltxv2_cache_audio_latents.py"
-            problems.append(_Problem(item.key, path, f"its {changed} has changed since it was cached", mends))
-        elif source.caption and item.text_encoder_output_cache_path.is_file():
+        elif changed := _changed_file(item, source):
+            kind, file = changed
+            problems.append(_Problem(item.key, path, f"its {kind.files.what} '{file.name}' has changed since it was cached", kind.program))
+        elif source.caption and item.paths["text"].is_file():
             entries = {"source_fingerprint": text_fingerprint(source.caption)}
-            if reason_to_rebuild(item.text_encoder_output_cache_path, entries, ()) is not None:
-                text = "ltxv2_cache_text_encoder_outputs.py"
-                problems.append(
-                    _Problem(item.key, item.text_encoder_output_cache_path, "the caption has changed since it was cached", text)
-                )
+            if reason_to_rebuild(item.paths["text"], entries, ()) is not None:
+                problems.append(_Problem(item.key, item.paths["text"], "the caption has changed since it was cached", TEXT_PROGRAM))
     return problems
 
 
-def _changed_beside(item: Item, source: Source) -> str:
-    """Which of the files that belong to a source is not what it was; empty where all are."""
-    clip = item.clip
-    files = (
-        ("reference", source.reference, clip.reference_fingerprint),
-        ("mask", source.mask, clip.mask_fingerprint),
-        ("sound file", source.sound, clip.sound_fingerprint),
-        ("reference sound", source.reference_sound, clip.reference_sound_fingerprint),
-    )
-    return next((f"{what} '{path.name}'" for what, path, cached in files if path is not None and file_fingerprint(path) != cached), "")
+def _changed_file(item: Item, source: Source) -> tuple[SidecarKind, Path] | None:
+    """The first of the files that belong to a source that is not what it was."""
+    for name, path in source.files.items():
+        cached = item.clip.sidecars.get(name)
+        if cached is None or file_fingerprint(path) != cached.fingerprint:
+            return KINDS[name], path
+    return None
 
 
 def _by_source(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -1,102 +1,65 @@
 """Which cache files there are to make, and which of them are right already: decided from headers and fingerprints, before decoding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.index import Clip
-from musubi_tuner.encoding.plan import DatasetPlan, PlannedClip
 from musubi_tuner.runtime.errors import UserError
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Job(Generic[Content]):
     """One cache file."""
 
-    label: str
-    """Of the dataset."""
-    planned: PlannedClip
+    name: str
+    """For people."""
     target: Path
+    content: Content
+    """What it is made from: a `PlannedClip`, or a text."""
     expected: Mapping[str, str]
-    """Metadata that an existing file is compared by."""
+    """Metadata that an existing file is compared by; the first that differs is named as the reason."""
     people: Mapping[str, str]
     """Metadata that is only read by people."""
     size: int
     """About how many bytes it will have."""
 
-    @property
-    def name(self) -> str:
-        return f"{self.label}/{self.planned.clip.key}"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Todo:
+@dataclass(frozen=True, slots=True)
+class Todo(Generic[Content]):
     """A job that has to be done, and why."""
 
-    job: Job
+    job: Job[Content]
     reason: str
     """`missing`, or why the file that is there is no good."""
 
 
-def list_jobs(
-    plans: Sequence[DatasetPlan],
-    *,
-    name_of: Callable[[Clip], str | None],
-    expected_of: Callable[[Clip], Mapping[str, str]],
-    size_of: Callable[[Clip], int],
-    model_version: str,
-) -> tuple[Job, ...]:
-    """One job for each file; a file that two datasets share, such as training and validation cut alike, is one job.
-
-    Args:
-        name_of: the file's name in the cache directory; None where the clip has no such file.
+def one_for_each_file(jobs: Iterable[Job[Content]]) -> list[Job[Content]]:
+    """The first job of each file: two datasets may share one, such as training and validation cut alike.
 
     Raises:
-        UserError: two different windows would have the same file name.
+        UserError: two that differ would have the same file.
     """
-    jobs: dict[Path, Job] = {}
-    for plan in plans:
-        for planned in plan.clips:
-            name = name_of(planned.clip)
-            if name is None:
-                continue
-            job = Job(
-                label=plan.spec.label,
-                planned=planned,
-                target=plan.spec.cache_directory / name,
-                expected=expected_of(planned.clip),
-                people=_for_people(planned, model_version),
-                size=size_of(planned.clip),
+    found: dict[Path, Job[Content]] = {}
+    for job in jobs:
+        other = found.setdefault(job.target, job)
+        differing = next((key for key in job.expected if other.expected.get(key) != job.expected[key]), None)
+        if differing is not None:
+            raise UserError(
+                f"{job.target}: {other.name} and {job.name} would both be cached in this file, though they differ ({differing}: "
+                f"{other.expected.get(differing)} and {job.expected[differing]}). Give one of the datasets a cache_directory of its own."
             )
-            other = jobs.setdefault(job.target, job)
-            if other.expected != job.expected:
-                raise UserError(
-                    f"{job.target}: {other.name} and {job.name} would both be cached in this file, though they are cut differently "
-                    f"({other.expected['window']} and {job.expected['window']}). Give one of the datasets a cache_directory of its own."
-                )
-    return tuple(sorted(jobs.values(), key=lambda job: (_bucket(job.planned.clip), str(job.target))))
+    return list(found.values())
 
 
-def choose(jobs: Sequence[Job], required: Sequence[str], *, skip_existing: bool) -> list[Todo]:
+def choose(jobs: Sequence[Job[Content]], required: Sequence[str], *, skip_existing: bool) -> list[Todo[Content]]:
     """The jobs whose file is missing or wrong; all of them where existing files are not to be kept."""
     found = []
     for job in jobs:
-        if skip_existing:
-            reason = reason_to_rebuild(job.target, job.expected, required)
-        else:
-            reason = "--no-skip_existing" if job.target.is_file() else "missing"
-        if reason is not None:
-            found.append(Todo(job=job, reason=reason))
+        reason = reason_to_rebuild(job.target, job.expected, required)
+        if reason is not None or not skip_existing:
+            found.append(Todo(job, reason or "--no-skip_existing"))
     return found
-
-
-def _for_people(planned: PlannedClip, model_version: str) -> dict[str, str]:
-    clip = planned.clip
-    size = {"original_size": f"{clip.original_width}x{clip.original_height}"} if clip.width else {}
-    return {"source": clip.source, "caption": planned.source.caption, "model_version": model_version, **size}
-
-
-def _bucket(clip: Clip) -> tuple[float, ...]:
-    """Largest first, so that memory that does not suffice shows at once."""
-    return (-clip.width * clip.height * clip.frames, clip.width, clip.height, clip.frames, clip.end_seconds - clip.start_seconds)

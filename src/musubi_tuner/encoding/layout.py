@@ -45,12 +45,11 @@ class LayoutTimes:
     def describe(self) -> str:
         """One line."""
         size = f"{self.size.width}x{self.size.height}x{self.size.frames}"
-        parts = [f"{name} {self._of_one_clip(name)}" for name in self.seconds]
+        parts = [
+            f"{name} {value / self.clips:.3f} s" if math.isfinite(value) else f"{name} out of memory"
+            for name, value in self.seconds.items()
+        ]
         return f"memory layout of the video VAE: {self.fastest} ({', '.join(parts)} for a clip of {size})"
-
-    def _of_one_clip(self, name: str) -> str:
-        value = self.seconds[name]
-        return f"{value / self.clips:.3f} s" if math.isfinite(value) else "out of memory"
 
 
 def use_fastest_layout(vae: VideoVAE, sizes: Sequence[ClipSize], batch_size: int) -> LayoutTimes | None:

@@ -4,14 +4,16 @@ Memory is bounded: no more clips are decoded ahead than there are workers plus o
 encoder, and no more clips wait to be written than there are writers.
 """
 
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from musubi_tuner.cache.store import DiskFullError
-from musubi_tuner.encoding.stage_times import StageTimes
 from musubi_tuner.runtime.errors import UserError
 
 Job = TypeVar("Job")
@@ -35,6 +37,58 @@ class Stages(Generic[Job, Decoded, Begun, Encoded]):
     """Waits for what `encode` has begun; called when the next batch has been begun too, so that a GPU never waits for the host."""
     write: Callable[[Job, Encoded], None]
     """In a thread; a UserError fails this job alone, a full disk ends the run."""
+
+
+STAGES = ("decode", "encode", "write")
+
+
+class StageTimes:
+    """How fast each stage is by itself, and which one the others wait for; threads may report at the same time."""
+
+    def __init__(self, threads: dict[str, int]) -> None:
+        self.threads = threads
+        self._lock = threading.Lock()
+        self._busy = dict.fromkeys(STAGES, 0.0)
+        self.clips = dict.fromkeys(STAGES, 0)
+        self._started = time.perf_counter()
+        self._ended = self._started
+
+    @contextmanager
+    def work(self, stage: str, clips: int = 1) -> Iterator[None]:
+        """Time what is done inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            with self._lock:
+                self._busy[stage] += now - started
+                self.clips[stage] += clips
+                self._ended = max(self._ended, now)
+
+    def rates(self) -> dict[str, float]:
+        """Clips a second of each stage, if it never waited."""
+        return {
+            stage: self.clips[stage] * self.threads[stage] / self._busy[stage] if self._busy[stage] else float("inf") for stage in STAGES
+        }
+
+    @property
+    def overall(self) -> float:
+        """Clips written a second, from first to last."""
+        seconds = self._ended - self._started
+        return self.clips["write"] / seconds if seconds else float("inf")
+
+    def describe(self) -> str:
+        """One line for the end of a program; empty where nothing was written."""
+        if not self.clips["write"]:
+            return ""
+        rates = self.rates()
+        slowest = min(STAGES, key=rates.__getitem__)
+        parts = ", ".join(f"{stage} {rate:.1f} (x{self.threads[stage]})" for stage, rate in rates.items())
+        return (
+            f"clips a second: {self.overall:.2f} in all; each stage by itself: {parts}. "
+            f"{slowest} binds, at {self.overall / rates[slowest]:.0%} of its own rate"
+        )
 
 
 @dataclass(frozen=True, slots=True)

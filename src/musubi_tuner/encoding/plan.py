@@ -1,27 +1,44 @@
-"""From sources to clips: what is cut from where, at which rate and size, and why something is left out."""
+"""From sources to clips: what is cut from where, at which rate and size, and why something is left out.
+
+Files that belong to a source go with its clips: a reference (IC-LoRA) covers the same seconds, at a size and rate of its own; a mask is
+cut as the clip; sound of a file of its own is cut by the same seconds as the pictures; reference audio starts at its own beginning.
+
+Mirror images (`flip_x`) are clips of their own: pictures, references and masks are flipped left to right before any encoder. They share
+sound, caption and reference audio with the clip that they mirror.
+"""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-from musubi_tuner.cache.fingerprint import file_fingerprint
-from musubi_tuner.cache.index import Clip, DatasetIndex
-from musubi_tuner.cache.names import audio_only_name, audio_sidecar_name, image_latent_name, text_name, video_latent_name
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.index import DatasetIndex
+from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, video_latent_name
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
-from musubi_tuner.encoding.buckets import bucket_for
-from musubi_tuner.encoding.mirror import with_mirror_images
-from musubi_tuner.encoding.references import FilesBeside, PlanRow, probe_files_beside, with_files_beside
-from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, Window, audio_windows, target_lengths, video_windows
+from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
 from musubi_tuner.media.picture import picture_size
 from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_video
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.sources.listing import Source, list_all_sources
+from musubi_tuner.sources.listing import EXTENSIONS, Source, is_mirrored, list_all_sources, side_named
 
 _STILL_FPS = 24.0
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A file that was looked into."""
+
+    path: Path
+    found: VideoInfo | SoundInfo | tuple[int, int]
+    """A picture has its size as displayed."""
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +46,11 @@ class Probed:
     """A source and what was found in it."""
 
     source: Source
-    fingerprint: str
-    found: VideoInfo | SoundInfo | tuple[int, int] | None
-    """None where the file cannot be read; a still has its size."""
-    problem: str
-    beside: FilesBeside = FilesBeside()
+    media: MediaFile | None
+    """None where one of its files cannot be read."""
+    files: Mapping[str, MediaFile] = dataclasses.field(default_factory=dict)
+    """Those that belong to it, by kind of sidecar."""
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +58,20 @@ class PlannedClip:
     """A clip and what is needed to decode it."""
 
     clip: Clip
-    source: Source
-    found: VideoInfo | SoundInfo | tuple[int, int]
-    beside: FilesBeside = FilesBeside()
+    caption: str
+    media: MediaFile
+    files: Mapping[str, MediaFile]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRow:
+    """What became of one source."""
+
+    source: str
+    outcome: str
+    """`kept`, `trimmed`, `dropped` or `failed`."""
+    clips: int
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,33 +113,44 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
     for index, part in enumerate(group.gather(own)):
         probed[index :: group.count] = part
     by_dataset = [[one for (owner, _), one in zip(places, probed, strict=True) if owner == which] for which in range(len(listed))]
-    still_fps = _still_fps(config.all, by_dataset)
-    return tuple(plan_dataset(spec, found, still_fps) for spec, found in zip(config.all, by_dataset, strict=True))
+    # stills sit where most clips of the config have their frames
+    rates = Counter(
+        spec.target_fps or one.media.found.fps
+        for spec, found in zip(config.all, by_dataset, strict=True)
+        for one in found
+        if one.media is not None and isinstance(one.media.found, VideoInfo)
+    )
+    still_fps = min(rates, key=lambda rate: (-rates[rate], rate)) if rates else _STILL_FPS
+    return tuple(_plan_dataset(spec, found, still_fps) for spec, found in zip(config.all, by_dataset, strict=True))
 
 
-def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) -> DatasetPlan:
-    """Plan one dataset.
+def _probe(spec: DatasetSpec, source: Source) -> Probed:
+    try:
+        media = _look_into(source.path, spec.kind)
+        if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
+            times = tuple(i / spec.source_fps for i in range(len(media.found.stamps)))
+            found = dataclasses.replace(media.found, times=times, fps=spec.source_fps, is_variable=False)
+            media = dataclasses.replace(media, found=found)
+        files = {}
+        for name, path in source.files.items():
+            is_picture = path.suffix.lower() in EXTENSIONS["image"]
+            files[name] = _look_into(path, "audio" if KINDS[name].files.media == "sounds" else "image" if is_picture else "video")
+        return Probed(source=source, media=media, files=files)
+    except UserError as error:
+        return Probed(source=source, media=None, problem=str(error))
 
-    Raises:
-        UserError: no clip is usable.
-    """
+
+def _look_into(path: Path, kind: str) -> MediaFile:
+    look = {"video": probe_video, "image": picture_size, "audio": probe_sound}[kind]
+    return MediaFile(path, look(path), file_fingerprint(path))
+
+
+def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) -> DatasetPlan:
     clips: list[PlannedClip] = []
     rows: list[PlanRow] = []
     for one in probed:
-        if one.found is None:
-            rows.append(PlanRow(source=one.source.name, outcome="failed", clips=0, note=one.problem))
-            continue
-        if spec.kind == "video":
-            found, row = _plan_video(spec, one, one.found)
-        elif spec.kind == "image":
-            found, row = _plan_image(spec, one, one.found, still_fps)
-        else:
-            found, row = _plan_audio(spec, one, one.found)
-        if found and spec.kind != "audio":
-            found, row = with_mirror_images(spec, one.source, found, row)
-        if found:
-            found, row = with_files_beside(spec, one.source, found, row, one.beside)
-        clips += [PlannedClip(clip=clip, source=one.source, found=one.found, beside=one.beside) for clip in found]
+        cut, row = _plan_source(spec, one, still_fps)
+        clips += [PlannedClip(clip=clip, caption=one.source.caption, media=one.media, files=one.files) for clip in cut]
         rows.append(row)
     if not clips:
         reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5]) + ("; ..." if len(rows) > 5 else "")
@@ -123,143 +162,157 @@ def plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) 
     return DatasetPlan(spec=spec, clips=tuple(clips), rows=tuple(rows), without_caption=lacking)
 
 
-def _probe(spec: DatasetSpec, source: Source) -> Probed:
-    look = {"video": probe_video, "image": picture_size, "audio": probe_sound}[spec.kind]
-    try:
-        found = look(source.path)
-        if isinstance(found, VideoInfo) and spec.source_fps is not None:
-            times = tuple(i / spec.source_fps for i in range(len(found.stamps)))
-            found = dataclasses.replace(found, times=times, fps=spec.source_fps, is_variable=False)
-        beside = probe_files_beside(source)
-        return Probed(source=source, fingerprint=file_fingerprint(source.path), found=found, problem="", beside=beside)
-    except UserError as error:
-        return Probed(source=source, fingerprint="", found=None, problem=str(error))
+def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list[Clip], PlanRow]:
+    """The clips of one source, and what became of it."""
+    if one.media is None:
+        return [], PlanRow(source=one.source.name, outcome="failed", clips=0, note=one.problem)
+    if spec.kind == "video":
+        clips, outcome, notes = _cut_video(spec, one, one.media.found)
+    elif spec.kind == "image":
+        clips, outcome, notes = _cut_image(spec, one, one.media.found, spec.target_fps or still_fps)
+    else:
+        clips, outcome, notes = _cut_audio(spec, one, one.media.found)
+    if clips and spec.flip_x:
+        if is_mirrored(spec, one.source.caption):
+            for clip in tuple(clips):
+                sidecars = {**clip.sidecars, "latents": Sidecar(file=mirrored_name(clip.sidecars["latents"].file))}
+                clips.append(dataclasses.replace(clip, key=f"{clip.key}:mirrored", mirrored=True, sidecars=sidecars))
+        else:
+            notes = [*notes, f"not mirrored, as its caption says '{side_named(one.source.caption)}'"]
+    for name, file in one.files.items() if clips else ():
+        clips, problem = _with_file(spec, clips, name, file)
+        if problem:
+            clips, outcome, notes = [], "failed", [problem]
+            break
+    return clips, PlanRow(source=one.source.name, outcome=outcome, clips=len(clips), note=", ".join(notes))
 
 
-def _still_fps(specs: Sequence[DatasetSpec], probed: Sequence[Sequence[Probed]]) -> float:
-    """The rate that most video sources of the config are sampled at, so that stills sit where clips have their frames."""
-    rates = Counter(
-        spec.target_fps or one.found.fps
-        for spec, found in zip(specs, probed, strict=True)
-        for one in found
-        if isinstance(one.found, VideoInfo)
-    )
-    return min(rates, key=lambda rate: (-rates[rate], rate)) if rates else _STILL_FPS
+_Cut = tuple[list[Clip], str, list[str]]
+"""Clips, outcome and notes of one source."""
 
 
-def _plan_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> tuple[list[Clip], PlanRow]:
+def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
     fps = spec.target_fps or info.fps
     total = sampled_length(info, fps)
     windows = video_windows(spec, total, fps)
     size = bucket_for(spec, info.width, info.height)
     if not windows:
         shortest = min(target_lengths(spec, total, fps))
-        return [], _row(one, "dropped", 0, f"{total} frames at {fps:g} fps; the shortest clip asked for has {shortest}")
+        return [], "dropped", [f"{total} frames at {fps:g} fps; the shortest clip asked for has {shortest}"]
     if size is None:
-        return [], _row(one, "dropped", 0, f"{info.width}x{info.height} is too small for bucket_no_upscale")
-    clips = [_video_clip(spec, one, info, window, fps, size) for window in windows]
+        return [], "dropped", [f"{info.width}x{info.height} is too small for bucket_no_upscale"]
+    clips = []
+    for window in windows:
+        latents = video_latent_name(one.source.stem, window.start, window.count, *size)
+        clip = _clip(
+            spec,
+            one,
+            f"{one.source.name}:{window.start:05d}-{window.count:03d}",
+            {"latents": latents, "audio": KINDS["audio"].name_beside(latents)},
+            start_seconds=window.start / fps,
+            end_seconds=(window.start + window.count) / fps,
+            fps=fps,
+            start_frame=window.start,
+            frames=window.count,
+        )
+        clips.append(_with_size(clip, size, (info.width, info.height)))
     used = set().union(*(range(window.start, window.start + window.count) for window in windows))
     notes = [f"{len(used)} of {total} frames"] if len(used) < total else []
     if info.is_variable:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
-    if info.sound is not None and info.sound.rate and one.beside.sound is None:
+    if info.sound is not None and info.sound.rate and "audio" not in one.files:
         lacking = max(clip.end_seconds for clip in clips) - (info.sound.end - info.start)
         if lacking > 1 / fps:
             notes.append(f"its sound ends {lacking:.2f} s early; that stretch is not learned from")
-    return clips, _row(one, "trimmed" if len(used) < total else "kept", len(clips), ", ".join(notes))
+    return clips, "trimmed" if len(used) < total else "kept", notes
 
 
-def _video_clip(spec: DatasetSpec, one: Probed, info: VideoInfo, window: Window, fps: float, size: tuple[int, int]) -> Clip:
-    latents = video_latent_name(one.source.stem, window.start, window.count, *size)
-    return Clip(
-        key=f"{one.source.name}:{window.start:05d}-{window.count:03d}",
-        kind="video",
-        source=one.source.name,
-        stem=one.source.stem,
-        source_fingerprint=one.fingerprint,
-        start_seconds=window.start / fps,
-        end_seconds=(window.start + window.count) / fps,
-        fps=fps,
-        start_frame=window.start,
-        frames=window.count,
-        width=size[0],
-        height=size[1],
-        original_width=info.width,
-        original_height=info.height,
-        latents=latents,
-        audio=audio_sidecar_name(latents),
-        text=text_name(one.source.stem),
-        has_audio=info.sound is not None,
-    )
-
-
-def _plan_image(spec: DatasetSpec, one: Probed, shown: tuple[int, int], still_fps: float) -> tuple[list[Clip], PlanRow]:
+def _cut_image(spec: DatasetSpec, one: Probed, shown: tuple[int, int], fps: float) -> _Cut:
     size = bucket_for(spec, *shown)
     if size is None:
-        return [], _row(one, "dropped", 0, f"{shown[0]}x{shown[1]} is too small for bucket_no_upscale")
-    fps = spec.target_fps or still_fps
-    clip = Clip(
-        key=one.source.name,
-        kind="image",
-        source=one.source.name,
-        stem=one.source.stem,
-        source_fingerprint=one.fingerprint,
-        start_seconds=0.0,
-        end_seconds=1 / fps,
-        fps=fps,
-        start_frame=0,
-        frames=1,
-        width=size[0],
-        height=size[1],
-        original_width=shown[0],
-        original_height=shown[1],
-        latents=image_latent_name(one.source.stem, *size),
-        audio=None,
-        text=text_name(one.source.stem),
-        has_audio=False,
-    )
-    return [clip], _row(one, "kept", 1, "")
+        return [], "dropped", [f"{shown[0]}x{shown[1]} is too small for bucket_no_upscale"]
+    names = {"latents": image_latent_name(one.source.stem, *size)}
+    clip = _clip(spec, one, one.source.name, names, start_seconds=0.0, end_seconds=1 / fps, fps=fps, frames=1)
+    return [_with_size(clip, size, shown)], "kept", []
 
 
-def _plan_audio(spec: DatasetSpec, one: Probed, info: SoundInfo) -> tuple[list[Clip], PlanRow]:
-    seconds = info.end - info.start
+def _cut_audio(spec: DatasetSpec, one: Probed, info: SoundInfo) -> _Cut:
+    seconds, unit = info.end - info.start, 1 / AUDIO_UNITS_PER_SECOND
     if not info.rate:
-        return [], _row(one, "failed", 0, f"{one.source.path}: its audio stream holds nothing that decodes. Mend the file or take it out.")
+        return [], "failed", [f"{one.source.path}: its audio stream holds nothing that decodes. Fix the file or take it out."]
     windows = audio_windows(spec, seconds)
     if not windows:
-        return [], _row(
-            one, "dropped", 0, f"{seconds:.2f} s; clips of {spec.target_seconds or 1 / AUDIO_UNITS_PER_SECOND:g} s are asked for"
+        return [], "dropped", [f"{seconds:.2f} s; clips of {spec.target_seconds or unit:g} s are asked for"]
+    clips = []
+    for window in windows:
+        start, length = window.start / AUDIO_UNITS_PER_SECOND, window.count / AUDIO_UNITS_PER_SECOND
+        start_ms, length_ms = round(start * 1000), round(length * 1000)
+        key = f"{one.source.name}:{start_ms:08d}-{length_ms:06d}"
+        names = {"audio": audio_only_name(one.source.stem, start_ms, length_ms)}
+        clips.append(
+            _clip(spec, one, key, names, start_seconds=start, end_seconds=start + length, fps=float(AUDIO_UNITS_PER_SECOND), frames=0)
         )
-    clips = [_audio_clip(one, window) for window in windows]
     used = max(clip.end_seconds for clip in clips)
-    trimmed = seconds - used > 1 / AUDIO_UNITS_PER_SECOND
-    return clips, _row(one, "trimmed" if trimmed else "kept", len(clips), f"{used:.2f} of {seconds:.2f} s" if trimmed else "")
+    trimmed = seconds - used > unit
+    return clips, "trimmed" if trimmed else "kept", [f"{used:.2f} of {seconds:.2f} s"] if trimmed else []
 
 
-def _audio_clip(one: Probed, window: Window) -> Clip:
-    start, length = window.start / AUDIO_UNITS_PER_SECOND, window.count / AUDIO_UNITS_PER_SECOND
-    start_ms, length_ms = round(start * 1000), round(length * 1000)
+def _clip(
+    spec: DatasetSpec,
+    one: Probed,
+    key: str,
+    names: Mapping[str, str],
+    *,
+    start_seconds: float,
+    end_seconds: float,
+    fps: float,
+    frames: int,
+    start_frame: int = 0,
+) -> Clip:
+    """A clip of the source, with the file of its caption and those of `names`, by kind."""
+    found = one.media.found
     return Clip(
-        key=f"{one.source.name}:{start_ms:08d}-{length_ms:06d}",
-        kind="audio",
+        key=key,
+        kind=spec.kind,
         source=one.source.name,
         stem=one.source.stem,
-        source_fingerprint=one.fingerprint,
-        start_seconds=start,
-        end_seconds=start + length,
-        fps=float(AUDIO_UNITS_PER_SECOND),
-        start_frame=0,
-        frames=0,
-        width=0,
-        height=0,
-        original_width=0,
-        original_height=0,
-        latents=None,
-        audio=audio_only_name(one.source.stem, start_ms, length_ms),
-        text=text_name(one.source.stem),
-        has_audio=True,
+        source_fingerprint=one.media.fingerprint,
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+        fps=fps,
+        start_frame=start_frame,
+        frames=frames,
+        has_audio=isinstance(found, SoundInfo) or isinstance(found, VideoInfo) and found.sound is not None,
+        sidecars={kind: Sidecar(file=file) for kind, file in (names | {"text": text_name(one.source.stem)}).items()},
     )
 
 
-def _row(one: Probed, outcome: str, clips: int, note: str) -> PlanRow:
-    return PlanRow(source=one.source.name, outcome=outcome, clips=clips, note=note)
+def _with_size(clip: Clip, size: tuple[int, int], shown: tuple[int, int]) -> Clip:
+    return dataclasses.replace(clip, width=size[0], height=size[1], original_width=shown[0], original_height=shown[1])
+
+
+def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaFile) -> tuple[list[Clip], str]:
+    """The clips with the sidecars that are made of a file that belongs to their source; or the reason why it does not fit them."""
+    kind, planned = KINDS[name], []
+    for clip in clips:
+        own = clip.sidecars.get(name)
+        if own is None and kind.beside in clip.sidecars:
+            own = Sidecar(file=kind.name_beside(clip.sidecars[kind.beside].file))
+        if own is None:
+            planned.append(clip)
+            continue
+        own = dataclasses.replace(own, source=file.path.as_posix(), fingerprint=file.fingerprint)
+        if isinstance(file.found, VideoInfo):
+            there, last = sampled_length(file.found, clip.fps), clip.start_frame + clip.frames
+            if there < last:
+                return [], f"its {kind.files.what} {file.path} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
+        if name == "reference":
+            frames, fps, scale = 1, clip.fps, spec.reference_temporal_scale
+            if isinstance(file.found, VideoInfo) and clip.frames > 1:
+                frames, fps = (clip.frames - 1) // scale + 1, clip.fps / scale
+                if (clip.frames - 1) % (8 * scale):
+                    return [], f"{clip.frames} frames with reference_temporal_scale = {scale}: must be {8 * scale}n+1"
+            width, height = clip.width // spec.reference_downscale, clip.height // spec.reference_downscale
+            own = dataclasses.replace(own, frames=frames, fps=fps, width=width, height=height)
+        planned.append(dataclasses.replace(clip, has_audio=clip.has_audio or name == "audio", sidecars={**clip.sidecars, name: own}))
+    return planned, ""

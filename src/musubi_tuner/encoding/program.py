@@ -1,40 +1,38 @@
-"""What the two latent caching programs have in common: plan, forecast or encode, report."""
+"""What the caching programs have in common: plan, forecast or encode, report."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
-from musubi_tuner.cache.names import INDEX_ENDING, LATENTS_ENDING
+from musubi_tuner.cache.names import INDEX_ENDING
+from musubi_tuner.cache.sidecars import KINDS, SidecarKind
 from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
 from musubi_tuner.encoding.jobs import Job, Todo, choose
-from musubi_tuner.encoding.pipeline import Stages, run_pipeline
+from musubi_tuner.encoding.makers import ClipJob, Encoder, sidecar_jobs, stages
+from musubi_tuner.encoding.pipeline import run_pipeline
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets
-from musubi_tuner.encoding.report import Outcome, describe_forecast, describe_orphans, describe_outcome, describe_sources
+from musubi_tuner.encoding.report import (
+    Outcome,
+    describe_buckets,
+    describe_forecast,
+    describe_orphans,
+    describe_outcome,
+    describe_sources,
+    outcome_of,
+)
 from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """What one program caches."""
-
-    title: str
-    """Such as `Audio latent caching`."""
-    ending: str
-    """Of its files' names."""
-    required: tuple[str, ...]
-    """Stripped keys that each file must hold."""
-    make_stages: Callable[[Sequence[Job]], Stages]
-    """Loads the encoder for the jobs of this process; called only where there are some."""
-
-
-def plan_and_index(datasets: DatasetConfig, task: Task, data: DataOptions, work: WorkOptions, group: Processes) -> tuple[DatasetPlan, ...]:
+def plan_and_index(
+    datasets: DatasetConfig, program: str, data: DataOptions, work: WorkOptions, group: Processes
+) -> tuple[DatasetPlan, ...]:
     """Plan all datasets, say what was left out, and write the indices unless nothing is to be written."""
     plans = plan_datasets(datasets, group, work.num_workers)
     if group.is_main:
@@ -45,52 +43,76 @@ def plan_and_index(datasets: DatasetConfig, task: Task, data: DataOptions, work:
                     "WARNING: %s: %d source(s) have no caption yet; training needs one for each.", plan.spec.label, plan.without_caption
                 )
         if not data.dry_run:
+            endings = [kind.ending for kind in KINDS.values() if kind.program == program]
             for plan in plans:
-                store.clean_temporaries(plan.spec.cache_directory, (task.ending, INDEX_ENDING))
+                store.clean_temporaries(plan.spec.cache_directory, (*endings, INDEX_ENDING))
                 write_index(plan.spec, plan.index)
     group.barrier()
     return plans
 
 
-def run_task(task: Task, plans: Sequence[DatasetPlan], jobs: Sequence[Job], data: DataOptions, work: WorkOptions, group: Processes) -> int:
-    """Encode what is missing or wrong; returns the exit code, 1 where anything failed."""
-    checked = [one for part in group.gather(choose(group.share(jobs), task.required, skip_existing=data.skip_existing)) for one in part]
+def cache_sidecars(
+    plans: Sequence[DatasetPlan], program: str, encoder: Encoder, data: DataOptions, work: WorkOptions, group: Processes
+) -> int:
+    """Make every kind of sidecar that is the program's; returns its exit code, 1 where anything failed."""
+    code = 0
+    for place, kind in enumerate(kind for kind in KINDS.values() if kind.program == program):
+        jobs = sidecar_jobs(plans, kind, encoder)
+        if jobs or place == 0:
+            code = max(code, _cache_kind(plans, kind, jobs, encoder, data, work, group))
+    return code
+
+
+def _cache_kind(
+    plans: Sequence[DatasetPlan],
+    kind: SidecarKind,
+    jobs: Sequence[ClipJob],
+    encoder: Encoder,
+    data: DataOptions,
+    work: WorkOptions,
+    group: Processes,
+) -> int:
+    checked = [one for part in group.gather(choose(group.share(jobs), kind.keys, skip_existing=data.skip_existing)) for one in part]
     order = {job.target: place for place, job in enumerate(jobs)}
     todo = sorted(checked, key=lambda one: order[one.job.target])
+    unread = [(f"{plan.spec.label}/{row.source}", row.note) for plan in plans for row in plan.rows if row.outcome == "failed"]
     if data.dry_run:
         if group.is_main:
-            log.info("%s", describe_forecast(task.title, plans, [one.job for one in todo]))
-        return 1 if any(row.outcome == "failed" for plan in plans for row in plan.rows) else 0
+            log.info("%s\n", describe_buckets(plans))
+            log.info("%s", describe_forecast(kind.title, [one.job for one in todo], kept=len(jobs) - len(todo)))
+        return 1 if unread else 0
+
     own = group.share(todo)
-    failures = _encode(task, own, work, group)
-    failed = {job.target for job, _ in failures}
-    done = [one for one in own if one.job.target not in failed]
-    part = Outcome(
-        kept=len(jobs) - len(todo) if group.is_main else 0,
-        encoded=len(done),
-        rebuilt=[(one.job.target.name, one.reason) for one in done if one.reason != "missing"],
-        failed=[(job.name, reason) for job, reason in failures],
-    )
-    outcome = Outcome.joined(group.gather(part))
-    outcome.failed += [(f"{plan.spec.label}/{row.source}", row.note) for plan in plans for row in plan.rows if row.outcome == "failed"]
-    if task.ending == LATENTS_ENDING:
+    failures = _encode(kind, own, encoder, work, group) if own else []
+    outcome = Outcome.joined(group.gather(outcome_of(own, failures)))
+    outcome.kept = len(jobs) - len(todo)
+    outcome.failed += unread
+    if kind.name == "latents":
         outcome.not_mirrored = sum(plan.not_mirrored for plan in plans)
-    if group.is_main:
-        log.info("\n%s", describe_outcome(task.title, outcome))
-        if orphans := describe_orphans(plans, jobs, task.ending):
-            log.info("%s", orphans)
-    return 1 if outcome.failed else 0
+    return conclude(kind, outcome, jobs, [plan.spec.cache_directory for plan in plans], group)
 
 
-def _encode(task: Task, todo: Sequence[Todo], work: WorkOptions, group: Processes) -> list[tuple[Job, str]]:
-    if not todo:
-        return []
+def _encode(kind: SidecarKind, todo: Sequence[Todo], encoder: Encoder, work: WorkOptions, group: Processes) -> list[tuple[Job, str]]:
     jobs = [one.job for one in todo]
-    stages = task.make_stages(jobs)
-    with tqdm(total=len(todo), desc=task.title, unit="clip", disable=not group.is_main) as bar:
-        finished = run_pipeline(jobs, stages, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
+    made_by = stages(kind, encoder, jobs)
+    with tqdm(total=len(todo), desc=kind.title, unit="clip", disable=not group.is_main) as bar:
+        finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
     for job, reason in finished.failures:
         log.warning("WARNING: %s: %s", job.name, reason)
     if group.is_main and (rates := finished.times.describe()):
         log.info("%s", rates)
     return finished.failures
+
+
+def conclude(kind: SidecarKind, outcome: Outcome, jobs: Sequence[Job], folders: Sequence[Path], group: Processes) -> int:
+    """Say what came of it; returns the exit code.
+
+    Args:
+        jobs: every file of the kind that is planned.
+        folders: the cache directories.
+    """
+    if group.is_main:
+        log.info("\n%s", describe_outcome(kind.title, outcome))
+        if orphans := describe_orphans(folders, kind.ending, jobs):
+            log.info("%s", orphans)
+    return 1 if outcome.failed else 0

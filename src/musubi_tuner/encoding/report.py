@@ -2,12 +2,12 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from musubi_tuner.cache.index import Clip
-from musubi_tuner.encoding.jobs import Job
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.encoding.jobs import Job, Todo
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.runtime.tables import format_table
 
@@ -22,7 +22,7 @@ class Outcome:
     kept: int = 0
     encoded: int = 0
     rebuilt: list[tuple[str, str]] = field(default_factory=list)
-    """(file, reason) of files that were made anew; counted in `encoded` too."""
+    """(file, reason) of files that were encoded again; counted in `encoded` too."""
     failed: list[tuple[str, str]] = field(default_factory=list)
     """(clip or source, reason)"""
     not_mirrored: int = 0
@@ -32,11 +32,25 @@ class Outcome:
     def joined(parts: Sequence["Outcome"]) -> "Outcome":
         """Those of several processes as one."""
         return Outcome(
-            kept=sum(part.kept for part in parts),
             encoded=sum(part.encoded for part in parts),
             rebuilt=sorted(row for part in parts for row in part.rebuilt),
             failed=sorted(row for part in parts for row in part.failed),
         )
+
+
+def outcome_of(todo: Sequence[Todo], failures: Sequence[tuple[Job, str]]) -> Outcome:
+    """What came of one process's share.
+
+    Args:
+        failures: jobs of it that failed, and why.
+    """
+    failed = {job.target for job, _ in failures}
+    done = [one for one in todo if one.job.target not in failed]
+    return Outcome(
+        encoded=len(done),
+        rebuilt=[(one.job.target.name, one.reason) for one in done if one.reason != "missing"],
+        failed=[(job.name, reason) for job, reason in failures],
+    )
 
 
 def describe_sources(plans: Sequence[DatasetPlan]) -> str:
@@ -63,20 +77,32 @@ def describe_sources(plans: Sequence[DatasetPlan]) -> str:
     return text + ("\n\n" + _table(rows, ("dataset", "source", "what", "clips", "why")) if rows else "")
 
 
-def describe_forecast(title: str, plans: Sequence[DatasetPlan], jobs: Sequence[Job]) -> str:
-    """`--dry_run`: buckets, bytes to be written and free space.
+def describe_buckets(plans: Sequence[DatasetPlan]) -> str:
+    """Clips by dataset, size and length."""
+    buckets = Counter(
+        (plan.spec.label, f"{clip.width}x{clip.height}", clip.frames, round(clip.fps, 3), round(clip.seconds, 2))
+        for plan in plans
+        for clip in (planned.clip for planned in plan.clips)
+    )
+    return _table([(*bucket, count) for bucket, count in sorted(buckets.items())], ("dataset", "size", "frames", "fps", "seconds", "clips"))
+
+
+def describe_forecast(title: str, jobs: Sequence[Job], *, kept: int, at_most: bool = False, further: Sequence[tuple[str, int]] = ()) -> str:
+    """`--dry_run`: files, bytes to be written and free space.
 
     Args:
         jobs: what would be encoded.
+        at_most: the size depends on what the encoder finds.
+        further: rows for the table of counts.
     """
-    buckets = Counter((plan.spec.label, *_shape(planned.clip)) for plan in plans for planned in plan.clips)
-    text = _table([(*bucket, count) for bucket, count in sorted(buckets.items())], ("dataset", "size", "frames", "fps", "seconds", "clips"))
+    text = format_table([("kept", kept), ("to encode", len(jobs)), *further], ("files", ""))
     needed: Counter[Path] = Counter()
     for job in jobs:
         needed[job.target.parent] += job.size
     for folder, size in sorted(needed.items()):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        text += f"\n\n{folder}: about {_mebibytes(size)} to be written, {_mebibytes(shutil.disk_usage(existing).free)} free"
+        free = _mebibytes(shutil.disk_usage(existing).free)
+        text += f"\n\n{folder}: {'at most' if at_most else 'about'} {_mebibytes(size)} to be written, {free} free"
     return f"{text}\n\n{title}: {len(jobs)} file(s) would be encoded; nothing was (--dry_run)."
 
 
@@ -99,19 +125,20 @@ def describe_outcome(title: str, outcome: Outcome) -> str:
     return "\n\n".join(parts)
 
 
-def describe_orphans(plans: Sequence[DatasetPlan], jobs: Sequence[Job], ending: str) -> str:
-    """Files of this kind that belong to no planned clip: left where they are, and never trained on. Empty where there are none."""
+def describe_orphans(folders: Iterable[Path], ending: str, jobs: Sequence[Job]) -> str:
+    """Files of a kind in the cache directories that nothing plans: left where they are, and never trained on. Empty where there are none.
+
+    Args:
+        ending: of their names.
+        jobs: every file of the kind that is planned.
+    """
     planned = {job.target for job in jobs}
-    folders = sorted({plan.spec.cache_directory for plan in plans})
-    names = [path.name for folder in folders for path in sorted(folder.glob(f"*{ending}")) if path not in planned and path.is_file()]
+    names = [path.name for folder in sorted(set(folders)) for path in sorted(folder.glob(f"*{ending}")) if path not in planned]
     if not names:
         return ""
     listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return f"{len(names)} file(s) belong to no planned clip; they are left where they are and not trained on: {listed}"
-
-
-def _shape(clip: Clip) -> tuple[str, int, float, float]:
-    return f"{clip.width}x{clip.height}", clip.frames, round(clip.fps, 3), round(clip.end_seconds - clip.start_seconds, 2)
+    what = "caption and no sample prompt" if ending == KINDS["text"].ending else "planned clip"
+    return f"{len(names)} file(s) belong to no {what}; they are left where they are and not trained on: {listed}"
 
 
 def _mebibytes(size: int) -> str:

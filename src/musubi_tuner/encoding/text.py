@@ -5,21 +5,20 @@ by the memory of its features, so that a thousand captions and more share one lo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from musubi_tuner.cache import keys, store
-from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import canonical, text_fingerprint
+from musubi_tuner.cache import store
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
-from musubi_tuner.cache.sidecars import TEXT_KEYS
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, text_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.encoding.text_report import TextReport
+from musubi_tuner.encoding.jobs import Job, Todo, one_for_each_file
+from musubi_tuner.encoding.report import Outcome, outcome_of
+from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, load_tokenizer
 from musubi_tuner.ltxv2.text.pipeline import (
     Features,
@@ -40,65 +39,46 @@ _CHUNK_BYTES = 4 * 2**30
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextJob:
-    """One file to make."""
-
-    target: Path
-    text: str
-    metadata: Mapping[str, str]
+TextJob = Job[str]
+_Waiting = tuple[str, list[Todo[str]]]
+"""A text and all files of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextTodo:
-    """One file that is to be made now, and why."""
-
-    job: TextJob
-    reason: str
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """All files of one text."""
-
-    text: str
-    todo: list[TextTodo] = field(default_factory=list)
-    tokens: int = 0
-
-
-def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], common: Mapping[str, str]) -> list[TextJob]:
+def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], recipe: TextRecipe) -> list[TextJob]:
     """A file for each caption of every dataset, and for each sample prompt.
 
     Args:
         prompts: texts of the sample prompts; the empty prompt is always added.
-        common: metadata that all files share.
 
     Raises:
         UserError: missing captions, or two captions that want the same file.
     """
-    jobs: dict[Path, TextJob] = {}
-    for spec, sources in zip(config.all, list_all_sources(config.all), strict=True):
-        for source in sources:
-            target = spec.cache_directory / text_name(source.stem)
-            job = TextJob(target=target, text=source.caption, metadata=_metadata(common, source.caption, source.name))
-            other = jobs.setdefault(target, job)
-            if other.text != job.text:
-                raise UserError(
-                    f"{spec.label}: '{source.name}' has another caption than in an earlier dataset, and both would be cached in {target}. "
-                    "Give one of the datasets a cache_directory of its own."
-                )
-    return [*jobs.values(), *list_prompt_jobs(config.datasets[0].cache_directory, prompts, common)]
+    common, size = _common_metadata(recipe), _most_bytes(recipe)
+    jobs = one_for_each_file(
+        _job(f"{spec.label}/{source.name}", spec.cache_directory / text_name(source.stem), source.caption, source.name, common, size)
+        for spec, sources in zip(config.all, list_all_sources(config.all), strict=True)
+        for source in sources
+    )
+    return [*jobs, *list_prompt_jobs(config.datasets[0].cache_directory, prompts, recipe)]
 
 
-def list_prompt_jobs(cache_directory: Path, prompts: Sequence[str], common: Mapping[str, str]) -> list[TextJob]:
-    """A file for each sample prompt, and for the empty one; arguments as for `list_text_jobs`."""
+def list_prompt_jobs(cache_directory: Path, prompts: Sequence[str], recipe: TextRecipe) -> list[TextJob]:
+    """A file for each sample prompt, and for the empty one."""
+    common, size = _common_metadata(recipe), _most_bytes(recipe)
     return [
-        TextJob(target=prompt_path(cache_directory, prompt), text=prompt, metadata=_metadata(common, prompt, PROMPT_FOLDER))
+        _job(f"prompt '{prompt}'", prompt_path(cache_directory, prompt), prompt, PROMPT_FOLDER, common, size)
         for prompt in dict.fromkeys([*prompts, ""])
     ]
 
 
-def common_metadata(recipe: TextRecipe) -> dict[str, str]:
+def _job(name: str, target: Path, text: str, source: str, common: Mapping[str, str], size: int) -> TextJob:
+    last = {"model_version": common["model_version"]}  # the least telling reason
+    own = {"caption": text, "kind": "text", "source_fingerprint": text_fingerprint(text)}
+    expected = own | {key: value for key, value in common.items() if key not in last} | last
+    return Job(name=name, target=target, content=text, expected=expected, people={"source": source}, size=size)
+
+
+def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
     """Metadata that all files of a run share."""
     options = recipe.options
     encoding = {
@@ -119,51 +99,39 @@ def common_metadata(recipe: TextRecipe) -> dict[str, str]:
     }
 
 
-def _metadata(common: Mapping[str, str], text: str, source: str) -> dict[str, str]:
-    return {**common, "kind": "text", "source": source, "source_fingerprint": text_fingerprint(text), "caption": text}
+def _most_bytes(recipe: TextRecipe) -> int:
+    """Of a file; features have as many rows as the text has tokens."""
+    rows = recipe.options.max_length if recipe.options.backend == "t5" else CONTEXT_TOKENS
+    return rows * (sum(text_widths(recipe.config, recipe.mode)) * STORED_DTYPE.itemsize + 1)
 
 
-def choose_text_jobs(jobs: Sequence[TextJob], *, skip_existing: bool) -> list[TextTodo]:
-    """Which files must be made, decided from headers before the encoder is loaded."""
-    chosen = []
-    for job in jobs:
-        last = {"model_version": job.metadata["model_version"]}  # the least telling reason
-        compared = {"caption": job.text} | {key: value for key, value in job.metadata.items() if key not in ("source", *last)} | last
-        reason = reason_to_rebuild(job.target, compared, TEXT_KEYS)
-        if reason is not None or not skip_existing:
-            chosen.append(TextTodo(job, reason or "--no-skip_existing"))
-    return chosen
-
-
-def encode_texts(todo: Sequence[TextTodo], recipe: TextRecipe, group: Processes, *, batch_size: int) -> TextReport:
+def encode_texts(todo: Sequence[Todo[str]], recipe: TextRecipe, group: Processes, *, batch_size: int) -> Outcome:
     """Encode this process's share and write it; texts of similar length run together."""
-    waiting: dict[str, _Waiting] = {}
+    by_text: dict[str, list[Todo[str]]] = {}
     for one in todo:
-        waiting.setdefault(one.job.text, _Waiting(one.job.text)).todo.append(one)
-    mine = group.share(list(waiting.values()))
-    report = TextReport()
-    if not mine:
-        return report
-    tokenizer = load_tokenizer(recipe.options)
-    for one in mine:
-        one.tokens = len(tokenizer(one.text))
-    mine.sort(key=lambda one: (one.tokens, one.text))
-    for chunk in _chunks(mine, recipe):
-        features = _encode(chunk, recipe, batch_size, show=group.is_main)
-        _finish(chunk, features, recipe, batch_size, report, show=group.is_main)
-    return report
+        by_text.setdefault(one.job.content, []).append(one)
+    mine = group.share(list(by_text.items()))
+    failures: list[tuple[TextJob, str]] = []
+    if mine:
+        tokenizer = load_tokenizer(recipe.options)
+        tokens = {text: len(tokenizer(text)) for text, _ in mine}
+        mine.sort(key=lambda one: (tokens[one[0]], one[0]))
+        for chunk in _chunks(mine, tokens, recipe):
+            features = _encode(chunk, recipe, batch_size, show=group.is_main)
+            failures += _finish(chunk, features, recipe, batch_size, show=group.is_main)
+    return outcome_of([one for _, files in mine for one in files], failures)
 
 
-def _chunks(waiting: Sequence[_Waiting], recipe: TextRecipe) -> Iterator[list[_Waiting]]:
+def _chunks(waiting: Sequence[_Waiting], tokens: Mapping[str, int], recipe: TextRecipe) -> Iterator[list[_Waiting]]:
     most = _CHUNK_BYTES // (sum(text_widths(recipe.config, "av")) * recipe.options.dtype.itemsize)
     chunk: list[_Waiting] = []
-    tokens = 0
+    total = 0
     for one in waiting:
-        if chunk and tokens + one.tokens > most:
+        if chunk and total + tokens[one[0]] > most:
             yield chunk
-            chunk, tokens = [], 0
+            chunk, total = [], 0
         chunk.append(one)
-        tokens += one.tokens
+        total += tokens[one[0]]
     yield chunk
 
 
@@ -173,7 +141,7 @@ def _encode(chunk: Sequence[_Waiting], recipe: TextRecipe, batch_size: int, *, s
     features: list[Features] = []
     with tqdm(total=len(chunk), unit="text", desc="Text encoder", disable=not show) as bar:
         for batch in _batches(chunk, batch_size):
-            features += stage.encode([one.text for one in batch])
+            features += stage.encode([text for text, _ in batch])
             bar.update(len(batch))
     del stage
     free_memory(recipe.options.device)
@@ -181,33 +149,26 @@ def _encode(chunk: Sequence[_Waiting], recipe: TextRecipe, batch_size: int, *, s
 
 
 def _finish(
-    chunk: Sequence[_Waiting], features: Sequence[Features], recipe: TextRecipe, batch_size: int, report: TextReport, *, show: bool
-) -> None:
-    """Write a chunk's files; the connectors are gone when this returns."""
+    chunk: Sequence[_Waiting], features: Sequence[Features], recipe: TextRecipe, batch_size: int, *, show: bool
+) -> list[tuple[TextJob, str]]:
+    """Write a chunk's files, and return those that failed; the connectors are gone when this returns."""
     stage = load_finish_stage(recipe)
-    with tqdm(total=len(chunk), unit="text", desc="Text caching", disable=not show) as bar:
+    failures = []
+    with tqdm(total=len(chunk), unit="text", desc=KINDS["text"].title, disable=not show) as bar:
         for waiting, batch in zip(_batches(chunk, batch_size), _batches(features, batch_size), strict=True):
-            for one, (text, mask) in zip(waiting, stage.finish(batch), strict=True):
-                _write(one, text.to(STORED_DTYPE), mask, report)
+            for (_, files), (text, mask) in zip(waiting, stage.finish(batch), strict=True):
+                for job in (one.job for one in files):
+                    try:
+                        store.write(job.target, KINDS["text"].pack(text.to(STORED_DTYPE), mask), {**job.expected, **job.people})
+                    except store.DiskFullError:
+                        raise
+                    except UserError as error:
+                        failures.append((job, str(error)))
             bar.update(len(batch))
     del stage
     free_memory(recipe.options.device)
+    return failures
 
 
 def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _write(one: _Waiting, text: Tensor, mask: Tensor, report: TextReport) -> None:
-    for todo in one.todo:
-        job = todo.job
-        try:
-            store.write(job.target, {keys.text_key(text.dtype): text, keys.TEXT_MASK_KEY: mask}, job.metadata)
-        except store.DiskFullError:
-            raise
-        except UserError as error:
-            report.failed.append((job.target.name, str(error)))
-            continue
-        report.encoded += 1
-        if todo.reason != "missing":
-            report.rebuilt.append((job.target.name, todo.reason))

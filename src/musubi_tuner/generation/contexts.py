@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.keys import TEXT_MASK_KEY, strip_key
-from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, strip_key
 from musubi_tuner.cache.store import read
 from musubi_tuner.runtime.errors import UserError
 

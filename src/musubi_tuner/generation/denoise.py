@@ -9,8 +9,7 @@ from torch import Tensor
 
 from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import each_tensor
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, model_input, video_stream
 from musubi_tuner.flow.guidance import guide
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step

@@ -54,7 +54,7 @@ class OfficialLTXV2Wrapper(nn.Module):
         """Velocity of the streams that are given.
 
         Args:
-            video, audio: inputs without context, from `conditioning.noising.model_input`.
+            video, audio: inputs without context, from `conditioning.tokens.model_input`.
             text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
             text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """

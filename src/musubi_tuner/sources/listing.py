@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.validation import AnyPath, options, validated
 from musubi_tuner.runtime.errors import UserError
@@ -17,7 +17,7 @@ EXTENSIONS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
-_PICTURES, _SOUNDS = EXTENSIONS["video"] + EXTENSIONS["image"], EXTENSIONS["audio"] + EXTENSIONS["video"]
+_OF_MEDIA = {"pictures": EXTENSIONS["video"] + EXTENSIONS["image"], "sounds": EXTENSIONS["audio"] + EXTENSIONS["video"]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,71 +31,8 @@ class Source:
     """Names its cache files."""
     caption: str
     """Empty where captions were not asked for and there is none."""
-    reference: Path | None = None
-    """What is shown beside it (IC-LoRA); of this and the next three, all sources of a dataset have one, or none."""
-    mask: Path | None = None
-    """Video or picture, white where it counts."""
-    reference_sound: Path | None = None
-    """What is played beside its sound."""
-    sound: Path | None = None
-    """A video's sound, in place of what is in its file."""
-
-
-class _Companion(NamedTuple):
-    """A kind of files that belong to sources."""
-
-    field: str
-    """Of `Source`."""
-    directory: str
-    """Key of a dataset: their folder."""
-    path: str
-    """Field of a jsonl line."""
-    extensions: tuple[str, ...]
-    what: str
-
-
-_COMPANIONS = (
-    _Companion("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
-    _Companion("mask", "mask_directory", "mask_path", _PICTURES, "mask"),
-    _Companion("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
-    _Companion("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
-)
-
-
-@options
-class _VideoLine:
-    """A line of `video_jsonl_file`."""
-
-    video_path: AnyPath
-    caption: str | None = None
-    reference_path: AnyPath | None = None
-    mask_path: AnyPath | None = None
-    reference_audio_path: AnyPath | None = None
-    audio_path: AnyPath | None = None
-
-
-@options
-class _ImageLine:
-    """A line of `image_jsonl_file`."""
-
-    image_path: AnyPath
-    caption: str | None = None
-    reference_path: AnyPath | None = None
-    mask_path: AnyPath | None = None
-
-
-@options
-class _AudioLine:
-    """A line of `audio_jsonl_file`."""
-
-    audio_path: AnyPath
-    caption: str | None = None
-    reference_audio_path: AnyPath | None = None
-
-
-_LINES = {"video": _VideoLine, "image": _ImageLine, "audio": _AudioLine}
-_FITTING = {"video": _COMPANIONS, "image": _COMPANIONS[:2], "audio": _COMPANIONS[2:3]}
-"""By the kind of the dataset."""
+    files: Mapping[str, Path]
+    """Those that belong to it, by the kind of sidecar that is made of them; all sources of a dataset have one of a kind, or none."""
 
 
 def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[Source, ...]:
@@ -113,7 +50,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         known = ", ".join(EXTENSIONS[spec.kind])
         raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
-    sources = _with_companions(spec, sources)
+    sources = _with_own_files(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
@@ -160,27 +97,34 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     return sources
 
 
-def _source(spec: DatasetSpec, path: Path, caption: str, companions: Mapping[str, Path]) -> Source:
+def _source(spec: DatasetSpec, path: Path, caption: str, files: Mapping[str, Path]) -> Source:
     name = path.relative_to(spec.root) if path.is_relative_to(spec.root) else path
-    return Source(path=path, name=name.as_posix(), stem=path.stem, caption=caption.strip(), **companions)
+    return Source(path=path, name=name.as_posix(), stem=path.stem, caption=caption.strip(), files=files)
 
 
-def _with_companions(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
+def _own_files(spec: DatasetSpec) -> dict[str, OwnFiles]:
+    """What may belong to the sources of a dataset, by kind of sidecar."""
+    return {kind.name: kind.files for kind in KINDS.values() if kind.files is not None and spec.kind in kind.files.of}
+
+
+def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
     """Each source with the files of its stem in the dataset's further folders."""
-    for kind in _FITTING[spec.kind]:
-        folder: Path | None = getattr(spec, kind.directory)
+    for name, own in _own_files(spec).items():
+        folder: Path | None = None if own.directory is None else getattr(spec, own.directory)
+        extensions = _OF_MEDIA[own.media]
         if folder is not None:
             if not folder.is_dir():
-                raise UserError(f"{spec.label}: {kind.directory} {folder}: no such folder.")
-            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in kind.extensions}
-            named = {source.name: getattr(source, kind.field) or found.get(source.stem.casefold()) for source in sources}
-            sources = [dataclasses.replace(source, **{kind.field: named[source.name]}) for source in sources]
-        lacking = [source.name for source in sources if getattr(source, kind.field) is None]
+                raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder.")
+            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in extensions}
+            by_stem = {source.name: {name: found[stem]} for source in sources if (stem := source.stem.casefold()) in found}
+            sources = [dataclasses.replace(source, files={**by_stem.get(source.name, {}), **source.files}) for source in sources]
+        lacking = [source.name for source in sources if name not in source.files]
         if lacking and (folder is not None or len(lacking) < len(sources)):
+            by_folder = f"Put a file with the same stem ({', '.join(extensions)}) into {folder or 'a folder'} ({own.directory}), or a"
             raise UserError(
-                f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {kind.what}: {', '.join(lacking[:10])}"
-                f"{', ...' if len(lacking) > 10 else ''}. Put a file with the same stem ({', '.join(kind.extensions)}) into "
-                f'{folder or "a folder"} ({kind.directory}), or a "{kind.path}" into each line of the jsonl.'
+                f"{spec.label}: {len(lacking)} of {len(sources)} sources have no {own.what}: {', '.join(lacking[:10])}"
+                f"{', ...' if len(lacking) > 10 else ''}. {'Put a' if own.directory is None else by_folder} "
+                f'"{own.path}" into each line of the jsonl.'
             )
     return sources
 
@@ -192,16 +136,19 @@ def _others(spec: DatasetSpec) -> str:
 
 
 def _from_jsonl(spec: DatasetSpec) -> list[Source]:
-    sources = []
+    sources, own = [], _own_files(spec)
+    types = {f"{spec.kind}_path": AnyPath, "caption": str | None} | {files.path: AnyPath | None for files in own.values()}
+    optional = dict.fromkeys(["caption", *(files.path for files in own.values())])
+    line_class = options(type("Line", (), {"__annotations__": types, **optional}))
     for where, values in read_json_lines(spec.jsonl_file, named=f"{spec.label}:"):
-        line = validated(_LINES[spec.kind], values, where=where)
-        path = _named_file(spec, where, getattr(line, f"{spec.kind}_path"), EXTENSIONS[spec.kind], spec.kind)
-        companions = {
-            kind.field: _named_file(spec, where, found, kind.extensions, kind.what)
-            for kind in _FITTING[spec.kind]
-            if (found := getattr(line, kind.path)) is not None
+        line = dataclasses.asdict(validated(line_class, values, where=where))
+        path = _named_file(spec, where, line[f"{spec.kind}_path"], EXTENSIONS[spec.kind], spec.kind)
+        named = {
+            name: _named_file(spec, where, line[files.path], _OF_MEDIA[files.media], files.what)
+            for name, files in own.items()
+            if line[files.path] is not None
         }
-        sources.append(_source(spec, path, line.caption or "", companions))
+        sources.append(_source(spec, path, line["caption"] or "", named))
     return sources
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from musubi_tuner.cache.store import DiskFullError
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import DrawRules, make_batch
-from musubi_tuner.dataset.items import Item
-from musubi_tuner.dataset.sampler import Draw
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.training import checkpoint, state
 from musubi_tuner.training.balance import at_bound

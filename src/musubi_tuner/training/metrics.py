@@ -47,7 +47,7 @@ class LossMeter:
         self._items = self._supervised = 0
         if processes > 1:
             torch.distributed.all_reduce(sums)
-        video, audio, seen, heard, preserved, taught, held, asked, items, supervised = sums.tolist()
+        video, audio, seen, heard, preserved, with_teacher, held, asked, items, supervised = sums.tolist()
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
@@ -55,8 +55,8 @@ class LossMeter:
             if heard:
                 values["loss_audio"] = audio / heard
             values["audio_supervised"] = supervised / max(items, 1)
-        if taught:
-            values["loss_preserved"] = preserved / taught
+        if with_teacher:
+            values["loss_preserved"] = preserved / with_teacher
         if asked:
             values["loss_dop"] = held / asked
         return values

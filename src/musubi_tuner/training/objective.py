@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.conditioning.apply import condition
-from musubi_tuner.conditioning.noising import loss_weights, noised
-from musubi_tuner.conditioning.tokens import audio_stream, video_stream
+from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised, video_stream
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
@@ -45,7 +44,7 @@ class ItemLosses:
     video_present: Tensor | None = None
     """(B,) bool items of whose video anything was to be generated; None = all."""
     preserved: Tensor | None = None
-    """(B,) weighted distance from the teacher's prediction, of items that learn from it (`Batch.taught`); None where none does."""
+    """(B,) weighted distance from the teacher's prediction, of items that learn from it (`Batch.preserved`); None where none does."""
     preserved_present: Tensor | None = None
     """(B,) bool items that are in it"""
     prompt: Tensor | None = None

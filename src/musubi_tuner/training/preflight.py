@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.keys import TEXT_MASK_KEY
-from musubi_tuner.cache.names import prompt_path
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.cache.store import read_metadata
-from musubi_tuner.config.conditioning import Mask, Recipe, Reference, make_recipe
+from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item, list_items
@@ -222,13 +221,13 @@ def _check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Pat
     Raises:
         UserError: one without the other.
     """
-    if recipe.probability("video", Mask) and not any(item.mask_cache_path is not None for item in items):
+    if recipe.probability("video", Mask) and not any("mask" in item.paths for item in items):
         raise UserError(
             f"{dataset_config}: the recipe has the rule 'mask', but no dataset has masks. "
             "Give one mask_directory (or a jsonl with mask_path) and run ltxv2_cache_latents.py."
         )
-    video = any(item.reference_cache_path is not None for item in items)
-    audio = any(item.reference_audio_cache_path is not None for item in items)
+    video = any("reference" in item.paths for item in items)
+    audio = any("reference_audio" in item.paths for item in items)
     for stream, found, infix, program, ready in (
         ("video", video, "", "ltxv2_cache_latents.py", "reference_video"),
         ("audio", audio, "audio_", "ltxv2_cache_audio_latents.py", "reference_sound"),

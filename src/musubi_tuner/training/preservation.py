@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.noising import model_input
-from musubi_tuner.conditioning.tokens import audio_stream
-from musubi_tuner.dataset.batch import Batch, Taught
+from musubi_tuner.conditioning.tokens import audio_stream, model_input
+from musubi_tuner.dataset.batch import Batch, Preserved
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
@@ -37,7 +36,7 @@ class Teacher:
 
         It sees no video while it does so: only what is then learned, at the item's own noise level, is learned together.
         """
-        if batch.taught is None or batch.taught.imagined is None:
+        if batch.preserved is None or batch.preserved.imagined is None:
             return batch
         assert batch.audio_latents is not None and batch.audio_noise is not None
         stream = audio_stream(batch.audio_latents, batch.audio_lengths if batch.audio_padded else None)
@@ -48,37 +47,37 @@ class Teacher:
         if stream.token_mask is not None:
             clean = clean * stream.token_mask[..., None]
         made = geometry.unpatchify_audio(clean).to(batch.audio_latents.dtype)
-        return replace(batch, audio_latents=torch.where(batch.taught.imagined[:, None, None, None], made, batch.audio_latents))
+        return replace(batch, audio_latents=torch.where(batch.preserved.imagined[:, None, None, None], made, batch.audio_latents))
 
 
 @dataclass(frozen=True, slots=True)
 class WithTeacher:
-    """An objective whose batches may hold items that learn what the teacher predicts for the same input (`Batch.taught`)."""
+    """An objective whose batches may hold items that learn what the teacher predicts for the same input (`Batch.preserved`)."""
 
     objective: FlowMatching
     teacher: Teacher
 
     def predict(self, batch: Batch) -> Prediction:
         noised = self.objective.noise(self.teacher.imagine_audio(batch))
-        taught = self.teacher(*noised.inputs) if batch.taught is not None else None  # before any graph is kept
-        return Prediction(noised, self.objective.wrapper(*noised.inputs), taught)
+        teacher = self.teacher(*noised.inputs) if batch.preserved is not None else None  # before any graph is kept
+        return Prediction(noised, self.objective.wrapper(*noised.inputs), teacher)
 
     def loss(self, prediction: Prediction) -> ItemLosses:
-        losses, taught = self.objective.loss(prediction), prediction.noised.batch.taught
-        if taught is None or prediction.teacher is None:
+        losses, preserved = self.objective.loss(prediction), prediction.noised.batch.preserved
+        if preserved is None or prediction.teacher is None:
             return losses
         parts, items = [], []
         for name, weight in prediction.noised.weights.items():
-            share = taught.video if name == "video" else taught.audio
+            share = preserved.video if name == "video" else preserved.audio
             error = self.objective.error(of_stream(prediction.velocity, name), of_stream(prediction.teacher, name))
             parts.append(masked_mean(error, weight) * share)
             items.append((weight.sum(1) > 0) & (share > 0))
         return replace(
             losses,
-            video=None if losses.video is None else losses.video * (taught.video == 0),
-            audio=None if losses.audio is None else losses.audio * (taught.audio == 0),
-            video_present=None if losses.video_present is None else losses.video_present & (taught.video == 0),
-            audio_present=None if losses.audio_present is None else losses.audio_present & (taught.audio == 0),
+            video=None if losses.video is None else losses.video * (preserved.video == 0),
+            audio=None if losses.audio is None else losses.audio * (preserved.audio == 0),
+            video_present=None if losses.video_present is None else losses.video_present & (preserved.video == 0),
+            audio_present=None if losses.audio_present is None else losses.audio_present & (preserved.audio == 0),
             preserved=torch.stack(parts).sum(0),
             preserved_present=torch.stack(items).any(0),
         )
@@ -104,5 +103,5 @@ class PromptPreservation:
             text_mask=None if self.text_mask is None else self.text_mask.expand(size, -1),
             video_weight=torch.zeros_like(ones),
             audio_weight=torch.zeros_like(ones),
-            taught=Taught(video=ones, audio=ones),
+            preserved=Preserved(video=ones, audio=ones),
         )

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.dataset.collate import DrawRules
-from musubi_tuner.dataset.items import Item
-from musubi_tuner.dataset.sampler import BatchPlan
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import BatchPlan, Item
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance

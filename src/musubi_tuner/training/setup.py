@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner.cache.keys import TEXT_MASK_KEY
+from musubi_tuner.cache.names import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
-from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
-from musubi_tuner.dataset.items import largest_item, token_counts
+from musubi_tuner.dataset.captions import CaptionDropout
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.items import Draw, largest_item, token_counts
 from musubi_tuner.dataset.merge import merge_sources
-from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config

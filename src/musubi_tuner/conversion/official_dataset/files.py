@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, LATENT_CHANNELS
 from musubi_tuner.runtime.errors import UserError
 
-LATENTS, SOUND, TEXT = "latents", "audio_latents", "conditions"
-REFERENCE, REFERENCE_SOUND, MASK = "reference_latents", "reference_audio_latents", "video_masks"
+FOLDERS = {
+    "latents": "latents",
+    "audio": "audio_latents",
+    "reference": "reference_latents",
+    "mask": "video_masks",
+    "reference_audio": "reference_audio_latents",
+    "text": "conditions",
+}
+"""By the kinds of sidecars that are made of their files."""
 NOT_IMPORTED = ("audio_masks",)
 
 
@@ -32,7 +40,7 @@ class Sample:
     stem: str
     """Names its cache files."""
     files: Mapping[str, Path]
-    """By folder; those that it lacks are left out."""
+    """By kind of sidecar; those that it lacks are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class OfficialVideo:
 
 
 @dataclass(frozen=True, slots=True)
-class OfficialSound:
+class OfficialAudio:
     """Latents of sound."""
 
     latents: Tensor
@@ -72,10 +80,10 @@ def tree_root(path: Path) -> Path:
         UserError: neither `path` nor a `.precomputed` in it is one.
     """
     for root in (path / ".precomputed", path):
-        if any((root / folder).is_dir() for folder in (LATENTS, SOUND)):
+        if any((root / FOLDERS[kind]).is_dir() for kind in ("latents", "audio")):
             return root
     raise UserError(
-        f"--precomputed_directory {path}: holds neither '{LATENTS}' nor '{SOUND}'. Give the folder that the official trainer calls "
+        f"--precomputed_directory {path}: holds neither 'latents' nor 'audio_latents'. Give the folder that the official trainer calls "
         "preprocessed_data_root (.precomputed as a rule)."
     )
 
@@ -86,37 +94,38 @@ def list_samples(root: Path, mode: str) -> tuple[tuple[Sample, ...], tuple[tuple
     Raises:
         UserError: no usable item, a folder that the mode needs and that is not there, or two items with one name for their caches.
     """
-    first = SOUND if mode == "audio" else LATENTS
-    needed = [first, TEXT] + ([SOUND] if mode == "av" else [])
-    for folder in needed:
-        if not (root / folder).is_dir():
-            hint = " Give --ltx_mode video to leave sound out." if folder == SOUND and mode == "av" else ""
-            raise UserError(f"{root}: has no folder '{folder}', which --ltx_mode {mode} needs.{hint}")
-    beside = {"video": (REFERENCE, MASK), "av": (REFERENCE, MASK, REFERENCE_SOUND), "audio": (REFERENCE_SOUND,)}[mode]
-    folders = [*dict.fromkeys(needed), *(folder for folder in beside if (root / folder).is_dir())]
-    paths = {path.relative_to(root / first) for path in (root / first).rglob("*.pt")}
+    first = "audio" if mode == "audio" else "latents"
+    needed = [first, "text"] + (["audio"] if mode == "av" else [])
+    for kind in needed:
+        if not (root / FOLDERS[kind]).is_dir():
+            hint = " Give --ltx_mode video to leave sound out." if kind == "audio" and mode == "av" else ""
+            raise UserError(f"{root}: has no folder '{FOLDERS[kind]}', which --ltx_mode {mode} needs.{hint}")
+    further = [kind for kind in ("reference", "mask", "reference_audio") if mode in KINDS[kind].modes and (root / FOLDERS[kind]).is_dir()]
+    kinds = [*needed, *further]
+    start = root / FOLDERS[first]
+    paths = {path.relative_to(start) for path in start.rglob("*.pt")}
     samples, lacking = [], []
     for path, stem in _stems(root, sorted(paths)).items():
         name = path.with_suffix("").as_posix()
-        files = {folder: file for folder in folders if (file := _file_of(root, folder, path)).is_file()}
-        missing = [folder for folder in folders if folder not in files and (folder != SOUND or mode == "audio")]
+        files = {kind: file for kind in kinds if (file := _file_of(root, kind, path)).is_file()}
+        missing = [kind for kind in kinds if kind not in files and (kind != "audio" or mode == "audio")]
         if missing:
-            lacking.append((name, f"has no file in {', '.join(missing)}"))
+            lacking.append((name, f"has no file in {', '.join(FOLDERS[kind] for kind in missing)}"))
         else:
             samples.append(Sample(name=name, stem=stem, files=files))
     if not samples:
         raise UserError(
-            f"{root / first}: no item with a file in each of {', '.join(folders)}"
+            f"{start}: no item with a file in each of {', '.join(FOLDERS[kind] for kind in kinds)}"
             + (f" ({lacking[0][0]}: {lacking[0][1]})." if lacking else ".")
         )
     return tuple(samples), tuple(lacking)
 
 
-def _file_of(root: Path, folder: str, path: Path) -> Path:
+def _file_of(root: Path, kind: str, path: Path) -> Path:
     """Older trees call the captions of `latent_7.pt` `condition_7.pt`."""
-    if folder == TEXT and path.name.startswith("latent_"):
+    if kind == "text" and path.name.startswith("latent_"):
         path = path.with_name("condition_" + path.name.removeprefix("latent_"))
-    return root / folder / path
+    return root / FOLDERS[kind] / path
 
 
 def _stems(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
@@ -151,13 +160,13 @@ def read_video(path: Path) -> OfficialVideo:
     return OfficialVideo(latents, _number(path, value, "fps"))
 
 
-def read_sound(path: Path) -> OfficialSound:
+def read_audio(path: Path) -> OfficialAudio:
     """Raises UserError: not latents of sound (8, T, 16)."""
     value = _load(path, "latents")
     latents = value["latents"]
     if latents.ndim != 3 or (latents.shape[0], latents.shape[2]) != (AUDIO_CHANNELS, AUDIO_MEL_BINS) or not latents.shape[1]:
         raise UserError(f"{path}: latents of shape {tuple(latents.shape)}; ({AUDIO_CHANNELS}, steps, {AUDIO_MEL_BINS}) is expected.")
-    return OfficialSound(latents, _number(path, value, "duration") or latents.shape[1] / AUDIO_LATENTS_PER_SECOND)
+    return OfficialAudio(latents, _number(path, value, "duration") or latents.shape[1] / AUDIO_LATENTS_PER_SECOND)
 
 
 def read_text(path: Path) -> OfficialText:
@@ -176,12 +185,12 @@ def read_text(path: Path) -> OfficialText:
     if video is None:
         raise UserError(f"{path}: holds neither 'video_prompt_embeds' nor 'prompt_embeds', but {', '.join(map(str, value))}.")
     if not bool(mask.any()):
-        raise UserError(f"{path}: its prompt_attention_mask has no real token. Make this file anew.")
+        raise UserError(f"{path}: its prompt_attention_mask has no real token. Make this file again.")
     return OfficialText(video[mask], None if audio is None else audio[mask], len(mask))
 
 
 def read_mask(path: Path) -> Tensor:
-    """(F, H, W) float32 in latent cells, 1 where it counts: the official masks say 1 where a cell is given.
+    """(F, H, W) float32 in latent cells, 1 where it counts: the official masks say 1 where a cell is conditioning.
 
     Raises:
         UserError: another form.
@@ -200,7 +209,7 @@ def _load(path: Path, key: str) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: torch.load(weights_only=True) does not read it ({reason}). Files that hold more than tensors and plain values are "
-            "refused, as reading them could run code; damaged ones have to be made anew."
+            "refused, as reading them could run code; damaged ones have to be made again."
         ) from error
     if not isinstance(value, dict) or not isinstance(value.get(key), Tensor):
         found = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__

@@ -7,19 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.cache.fingerprint import file_fingerprint
-from musubi_tuner.cache.index import Clip
-from musubi_tuner.cache.names import (
-    audio_only_name,
-    audio_sidecar_name,
-    image_latent_name,
-    mask_sidecar_name,
-    reference_audio_name,
-    reference_sidecar_name,
-    text_name,
-    video_latent_name,
-)
-from musubi_tuner.conversion.official_dataset.files import LATENTS, MASK, REFERENCE, REFERENCE_SOUND, SOUND, Sample, read_sound, read_video
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.names import audio_only_name, image_latent_name, text_name, video_latent_name
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import file_fingerprint
+from musubi_tuner.conversion.official_dataset.files import Sample, read_audio, read_video
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND, SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.runtime.errors import UserError
 
@@ -64,18 +56,18 @@ def plan_import(samples: Sequence[Sample], mode: str, source_fps: float | None) 
         UserError: a file of another form, a clip without a rate, or references of several scales.
     """
     if mode == "audio":
-        return ImportPlan(items=tuple(ImportedItem(sample, _with_reference_sound(sample, _sound_clip(sample))) for sample in samples))
-    clips = [_picture_clip(sample, mode, source_fps) for sample in samples]
+        return ImportPlan(items=tuple(ImportedItem(sample, _with_files(sample, _audio_clip(sample))) for sample in samples))
+    clips = [_picture_clip(sample, source_fps) for sample in samples]
     rates = Counter(clip.fps for clip in clips if clip.kind == "video")
     still_fps = min(rates, key=lambda rate: (-rates[rate], rate)) if rates else _STILL_FPS
     clips = [dataclasses.replace(clip, fps=still_fps, end_seconds=1 / still_fps) if clip.kind == "image" else clip for clip in clips]
     scales = Counter(scale for sample, clip in zip(samples, clips, strict=True) if (scale := _reference_scale(sample, clip)) is not None)
     if len({space for space, _ in scales}) > 1 or len({time for _, time in scales if time}) > 1:
         raise UserError(
-            f"{samples[0].files[REFERENCE].parent}: references of several scales (space, time): {sorted(scales)}. A LoRA has one."
+            f"{samples[0].files['reference'].parent}: references of several scales (space, time): {sorted(scales)}. A LoRA has one."
         )
     space, time = (max((scale[axis] for scale in scales), default=1) or 1 for axis in (0, 1))
-    clips = [_with_files_beside(sample, clip, time) for sample, clip in zip(samples, clips, strict=True)]
+    clips = [_with_files(sample, clip, time) for sample, clip in zip(samples, clips, strict=True)]
     items = tuple(ImportedItem(sample, clip) for sample, clip in zip(samples, clips, strict=True))
     return ImportPlan(items=items, reference_downscale=space, reference_temporal_scale=time)
 
@@ -102,110 +94,94 @@ def dataset_toml(plan: ImportPlan, tree: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _picture_clip(sample: Sample, mode: str, source_fps: float | None) -> Clip:
-    video = read_video(sample.files[LATENTS])
+def _picture_clip(sample: Sample, source_fps: float | None) -> Clip:
+    video = read_video(sample.files["latents"])
     _, cells, rows, columns = video.latents.shape
     frames, width, height = (cells - 1) * TEMPORAL_SCALE + 1, columns * SPATIAL_SCALE, rows * SPATIAL_SCALE
     is_still = frames == 1  # stills have 1.0 written as their rate
-    fps = video.fps or source_fps
-    if fps is None and not is_still:
-        raise UserError(f"{sample.files[LATENTS]}: tells no 'fps'. Give the rate of such clips with --source_fps (24 as a rule).")
+    fps = 1.0 if is_still else video.fps or source_fps
+    if fps is None:
+        raise UserError(f"{sample.files['latents']}: tells no 'fps'. Give the rate of such clips with --source_fps (24 as a rule).")
     latents = image_latent_name(sample.stem, width, height) if is_still else video_latent_name(sample.stem, 0, frames, width, height)
-    sound = sample.files.get(SOUND)
+    sidecars = {"latents": Sidecar(file=latents), "text": Sidecar(file=text_name(sample.stem))}
+    if not is_still:
+        audio = Sidecar(file=KINDS["audio"].name_beside(latents))
+        sidecars["audio"] = _made_from(audio, sample.files["audio"]) if "audio" in sample.files else audio
     return Clip(
         key=sample.name,
         kind="image" if is_still else "video",
         source=f"{sample.name}.pt",
         stem=sample.stem,
-        source_fingerprint=file_fingerprint(sample.files[LATENTS]),
+        source_fingerprint=file_fingerprint(sample.files["latents"]),
         start_seconds=0.0,
-        end_seconds=1.0 if is_still else frames / fps,
-        fps=1.0 if is_still else fps,
-        start_frame=0,
+        end_seconds=frames / fps,
+        fps=fps,
         frames=frames,
         width=width,
         height=height,
         original_width=width,
         original_height=height,
-        latents=latents,
-        audio=None if is_still else audio_sidecar_name(latents),
-        text=text_name(sample.stem),
-        has_audio=sound is not None and not is_still,
-        sound_source="" if sound is None or is_still else sound.as_posix(),
-        sound_fingerprint="" if sound is None or is_still else file_fingerprint(sound),
+        has_audio="audio" in sample.files and not is_still,
+        sidecars=sidecars,
     )
 
 
-def _sound_clip(sample: Sample) -> Clip:
-    seconds = read_sound(sample.files[SOUND]).seconds
+def _audio_clip(sample: Sample) -> Clip:
+    seconds = read_audio(sample.files["audio"]).seconds
+    audio = Sidecar(file=audio_only_name(sample.stem, 0, round(seconds * 1000)))
     return Clip(
         key=sample.name,
         kind="audio",
         source=f"{sample.name}.pt",
         stem=sample.stem,
-        source_fingerprint=file_fingerprint(sample.files[SOUND]),
+        source_fingerprint=file_fingerprint(sample.files["audio"]),
         start_seconds=0.0,
         end_seconds=seconds,
         fps=float(AUDIO_LATENTS_PER_SECOND),
-        start_frame=0,
         frames=0,
-        width=0,
-        height=0,
-        original_width=0,
-        original_height=0,
-        latents=None,
-        audio=audio_only_name(sample.stem, 0, round(seconds * 1000)),
-        text=text_name(sample.stem),
         has_audio=True,
+        sidecars={"audio": audio, "text": Sidecar(file=text_name(sample.stem))},
     )
 
 
 def _reference_scale(sample: Sample, clip: Clip) -> tuple[int, int] | None:
     """How many times coarser a reference is in space and time; 0 in time where one of the two is a picture. None: there is none."""
-    if REFERENCE not in sample.files:
+    if "reference" not in sample.files:
         return None
-    _, cells, rows, columns = read_video(sample.files[REFERENCE]).latents.shape
+    _, cells, rows, columns = read_video(sample.files["reference"]).latents.shape
     frames = (cells - 1) * TEMPORAL_SCALE + 1
     space, left = divmod(clip.width, columns * SPATIAL_SCALE)
     time, over = divmod(clip.frames - 1, frames - 1) if frames > 1 and clip.frames > 1 else (0, int(frames > clip.frames))
     if left or over or not space or rows * SPATIAL_SCALE * space != clip.height:
         raise UserError(
-            f"{sample.files[REFERENCE]}: {columns * SPATIAL_SCALE}x{rows * SPATIAL_SCALE}x{frames}, which is no whole part of its clip's "
+            f"{sample.files['reference']}: {columns * SPATIAL_SCALE}x{rows * SPATIAL_SCALE}x{frames}, which is no whole part of its clip's "
             f"{clip.width}x{clip.height}x{clip.frames} (width x height x frames)."
         )
     return space, time
 
 
-def _with_files_beside(sample: Sample, clip: Clip, time: int) -> Clip:
-    assert clip.latents is not None
-    if REFERENCE in sample.files:
-        path = sample.files[REFERENCE]
-        _, cells, rows, columns = read_video(path).latents.shape
-        clip = dataclasses.replace(
-            clip,
-            reference=reference_sidecar_name(clip.latents),
-            reference_source=path.as_posix(),
-            reference_fingerprint=file_fingerprint(path),
-            reference_frames=(cells - 1) * TEMPORAL_SCALE + 1,
-            reference_fps=clip.fps / time if cells > 1 else clip.fps,
-            reference_width=columns * SPATIAL_SCALE,
-            reference_height=rows * SPATIAL_SCALE,
+def _with_files(sample: Sample, clip: Clip, time: int = 1) -> Clip:
+    """The clip with reference, mask and reference audio.
+
+    Args:
+        time: how many of its frames one frame of its reference stands for.
+    """
+    sidecars = dict(clip.sidecars)
+    for name in ("reference", "mask", "reference_audio"):
+        beside = sidecars.get(KINDS[name].beside)
+        if name in sample.files and beside is not None:
+            sidecars[name] = _made_from(Sidecar(file=KINDS[name].name_beside(beside.file)), sample.files[name])
+    if "reference" in sidecars:
+        _, cells, rows, columns = read_video(sample.files["reference"]).latents.shape
+        sidecars["reference"] = dataclasses.replace(
+            sidecars["reference"],
+            frames=(cells - 1) * TEMPORAL_SCALE + 1,
+            fps=clip.fps / time if cells > 1 else clip.fps,
+            width=columns * SPATIAL_SCALE,
+            height=rows * SPATIAL_SCALE,
         )
-    if MASK in sample.files:
-        path = sample.files[MASK]
-        clip = dataclasses.replace(
-            clip, mask=mask_sidecar_name(clip.latents), mask_source=path.as_posix(), mask_fingerprint=file_fingerprint(path)
-        )
-    return _with_reference_sound(sample, clip)
+    return dataclasses.replace(clip, sidecars=sidecars)
 
 
-def _with_reference_sound(sample: Sample, clip: Clip) -> Clip:
-    path = sample.files.get(REFERENCE_SOUND)
-    if path is None or clip.audio is None:
-        return clip
-    return dataclasses.replace(
-        clip,
-        reference_sound=reference_audio_name(clip.audio),
-        reference_sound_source=path.as_posix(),
-        reference_sound_fingerprint=file_fingerprint(path),
-    )
+def _made_from(sidecar: Sidecar, path: Path) -> Sidecar:
+    return dataclasses.replace(sidecar, source=path.as_posix(), fingerprint=file_fingerprint(path))

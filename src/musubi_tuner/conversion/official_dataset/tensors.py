@@ -1,7 +1,7 @@
 """Files of an official tree -> our cache files. Tensors are taken as they are, but for captions, which go through the connectors."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,23 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from musubi_tuner.cache import keys, store
-from musubi_tuner.cache import sidecars as expected
+from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.fingerprint import canonical, file_fingerprint
-from musubi_tuner.conversion.official_dataset.files import (
-    LATENTS,
-    MASK,
-    REFERENCE,
-    REFERENCE_SOUND,
-    SOUND,
-    TEXT,
-    OfficialText,
-    read_mask,
-    read_sound,
-    read_text,
-    read_video,
-)
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, file_fingerprint
+from musubi_tuner.conversion.official_dataset.files import OfficialText, Sample, read_audio, read_mask, read_text, read_video
 from musubi_tuner.conversion.official_dataset.plan import ImportedItem
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
 from musubi_tuner.ltxv2.text.pipeline import Features, TextRecipe, load_finish_stage, text_widths
@@ -42,7 +30,7 @@ class Encoders:
 
     latents: str
     """Empty in audio mode."""
-    sound: str
+    audio: str
     """Empty in video mode."""
     text: str
     projection: str
@@ -63,8 +51,24 @@ def import_tensors(items: Sequence[ImportedItem], cache: Path, mode: str, encode
     Raises:
         UserError: a file that cannot be taken over, by name; what was written before stays good.
     """
+    made_by = {"video_vae": {"encoder_fingerprint": encoders.latents}, "audio_vae": {"encoder_fingerprint": encoders.audio}, None: {}}
     for item in tqdm(items, desc="Import", unit="item"):
-        _import_one(item, cache, mode, encoders, written)
+        clip = item.clip
+        for name, read in _READERS.items():
+            kind = KINDS[name]
+            if name not in clip.sidecars or mode not in kind.modes:
+                continue
+            path, what = cache / clip.sidecars[name].file, name.replace("_", " ")
+            metadata = kind.expected(clip) | made_by[kind.encoder] | {"encoding": _ENCODING, "source": clip.source}
+            metadata["model_version"] = encoders.model_version
+            if name == "audio":
+                metadata["audio"] = "present" if clip.has_audio else "absent"
+                what = "audio" if clip.has_audio else "no audio"
+            if reason_to_rebuild(path, metadata, ()) is None:
+                written.kept[what] += 1
+            else:
+                store.write(path, kind.pack(read(item.sample)), metadata)
+                written.made[what] += 1
 
 
 def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe, encoders: Encoders, written: Written) -> None:
@@ -86,20 +90,19 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
     }
     todo = []
     for item in items:
-        metadata = common | {"source": item.clip.source, "source_fingerprint": file_fingerprint(item.sample.files[TEXT])}
-        if reason_to_rebuild(cache / item.clip.text, metadata, expected.TEXT_KEYS) is None:
+        metadata = common | {"source": item.clip.source, "source_fingerprint": file_fingerprint(item.sample.files["text"])}
+        if reason_to_rebuild(cache / item.clip.sidecars["text"].file, metadata, KINDS["text"].keys) is None:
             written.kept["captions"] += 1
         else:
             todo.append((item, metadata))
     stage = load_finish_stage(recipe) if todo else None
     for start in tqdm(range(0, len(todo), _TEXTS_TOGETHER), desc="Captions", unit="batch", disable=not todo):
         batch = todo[start : start + _TEXTS_TOGETHER]
-        texts = [read_text(item.sample.files[TEXT]) for item, _ in batch]
+        texts = [read_text(item.sample.files["text"]) for item, _ in batch]
         features = [_features(item, text, recipe) for (item, _), text in zip(batch, texts, strict=True)]
         for (item, metadata), text, (tensor, mask) in zip(batch, texts, stage.finish(features), strict=True):
-            tensor = tensor.to(STORED_DTYPE)
-            tensors = {keys.text_key(tensor.dtype): tensor, keys.TEXT_MASK_KEY: mask}
-            store.write(cache / item.clip.text, tensors, metadata | {"max_length": str(text.padded)})
+            tensors = KINDS["text"].pack(tensor.to(STORED_DTYPE), mask)
+            store.write(cache / item.clip.sidecars["text"].file, tensors, metadata | {"max_length": str(text.padded)})
             written.made["captions"] += 1
 
 
@@ -109,7 +112,7 @@ def _features(item: ImportedItem, text: OfficialText, recipe: TextRecipe) -> Fea
     Raises:
         UserError: widths that are not the model's, or no features for sound where it is to be trained.
     """
-    path = item.sample.files[TEXT]
+    path = item.sample.files["text"]
     wanted = text_widths(recipe.config, "av")
     audio = text.audio
     if audio is None:
@@ -125,71 +128,23 @@ def _features(item: ImportedItem, text: OfficialText, recipe: TextRecipe) -> Fea
     return text.video.to(recipe.options.dtype), audio.to(recipe.options.dtype)
 
 
-def _import_one(item: ImportedItem, cache: Path, mode: str, encoders: Encoders, written: Written) -> None:
-    clip, files = item.clip, item.sample.files
-    writer = _Writer(item, cache, encoders.model_version, written)
-    latents, sound = {"encoder_fingerprint": encoders.latents}, {"encoder_fingerprint": encoders.sound}
-    if clip.latents is not None:
-        writer.write(
-            "latents", clip.latents, expected.latents_of(clip) | latents, lambda: _picture_tensors(files[LATENTS], keys.latents_key)
-        )
-    if clip.reference is not None:
-        entries = expected.reference_of(clip) | latents
-        writer.write("references", clip.reference, entries, lambda: _picture_tensors(files[REFERENCE], keys.reference_latents_key))
-    if clip.mask is not None:
-        writer.write("masks", clip.mask, expected.mask_of(clip), lambda: _mask_tensors(item))
-    if mode != "video" and clip.audio is not None:
-        entries = expected.audio_of(clip) | sound | {"audio": "present" if clip.has_audio else "absent"}
-        writer.write("sound" if clip.has_audio else "no sound", clip.audio, entries, lambda: _sound_tensors(files.get(SOUND)))
-    if mode != "video" and clip.reference_sound is not None:
-        entries = expected.reference_audio_of(clip) | sound
-        writer.write("reference sound", clip.reference_sound, entries, lambda: _reference_sound_tensors(files[REFERENCE_SOUND]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """Writes the files of one item that are not right already."""
-
-    item: ImportedItem
-    cache: Path
-    model_version: str
-    written: Written
-
-    def write(self, what: str, name: str, entries: Mapping[str, str], tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        path = self.cache / name
-        metadata = {**entries, "encoding": _ENCODING, "source": self.item.clip.source, "model_version": self.model_version}
-        if reason_to_rebuild(path, metadata, ()) is None:
-            self.written.kept[what] += 1
-            return
-        store.write(path, tensors(), metadata)
-        self.written.made[what] += 1
-
-
-def _picture_tensors(path: Path, key_of: Callable[[int, int, int, torch.dtype], str]) -> dict[str, Tensor]:
-    latents = read_video(path).latents.to(STORED_DTYPE)
-    _, frames, height, width = latents.shape
-    return {key_of(frames, height, width, latents.dtype): latents}
-
-
-def _mask_tensors(item: ImportedItem) -> dict[str, Tensor]:
-    path = item.sample.files[MASK]
-    mask, latents = read_mask(path), read_video(item.sample.files[LATENTS]).latents
+def _mask(sample: Sample) -> Tensor:
+    path = sample.files["mask"]
+    mask, latents = read_mask(path), read_video(sample.files["latents"]).latents
     if mask.shape != latents.shape[1:]:
         raise UserError(f"{path}: a mask of {tuple(mask.shape)} cells for latents of {tuple(latents.shape[1:])}.")
     if not bool(mask.any()):
-        raise UserError(f"{path}: gives all of the clip, so nothing of it would be learned.")
-    return {keys.VIDEO_MASK_KEY: mask}
+        raise UserError(f"{path}: marks all of the clip as conditioning, so nothing of it would be learned.")
+    return mask
 
 
-def _sound_tensors(path: Path | None) -> dict[str, Tensor]:
-    latents = torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS) if path is None else read_sound(path).latents
-    latents = latents.to(STORED_DTYPE)
-    steps = latents.shape[1]
-    return {keys.audio_latents_key(steps, latents.dtype): latents, keys.AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}
-
-
-def _reference_sound_tensors(path: Path) -> dict[str, Tensor]:
-    latents = read_sound(path).latents.to(STORED_DTYPE)
-    steps = latents.shape[1]
-    key = keys.reference_audio_latents_key(steps, latents.dtype)
-    return {key: latents, keys.REFERENCE_AUDIO_LENGTHS_KEY: torch.tensor(steps, dtype=torch.int32)}
+_READERS: dict[str, Callable[[Sample], Tensor]] = {
+    "latents": lambda sample: read_video(sample.files["latents"]).latents.to(STORED_DTYPE),
+    "reference": lambda sample: read_video(sample.files["reference"]).latents.to(STORED_DTYPE),
+    "mask": _mask,
+    "audio": lambda sample: (
+        read_audio(sample.files["audio"]).latents if "audio" in sample.files else torch.zeros(AUDIO_CHANNELS, 0, AUDIO_MEL_BINS)
+    ).to(STORED_DTYPE),
+    "reference_audio": lambda sample: read_audio(sample.files["reference_audio"]).latents.to(STORED_DTYPE),
+}
+"""By kind of sidecar: what its file holds."""

@@ -1,0 +1,96 @@
+"""How the sidecars of a clip are made: a decoder for each kind of `cache.sidecars.KINDS`, under the same name, and the frozen encoders.
+
+media -> `Maker.decode` -> `Encoder.load` (where the kind has one) -> `SidecarKind.pack` -> file
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from musubi_tuner.cache import store
+from musubi_tuner.cache.clip import Clip
+from musubi_tuner.cache.sidecars import SidecarKind
+from musubi_tuner.encoding.audio import audio_bytes, decode_audio, decode_reference_audio
+from musubi_tuner.encoding.jobs import Job, one_for_each_file
+from musubi_tuner.encoding.pictures import decode_frames, decode_mask, decode_reference, latent_bytes, mask_bytes
+from musubi_tuner.encoding.pipeline import Stages
+from musubi_tuner.encoding.plan import DatasetPlan, PlannedClip
+from musubi_tuner.runtime.transfer import HostCopy, settled, to_host
+
+ClipJob = Job[PlannedClip]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Maker:
+    """Of one kind."""
+
+    decode: Callable[[PlannedClip], Tensor]
+    """In a thread; a UserError fails this clip alone."""
+    size: Callable[[Clip, str], int]
+    """(clip, kind) -> about how many bytes the file has."""
+    described: Callable[[Tensor], Mapping[str, str]] = lambda encoded: {}
+    """Metadata that only decoding tells."""
+
+
+MAKERS: dict[str, Maker] = {
+    "latents": Maker(decode=decode_frames, size=latent_bytes),
+    "reference": Maker(decode=decode_reference, size=latent_bytes),
+    "mask": Maker(decode=decode_mask, size=mask_bytes),
+    "audio": Maker(decode=decode_audio, size=audio_bytes, described=lambda latents: {"audio": "present" if latents.shape[1] else "absent"}),
+    "reference_audio": Maker(decode=decode_reference_audio, size=audio_bytes),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """A frozen encoder as a program hands it over."""
+
+    model_version: str
+    metadata: Callable[[Clip, str], Mapping[str, str]]
+    """(clip, kind) -> its fingerprint, and what else shapes what it makes of them."""
+    load: Callable[[Sequence[ClipJob], str], Callable[[Sequence[Tensor]], Sequence[HostCopy]]]
+    """(jobs of this process, their kind) -> decoded values of one shape -> encoded ones, on the way to the host; called only where there
+    are jobs."""
+
+
+def sidecar_jobs(plans: Sequence[DatasetPlan], kind: SidecarKind, encoder: Encoder) -> list[ClipJob]:
+    """Jobs for the clips that have such a sidecar, the largest first, so that memory that does not suffice shows at once.
+
+    Raises:
+        UserError: what `one_for_each_file` raises.
+    """
+    jobs = one_for_each_file(
+        _job(plan, planned, kind, encoder) for plan in plans for planned in plan.clips if kind.name in planned.clip.sidecars
+    )
+
+    def order(job: ClipJob) -> tuple[float | str, ...]:
+        clip = job.content.clip
+        return -clip.width * clip.height * clip.frames, clip.width, clip.height, clip.frames, clip.seconds, str(job.target)
+
+    return sorted(jobs, key=order)
+
+
+def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: Encoder) -> ClipJob:
+    clip = planned.clip
+    made_by = {} if kind.encoder is None else encoder.metadata(clip, kind.name)
+    size = {"original_size": f"{clip.original_width}x{clip.original_height}"} if clip.width else {}
+    return Job(
+        name=f"{plan.spec.label}/{clip.key}",
+        target=plan.spec.cache_directory / clip.sidecars[kind.name].file,
+        content=planned,
+        expected=kind.expected(clip) | made_by,
+        people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
+        size=MAKERS[kind.name].size(clip, kind.name),
+    )
+
+
+def stages(kind: SidecarKind, encoder: Encoder, jobs: Sequence[ClipJob]) -> Stages[ClipJob, Tensor, HostCopy, Tensor]:
+    """Decode, encode and write the sidecars of one kind; loads the encoder where the kind has one."""
+    maker = MAKERS[kind.name]
+    encode = encoder.load(jobs, kind.name) if kind.encoder is not None else lambda decoded: [to_host(value) for value in decoded]
+
+    def write(job: ClipJob, encoded: Tensor) -> None:
+        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded)})
+
+    return Stages(decode=lambda job: maker.decode(job.content), shape=lambda value: value.shape, encode=encode, settle=settled, write=write)
