@@ -21,11 +21,10 @@ from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE
-from musubi_tuner.media.audio import read_audio
+from musubi_tuner.media.audio import read_audio, resample
 from musubi_tuner.media.probe import VideoInfo
-from musubi_tuner.media.resample import resample
+from musubi_tuner.runtime.device import HostCopy, settled, to_host
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.transfer import HostCopy, settled, to_host
 
 STORED_DTYPE = torch.bfloat16
 _ENCODING = canonical({"stored": str(STORED_DTYPE).removeprefix("torch."), "computed": "float32"})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import register_linear
 from musubi_tuner.memory.compiling import compiles_for, fused
-from musubi_tuner.memory.region import Region, aligned
+from musubi_tuner.memory.regions import Region, aligned
 
 FP8 = torch.float8_e4m3fn
 NF4_BLOCK = 64

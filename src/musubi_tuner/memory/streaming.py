@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.region import Region, aligned
+from musubi_tuner.memory.regions import Region, aligned
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -21,7 +21,7 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.attention import fastest_attention, use_attention
 from musubi_tuner.memory.compiling import said_by_compiler
 from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.memory.sharing import can_share, processes_here
+from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper

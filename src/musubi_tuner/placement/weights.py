@@ -10,8 +10,7 @@ from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.quantized import LowBitPlacer
-from musubi_tuner.memory.region import Region
-from musubi_tuner.memory.sharing import Gather, share_regions
+from musubi_tuner.memory.regions import Gather, Region, share_regions
 from musubi_tuner.placement.adapters import Place
 from musubi_tuner.placement.planning import Placement
 
