@@ -72,7 +72,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Change the sample rate by band-limited interpolation; beyond its ends the audio counts as silent.
 
     Every output sample is the input weighted by a sinc whose band edge is `_ROLLOFF` of the lower rate's, under a Hann window of six zero
-    crossings to each side, as torchaudio's default does (docs/explanation/model.md, "latents and positions"). With t the distance in zero
+    crossings to each side, as torchaudio's default does (docs/explanation/model.md, "Mel"). With t the distance in zero
     crossings, |t| < 6:
 
         h(t) = sin(pi t) / (pi t) * cos(pi t / 12)^2 * edge / from_rate,    edge = 0.99 min(from_rate, to_rate)
@@ -142,7 +142,7 @@ def _as_float(frame: Any) -> np.ndarray:
 
 def _stereo(channels: np.ndarray, layout: Any) -> np.ndarray:
     """5.1 and 7.1 are mixed down by weights that sum to 1, without the bass channel; other layouts are averaged
-    (docs/explanation/model.md, "latents and positions")."""
+    (docs/explanation/model.md, "Mel")."""
     if channels.shape[0] <= 2:
         return np.broadcast_to(channels, (2, channels.shape[1]))
     names = [channel.name for channel in layout.channels]

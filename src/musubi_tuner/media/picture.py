@@ -53,7 +53,7 @@ def picture_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
             return (image.height, image.width) if turned else image.size
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}). Make it anew or take it out.") from error
+        raise UserError(f"{path}: cannot be read as a picture ({error}). Replace or remove the file.") from error
 
 
 def read_picture(path: Path) -> Tensor:
@@ -76,4 +76,4 @@ def read_picture(path: Path) -> Tensor:
                 image = Image.alpha_composite(ground, image)
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}). Make it anew or take it out.") from error
+        raise UserError(f"{path}: cannot be read as a picture ({error}). Replace or remove the file.") from error

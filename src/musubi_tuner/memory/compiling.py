@@ -1,4 +1,4 @@
-"""Whether kernels can be compiled on this machine: found out by compiling one, before anything depends on it."""
+"""Whether kernels can be compiled on this machine, found out by compiling one before anything depends on it; small kernels of our own."""
 
 import functools
 import importlib.util
@@ -23,7 +23,7 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
 
 @functools.cache
 def compiler_failure(device: torch.device) -> str | None:
-    """What torch's compiler says to one small kernel; None where it runs."""
+    """The error of torch's compiler on one small kernel; None where the kernel runs."""
     x = torch.linspace(0, 1, 64, device=device)
     try:
         result = torch.compile(_small)(x)
@@ -33,7 +33,7 @@ def compiler_failure(device: torch.device) -> str | None:
 
 
 def said_by_compiler(error: RuntimeError) -> str | None:
-    """What torch's compiler says; None where the error is another one."""
+    """The first line of an error of torch's compiler; None where the error is of another kind."""
     from torch._dynamo.exc import TorchDynamoException
 
     return first_line(error) if isinstance(error, TorchDynamoException) else None
@@ -56,7 +56,7 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short; of one that wraps another, that one."""
+    """The first line of an error's message; of one that wraps another, of that one."""
     error = getattr(error, "inner_exception", error)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -57,7 +57,7 @@ class Limits:
 
     device_bytes: int
     host_bytes: int
-    """For pinned weights and activations, beside what the process and its loaders take."""
+    """For pinned weights and activations, in addition to what the process and its loaders take."""
     formats: tuple[str, ...]
     """Formats to choose among, in the compute dtype's name or fewer bits."""
     compute_bytes: int = 2

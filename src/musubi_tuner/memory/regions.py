@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SPARE = 2 * 2**20
-"""Beside the sizes that are asked for, for what adapters add to a block; memory that nobody writes to is not taken."""
+"""Added to the sizes asked for, for what adapters add to a block; pages that nobody writes to take no memory."""
 
 _ALIGNMENT = 256
 

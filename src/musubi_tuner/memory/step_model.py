@@ -12,7 +12,7 @@ the clip are multiples of it, so one count holds for all sizes and widths.
 
 Where the numbers come from:
 
-* Operations: from the widths of the linears (docs/explanation/model.md, "blocks"), checked in
+* Operations: from the widths of the linears (docs/explanation/model.md, "Blocks"), checked in
   tests/unit/test_memory_plan.py.
 * Units kept at each level: counted on the compiled graphs of a real-size block of 2.3 without running them (benchmarks/block_counts.py,
   docs/development/benchmarks.md). tests/unit/test_block_budgets.py fails where the block departs from them.
@@ -35,7 +35,7 @@ TRAFFIC_EAGER = 2.6
 TRAFFIC_QUANTIZED = 8.0
 """Units more in each direction where activations are quantized."""
 TRANSIENT_UNITS = 12.0
-"""Backward temporaries of the block in flight, beside what it keeps."""
+"""Backward temporaries of the block in flight, in addition to what it keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Workload:
 
 
 def linear_operations(shape: ModelShape, work: Workload) -> float:
-    """Of one block's frozen linears in the forward pass (docs/explanation/model.md, "blocks", for the widths)."""
+    """Of one block's frozen linears in the forward pass (docs/explanation/model.md, "Blocks", for the widths)."""
     d, a = shape.video_dim, shape.audio_dim
     video = (14 * d * d + 4 * d * a) * work.video_tokens
     audio = (14 * a * a + 4 * a * a) * work.audio_tokens

@@ -1,6 +1,6 @@
 """Small clips with sound, made by real codecs: for the quickstart and for tests.
 
-A disc travels over a colored ground, and a tone rises and falls with its height; `numbered_frames` can be told apart after any codec.
+A disc travels over a colored ground, and a tone rises and falls with its height; `numbered_frames` can be identified after any codec.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`config` metadata of the tiny checkpoints: the released keys at toy width (docs/explanation/model.md, "blocks")."""
+"""`config` metadata of the tiny checkpoints: the released keys at toy width (docs/explanation/model.md, "Configuration")."""
 
 from collections.abc import Sequence
 from typing import Any
