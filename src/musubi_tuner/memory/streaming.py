@@ -95,7 +95,9 @@ class BlockStreamer:
         size = max((buffer.numel() for buffer in self._host), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
         for number, places in enumerate(self._places):
-            _view(places, self._slot(number).buffer)
+            buffer = self._slot(number).buffer
+            for place in places:
+                _set(place, buffer[place.start : place.end].view(place.dtype).view(place.shape))
 
     @property
     def host_bytes(self) -> int:
@@ -219,11 +221,6 @@ def _pin(buffer: Tensor) -> None:
             "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
         )
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
-
-
-def _view(places: Sequence[_Place], buffer: Tensor) -> None:
-    for place in places:
-        _set(place, buffer[place.start : place.end].view(place.dtype).view(place.shape))
 
 
 def _set(place: _Place, tensor: Tensor) -> None:
