@@ -1,4 +1,5 @@
-"""What one block at real size keeps, computes and moves on each rung, counted on tensors without storage: no GPU, no memory, a few seconds.
+"""What one block at real size keeps, computes and moves on each recompute level, counted on tensors without storage:
+no GPU, no memory, a few seconds.
 
 `python -m benchmarks.block_counts` prints the table of docs/development/benchmarks.md, to which tests/unit/test_block_budgets.py holds it.
 """
@@ -87,7 +88,7 @@ def empty_input(config: TransformerConfig, shape: Sequence[int]) -> tuple[Modali
     return given[0], given[1]
 
 
-def count_block(rung: Recompute | None, shape: Sequence[int], config: TransformerConfig | None = None) -> BlockCounts:
+def count_block(level: Recompute | None, shape: Sequence[int], config: TransformerConfig | None = None) -> BlockCounts:
     """Trace and partition one block's step as the compiler does, and count the two graphs."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -109,7 +110,7 @@ def count_block(rung: Recompute | None, shape: Sequence[int], config: Transforme
         create_network(model, dim=RANK, alpha=RANK, args={}, seed=0)
         group_projections(model)
         model.run_block = BlockEngine(
-            model.transformer_blocks, [rung], max_rank=RANK, compiled=True, backend=backend, sequence_axes=lambda *arguments: []
+            model.transformer_blocks, [level], max_rank=RANK, compiled=True, backend=backend, sequence_axes=lambda *arguments: []
         )
         velocity = model(*empty_input(config, shape))
         (velocity.video.float().sum() + velocity.audio.float().sum()).backward()
@@ -177,16 +178,16 @@ def _size(value: Any) -> float:
 
 
 def table(shapes: Sequence[str] = ("768x512x121",)) -> str:
-    """One row for each shape and rung."""
+    """One row for each shape and recompute level."""
     lines = [
         "| shape | computed again | units kept | TFLOP forward | TFLOP backward | operations | TB moved unfused |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in shapes:
-        for rung in (None, *Recompute):
-            counts = count_block(rung, SHAPES[name])
+        for level in (None, *Recompute):
+            counts = count_block(level, SHAPES[name])
             lines.append(
-                f"| {name} | {rung or 'as the partitioner likes'} | {counts.saved_units:.1f} | {counts.forward_flops / 1e12:.3f} | "
+                f"| {name} | {level or 'as the partitioner likes'} | {counts.saved_units:.1f} | {counts.forward_flops / 1e12:.3f} | "
                 f"{counts.backward_flops / 1e12:.3f} | {counts.forward_operations} + {counts.backward_operations} | "
                 f"{(counts.forward_bytes + counts.backward_bytes) / 1e12:.3f} |"
             )

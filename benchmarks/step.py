@@ -114,10 +114,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--impl",
         nargs="+",
-        default=["ours", "ours-rungs", "diffusers", "ltx-core"],
-        help="ours, ours-rungs, ours-eager, ours-fp8, ours-int8, ours-nf4, ours-streamed, ours-fp8-streamed,\n"
+        default=["ours", "ours-levels", "diffusers", "ltx-core"],
+        help="ours, ours-levels, ours-eager, ours-fp8, ours-int8, ours-nf4, ours-streamed, ours-fp8-streamed,\n"
         "diffusers, ltx-core "
-        "(default: ours ours-rungs diffusers ltx-core)",
+        "(default: ours ours-levels diffusers ltx-core)",
     )
     parser.add_argument("--ltx_core", help="folder of a checkout whose ltx_core is taken in place of the installed one")
     parser.add_argument("--other", nargs="*", default=[], help="Python files of other trainers, each with\n"
@@ -145,13 +145,13 @@ def _makers(
     word = "compiled" if compiled else "not compiled"
 
     def ours(name: str, **options: Any) -> tuple[str, Maker]:
-        settings = {"rung": Recompute.NOTHING, "compiled": compiled, **options}
+        settings = {"level": Recompute.NOTHING, "compiled": compiled, **options}
         return name, lambda: models.ours(name, config, weights, adapters, **settings)
 
     known: dict[str, list[tuple[str, Maker]]] = {
-        "ours": [ours(f"ours, {word}, nothing again")],
-        "ours-rungs": [ours(f"ours, {word}, {rung.replace('_', ' ')} again", rung=rung) for rung in list(Recompute)[1:]],
-        "ours-eager": [ours("ours, not compiled, everything again", rung=Recompute.EVERYTHING, compiled=False)],
+        "ours": [ours(f"ours, {word}, nothing recomputed")],
+        "ours-levels": [ours(f"ours, {word}, {level.replace('_', ' ')} recomputed", level=level) for level in list(Recompute)[1:]],
+        "ours-eager": [ours("ours, not compiled, everything recomputed", level=Recompute.EVERYTHING, compiled=False)],
         "ours-streamed": [ours("ours, half of the blocks streamed", streamed=config.num_layers // 2)],
         "ours-fp8-streamed": [ours("ours, fp8, half of the blocks streamed", weight_format="fp8", streamed=config.num_layers // 2)],
         **{f"ours-{name}": [ours(f"ours, {word}, {name}", weight_format=name)] for name in ("fp8", "int8", "nf4")},

@@ -107,12 +107,12 @@ def ours(
     weights: Mapping[str, Tensor],
     adapters: Mapping[str, Tensor],
     *,
-    rung: Recompute | None,
+    level: Recompute | None,
     compiled: bool,
     weight_format: str | None = None,
     streamed: int = 0,
 ) -> Implementation:
-    """The production engine on a pinned rung."""
+    """The production engine on a pinned recompute level."""
     first = next(iter(weights.values()))
     with torch.device("meta"):
         model = LTXModel(config, timestep_rule="cross")
@@ -134,7 +134,7 @@ def ours(
     chosen = [blocks[index] for index in spread(len(blocks), streamed)]
     streamer = BlockStreamer(chosen, first.device) if chosen else None
     model.run_block = BlockEngine(
-        blocks, [rung] * len(blocks), max_rank=rank, compiled=compiled, sequence_axes=sequence_axes, streamer=streamer
+        blocks, [level] * len(blocks), max_rank=rank, compiled=compiled, sequence_axes=sequence_axes, streamer=streamer
     )
 
     def forward(sample: Sample) -> Tensor:

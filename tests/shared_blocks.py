@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.memory.sharing import share_regions
+from musubi_tuner.memory.regions import share_regions
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.runtime.processes import processes
 from tests import engine_parts as parts

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from musubi_tuner.cache.clip import Clip
     from musubi_tuner.encoding.makers import ClipJob
     from musubi_tuner.encoding.plan import DatasetPlan
-    from musubi_tuner.runtime.transfer import HostCopy
+    from musubi_tuner.runtime.device import HostCopy
 
 log = logging.getLogger(__name__)
 

@@ -41,8 +41,8 @@ def test_the_guard_itself_notices():
         torch.ones(3).sum().item()
 
 
-@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING])
-def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
+@pytest.mark.parametrize("level", [Recompute.NOTHING, Recompute.EVERYTHING])
+def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, level):
     data = parts.make_data(tmp_path, tiny_family, "av", held_out=False)
     (item, *_) = list_items(load_dataset_config(data.toml).datasets, "av", data.toml)
     rules = DrawRules(
@@ -53,7 +53,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, rung):
     model = load_transformer(open_checkpoint(data.model), mode="av", device="cpu", dtype=torch.float32)
     network = create_network(model, dim=4, alpha=4, args={}, seed=0)
     streamer = BlockStreamer(list(model.transformer_blocks), torch.device("cpu"))
-    model.run_block = BlockEngine(model.transformer_blocks, [rung] * 2, max_rank=4, streamer=streamer)
+    model.run_block = BlockEngine(model.transformer_blocks, [level] * 2, max_rank=4, streamer=streamer)
     wrapper = OfficialLTXV2Wrapper(model, "flowmatch_1_1000")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     meter, levels = LossMeter(torch.device("cpu")), NoiseLevelMeter(torch.device("cpu"))

@@ -49,8 +49,8 @@ def test_blocks_compile_to_one_graph():
     model.cuda()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    rungs = [Recompute.NOTHING] * 3
-    model.run_block = BlockEngine(model.transformer_blocks, rungs, max_rank=engine_parts.RANK, compiled=True, sequence_axes=sequence_axes)
+    levels = [Recompute.NOTHING] * 3
+    model.run_block = BlockEngine(model.transformer_blocks, levels, max_rank=engine_parts.RANK, compiled=True, sequence_axes=sequence_axes)
     for shape, (loss, _) in zip(engine_parts.SHAPES, wanted, strict=True):
         assert abs(engine_parts.step(model, network, shape, device="cuda")[0] - loss) < 1e-2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -14,7 +14,7 @@ from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, overlaps, ramp
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.media.resample import resample
+from musubi_tuner.media.audio import resample
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import configs
 

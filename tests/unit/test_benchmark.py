@@ -25,7 +25,7 @@ def test_step_benchmark_passes_its_gate_and_writes_its_table(tmp_path, capsys):
     assert step.main(argv) == 0
     (table,) = tmp_path.glob("*-step.md")
     text = table.read_text(encoding="utf-8")
-    for title in ("ours, not compiled, nothing again", "diffusers + peft, checkpointed", "ltx-core + peft", "fp8", "streamed"):
+    for title in ("ours, not compiled, nothing recomputed", "diffusers + peft, checkpointed", "ltx-core + peft", "fp8", "streamed"):
         assert f"- {title}" in text.replace("ours, half of the blocks streamed", "streamed").replace("ours, not compiled, fp8", "fp8")
     assert f"{tmp_path / 'absent.py'}: skipped" in text and f"- {other}: loss off by" in text
     assert text.count("| toy large |") == 9 and (tmp_path / table.with_suffix(".json").name).is_file()
@@ -45,7 +45,7 @@ def test_the_gate_can_close(tmp_path):
     weights, adapters = models.make_weights(config, cpu, torch.float32), models.make_adapters(config, 4)
     other = {name: value * 1.01 if name.endswith("attn1.to_q.weight") else value for name, value in weights.items()}
     sample = models.make_sample(config, (2, 2, 2, 5), 16, cpu, torch.float32)
-    settings = {"rung": Recompute.NOTHING, "compiled": False}
+    settings = {"level": Recompute.NOTHING, "compiled": False}
     makers = {
         "first": lambda: models.ours("first", config, weights, adapters, **settings),
         "other": lambda: models.ours("other", config, other, adapters, **settings),

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.block_counts import SHAPES, count_block
 from musubi_tuner.memory.checkpointing import Recompute
-from musubi_tuner.memory.step_model import RUNGS
+from musubi_tuner.memory.step_model import LEVELS
 
 SHAPE = SHAPES["768x512x121"]
 
@@ -17,15 +17,15 @@ BUDGETS = {
 """Units kept beside the input, TFLOP of the backward pass (its minimum is 5.22), and operations before fusion."""
 
 
-@pytest.mark.parametrize("rung", BUDGETS)
-def test_a_block_stays_in_its_budget(rung):
-    units, flops, operations = BUDGETS[rung]
-    counts = count_block(rung, SHAPE)
+@pytest.mark.parametrize("level", BUDGETS)
+def test_a_block_stays_in_its_budget(level):
+    units, flops, operations = BUDGETS[level]
+    counts = count_block(level, SHAPE)
     assert counts.saved_units <= units * 1.01 + 0.05
     assert counts.saved_units >= 0.9 * units, "a cheaper block is good news: write the new number down"
     assert counts.forward_flops / 1e12 == pytest.approx(4.175, rel=0.002)
     assert counts.backward_flops / 1e12 == pytest.approx(flops, rel=0.005)
     assert counts.forward_operations <= 500 and counts.backward_operations <= 1.02 * operations
     assert counts.forward_bytes <= 0.0205e12 and counts.backward_bytes <= 0.0535e12
-    planned = next(one for one in RUNGS if one.name == rung)
+    planned = next(one for one in LEVELS if one.name == level)
     assert abs(counts.saved_units + 1 - planned.units) < 0.15, "what the planner reckons with"

@@ -16,8 +16,8 @@ from musubi_tuner.networks.lora import group_projections
 from tests import engine_parts as parts
 
 
-def engine(model, rungs, **options) -> BlockEngine:
-    return BlockEngine(model.transformer_blocks, rungs, max_rank=parts.RANK, **options)
+def engine(model, levels, **options) -> BlockEngine:
+    return BlockEngine(model.transformer_blocks, levels, max_rank=parts.RANK, **options)
 
 
 def saved_bytes(model, network) -> int:
@@ -35,17 +35,17 @@ def saved_bytes(model, network) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("rung", [*Recompute, None])
-def test_every_rung_gives_the_same_bits(rung):
+@pytest.mark.parametrize("level", [*Recompute, None])
+def test_every_recompute_level_gives_the_same_bits(level):
     model, network = parts.make_model(3)
     plain = parts.step(model, network)
-    model.run_block = engine(model, [rung] * 3)
+    model.run_block = engine(model, [level] * 3)
     loss, gradients = parts.step(model, network)
     assert loss == plain[0]
     assert parts.largest_difference(gradients, plain[1]) == 0
 
 
-def test_blocks_may_stand_on_different_rungs():
+def test_blocks_may_stand_on_different_levels():
     model, network = parts.make_model(4)
     plain = parts.step(model, network)
     model.run_block = engine(model, list(Recompute))
@@ -62,8 +62,8 @@ def test_whole_recomputation_keeps_less_than_half():
 
 
 @pytest.mark.parametrize(("streamed", "slots"), [(1, 2), (3, 2), (5, 2), (5, 3), (5, 1)])
-@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING, None])
-def test_streamed_blocks_give_the_same_bits(streamed, slots, rung):
+@pytest.mark.parametrize("level", [Recompute.NOTHING, Recompute.EVERYTHING, None])
+def test_streamed_blocks_give_the_same_bits(streamed, slots, level):
     """Free slots are filled with NaN, so that any read of a slot that does not hold its block shows."""
     model, network = parts.make_model(5)
     wanted = [parts.step(model, network, seed=seed) for seed in range(3)]
@@ -72,7 +72,7 @@ def test_streamed_blocks_give_the_same_bits(streamed, slots, rung):
         preview = model(given.video, given.audio)
     blocks = [model.transformer_blocks[i] for i in spread(5, streamed)]
     streamer = BlockStreamer(blocks, torch.device("cpu"), slots=slots, poison=True)
-    model.run_block = engine(model, [rung] * 5, streamer=streamer)
+    model.run_block = engine(model, [level] * 5, streamer=streamer)
     for seed, (loss, gradients) in enumerate(wanted):
         ours, our_gradients = parts.step(model, network, seed=seed)
         assert ours == loss and parts.largest_difference(our_gradients, gradients) == 0
@@ -136,17 +136,17 @@ CUT_ONLY = "aot_eager_decomp_partition"
 
 
 @pytest.mark.parametrize(
-    ("rung", "backend", "streamed"),
+    ("level", "backend", "streamed"),
     [(Recompute.NOTHING, "inductor", 0), (Recompute.ALL_BUT_ATTENTION, CUT_ONLY, 3), (Recompute.EVERYTHING, CUT_ONLY, 0)],
 )
-def test_one_graph_serves_all_blocks_and_lengths(rung, backend, streamed):
+def test_one_graph_serves_all_blocks_and_lengths(level, backend, streamed):
     """No graph break over four lengths and three blocks, streamed or not."""
     model, network = parts.make_model(3)
     wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True) if streamed else None
-    model.run_block = engine(model, [rung] * 3, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer)
+    model.run_block = engine(model, [level] * 3, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer)
     for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
@@ -220,14 +220,14 @@ def test_grouped_adapters_give_what_single_ones_give(dropout):
     assert abs(base - wanted[0][0]) > 1e-4, "a network that is switched off is off in groups too"
 
 
-@pytest.mark.parametrize("rung", [Recompute.NOTHING, Recompute.EVERYTHING])
-def test_grouped_adapters_compile_to_one_graph(rung):
+@pytest.mark.parametrize("level", [Recompute.NOTHING, Recompute.EVERYTHING])
+def test_grouped_adapters_compile_to_one_graph(level):
     model, network = parts.make_model(2)
     wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
     group_projections(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model.run_block = engine(model, [rung] * 2, compiled=True, backend=CUT_ONLY, sequence_axes=sequence_axes)
+    model.run_block = engine(model, [level] * 2, compiled=True, backend=CUT_ONLY, sequence_axes=sequence_axes)
     for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5
@@ -236,7 +236,7 @@ def test_grouped_adapters_compile_to_one_graph(rung):
 
 @pytest.mark.parametrize(("weight_format", "tolerance"), [("fp8", 0.06), ("int8", 0.02), ("nf4", 1e-5)])
 def test_low_bit_blocks_give_what_their_dequantized_weights_give(weight_format, tolerance):
-    """Streamed, on every rung. What is left is the rounding of activations and gradients to fp8 and int8."""
+    """Streamed, on every recompute level. What is left is the rounding of activations and gradients to fp8 and int8."""
     exact, exact_network = parts.make_model(3)
     low, network = parts.make_model(3)
     for name, module in list(exact.named_modules()):
@@ -248,8 +248,8 @@ def test_low_bit_blocks_give_what_their_dequantized_weights_give(weight_format, 
         low.get_submodule(owner).add_module(leaf, QuantizedLinear(codes, module.bias.data, module.in_features))
     wanted = parts.step(exact, exact_network)
     streamer = BlockStreamer(list(low.transformer_blocks), torch.device("cpu"), slots=2, poison=True)
-    for rung in Recompute:
-        low.run_block = engine(low, [rung] * 3, streamer=streamer)
+    for level in Recompute:
+        low.run_block = engine(low, [level] * 3, streamer=streamer)
         loss, gradients = parts.step(low, network)
         ours, theirs = (torch.cat([one.flatten() for one in found]) for found in (gradients, wanted[1]))
         assert abs(loss - wanted[0]) < tolerance * wanted[0]

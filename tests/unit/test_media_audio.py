@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.media.audio import read_audio
+from musubi_tuner.media.audio import read_audio, resample
 from musubi_tuner.media.probe import probe_sound, probe_video
-from musubi_tuner.media.resample import resample
 from musubi_tuner.media.write import Sound, write_wav
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import ClipSound, beep, break_sound, numbered_frames, write_clip

@@ -8,7 +8,7 @@ import torch
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.plan import SLOTS, Limits, candidates, choose_plan, count_levels, fits, leanest_plan
 from musubi_tuner.memory.step_model import (
-    RUNGS,
+    LEVELS,
     CardRates,
     ModelShape,
     Workload,
@@ -66,8 +66,8 @@ def test_cards_that_share_their_streamed_blocks_do_with_half_of_the_host_memory_
 
 
 def test_each_recompute_level_keeps_less_and_takes_longer():
-    seconds = [sum_of(block_seconds(LARGE, work(), rates(), rung, weight_format="bf16", compiled=True)) for rung in RUNGS]
-    assert seconds == sorted(seconds) and [rung.units for rung in RUNGS] == sorted((rung.units for rung in RUNGS), reverse=True)
+    seconds = [sum_of(block_seconds(LARGE, work(), rates(), level, weight_format="bf16", compiled=True)) for level in LEVELS]
+    assert seconds == sorted(seconds) and [level.units for level in LEVELS] == sorted((level.units for level in LEVELS), reverse=True)
     assert floor_seconds(LARGE, work(), rates()) < 48 * seconds[0]
 
 

@@ -71,7 +71,7 @@ CUT_ONLY = "aot_eager_decomp_partition"
 
 
 @pytest.mark.parametrize(
-    ("rung", "streamed", "more"),
+    ("level", "streamed", "more"),
     [
         (None, 0, {}),
         (Recompute.EVERYTHING, 3, {}),
@@ -81,7 +81,7 @@ CUT_ONLY = "aot_eager_decomp_partition"
         (Recompute.EVERYTHING, 3, {"compiled": True, "backend": CUT_ONLY, "sequence_axes": sequence_axes, "inputs_on_host": True}),
     ],
 )
-def test_recomputed_blocks_drop_what_their_first_run_dropped(rung, streamed, more):
+def test_recomputed_blocks_drop_what_their_first_run_dropped(level, streamed, more):
     """Linears outside the blocks drop too; batches of other seeds have masks of their own."""
     model, network = adapted("lora", rank_dropout="0.5", include_patterns=r"transformer_blocks|patchify_proj|proj_out")
     inputs = [make_input(model, shape, seed) for seed, shape in enumerate(SHAPES[:2])]
@@ -96,7 +96,7 @@ def test_recomputed_blocks_drop_what_their_first_run_dropped(rung, streamed, mor
     assert largest_difference(wanted, gradients([(5,), (5,)])) > 1e-3, "the masks of the two batches differ"
     torch._dynamo.reset()
     streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True)
-    model.run_block = BlockEngine(model.transformer_blocks, [rung] * 3, max_rank=network.max_rank, streamer=streamer, **more)
+    model.run_block = BlockEngine(model.transformer_blocks, [level] * 3, max_rank=network.max_rank, streamer=streamer, **more)
     assert largest_difference(gradients([(5,), (6,)]), wanted) <= (1e-5 if "compiled" in more else 0)
 
 

@@ -15,11 +15,10 @@ from musubi_tuner.cache.store import canonical
 from musubi_tuner.encoding.plan import PlannedClip
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE
-from musubi_tuner.media.audio import read_audio
+from musubi_tuner.media.audio import read_audio, resample
 from musubi_tuner.media.probe import VideoInfo
-from musubi_tuner.media.resample import resample
+from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.transfer import HostCopy, to_host
 
 STORED_DTYPE = torch.bfloat16
 AUDIO_ENCODING = canonical({"stored": str(STORED_DTYPE).removeprefix("torch."), "computed": "float32"})

@@ -16,7 +16,7 @@ from musubi_tuner.encoding.jobs import Job, one_for_each_file
 from musubi_tuner.encoding.pictures import decode_frames, decode_mask, decode_reference, latent_bytes, mask_bytes
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan, PlannedClip
-from musubi_tuner.runtime.transfer import HostCopy, settled, to_host
+from musubi_tuner.runtime.device import HostCopy, settled, to_host
 
 ClipJob = Job[PlannedClip]
 

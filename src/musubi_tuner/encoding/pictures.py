@@ -15,8 +15,8 @@ from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, SPATIAL_SCALE, TEMPORAL
 from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import VideoInfo
 from musubi_tuner.media.video import choose_frames, read_frames
+from musubi_tuner.runtime.device import HostCopy, stacked_on_device, to_host
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.transfer import HostCopy, stacked_on_device, to_host
 
 STORED_DTYPE = torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""Guidance: steering the clean prediction away from weaker predictions of the same moment. Architecture sheet 7.
+"""Guidance: steering the clean prediction away from weaker predictions of the same moment (docs/explanation/model.md, "Sampling").
 
 All of it happens on clean predictions (x0) in float32. Guiding velocities instead gives the same only without the
 rescaling, because the spread of a velocity is not that of an x0.
@@ -40,7 +40,7 @@ OFF = GuidanceScales()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingDefaults:
-    """How a version of the model is sampled unless the user says otherwise."""
+    """How a version of the model is sampled unless the user sets something else."""
 
     steps: int
     video: GuidanceScales

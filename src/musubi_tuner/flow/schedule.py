@@ -14,7 +14,7 @@ MAX_TOKENS, MAX_MU = 4096, 2.05
 
 
 def mu_for_tokens(tokens: int) -> float:
-    """mu(N) = 0.95 + 1.10 (N - 1024) / 3072, linear and not clamped (architecture sheet 6 and 7)."""
+    """mu(N) = 0.95 + 1.10 (N - 1024) / 3072, linear and not clamped (docs/explanation/model.md, "Noise levels")."""
     return BASE_MU + (MAX_MU - BASE_MU) * (tokens - BASE_TOKENS) / (MAX_TOKENS - BASE_TOKENS)
 
 
@@ -72,7 +72,7 @@ def _with_zero(levels: Tensor) -> Tensor:
 
 
 STOCHASTIC_SEED_OFFSET = 10000
-"""The noise of ancestral steps is drawn apart from the initial noise: from the prompt's seed plus this."""
+"""The noise of ancestral steps is drawn separately from the initial noise, from the prompt's seed plus this."""
 
 
 def euler_step(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:

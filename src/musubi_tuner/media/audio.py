@@ -1,5 +1,6 @@
-"""Sound of a file, by the seconds of its container's clock, as stereo."""
+"""The audio of a file, by the seconds of its container's clock, as stereo; and changing its sample rate."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,18 @@ _NO_SEEK = ("mp3", "aac", "adts", "loas")
 """Containers that guess the time of a place."""
 _JUMP_SECONDS = 0.005
 """Stamps that are off by less are rounding, not gaps."""
-_REMEDY = "Mend the stream, or remove it, so that the clip counts as one without sound."
+_REMEDY = "Repair the stream, or remove it, so that the clip counts as one without audio."
 _SIDE = 0.707
 _SURROUND = ("5.1", "7.1")
+_ZERO_CROSSINGS = 6
+_ROLLOFF = 0.99
+_CHUNK = 65536
+"""Output samples of `resample` at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waveform:
-    """Stereo sound."""
+    """Stereo audio."""
 
     samples: Tensor
     """(2, n) float32, about -1..1"""
@@ -61,6 +66,43 @@ def read_audio(path: Path, sound: SoundInfo, start: float, end: float) -> Wavefo
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: its audio stream decodes to NaN or infinity. {_REMEDY}")
     return Waveform(torch.from_numpy(samples[:, :filled]), sound.rate)
+
+
+def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
+    """Change the sample rate by band-limited interpolation; beyond its ends the audio counts as silent.
+
+    Every output sample is the input weighted by a sinc whose band edge is `_ROLLOFF` of the lower rate's, under a Hann window of six zero
+    crossings to each side, as torchaudio's default does (docs/explanation/model.md, "Mel"). With t the distance in zero
+    crossings, |t| < 6:
+
+        h(t) = sin(pi t) / (pi t) * cos(pi t / 12)^2 * edge / from_rate,    edge = 0.99 min(from_rate, to_rate)
+
+    Args:
+        waveform: (..., n) samples at `from_rate`.
+
+    Returns:
+        (..., ceil(n * to_rate / from_rate)) float32 at `to_rate`.
+    """
+    if from_rate == to_rate:
+        return waveform.float()
+    divisor = math.gcd(from_rate, to_rate)
+    source, target = from_rate // divisor, to_rate // divisor
+    edge = _ROLLOFF * min(source, target)
+    reach = math.ceil(_ZERO_CROSSINGS * source / edge)
+    padded = torch.nn.functional.pad(waveform.float(), (reach, reach + 1))
+    length = math.ceil(waveform.shape[-1] * target / source)
+    taps = torch.arange(-reach, reach + 2)
+    chunks = []
+    for start in range(0, length, _CHUNK):
+        ticks = torch.arange(start, min(start + _CHUNK, length)) * source
+        base = ticks // target
+        fraction = (ticks % target).double() / target
+        distance = (taps[None] - fraction[:, None]) * (edge / source)
+        window = torch.cos(distance.clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS) * (math.pi / 2 / _ZERO_CROSSINGS)).square()
+        weights = (torch.sinc(distance) * window * (edge / source)).float()
+        places = (base[:, None] + taps[None] + reach).clamp(max=padded.shape[-1] - 1)
+        chunks.append((padded[..., places] * weights).sum(dim=-1))
+    return torch.cat(chunks, dim=-1) if chunks else waveform.new_zeros(*waveform.shape[:-1], 0)
 
 
 def _blocks(path: Path, container: Any, sound: SoundInfo, start: float, end: float) -> Iterator[tuple[int, np.ndarray]]:
@@ -99,7 +141,8 @@ def _as_float(frame: Any) -> np.ndarray:
 
 
 def _stereo(channels: np.ndarray, layout: Any) -> np.ndarray:
-    """Architecture sheet 4.3: 5.1 and 7.1 by weights that sum to 1, without the bass channel; other layouts averaged."""
+    """5.1 and 7.1 are mixed down by weights that sum to 1, without the bass channel; other layouts are averaged
+    (docs/explanation/model.md, "Mel")."""
     if channels.shape[0] <= 2:
         return np.broadcast_to(channels, (2, channels.shape[1]))
     names = [channel.name for channel in layout.channels]

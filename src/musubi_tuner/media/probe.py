@@ -65,14 +65,14 @@ def probe_video(path: Path) -> VideoInfo:
         if not container.streams.video:
             raise UserError(f"{path}: holds no video stream.")
         stream = container.streams.video[0]
-        stamps, sound = _demux(container, stream)
-        counted = container.format.name == "avi" or None in stamps
-        tick = 1 / (stream.average_rate or Fraction(24)) if counted else stream.time_base
-        stamps = list(range(len(stamps))) if counted else sorted(set(stamps))
+        stored, sound = _demux(container, stream)
+        stamps, tick, counted = sorted({stamp for stamp in stored if stamp is not None}), stream.time_base, False
+        if container.format.name == "avi" or None in stored or tick is None:
+            stamps, tick, counted = list(range(len(stored))), 1 / (stream.average_rate or Fraction(24)), True
         container.seek(0)
         first = next(container.decode(stream), None)
         if first is None or not stamps:
-            raise UserError(f"{path}: not one frame can be decoded. The file is damaged or empty; make it anew or take it out.")
+            raise UserError(f"{path}: not one frame can be decoded. The file is damaged or empty; replace or remove the file.")
         rotation = round(first.rotation / 90) * 90 % 360
         width, height = _displayed_size(first.width, first.height, stream.sample_aspect_ratio, rotation)
         times, fps, variable = _frame_times(stamps, tick, stream.average_rate)
@@ -101,7 +101,7 @@ def probe_sound(path: Path) -> SoundInfo:
 
     with reading(path), av.open(str(path)) as container:
         if not container.streams.audio:
-            raise UserError(f"{path}: holds no audio stream. Take it out of the sound dataset.")
+            raise UserError(f"{path}: holds no audio stream. Remove it from the audio dataset.")
         stream = container.streams.audio[0]
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         return _sound_info(stream, packets)
@@ -118,7 +118,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except av.FFmpegError as error:
         raise UserError(
-            f"{path}: cannot be read ({error}). The file is damaged, truncated or of an unknown kind; make it anew or take it out."
+            f"{path}: cannot be read ({error}). The file is damaged, truncated or of an unknown kind; replace or remove the file."
         ) from error
 
 

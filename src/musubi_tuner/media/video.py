@@ -47,7 +47,7 @@ def read_frames(info: VideoInfo, places: Sequence[int], width: int, height: int)
     if missing:
         raise UserError(
             f"{info.path}: frame {missing[0]} of {len(info.stamps)} does not decode ({len(missing)} such frames). "
-            "The file is damaged or truncated; make it anew or take it out."
+            "The file is damaged or truncated; replace or remove the file."
         )
     return torch.stack([found[place] for place in places])
 

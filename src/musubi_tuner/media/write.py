@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,8 @@ def write_wav(path: Path, sound: Sound) -> None:
             file.setnchannels(sound.samples.shape[0])
             file.setsampwidth(2)
             file.setframerate(sound.rate)
-            file.writeframes(_to_int16(sound.samples).T.contiguous().numpy().tobytes())
+            samples = (sound.samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
+            file.writeframes(samples.T.contiguous().numpy().tobytes())
 
     _replace(path, save)
 
@@ -94,22 +94,11 @@ def _mux(path: Path, frames: Tensor, rate: Fraction, sound: Sound | None) -> Non
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame.cpu().numpy(), format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None:
-            _encode_sound(container, audio, sound)
-
-
-def _encode_sound(container: Any, stream: Any, sound: Sound) -> None:
-    import av
-
-    samples = sound.samples.float().clamp(-1, 1).cpu().numpy()
-    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=stream.layout.name)
-    frame.sample_rate, frame.time_base, frame.pts = sound.rate, Fraction(1, sound.rate), 0
-    container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def _to_int16(samples: Tensor) -> Tensor:
-    return (samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
+        if audio is not None and sound is not None:
+            block = av.AudioFrame.from_ndarray(sound.samples.float().clamp(-1, 1).cpu().numpy(), format="fltp", layout=audio.layout.name)
+            block.sample_rate, block.time_base, block.pts = sound.rate, Fraction(1, sound.rate), 0
+            container.mux(audio.encode(block))
+            container.mux(audio.encode(None))
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:

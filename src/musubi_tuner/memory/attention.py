@@ -22,7 +22,7 @@ def use_attention(name: str, *, masked: bool = True) -> None:
     """Make a kernel the first choice of every attention of this process.
 
     Args:
-        masked: where a mask is given that the kernel cannot take, the others follow; False leaves it alone.
+        masked: there are masks, so the other kernels stand by for one that this kernel cannot take; False leaves it alone.
     """
     others = [kernel for other, kernel in KERNELS.items() if other != name and masked and name != "math"]
     _chosen.close()
@@ -30,7 +30,7 @@ def use_attention(name: str, *, masked: bool = True) -> None:
 
 
 def use_default_attention() -> None:
-    """Torch's own order again."""
+    """Restore torch's own order of kernels."""
     _chosen.close()
 
 

@@ -1,7 +1,16 @@
-"""What a block keeps for its backward pass, and what that pass computes again: a ladder of four rungs, chosen block by block.
+"""Activation (gradient) checkpointing: what a block keeps for its backward pass and what that pass recomputes, in four levels.
 
-A policy looks at each operation and at the shape of its weight. Cheap work between the large matrix products (norms, modulation,
-rotation, activations, the second half of a LoRA) is always computed again.
+    level               kept                                        recomputed besides                       units (2.3)
+    nothing             outputs of frozen linears and attention     -                                           16.8
+    feed_forward        the same without the feed-forward's wide    the feed-forward's first product            12.7
+    all_but_attention   attention outputs                           the other linears                            3.6
+    everything          the block's inputs alone                    attention                                    1.0
+
+Each level keeps less and recomputes more than the one above. A unit is one bf16 tensor of the video stream (memory/step_model.py). The
+inputs of the block are kept on every level; the last one is what is commonly called gradient checkpointing, the three others are selective:
+a policy looks at each operation and at the shape of its weight. Cheap work between the large matrix products (norms, modulation, RoPE,
+activations, the second half of a LoRA) is recomputed on every level, as it costs little time and would be most of the memory: without a
+policy the compiler's partitioner keeps 31.7 units.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +19,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+States = tuple[Tensor | None, Tensor | None]
+"""What a block takes first and returns: (B, N, D) of two streams, None where a stream is absent."""
+
+RunBlock = Callable[..., States]
+"""(block, *states, *inputs) -> the states after the block. Inputs are the same for all blocks; see memory/engine.py."""
 
 _aten = torch.ops.aten
 
@@ -29,20 +45,16 @@ _LINEARS: dict[Any, Callable[[Sequence[Any]], tuple[int, int]]] = {
 
 
 class Recompute(StrEnum):
-    """What the backward pass computes again, least first. Each rung keeps less and computes more than the one before."""
+    """Recompute level of a block: what its backward pass recomputes, least first."""
 
     NOTHING = "nothing"
-    """Outputs of frozen linears and attention are kept."""
     FEED_FORWARD = "feed_forward"
-    """The feed-forward's wide half is computed again."""
     ALL_BUT_ATTENTION = "all_but_attention"
-    """Only attention outputs are kept."""
     EVERYTHING = "everything"
-    """Only the block's inputs are kept: what is commonly called gradient checkpointing."""
 
 
 def register_linear(operation: Any, features: Callable[[Sequence[Any]], tuple[int, int]]) -> None:
-    """Let the ladder treat a custom operation as a frozen linear.
+    """Have the policy treat a custom operation as a frozen linear.
 
     Args:
         features: the operation's arguments -> (inputs, outputs) of its weight.
@@ -50,40 +62,40 @@ def register_linear(operation: Any, features: Callable[[Sequence[Any]], tuple[in
     _LINEARS[operation] = features
 
 
-def keeps(rung: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any]) -> bool:
+def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any]) -> bool:
     """Whether the output of one operation is kept.
 
     Args:
         max_rank: products that contract no more than this are the second half of a LoRA.
     """
-    if rung == Recompute.EVERYTHING:
+    if level == Recompute.EVERYTHING:
         return False
     if operation in ATTENTION_OPS:
         return True
-    if rung == Recompute.ALL_BUT_ATTENTION:
+    if level == Recompute.ALL_BUT_ATTENTION:
         return False
     if operation not in _LINEARS:
         return False
     inputs, outputs = _LINEARS[operation](arguments)
     if inputs <= max_rank:
         return False
-    return not (rung == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
+    return not (level == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 
 
-def checkpointed(rung: Recompute, max_rank: int) -> Callable[..., Any]:
-    """A function that runs `block(*arguments)` on this rung; it compiles as one graph with the block. There is no dropout in a block,
-    so no random state is kept."""
+def checkpointed(level: Recompute, max_rank: int) -> RunBlock:
+    """A function that runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so the state of
+    the random generators is not kept."""
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-        kept = keeps(rung, max_rank, operation, arguments)
+        kept = keeps(level, max_rank, operation, arguments)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def run(block: Callable[..., Any], *arguments: Any) -> Any:
-        assert rung and max_rank > 0  # read here so that compiled code is guarded by them: two rungs never share a graph
+    def run(block: Callable[..., States], *arguments: Any) -> States:
+        assert level and max_rank > 0  # read here so that compiled code is guarded by them: two levels never share a graph
         contexts = partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def run_whole(block: Callable[..., Any], *arguments: Any) -> Any:
+    def run_whole(block: Callable[..., States], *arguments: Any) -> States:
         return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
-    return run_whole if rung == Recompute.EVERYTHING else run
+    return run_whole if level == Recompute.EVERYTHING else run

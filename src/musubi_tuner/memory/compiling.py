@@ -1,10 +1,15 @@
-"""Whether kernels can be compiled on this machine: found out by compiling one, before anything depends on it."""
+"""Whether kernels can be compiled on this machine, found out by compiling one before anything depends on it; small kernels of our own."""
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
@@ -18,7 +23,7 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
 
 @functools.cache
 def compiler_failure(device: torch.device) -> str | None:
-    """What torch's compiler says to one small kernel; None where it runs."""
+    """The error of torch's compiler on one small kernel; None where the kernel runs."""
     x = torch.linspace(0, 1, 64, device=device)
     try:
         result = torch.compile(_small)(x)
@@ -27,8 +32,8 @@ def compiler_failure(device: torch.device) -> str | None:
     return None if torch.allclose(result, _small(x), atol=1e-4) else "a small compiled kernel gives wrong results"
 
 
-def said_by_compiler(error: RuntimeError) -> str | None:
-    """What torch's compiler says; None where the error is another one."""
+def compiler_message(error: RuntimeError) -> str | None:
+    """The first line of an error of torch's compiler; None where the error is of another kind."""
     from torch._dynamo.exc import TorchDynamoException
 
     return first_line(error) if isinstance(error, TorchDynamoException) else None
@@ -39,8 +44,19 @@ def compiles_for(tensor: Tensor) -> bool:
     return tensor.is_cuda and obstacle_to_compiling(tensor.device) is None
 
 
+def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """A chain of small operations on a tensor as one kernel, at any size, where one can be compiled; `function` itself elsewhere."""
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def run(first: Tensor, /, *rest: Rest.args, **named: Rest.kwargs) -> Result:
+        return (compiled() if compiles_for(first) else function)(first, *rest, **named)
+
+    return run
+
+
 def first_line(error: Exception) -> str:
-    """What an error says, in short; of one that wraps another, that one."""
+    """The first line of an error's message; of one that wraps another, of that one."""
     error = getattr(error, "inner_exception", error)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

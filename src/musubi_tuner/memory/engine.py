@@ -1,4 +1,63 @@
-"""Runs a model's blocks in training: recomputation rung, compiled graph and streamed weights of each block in one place."""
+"""Runs a model's blocks in training: recompute level, compiled graph, streamed weights and offloaded inputs of each block, in one place.
+
+A diffusion transformer is a chain of equal blocks, and nearly all memory and time of a training step is theirs. What saves memory
+(activation checkpointing, weight streaming, activation offload) and what saves time (torch.compile) therefore works block by block, and
+from outside: the model states the maths and calls `run_block(block, ...)` where it would call `block(...)`; a `BlockEngine` takes the place
+of that function. Uncompiled, it gives the same bits as the plain model.
+
+The contract of a block
+    `states = block(*states, *inputs)`. The first two arguments are its states, the tensors (B, N, D) of video and audio, None where a
+    stream is absent; it returns the next states. All other arguments are inputs (modulation, text, RoPE, masks), shared by the blocks of a
+    pass. So the states are the only thing that joins one block to the next: they are what a block on the level `everything` keeps, what
+    waits in host memory, and what passes through the gates. Inputs need no gradients as long as adapters sit inside blocks; with states on
+    the host they must not.
+
+A visit of a block, in training with streamed weights: forward goes down, backward comes up.
+
+        forward                                                      backward
+           |                                                            ^
+    before_forward     wait for the copy of its weights                 |
+           |                                                            |
+    entry gate         - - - - - - - - - - - - - - - - - - - - - >  after_backward    its slot takes the streamed block `slots` before it
+           |                                                            ^
+    the block,         - - - what the level keeps - - - - - - - - >  recompute the rest, then gradients
+    compiled                                                            ^
+           |                                                            |
+    exit gate          - - - - - - - - - - - - - - - - - - - - - >  before_backward   wait for the copy of its weights
+           |                                                            ^
+    after_forward      its slot takes the streamed block `slots` after it
+           |                                                            |
+           v  the next block                                            |
+
+Recompute levels (memory/checkpointing.py). What a block keeps for its backward pass is chosen block by block, because memory is spent in
+units of a block: the plan (memory/plan.py) takes the cheapest mixture of levels that fits. None leaves the choice to autograd, or to the
+partitioner of the compiler.
+
+Gates. Autograd runs the backward pass, not our code, so the only way to know that it reaches a block is a node in its graph. A gate passes
+the states through and calls the streamer when its own backward runs. Autograd runs a node once all gradients of its outputs are there. The
+exit gate therefore runs before anything of its block does, recomputation included, and the entry gate runs after the block has its input
+gradients. All reads of frozen weights lie on the way to these (the gradient of an adapter needs none), so the slot may then be overwritten.
+
+Streamed weights (memory/streaming.py). A streamed block's parameters are views of one slot of a small ring on the device, always the same
+one. Their addresses never change, so what autograd saved, and the compiled graph, are valid whenever the slot holds the block again.
+
+One graph for all blocks and lengths. torch.compile keeps a graph for each set of guards: code, and dtype, shape and `requires_grad` of all
+tensors, parameters included. Blocks of one level, weight format and kind of adapter differ in values alone, and so share a graph: compiling
+takes a minute, not 48. Three things would spoil that. The first block's states come from frozen layers and need no gradient, while all
+later ones do: the entry gate adds an anchor, a zero that requires gradients, so that all states do from the first block on (this gate is
+there without a streamer too). Every clip has its own length: `sequence_axes` names the tensors and axes that follow it, and they are marked
+dynamic. The functions of two levels have the same code: they read their level under a guard. `fullgraph` makes a graph break an error
+instead of a slow step.
+
+Passes without gradients have no gates and keep nothing. A teacher's (the base model's prediction, for preservation) come at every step
+while the model trains, and get a compiled graph of their own. Validation and previews come while the model evaluates, too seldom and in too
+many shapes to wait for a compiler, and run the block as it is. No backward pass follows, so the ring of slots turns back to the first
+blocks at the end.
+
+Inputs on the host (memory/offload.py). On the level `everything` the states that each block keeps can wait in pinned host memory. Every
+block is then recomputed as a whole just before its own backward, so the level of the second run concerns one block at a time, and is
+`nothing`.
+"""
 
 import logging
 import weakref
@@ -9,32 +68,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.checkpointing import Recompute, checkpointed
-from musubi_tuner.memory.offload import HostCheckpoint, HostStore, spread_out
+from musubi_tuner.memory.checkpointing import Recompute, RunBlock, States, checkpointed
+from musubi_tuner.memory.offload import HostCheckpoint, HostStore, as_states
 from musubi_tuner.memory.streaming import BlockStreamer
 
 log = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 128
-"""Kinds of blocks (rung, weight format, adapters) times kinds of batches (masks, given frames, absent streams). A run has a few of them;
-torch's own limit of 8 would end it in the middle."""
+"""Kinds of blocks (level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has a few of
+them; torch's own limit of 8 would end it in the middle."""
 
 SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
-"""Arguments of a block -> its tensors whose length follows the clip, and which axis of theirs."""
+"""Arguments of a block (states and inputs) -> its tensors whose length follows the clip, and which axis of theirs."""
 
 
 class BlockEngine:
-    """Takes the place of a model's `run_block`.
-
-    With gradients a block runs on its rung, compiled where wanted: one graph for all blocks of a rung, at every length. Without
-    gradients it is compiled too while the model trains (a teacher's passes come at every step), and runs as it is while the model
-    evaluates: validation and previews come too seldom, and differ too much, to wait for a compiler.
-    """
+    """Takes the place of a model's `run_block`: see the head of this file."""
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        rungs: Sequence[Recompute | None],
+        levels: Sequence[Recompute | None],
         *,
         max_rank: int,
         compiled: bool = False,
@@ -45,84 +99,92 @@ class BlockEngine:
     ) -> None:
         """
         Args:
-            rungs: of each block; None keeps whatever autograd keeps.
+            levels: recompute level of each block; None keeps whatever autograd keeps.
             max_rank: the largest rank of the network.
             backend: of torch.compile.
             sequence_axes: needed where `compiled`.
-            inputs_on_host: blocks are computed again as a whole, and their inputs wait in host memory; rungs then say what the second
-                run keeps for its own moment.
+            inputs_on_host: every block is on the level `everything`, and its states wait in host memory; `levels` are not read.
         """
-        assert len(rungs) == len(blocks)
+        assert len(levels) == len(blocks)
         if inputs_on_host:
-            rungs = [Recompute.NOTHING if compiled else None] * len(blocks)
+            levels = [Recompute.NOTHING if compiled else None] * len(blocks)
         self._store = HostStore() if inputs_on_host else None
-        functions = {rung: _function(rung, max_rank, backend if compiled else None) for rung in set(rungs)}
-        self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
-        self._forward = _function(None, max_rank, backend) if compiled else _run_plain
+        functions = {level: _block_function(level, max_rank, backend if compiled else None) for level in set(levels)}
+        self._run_with_gradients: Mapping[nn.Module, RunBlock] = {
+            block: functions[level] for block, level in zip(blocks, levels, strict=True)
+        }
+        self._run_without_gradients = _block_function(None, max_rank, backend) if compiled else _call
         self._compiled = compiled
-        self._in_block = False
-        if compiled:
-            _tell_of_compiling(self)
         self._axes = sequence_axes
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
+        self._in_compiled_block = False
+        if compiled:
+            _log_compilation(self)
 
-    def __call__(self, block: nn.Module, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Run one block. Its first two arguments are its states, which it returns; the others are the same for all blocks."""
+    def __call__(self, block: nn.Module, first: Tensor | None, second: Tensor | None, /, *inputs: Any) -> States:
+        """Visit one block.
+
+        Args:
+            first, second: its states, (B, N, D) or None.
+            inputs: its other arguments.
+
+        Returns:
+            The states after it.
+        """
         with_gradients = torch.is_grad_enabled()
         if self._streamer is not None:
             self._streamer.before_forward(block)
         if with_gradients:
-            states = self._gate(arguments[:2], block, entering=True)
-            states = self._gate(self._with_gradients(block, states, arguments[2:]), block, entering=False)
+            states = self._gate(block, (first, second), entering=True)
+            states = self._gate(block, self._with_gradients(block, states, inputs), entering=False)
         else:
-            states = self._without_gradients(block)(*arguments)
+            states = self._without_gradients(block)(first, second, *inputs)
         if self._streamer is not None:
             self._streamer.after_forward(block, last=not with_gradients)
         return states
 
-    def _with_gradients(self, block: nn.Module, states: tuple[Tensor | None, ...], rest: tuple) -> tuple:
-        run = partial(self._run_compiled if self._compiled else _run_plain, self._runs[block], block)
+    def _with_gradients(self, block: nn.Module, states: States, inputs: tuple) -> States:
+        run = partial(self._run_marked if self._compiled else _call, self._run_with_gradients[block], block)
         if self._store is None:
-            return run(*states, *rest)
-        present = tuple(tensor is not None for tensor in states)
-        kept = [tensor for tensor in states if tensor is not None]
-        results = HostCheckpoint.apply(self._store, self._without_gradients(block), run, present, rest, *kept)
-        return spread_out(results, present)
+            return run(*states, *inputs)
+        present = (states[0] is not None, states[1] is not None)
+        results = HostCheckpoint.apply(
+            self._store, self._without_gradients(block), run, present, inputs, *(state for state in states if state is not None)
+        )
+        return as_states(results, present)
 
-    def _without_gradients(self, block: nn.Module) -> Callable[..., tuple]:
-        return partial(self._run_compiled, self._forward, block) if self._compiled and block.training else block
+    def _without_gradients(self, block: nn.Module) -> Callable[..., States]:
+        return partial(self._run_marked, self._run_without_gradients, block) if self._compiled and block.training else block
 
-    def _run_compiled(self, run: Callable[..., tuple], block: nn.Module, *arguments: Any) -> tuple:
+    def _run_marked(self, run: RunBlock, block: nn.Module, *arguments: Any) -> States:
+        """Run a compiled function with its lengths marked as dynamic."""
         for tensor, axis in self._axes(*arguments) if self._axes else ():
             torch._dynamo.mark_dynamic(tensor, axis)
-        self._in_block = True
+        self._in_compiled_block = True
         try:
             return run(block, *arguments)
         finally:
-            self._in_block = False
+            self._in_compiled_block = False
 
-    def _gate(self, states: tuple[Tensor | None, ...], block: nn.Module, *, entering: bool) -> tuple[Tensor | None, ...]:
-        """The states, through a node of the graph that tells the streamer of the block's backward pass."""
-        present = [tensor for tensor in states if tensor is not None]
-        if self._streamer is None:
-            if not entering or all(tensor.requires_grad for tensor in present):
-                return states
-            notify = None
-        else:
+    def _gate(self, block: nn.Module, states: States, *, entering: bool) -> States:
+        """The states, through a node of autograd's graph that notifies the streamer of the block's backward pass."""
+        present = [state for state in states if state is not None]
+        if self._streamer is not None:
             notify = self._streamer.after_backward if entering else self._streamer.before_backward
-        passed = _Gate.apply(self._anchor(present[0].device), notify, block, *present)
-        return spread_out(passed, [tensor is not None for tensor in states])
-
-    def _anchor(self, device: torch.device) -> Tensor:
-        """Makes all states require gradients from the first block on, so that one graph serves all blocks."""
+        elif entering and not all(state.requires_grad for state in present):
+            notify = None  # for the anchor alone
+        else:
+            return states
+        device = present[0].device
         if device not in self._anchors:
             self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
-        return self._anchors[device]
+        passed = _Gate.apply(self._anchors[device], notify, block, *present)
+        return as_states(passed, [state is not None for state in states])
 
 
 class _Gate(torch.autograd.Function):
-    """Passes tensors through, and says so in the backward pass once all their gradients are there."""
+    """Passes tensors through, and notifies in the backward pass once all their gradients are there."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, notify: Callable[[nn.Module], None] | None, block: nn.Module, *tensors: Tensor) -> tuple:
@@ -137,34 +199,35 @@ class _Gate(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Callable[..., Any]:
-    run = _run_plain if rung is None else checkpointed(rung, max_rank)
+def _call(block: Callable[..., States], *arguments: Any) -> States:
+    return block(*arguments)
+
+
+def _block_function(level: Recompute | None, max_rank: int, backend: str | None) -> RunBlock:
+    """How blocks of a level are run; compiled where there is a `backend`."""
+    run = _call if level is None else checkpointed(level, max_rank)
     if backend is None:
         return run
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_concerns_us)
+    # Torch warns that a block with a policy must not work in place; ours does not.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_policy_warning)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
     return torch.compile(run, fullgraph=True, backend=backend)
 
 
-def _tell_of_compiling(engine: BlockEngine) -> None:
-    """A pause of a minute has a reason that the user can read."""
-    from torch._dynamo.callback import callback_handler
-
-    known = weakref.ref(engine)
-
-    def tell(_: object) -> None:
-        running = known()
-        if running is not None and running._in_block:
-            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
-
-    callback_handler.register_start_callback(tell)
-
-
-def _concerns_us(record: logging.LogRecord) -> bool:
-    """Torch asks for no operation in place under a checkpoint that chooses; a block has none."""
+def _is_no_policy_warning(record: logging.LogRecord) -> bool:
     return "context_fn is passed" not in record.getMessage()
 
 
-def _run_plain(run: Callable[..., Any], *arguments: Any) -> Any:
-    return run(*arguments)
+def _log_compilation(engine: BlockEngine) -> None:
+    """Log whenever a block is compiled, so that a step of a minute has a reason that the user can read."""
+    from torch._dynamo.callback import callback_handler
+
+    reference = weakref.ref(engine)
+
+    def on_start(_: object) -> None:
+        running = reference()
+        if running is not None and running._in_compiled_block:
+            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
+
+    callback_handler.register_start_callback(on_start)

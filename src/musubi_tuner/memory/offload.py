@@ -1,4 +1,10 @@
-"""Whole recomputation whose kept block inputs wait in host memory instead of on the device."""
+"""Activation offload: whole blocks are recomputed, and the states that each block keeps wait in host memory instead of on the device.
+
+With every block on the level `everything` a step still keeps the states of each block: one unit (memory/step_model.py) a block, 48 of them
+for the longest time of all activations. Their order is known, last in and first out, so they travel like streamed weights
+(memory/streaming.py): on a stream of their own, into pinned memory, ordered by events, the states of the next block coming back while this
+one is recomputed. On the device there are never more than those of two blocks.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.memory.checkpointing import States
+
 
 @dataclass(slots=True)
 class _Kept:
@@ -14,14 +22,13 @@ class _Kept:
 
     host: Tensor
     device: torch.device
-    dtype: torch.dtype
     stored: torch.cuda.Event | None = None
     back: Tensor | None = None
     fetched: torch.cuda.Event | None = None
 
 
 class HostStore:
-    """Last in, first out. Copies run on a stream of their own; while one block is computed again, the inputs of the next come back."""
+    """States of blocks on the host, last in and first out; buffers are used again for tensors of the same shape."""
 
     def __init__(self) -> None:
         self._outstanding: list[tuple[_Kept, ...]] = []
@@ -34,17 +41,14 @@ class HostStore:
         return kept
 
     def take(self, kept: tuple[_Kept, ...]) -> list[Tensor]:
-        """The tensors on their device again; their host buffers are free for others."""
-        for one in kept:
-            self._fetch(one)
+        """The tensors, back on their device; begins to fetch those that were put before them, which are wanted next."""
+        tensors = [self._fetch(one) for one in kept]
         self._outstanding = [other for other in self._outstanding if other is not kept]
         for one in self._outstanding[-1] if self._outstanding else ():
             self._fetch(one)
-        tensors = []
         for one in kept:
             if one.fetched is not None:
                 torch.cuda.current_stream(one.device).wait_event(one.fetched)
-            tensors.append(one.back)
             self._free.setdefault((one.host.shape, one.host.dtype), []).append(one.host)
         return tensors
 
@@ -52,7 +56,7 @@ class HostStore:
         free = self._free.get((tensor.shape, tensor.dtype))
         cuda = tensor.is_cuda
         host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
-        kept = _Kept(host, tensor.device, tensor.dtype)
+        kept = _Kept(host, tensor.device)
         if not cuda:
             host.copy_(tensor)
             return kept
@@ -65,52 +69,65 @@ class HostStore:
         tensor.record_stream(self._stream)
         return kept
 
-    def _fetch(self, one: _Kept) -> None:
+    def _fetch(self, one: _Kept) -> Tensor:
+        """Begin to copy it back, unless that has begun."""
         if one.back is not None:
-            return
+            return one.back
         if one.stored is None:
             one.back = one.host.clone()
-            return
+            return one.back
         with torch.cuda.stream(self._stream):
             one.back = one.host.to(one.device, non_blocking=True)
             one.fetched = torch.cuda.Event()
             one.fetched.record(self._stream)
         one.back.record_stream(torch.cuda.current_stream(one.device))
+        return one.back
 
 
 class HostCheckpoint(torch.autograd.Function):
-    """Runs a block without gradients, keeps its inputs in `store`, and runs it again in the backward pass.
+    """Runs a block without gradients, keeps its states in a store, and runs it again in the backward pass.
 
-    Gradients of the block's parameters are accumulated by the second run itself.
+    `torch.utils.checkpoint` would keep the states on the device. Gradients of the block's parameters are accumulated by the backward pass
+    within this one; no gradient is passed to the block's other inputs.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         store: HostStore,
-        plain: Callable[..., Any],
-        run: Callable[..., Any],
-        present: tuple[bool, ...],
-        rest: tuple,
+        run_without_gradients: Callable[..., States],
+        run: Callable[..., States],
+        present: tuple[bool, bool],
+        inputs: tuple,
         *states: Tensor,
     ) -> tuple:
-        ctx.run, ctx.store, ctx.present, ctx.rest = run, store, present, rest
+        """
+        Args:
+            run_without_gradients, run: (*states, *inputs) -> states; the block in the first and in the second run.
+            present, states: which of the two states there are, and those.
+            inputs: the block's other arguments.
+
+        Returns:
+            The next states, those that are present.
+        """
+        ctx.run, ctx.store, ctx.present, ctx.inputs = run, store, present, inputs
         ctx.kept = store.put(states)
         with torch.no_grad():
-            results = plain(*spread_out(states, present), *rest)
+            results = run_without_gradients(*as_states(states, present), *inputs)
         return tuple(result for result in results if result is not None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         states = [tensor.detach().requires_grad_() for tensor in ctx.store.take(ctx.kept)]
         with torch.enable_grad():
-            results = [one for one in ctx.run(*spread_out(states, ctx.present), *ctx.rest) if one is not None]
+            results = [one for one in ctx.run(*as_states(states, ctx.present), *ctx.inputs) if one is not None]
         pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None]
         torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
         return (None, None, None, None, None, *(state.grad for state in states))
 
 
-def spread_out(tensors: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """`tensors` at the places that are `present`, None at the others."""
+def as_states(tensors: Sequence[Tensor], present: Sequence[bool]) -> States:
+    """The tensors of the streams that are `present`, None for the others."""
     remaining = iter(tensors)
-    return tuple(next(remaining) if there else None for there in present)
+    first, second = (next(remaining) if there else None for there in present)
+    return first, second

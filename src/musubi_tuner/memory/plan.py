@@ -1,4 +1,31 @@
-"""Chooses how a model is held and run on a card: weight format, streamed blocks, recomputation, host memory. Plain numbers in and out."""
+"""Chooses how a model is held and run on a card: weight format, streamed blocks, recompute levels, place of block inputs. Plain numbers in
+and out, so that any card can be planned for on any machine.
+
+The terms of a plan, for B blocks of which S are streamed through `slots` slots and Q are left unquantized (placement/planning.py draws
+where they lie and says what each choice trades):
+
+    device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format
+                    + trainable weights * (ADAPTER_BYTES + optimizer states)
+                    + sum over the blocks of what their level keeps              (2 units where block inputs are on the host)
+                    + what the block in flight holds + TRANSIENT_UNITS
+
+    host bytes      S blocks in the weight format, divided by the processes that share them
+                    + what the blocks keep, where block inputs are on the host
+
+    seconds         sum of forward + sum of backward of the blocks at their levels + stalls
+
+    stalls          max(0, copies - forward) + max(0, copies - backward)
+
+What the block in flight holds: a block on `everything` has just recomputed all that the level `nothing` keeps. One block on the other
+levels counts once more beside what it keeps, for what it recomputes. TRANSIENT_UNITS are the temporaries of its backward pass.
+
+Stalls: (S - slots) blocks are copied in each direction, and block inputs once to the host and once back. Copies run beside the computation
+of the whole direction, evenly spread over it, so only what they take longer is waited for.
+
+Units, the seconds of a block and the sources of all numbers are in memory/step_model.py. The whole space is enumerated: two neighboring
+levels at most are mixed, which leaves about seven thousand plans for each weight format of 48 blocks. The prediction is verified by trial
+steps (placement/prove.py), after which a plan that does not fit is made again for less.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -6,7 +33,7 @@ from dataclasses import dataclass
 
 from musubi_tuner.memory.step_model import (
     BYTES_PER_WEIGHT,
-    RUNGS,
+    LEVELS,
     TRANSIENT_UNITS,
     BlockSeconds,
     CardRates,
@@ -30,7 +57,7 @@ class Limits:
 
     device_bytes: int
     host_bytes: int
-    """For pinned weights and activations, beside what the process and its loaders take."""
+    """For pinned weights and activations, in addition to what the process and its loaders take."""
     formats: tuple[str, ...]
     """Formats to choose among, in the compute dtype's name or fewer bits."""
     compute_bytes: int = 2
@@ -89,18 +116,18 @@ def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limi
     """Every combination of format, number of streamed blocks, mixture of two neighboring recompute levels, and place of block inputs."""
     for weight_format in limits.formats:
         seconds = {
-            rung.name: block_seconds(shape, work, rates, rung, weight_format=weight_format, compiled=limits.compiled) for rung in RUNGS
+            level.name: block_seconds(shape, work, rates, level, weight_format=weight_format, compiled=limits.compiled) for level in LEVELS
         }
         most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
         for streamed in [limits.streamed] if limits.streamed is not None else range(most + 1):
             for levels in _mixtures(shape.blocks, limits.level):
-                for inputs_on_host in (False, True) if levels[0] == levels[-1] == RUNGS[-1].name else (False,):
+                for inputs_on_host in (False, True) if levels[0] == levels[-1] == LEVELS[-1].name else (False,):
                     yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, seconds)
 
 
 def _mixtures(blocks: int, fixed: str | None) -> Iterator[tuple[str, ...]]:
     """The first blocks recompute more: what they keep would be kept longest."""
-    names = [rung.name for rung in RUNGS]
+    names = [level.name for level in LEVELS]
     if fixed is not None:
         yield (fixed,) * blocks
         return
@@ -130,9 +157,9 @@ def _plan(
     )
     device += work.trainable * (ADAPTER_BYTES + work.optimizer_bytes)
     unit = unit_bytes(shape, work)
-    kept_units = {rung.name: rung.units for rung in RUNGS}
+    kept_units = {level.name: level.units for level in LEVELS}
     stored = sum(kept_units[name] for name in levels) * unit
-    deepest = max(kept_units[name] if name != RUNGS[-1].name else RUNGS[0].units for name in levels)
+    deepest = max(kept_units[name] if name != LEVELS[-1].name else LEVELS[0].units for name in levels)
     host = streamed * low_block / limits.sharers
     if inputs_on_host:
         host += stored
@@ -160,4 +187,4 @@ def _plan(
 
 def count_levels(plan: Plan) -> dict[str, int]:
     """{recompute level: blocks on it}, least recomputation first."""
-    return {rung.name: plan.levels.count(rung.name) for rung in RUNGS if rung.name in plan.levels}
+    return {level.name: plan.levels.count(level.name) for level in LEVELS if level.name in plan.levels}

@@ -1,13 +1,29 @@
 """Operations, bytes and seconds of one training step, from plain numbers: what the planner decides by and the benchmark compares with.
 
-Counts were checked against dispatch-mode counts of the real block (docs/development/benchmarks.md). A unit is one bf16 tensor of the
-video stream: tokens * video width * 2 bytes.
+    forward of a block     linears / rate + attention / rate + adapters + TRAFFIC_FORWARD units / bandwidth
+    backward of a block    input gradients / rate + 2.5 attention / rate + 2 adapters + TRAFFIC_BACKWARD units / bandwidth
+                           + what its level recomputes
+
+The backward pass of frozen linears costs as much as their forward pass, not twice as much, as weights need no gradients. Traffic is what
+the operations between the large products read and write; it takes time of its own, because nothing is computed meanwhile.
+
+A unit is one bf16 tensor (B, N, D) of both streams' states: tokens * width * 2 bytes. Memory and traffic of everything that is as long as
+the clip are multiples of it, so one count holds for all sizes and widths.
+
+Where the numbers come from:
+
+* Operations: from the widths of the linears (docs/explanation/model.md, "Blocks"), checked in
+  tests/unit/test_memory_plan.py.
+* Units kept at each level: counted on the compiled graphs of a real-size block of 2.3 without running them (benchmarks/block_counts.py,
+  docs/development/benchmarks.md). tests/unit/test_block_budgets.py fails where the block departs from them.
+* Traffic and TRANSIENT_UNITS: estimates, which no card has been measured against yet.
+* Rates of the card: measured when a run starts, in a quarter of a second (memory/card.py).
 """
 
 from dataclasses import dataclass
 
 ATTENTION_BACKWARD = 2.5
-"""Floating point operations of attention's backward pass over those of its forward pass: scores are computed again."""
+"""Floating point operations of attention's backward pass over those of its forward pass: scores are recomputed."""
 
 _NF4_BYTES = 0.5 + 2 / 64
 BYTES_PER_WEIGHT = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": _NF4_BYTES}
@@ -19,26 +35,26 @@ TRAFFIC_EAGER = 2.6
 TRAFFIC_QUANTIZED = 8.0
 """Units more in each direction where activations are quantized."""
 TRANSIENT_UNITS = 12.0
-"""Backward temporaries of the block in flight, beside what it keeps."""
+"""Backward temporaries of the block in flight, in addition to what it keeps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
-    """What one rung of the recomputation ladder keeps and costs."""
+class Level:
+    """What one recompute level (memory/checkpointing.py) keeps and costs."""
 
     name: str
     units: float
     """Kept for each block, its input included."""
-    linear_again: float
-    """Share of the forward pass's frozen products that is computed again."""
-    attention_again: bool
+    linears_recomputed: float
+    """Share of the forward pass's frozen products that is recomputed."""
+    attention_recomputed: bool
 
 
-RUNGS = (
-    Rung("nothing", 16.8, 0.0, False),
-    Rung("feed_forward", 12.7, 0.25, False),
-    Rung("all_but_attention", 3.6, 0.75, False),
-    Rung("everything", 1.0, 0.75, True),
+LEVELS = (
+    Level("nothing", 16.8, 0.0, False),
+    Level("feed_forward", 12.7, 0.25, False),
+    Level("all_but_attention", 3.6, 0.75, False),
+    Level("everything", 1.0, 0.75, True),
 )
 """Units counted on the compiled block of 2.3 (tests/unit/test_block_budgets.py). The feed-forward's second product is in none: nobody
 needs its output."""
@@ -75,7 +91,7 @@ class Workload:
 
 
 def linear_operations(shape: ModelShape, work: Workload) -> float:
-    """Of one block's frozen linears in the forward pass (architecture sheet 2.6 for the widths)."""
+    """Of one block's frozen linears in the forward pass (docs/explanation/model.md, "Blocks", for the widths)."""
     d, a = shape.video_dim, shape.audio_dim
     video = (14 * d * d + 4 * d * a) * work.video_tokens
     audio = (14 * a * a + 4 * a * a) * work.audio_tokens
@@ -90,7 +106,7 @@ def gradient_operations(shape: ModelShape, work: Workload) -> float:
 
 
 def attention_operations(shape: ModelShape, work: Workload) -> float:
-    """Of one block's attention in the forward pass, clips apart."""
+    """Of one block's attention in the forward pass, each clip by itself."""
     v, a, t = work.video_tokens / work.clips, work.audio_tokens / work.clips, work.text_tokens
     video = 4 * v * (v + t) * shape.video_dim
     audio = 4 * (a * a + a * t + 2 * v * a) * shape.audio_dim
@@ -113,7 +129,7 @@ class CardRates:
 
     bf16: float
     low_bit: float
-    """fp8 or int8 products, quantizing apart; that of bf16 where the card has neither."""
+    """fp8 or int8 products, without quantizing; that of bf16 where the card has neither."""
     attention_forward: float
     attention_backward: float
     bandwidth: float
@@ -128,7 +144,7 @@ class BlockSeconds:
     backward: float
 
 
-def block_seconds(shape: ModelShape, work: Workload, rates: CardRates, rung: Rung, *, weight_format: str, compiled: bool) -> BlockSeconds:
+def block_seconds(shape: ModelShape, work: Workload, rates: CardRates, level: Level, *, weight_format: str, compiled: bool) -> BlockSeconds:
     """Products, attention and traffic one after the other."""
     low = weight_format in ("fp8", "int8")
     rate = rates.low_bit if low else rates.bf16
@@ -139,8 +155,8 @@ def block_seconds(shape: ModelShape, work: Workload, rates: CardRates, rung: Run
     unpacking = shape.block_weights * (BYTES_PER_WEIGHT["nf4"] + 2 * 2) / rates.bandwidth if weight_format == "nf4" else 0.0
     forward = linear / rate + attention / rates.attention_forward + adapters + TRAFFIC_FORWARD * traffic + quantizing + unpacking
     backward = gradient / rate + ATTENTION_BACKWARD * attention / rates.attention_backward + 2 * adapters
-    backward += TRAFFIC_BACKWARD * traffic + quantizing + unpacking + rung.linear_again * linear / rate
-    if rung.attention_again:
+    backward += TRAFFIC_BACKWARD * traffic + quantizing + unpacking + level.linears_recomputed * linear / rate
+    if level.attention_recomputed:
         backward += attention / rates.attention_forward + TRAFFIC_FORWARD * traffic
     return BlockSeconds(forward=forward, backward=backward)
 

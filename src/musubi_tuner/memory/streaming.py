@@ -1,8 +1,27 @@
-"""Streaming the frozen weights of some blocks from host memory through a small ring of device buffers.
+"""Weight streaming (block swap): the frozen weights of some blocks lie in host memory and pass through a small ring of device buffers.
 
-Weights only ever travel to the device. Each streamed block has one contiguous host buffer, pinned where there is a GPU, and the
-block's tensors are views of one fixed slot of the ring, so a tensor that autograd or a compiled graph has saved is right again as
-soon as the slot holds the block again. Copies run on a stream of their own and are ordered by events: the host never waits.
+    Five streamed blocks, two slots; "<2" is a copy of block 2 on its way to the slot:
+
+                     forward                              backward                       next step
+        computes     0      1      2      3      4    |   4      3      2      1      0    |    0
+        slot 0       0      <2     2      <4     4    |   4      <2     2      <0     0    |    0
+        slot 1       1      1      <3     3      3    |   3      3      <1     1      1    |    1
+
+Block n always has slot n modulo the number of slots. Once a block has been computed, its slot takes the streamed block that is `slots`
+ahead in the direction of the pass, and that copy hides behind the computing of the blocks between. At the turn nothing is copied: the last
+blocks of the forward pass are the first of the backward pass, and the last of that are the first of the next step. With S streamed blocks
+each direction copies S - slots of them. A pass without gradients has no way back, so at its end the slots take the first blocks again.
+`spread` chooses which blocks are streamed: evenly, so that each copy has the same number of resident blocks to hide behind.
+
+Frozen weights never change, so they only ever travel to the device. Each block has one contiguous host buffer (memory/regions.py), pinned
+where there is a GPU: one large copy, asynchronous, at the full rate of the bus. Copies run on a stream of their own. The copy stream waits
+for what the compute stream still reads of the slot, the compute stream waits for the event of the copy, and the host waits for neither.
+
+The parameters of a block are views of its slot for as long as the streamer lives, instead of new tensors at every visit: autograd may save
+them, and a compiled graph may hold their addresses, and both are right again as soon as the slot holds the block again. Autograd does not
+believe that: it counts the writes to a tensor and refuses a saved one that was written to since. Slots are therefore written through
+`.data`, which that count does not see. This also switches off the check, so tests have free slots overwritten with NaN (`poison`): a read
+of the wrong weights shows.
 """
 
 import itertools
@@ -13,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.region import Region, aligned
+from musubi_tuner.memory.regions import Region, aligned
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -40,13 +59,13 @@ class _Slot:
 
 
 def spread(blocks: int, streamed: int) -> list[int]:
-    """Which of `blocks` are streamed: `streamed` of them, evenly spread, so that every copy has about the same time to hide in."""
+    """Which of `blocks` are streamed: `streamed` of them, evenly spread."""
     assert 0 <= streamed <= blocks
     return [(2 * i + 1) * blocks // (2 * streamed) for i in range(streamed)]
 
 
 class BlockStreamer:
-    """Brings each streamed block's weights to its slot before they are read, in both directions of the pass."""
+    """Brings the weights of each streamed block to its slot before they are read, in both directions of the pass."""
 
     def __init__(
         self,
@@ -68,16 +87,17 @@ class BlockStreamer:
         """
         self._device = device
         self._poison = poison
-        self._cuda = device.type == "cuda"
         self._order = {block: number for number, block in enumerate(blocks)}
         regions = Region.of_own(map(_frozen_bytes, blocks)) if regions is None else regions
         self._places = [_layout(block, region) for block, region in zip(blocks, regions, strict=True)]
-        self._host = [_pack(places, region, pinned=self._cuda) for places, region in zip(self._places, regions, strict=True)]
-        self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._host = [_pack(places, region, pinned=device.type == "cuda") for places, region in zip(self._places, regions, strict=True)]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         size = max((buffer.numel() for buffer in self._host), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
         for number, places in enumerate(self._places):
-            _view(places, self._slot(number).buffer)
+            buffer = self._slot(number).buffer
+            for place in places:
+                _set(place, buffer[place.start : place.end].view(place.dtype).view(place.shape))
 
     @property
     def host_bytes(self) -> int:
@@ -93,7 +113,7 @@ class BlockStreamer:
     def after_forward(self, block: nn.Module, *, last: bool) -> None:
         """
         Args:
-            last: no backward pass follows: at its end the ring turns back to the first blocks.
+            last: no backward pass follows, so at the end the ring turns back to the first blocks.
         """
         number = self._order.get(block)
         if number is None:
@@ -123,7 +143,7 @@ class BlockStreamer:
             for first in range(len(self._slots)):
                 self._load(first)
         slot = self._slot(number)
-        if slot.holds != number:  # after an interrupted pass: the order starts anew
+        if slot.holds != number:  # after an interrupted pass
             self._load(number)
         if slot.loaded is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.loaded)
@@ -139,8 +159,8 @@ class BlockStreamer:
     def _load(self, number: int) -> None:
         slot, host = self._slot(number), self._host[number]
         slot.holds = number
-        # `.data` keeps autograd's version counter: saved views of the slot are valid whenever it holds their block.
-        if not self._cuda:
+        # `.data` leaves autograd's version counter alone: see the head of this file.
+        if self._copies is None:
             slot.buffer.data[: host.numel()].copy_(host)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))  # whatever has read, or had, this memory before
@@ -172,7 +192,7 @@ def _layout(block: nn.Module, region: Region) -> list[_Place]:
 
 
 def _pack(places: Sequence[_Place], region: Region, *, pinned: bool) -> Tensor:
-    """The region's memory with all tensors in it; those that had memory of their own let go of it one by one."""
+    """The region's memory with all tensors in it; those that had memory of their own release it one by one."""
     total = aligned(max(place.end for place in places))
     buffer = region.bytes[:total]
     assert buffer.numel() == total, "a region has room for what adapters add"
@@ -194,17 +214,13 @@ def _pin(buffer: Tensor) -> None:
         UserError: the system does not let so much memory be pinned.
     """
     runtime, size = torch.cuda.cudart(), buffer.numel()
+    assert runtime is not None  # there is a GPU
     if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
         raise UserError(
             f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
             "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
         )
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
-
-
-def _view(places: Sequence[_Place], buffer: Tensor) -> None:
-    for place in places:
-        _set(place, buffer[place.start : place.end].view(place.dtype).view(place.shape))
 
 
 def _set(place: _Place, tensor: Tensor) -> None:

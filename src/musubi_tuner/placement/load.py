@@ -17,8 +17,7 @@ from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
-from musubi_tuner.memory.region import Region
-from musubi_tuner.memory.sharing import Gather, share_regions
+from musubi_tuner.memory.regions import Gather, Region, share_regions
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper

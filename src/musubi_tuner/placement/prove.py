@@ -12,8 +12,8 @@ import torch
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.memory.attention import fastest_attention, use_attention
-from musubi_tuner.memory.compiling import said_by_compiler
-from musubi_tuner.memory.sharing import can_share, processes_here
+from musubi_tuner.memory.compiling import compiler_message
+from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
@@ -115,7 +115,7 @@ def _in_all(group: Processes, run: Callable[[], Result]) -> Result:
         result = run()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         out_of_memory = isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
-        compiler = None if out_of_memory else said_by_compiler(error)
+        compiler = None if out_of_memory else compiler_message(error)
         if compiler is None and not out_of_memory:
             raise
         failed = True

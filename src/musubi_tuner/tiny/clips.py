@@ -1,6 +1,6 @@
 """Small clips with sound, made by real codecs: for the quickstart and for tests.
 
-A disc travels over a colored ground, and a tone rises and falls with its height; `numbered_frames` can be told apart after any codec.
+A disc travels over a colored ground, and a tone rises and falls with its height; `numbered_frames` can be identified after any codec.
 """
 
 import math
@@ -147,7 +147,7 @@ def break_sound(path: Path) -> None:
     import av
 
     with av.open(str(path)) as container:
-        places = [(packet.pos, packet.size) for packet in container.demux(container.streams.audio[0]) if packet.size]
+        places = [(packet.pos, packet.size) for packet in container.demux(container.streams.audio[0]) if packet.pos is not None]
     noise = np.random.default_rng(0)
     with path.open("r+b") as file:
         for position, size in places:

@@ -11,8 +11,8 @@ import torch.distributed
 from torch import Tensor
 
 from musubi_tuner.config.losses import SoundOptions
+from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.transfer import HostCopy, to_host
 from musubi_tuner.training.objective import ItemLosses
 
 _STDERR = 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musubi_tuner.runtime.transfer import to_device
+from musubi_tuner.runtime.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
