@@ -7,9 +7,10 @@ rotation, activations, the second half of a LoRA) is always computed again.
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
@@ -26,6 +27,18 @@ _LINEARS: dict[Any, Callable[[Sequence[Any]], tuple[int, int]]] = {
     _aten.addmm.default: lambda arguments: tuple(arguments[2].shape),
 }
 """{operation: its arguments -> (inputs, outputs) of its weight}."""
+
+
+States = tuple[Tensor | None, Tensor | None]
+"""What a block takes and returns: (B, N, D) of two streams, None where a stream is absent."""
+
+
+class Run(Protocol):
+    """Runs a block. `inputs` is whatever it reads beside its states, the same for all blocks; it takes no gradient."""
+
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        """The next states."""
+        ...
 
 
 class Recompute(StrEnum):
@@ -70,20 +83,19 @@ def keeps(rung: Recompute, max_rank: int, operation: Any, arguments: Sequence[An
     return not (rung == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 
 
-def checkpointed(rung: Recompute, max_rank: int) -> Callable[..., Any]:
-    """A function that runs `block(*arguments)` on this rung; it compiles as one graph with the block. There is no dropout in a block,
-    so no random state is kept."""
+def checkpointed(rung: Recompute, max_rank: int) -> Run:
+    """Runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so no random state is kept."""
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
         kept = keeps(rung, max_rank, operation, arguments)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def run(block: Callable[..., Any], *arguments: Any) -> Any:
-        assert rung and max_rank > 0  # read here so that compiled code is guarded by them: two rungs never share a graph
+    def run(block: nn.Module, states: States, inputs: Any) -> States:
+        assert rung and max_rank > 0  # read here so that compiled code is guarded by them: two levels never share a graph
         contexts = partial(create_selective_checkpoint_contexts, policy)
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def run_whole(block: Callable[..., Any], *arguments: Any) -> Any:
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    def run_whole(block: nn.Module, states: States, inputs: Any) -> States:
+        return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False)
 
     return run_whole if rung == Recompute.EVERYTHING else run

@@ -1,35 +1,59 @@
-"""Runs a model's blocks in training: recomputation rung, compiled graph and streamed weights of each block in one place."""
+"""Runs the blocks of a model in training: recompute level, compiled graph and streamed weights of each block, in one place.
+
+The model file states the arithmetic and calls `run_block(block, states, inputs)` for each of its blocks. It knows nothing of memory; the
+engine takes the place of that call. One visit of a block:
+
+                     gate in                  the block                  gate out
+    forward  states ────>────  its weights are  ──>──  its slot takes a  ────>────  next states
+                               in their slot           later block
+    backward         ────<────  its slot takes an  ──<──  its weights are ────<────
+                                earlier block             there again
+
+What is kept for the backward pass. Left to itself, one compiled block of 2.3 keeps some thirty times the size of its input, and there are
+48 of them. So each block has a recompute level (activation checkpointing, memory/checkpointing.py): how much it keeps, and how much its
+backward pass computes again. Levels differ from block to block, because a mixture that just fits is faster than the next level everywhere.
+Where every block recomputes everything, even the blocks' inputs can wait in host memory (memory/offload.py).
+
+Gates. The weights of a streamed block (memory/streaming.py) must be in their slot when the backward pass comes to the block, and may leave
+it no sooner than that pass is done with them. Autograd alone knows when that is. So the states go through an identity on the way in and
+another on the way out, whose backward passes are these two moments: the gate out is the first node of the block that autograd reaches, and
+the gate in is the last, because of the nodes that are ready autograd runs the one first that was made last. Gates stand outside of the
+compiled graph, which therefore knows nothing of streaming.
+
+One graph for all blocks. Compiling a block takes up to a minute, so 48 graphs are out of the question. A compiled function serves whatever
+passes its guards, and blocks differ in nothing that is guarded: they have no index, weights are inputs of the graph, and the axes that
+follow the clip are marked as dynamic. Whether the states require gradients is guarded too; those of the first block do not by themselves,
+so a gate ties them to a constant that does (`_anchor`). Levels are guarded on purpose: each has a graph of its own.
+
+Passes without gradients keep nothing, so levels mean nothing to them. Those of a teacher come with every training step and are compiled,
+which makes one more graph. Those of validation and previews, where the model evaluates, come too seldom and differ too much to wait for a
+compiler. No backward pass follows, so behind the last streamed blocks the slots turn back to the first ones.
+"""
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.memory.checkpointing import Recompute, checkpointed
-from musubi_tuner.memory.offload import HostCheckpoint, HostStore, spread_out
+from musubi_tuner.memory.checkpointing import Recompute, Run, States, checkpointed
+from musubi_tuner.memory.offload import HostStore, run_from_host, spread_out
 from musubi_tuner.memory.streaming import BlockStreamer
 
 log = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 128
-"""Kinds of blocks (rung, weight format, adapters) times kinds of batches (masks, given frames, absent streams). A run has a few of them;
-torch's own limit of 8 would end it in the middle."""
+"""Kinds of blocks (recompute level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has
+a few of them; torch's own limit of 8 would end it in the middle."""
 
-SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
-"""Arguments of a block -> its tensors whose length follows the clip, and which axis of theirs."""
+SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
+"""(states, inputs) of a block -> their tensors whose length follows the clip, and which axis of theirs."""
 
 
 class BlockEngine:
-    """Takes the place of a model's `run_block`.
-
-    With gradients a block runs on its rung, compiled where wanted: one graph for all blocks of a rung, at every length. Without
-    gradients it is compiled too while the model trains (a teacher's passes come at every step), and runs as it is while the model
-    evaluates: validation and previews come too seldom, and differ too much, to wait for a compiler.
-    """
+    """Takes the place of a model's `run_block`."""
 
     def __init__(
         self,
@@ -45,77 +69,55 @@ class BlockEngine:
     ) -> None:
         """
         Args:
-            rungs: of each block; None keeps whatever autograd keeps.
+            rungs: recompute level of each block; None keeps whatever autograd keeps.
             max_rank: the largest rank of the network.
             backend: of torch.compile.
             sequence_axes: needed where `compiled`.
-            inputs_on_host: blocks are computed again as a whole, and their inputs wait in host memory; rungs then say what the second
-                run keeps for its own moment.
+            inputs_on_host: every block recomputes everything, and its input waits in host memory; `rungs` is left aside, as what the
+                second run keeps is there for a moment only.
         """
         assert len(rungs) == len(blocks)
         if inputs_on_host:
             rungs = [Recompute.NOTHING if compiled else None] * len(blocks)
         self._store = HostStore() if inputs_on_host else None
-        functions = {rung: _function(rung, max_rank, backend if compiled else None) for rung in set(rungs)}
-        self._runs: Mapping[nn.Module, Callable[..., Any]] = {block: functions[rung] for block, rung in zip(blocks, rungs, strict=True)}
-        self._forward = _function(None, max_rank, backend) if compiled else _run_plain
-        self._compiled = compiled
-        self._in_block = False
-        if compiled:
-            _tell_of_compiling(self)
-        self._axes = sequence_axes
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
+        runs: dict[Recompute | None, Run] = {rung: _run_plain if rung is None else checkpointed(rung, max_rank) for rung in set(rungs)}
+        self._without_gradients: Run = _run_plain
+        if compiled:
+            _allow_many_graphs()
+            runs = {rung: _Compiled(run, backend, sequence_axes) for rung, run in runs.items()}
+            self._without_gradients = _Compiled(_run_plain, backend, sequence_axes)
+        self._runs = {block: runs[rung] for block, rung in zip(blocks, rungs, strict=True)}
 
-    def __call__(self, block: nn.Module, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Run one block. Its first two arguments are its states, which it returns; the others are the same for all blocks."""
-        with_gradients = torch.is_grad_enabled()
-        if self._streamer is not None:
-            self._streamer.before_forward(block)
-        if with_gradients:
-            states = self._gate(arguments[:2], block, entering=True)
-            states = self._gate(self._with_gradients(block, states, arguments[2:]), block, entering=False)
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        """The block's next states. `inputs` is whatever it reads beside them, and takes no gradient."""
+        streamer, learns = self._streamer, torch.is_grad_enabled()
+        plain = self._without_gradients if block.training else _run_plain
+        if streamer is not None:
+            streamer.before_forward(block)
+        if not learns:
+            states = plain(block, states, inputs)
         else:
-            states = self._without_gradients(block)(*arguments)
-        if self._streamer is not None:
-            self._streamer.after_forward(block, last=not with_gradients)
+            if streamer is not None or not all(state is None or state.requires_grad for state in states):
+                states = self._gate(states, block, None if streamer is None else streamer.after_backward)
+            run = self._runs[block]
+            if self._store is None:
+                states = run(block, states, inputs)
+            else:
+                states = run_from_host(self._store, plain, run, block, states, inputs)
+            if streamer is not None:
+                states = self._gate(states, block, streamer.before_backward)
+        if streamer is not None:
+            streamer.after_forward(block, last=not learns)
         return states
 
-    def _with_gradients(self, block: nn.Module, states: tuple[Tensor | None, ...], rest: tuple) -> tuple:
-        run = partial(self._run_compiled if self._compiled else _run_plain, self._runs[block], block)
-        if self._store is None:
-            return run(*states, *rest)
-        present = tuple(tensor is not None for tensor in states)
-        kept = [tensor for tensor in states if tensor is not None]
-        results = HostCheckpoint.apply(self._store, self._without_gradients(block), run, present, rest, *kept)
-        return spread_out(results, present)
-
-    def _without_gradients(self, block: nn.Module) -> Callable[..., tuple]:
-        return partial(self._run_compiled, self._forward, block) if self._compiled and block.training else block
-
-    def _run_compiled(self, run: Callable[..., tuple], block: nn.Module, *arguments: Any) -> tuple:
-        for tensor, axis in self._axes(*arguments) if self._axes else ():
-            torch._dynamo.mark_dynamic(tensor, axis)
-        self._in_block = True
-        try:
-            return run(block, *arguments)
-        finally:
-            self._in_block = False
-
-    def _gate(self, states: tuple[Tensor | None, ...], block: nn.Module, *, entering: bool) -> tuple[Tensor | None, ...]:
-        """The states, through a node of the graph that tells the streamer of the block's backward pass."""
-        present = [tensor for tensor in states if tensor is not None]
-        if self._streamer is None:
-            if not entering or all(tensor.requires_grad for tensor in present):
-                return states
-            notify = None
-        else:
-            notify = self._streamer.after_backward if entering else self._streamer.before_backward
+    def _gate(self, states: States, block: nn.Module, notify: Callable[[nn.Module], None] | None) -> States:
+        present = [state for state in states if state is not None]
         passed = _Gate.apply(self._anchor(present[0].device), notify, block, *present)
-        return spread_out(passed, [tensor is not None for tensor in states])
+        return spread_out(passed, (states[0] is not None, states[1] is not None))
 
     def _anchor(self, device: torch.device) -> Tensor:
-        """Makes all states require gradients from the first block on, so that one graph serves all blocks."""
         if device not in self._anchors:
             self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
         return self._anchors[device]
@@ -137,34 +139,51 @@ class _Gate(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _function(rung: Recompute | None, max_rank: int, backend: str | None) -> Callable[..., Any]:
-    run = _run_plain if rung is None else checkpointed(rung, max_rank)
-    if backend is None:
-        return run
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_concerns_us)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
-    return torch.compile(run, fullgraph=True, backend=backend)
+def _run_plain(block: nn.Module, states: States, inputs: Any) -> States:
+    """The block's own forward pass; autograd keeps what it likes."""
+    return block(states, inputs)
 
 
-def _tell_of_compiling(engine: BlockEngine) -> None:
-    """A pause of a minute has a reason that the user can read."""
-    from torch._dynamo.callback import callback_handler
+class _Compiled:
+    """Runs a block as one graph."""
 
-    known = weakref.ref(engine)
+    def __init__(self, run: Run, backend: str, sequence_axes: SequenceAxes | None) -> None:
+        self._graph = torch.compile(run, fullgraph=True, backend=backend)
+        self._axes = sequence_axes
+        self.is_running = False
+        _report_compiling(self)
 
-    def tell(_: object) -> None:
-        running = known()
-        if running is not None and running._in_block:
-            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        for tensor, axis in self._axes(states, inputs) if self._axes else ():
+            torch._dynamo.mark_dynamic(tensor, axis)
+        self.is_running = True
+        try:
+            return self._graph(block, states, inputs)
+        finally:
+            self.is_running = False
 
-    callback_handler.register_start_callback(tell)
+
+def _allow_many_graphs() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_relevant)
 
 
-def _concerns_us(record: logging.LogRecord) -> bool:
-    """Torch asks for no operation in place under a checkpoint that chooses; a block has none."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Torch warns that selective checkpointing allows no operation in place; a block has none."""
     return "context_fn is passed" not in record.getMessage()
 
 
-def _run_plain(run: Callable[..., Any], *arguments: Any) -> Any:
-    return run(*arguments)
+def _report_compiling(compiled: _Compiled) -> None:
+    """A pause of a minute has a reason that the user can read."""
+    from torch._dynamo.callback import callback_handler
+
+    known = weakref.ref(compiled)
+
+    def report(_: object) -> None:
+        running = known()
+        if running is not None and running.is_running:
+            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
+
+    callback_handler.register_start_callback(report)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from musubi_tuner.memory.checkpointing import Run, States
 
 
 @dataclass(slots=True)
@@ -78,39 +80,52 @@ class HostStore:
         one.back.record_stream(torch.cuda.current_stream(one.device))
 
 
-class HostCheckpoint(torch.autograd.Function):
-    """Runs a block without gradients, keeps its inputs in `store`, and runs it again in the backward pass.
+def run_from_host(store: HostStore, plain: Run, run: Run, block: nn.Module, states: States, inputs: Any) -> States:
+    """The block's next states; its own wait in `store`, and the backward pass runs it again from there.
 
-    Gradients of the block's parameters are accumulated by the second run itself.
+    Args:
+        plain, run: how it is run now, without gradients, and in the backward pass, with them.
     """
+    present = (states[0] is not None, states[1] is not None)
+    results = _HostCheckpoint.apply(
+        store,
+        lambda own: plain(block, own, inputs),
+        lambda own: run(block, own, inputs),
+        present,
+        *[state for state in states if state is not None],
+    )
+    return spread_out(results, present)
+
+
+class _HostCheckpoint(torch.autograd.Function):
+    """Gradients of the block's parameters are accumulated by the second run itself, and the store has the states back afterwards."""
 
     @staticmethod
     def forward(
         ctx: Any,
         store: HostStore,
-        plain: Callable[..., Any],
-        run: Callable[..., Any],
-        present: tuple[bool, ...],
-        rest: tuple,
+        plain: Callable[[States], States],
+        again: Callable[[States], States],
+        present: tuple[bool, bool],
         *states: Tensor,
-    ) -> tuple:
-        ctx.run, ctx.store, ctx.present, ctx.rest = run, store, present, rest
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.store, ctx.present = again, store, present
         ctx.kept = store.put(states)
         with torch.no_grad():
-            results = plain(*spread_out(states, present), *rest)
+            results = plain(spread_out(states, present))
         return tuple(result for result in results if result is not None)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         states = [tensor.detach().requires_grad_() for tensor in ctx.store.take(ctx.kept)]
         with torch.enable_grad():
-            results = [one for one in ctx.run(*spread_out(states, ctx.present), *ctx.rest) if one is not None]
+            results = [result for result in ctx.again(spread_out(states, ctx.present)) if result is not None]
         pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None]
         torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
-        return (None, None, None, None, None, *(state.grad for state in states))
+        return (None, None, None, None, *(state.grad for state in states))
 
 
-def spread_out(tensors: Sequence[Tensor], present: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def spread_out(tensors: Sequence[Tensor], present: tuple[bool, bool]) -> States:
     """`tensors` at the places that are `present`, None at the others."""
     remaining = iter(tensors)
-    return tuple(next(remaining) if there else None for there in present)
+    return next(remaining) if present[0] else None, next(remaining) if present[1] else None
