@@ -1,6 +1,6 @@
 """What one block at real size keeps, computes and moves on each rung, counted on tensors without storage: no GPU, no memory, a few seconds.
 
-`python benchmarks/block_counts.py` prints the table of docs/memory_and_speed.md; tests/unit/test_block_budgets.py holds the block to it.
+`python -m benchmarks.block_counts` prints the table of docs/development/benchmarks.md, to which tests/unit/test_block_budgets.py holds it.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from torch.utils.flop_counter import flop_registry
 from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.ltxv2.transformer.model import LTXModel, ModelInput
+from musubi_tuner.ltxv2.transformer.modality import Modality
+from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.networks.lora import group_projections
@@ -55,7 +56,7 @@ class BlockCounts:
 
 
 def real_config(version: str = "2.3") -> TransformerConfig:
-    """The released sizes (architecture sheet 1.3)."""
+    """The released sizes (docs/explanation/model.md, "configuration")."""
     values: dict[str, Any] = {"av_ca_timestep_scale_multiplier": 1000.0, "frequencies_precision": "float64"}
     if version != "2.0":
         values |= {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True}
@@ -76,7 +77,7 @@ def config_section(toy: bool, blocks: int) -> dict[str, Any]:
     return section | {name: getattr(real, name) for name in names}
 
 
-def empty_input(config: TransformerConfig, shape: Sequence[int]) -> ModelInput:
+def empty_input(config: TransformerConfig, shape: Sequence[int]) -> tuple[Modality, Modality]:
     """A clip with sound and text; what is in it does not matter here."""
     frames, rows, columns, steps = shape
     streams = (video_stream(torch.empty(1, 128, frames, rows, columns), torch.empty(1)), audio_stream(torch.empty(1, 8, steps, 16), None))
@@ -84,7 +85,7 @@ def empty_input(config: TransformerConfig, shape: Sequence[int]) -> ModelInput:
     for stream, width in zip(streams, (config.video_context_width, config.audio_context_width), strict=True):
         modality, _ = noised(stream, torch.empty(stream.clean.shape), torch.empty(1))
         given.append(dataclasses.replace(modality, context=torch.empty(1, TEXT_TOKENS, width, dtype=torch.bfloat16)))
-    return ModelInput(given[0], given[1])
+    return given[0], given[1]
 
 
 def count_block(rung: Recompute | None, shape: Sequence[int], config: TransformerConfig | None = None) -> BlockCounts:
@@ -111,8 +112,7 @@ def count_block(rung: Recompute | None, shape: Sequence[int], config: Transforme
         model.run_block = BlockEngine(
             model.transformer_blocks, [rung], max_rank=RANK, compiled=True, backend=backend, sequence_axes=lambda *arguments: []
         )
-        given = empty_input(config, shape)
-        velocity = model(given.video, given.audio)
+        velocity = model(*empty_input(config, shape))
         (velocity.video.float().sum() + velocity.audio.float().sum()).backward()
     forward, backward = graphs
     unit = shape[0] * shape[1] * shape[2] * config.video_dim * 2

@@ -25,7 +25,7 @@ ENCODER_BLOCKS = [
     ["compress_all_res", {"multiplier": 1}],
     ["res_x", {"num_layers": 2}],
 ]
-"""Of 2.3 and 2.5 (architecture sheet 4.1)."""
+"""Of 2.3 and 2.5 (docs/explanation/model.md, "autoencoders")."""
 _ATEN = torch.ops.aten
 _NOT_MOVING = (_ATEN.convolution.default, _ATEN.empty.memory_format, _ATEN.empty_like.default, _ATEN._unsafe_view.default)
 _SMALLEST_DECODER = [["res_x", {"num_layers": 0}], ["compress_all", {}], ["res_x", {"num_layers": 0}]]

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.block_counts import config_section
-from musubi_tuner.config.memory import MemoryOptions
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.placement.load import load_weights
 from musubi_tuner.placement.planning import place_by_hand
-from musubi_tuner.placement.weights import load_weights
 
 STAND_IN = "bf16-stand-in"
 """Every weight is copied into one buffer, as a card would take it: what reading alone costs where there is no card."""

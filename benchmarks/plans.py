@@ -3,7 +3,7 @@
 import sys
 
 from benchmarks.block_counts import SHAPES, TEXT_TOKENS
-from musubi_tuner.memory.plan import Budget, Plan, Wishes, choose_plan, count_rungs
+from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 
 GB = 10**9
@@ -38,13 +38,13 @@ def plan_for(card: str, shape: str, *, host_gb: float) -> Plan | None:
         video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
         optimizer_bytes=8,
     )  # fmt: skip
-    budget = Budget(device=int(0.94 * CARDS[card][0] * GB), host=int(host_gb * GB))
-    return choose_plan(MODEL, work, rates(card), budget, Wishes(formats=("bf16", CARDS[card][7], "nf4")))
+    limits = Limits(device_bytes=int(0.94 * CARDS[card][0] * GB), host_bytes=int(host_gb * GB), formats=("bf16", CARDS[card][7], "nf4"))
+    return choose_plan(MODEL, work, rates(card), limits)
 
 
 def table(host_gb: float) -> str:
     """One row for each card and shape; `host_gb` may be pinned."""
-    head = "| card | clip | weights | streamed | computed again | GB on the card | GB pinned | s a step | of the floor |"
+    head = "| card | clip | weights | streamed | recomputed | GB on the card | GB pinned | s a step | of the floor |"
     lines = [head, "|---" * 9 + "|"]
     for card in CARDS:
         for shape in SHAPES:
@@ -52,10 +52,10 @@ def table(host_gb: float) -> str:
             if plan is None:
                 lines.append(f"| {card} | {shape} | does not fit |" + " |" * 6)
                 continue
-            again = ", ".join(f"{name.replace('_', ' ')} ({count})" for name, count in count_rungs(plan).items())
-            again += ", inputs on the host" if plan.inputs_on_host else ""
+            recomputed = ", ".join(f"{name.replace('_', ' ')} ({count})" for name, count in count_levels(plan).items())
+            recomputed += ", inputs on the host" if plan.inputs_on_host else ""
             lines.append(
-                f"| {card} | {shape} | {plan.weight_format} | {plan.streamed} of 48 | {again} | {plan.device_bytes / GB:.1f} | "
+                f"| {card} | {shape} | {plan.weight_format} | {plan.streamed} of 48 | {recomputed} | {plan.device_bytes / GB:.1f} | "
                 f"{plan.host_bytes / GB:.1f} | {plan.seconds:.2f} | {plan.floor / plan.seconds:.0%} |"
             )
     return "\n".join(lines)

@@ -8,8 +8,8 @@ import torch
 from musubi_tuner.conditioning.conditions import Conditions, StreamConditions
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.generation.contexts import TextContext
-from musubi_tuner.generation.denoise import Sample
-from musubi_tuner.generation.given import TEXT_ALONE, Given, video_cells
+from musubi_tuner.generation.denoise import SampleInputs
+from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, video_cells
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -60,13 +60,15 @@ def sample(
     of_prompt: PreviewPrompt | None = None,
     of_options: PreviewOptions | None = None,
     image: torch.Tensor | None = None,
-) -> Sample:
+) -> SampleInputs:
     of_prompt = of_prompt or prompt()
     plan = make_plan(of_options or options(), of_prompt, mode=mode, version=version, num_layers=wrapper.config.num_layers)
-    return Sample(prompt=of_prompt, plan=plan, positive=context(wrapper), negative=context(wrapper, 1), given=first_image(of_prompt, image))
+    return SampleInputs(
+        prompt=of_prompt, plan=plan, positive=context(wrapper), negative=context(wrapper, 1), conditioning=first_image(of_prompt, image)
+    )
 
 
-def first_image(of_prompt: PreviewPrompt, image: torch.Tensor | None) -> Given:
+def first_image(of_prompt: PreviewPrompt, image: torch.Tensor | None) -> ConditioningLatents:
     """(1, 128, 1, h, w) latents given as the first frame."""
     if image is None:
         return TEXT_ALONE
@@ -74,4 +76,4 @@ def first_image(of_prompt: PreviewPrompt, image: torch.Tensor | None) -> Given:
     latents[:, :, :1] = image
     clean = torch.zeros(video_cells(of_prompt), dtype=torch.bool)
     clean[0] = True
-    return Given(video=latents, conditions=Conditions(video=StreamConditions(clean=clean.flatten()[None])))
+    return ConditioningLatents(video=latents, conditions=Conditions(video=StreamConditions(clean=clean.flatten()[None])))

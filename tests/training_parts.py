@@ -12,7 +12,9 @@ from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.placement.model import ModelRequest, load_model
+from musubi_tuner.placement.load import ModelRequest
+from musubi_tuner.placement.planning import BatchTokens
+from musubi_tuner.placement.prove import load_model
 from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.tiny.checkpoint import TinyFamily
 from musubi_tuner.tiny.clips import write_clips
@@ -89,13 +91,17 @@ def load(config: TrainingConfig, data: Data) -> tuple[OfficialLTXV2Wrapper, LoRA
     """The model and network of a run on the CPU in float32, as the program loads them."""
     with processes() as group:
         request = ModelRequest(
-            config=config,
-            shows_references=make_recipe(config.conditioning, config.ltx_mode).probability("video", Reference) > 0,
             checkpoint=open_checkpoint(data.model),
+            mode=config.ltx_mode,
+            timestep_format=config.mode.ltxv2_timestep_format,
+            timestep_rule=config.losses.av_timestep_rule,
             device=torch.device("cpu"),
             dtype=torch.float32,
-            items=(),
-            text_tokens=0,
+            network=config.network,
+            seed=config.optimization.seed,
+            shows_references=make_recipe(config.conditioning, config.ltx_mode).probability("video", Reference) > 0,
+            memory=config.memory,
+            tokens=BatchTokens(video=0, audio=0, text=0, clips=1),
             processes=group,
         )
         loaded = load_model(request, trial=lambda wrapper, network: 0.0)

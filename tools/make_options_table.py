@@ -1,4 +1,4 @@
-"""Writes docs/options.md, the table of every flag, from the dataclasses that the parsers are made of.
+"""Writes docs/reference/options.md, the table of every flag, from the dataclasses that the parsers are made of.
 
 python tools/make_options_table.py          writes it
 python tools/make_options_table.py --check  exits with 1 where it is not current
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from musubi_tuner import (
     ltxv2_cache_audio_latents,
@@ -17,13 +18,11 @@ from musubi_tuner import (
     ltxv2_import_precomputed,
     ltxv2_train_network,
 )
-from musubi_tuner.config.flags import FlagInfo, describe
-from musubi_tuner.config.importing import ImportConfig
-from musubi_tuner.config.latent_caching import AudioCachingConfig, LatentCachingConfig
-from musubi_tuner.config.text_caching import TextCachingConfig
+from musubi_tuner.config.caching import AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
+from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.training import TrainingConfig
 
-OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
 
 HEAD = """\
 # Options
@@ -31,7 +30,9 @@ HEAD = """\
 Every flag of every program. Written by `tools/make_options_table.py` from the code; do not edit it by hand.
 
 A flag of kind on/off is switched on by its name and off by `--no-` and its name. Each program also takes
-`--config_file FILE`: a TOML with flags by their names without dashes; the command line wins over it.
+`--config_file FILE`, a TOML with flags by their names without dashes (the command line wins over it), `--help` with the
+flags that most people need, `--help_all` and `--version`. Installed, the programs are one command too: `ltxv2 train ...`
+is `ltxv2_train_network.py ...`; `ltxv2 --help` lists them all.
 """
 
 
@@ -39,17 +40,20 @@ A flag of kind on/off is switched on by its name and off by `--no-` and its name
 class Program:
     """One entry point."""
 
-    script: str
-    description: str
+    module: ModuleType
     config: type
+
+    @property
+    def script(self) -> str:
+        return self.module.PROG
 
 
 PROGRAMS = (
-    Program(ltxv2_cache_latents.PROG, ltxv2_cache_latents.DESCRIPTION, LatentCachingConfig),
-    Program(ltxv2_cache_audio_latents.PROG, ltxv2_cache_audio_latents.DESCRIPTION, AudioCachingConfig),
-    Program(ltxv2_cache_text_encoder_outputs.PROG, ltxv2_cache_text_encoder_outputs.DESCRIPTION, TextCachingConfig),
-    Program(ltxv2_train_network.PROG, ltxv2_train_network.DESCRIPTION, TrainingConfig),
-    Program(ltxv2_import_precomputed.PROG, ltxv2_import_precomputed.DESCRIPTION, ImportConfig),
+    Program(ltxv2_cache_latents, LatentCachingConfig),
+    Program(ltxv2_cache_audio_latents, AudioCachingConfig),
+    Program(ltxv2_cache_text_encoder_outputs, TextCachingConfig),
+    Program(ltxv2_train_network, TrainingConfig),
+    Program(ltxv2_import_precomputed, ImportConfig),
 )
 
 
@@ -60,8 +64,8 @@ def render() -> str:
 
 def _program(program: Program) -> Iterator[str]:
     yield f"## {program.script}\n"
-    yield f"{program.description}\n"
-    for section, flags in itertools.groupby(describe(program.config), key=lambda flag: flag.section):
+    yield f"{program.module.DESCRIPTION}\n"
+    for section, flags in itertools.groupby(describe(program.config), key=lambda flag: flag.group):
         yield f"### {section}\n"
         yield "| flag | kind | default | meaning |"
         yield "|---|---|---|---|"
@@ -69,9 +73,9 @@ def _program(program: Program) -> Iterator[str]:
         yield ""
 
 
-def _row(flag: FlagInfo) -> str:
+def _row(flag: Flag) -> str:
     names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
-    return f"| {names} | {_escaped(flag.kind)} | {_escaped(flag.default)} | {_escaped(flag.help)} |"
+    return f"| {names} | {_escaped(flag.kind)} | {_escaped(flag.default_text)} | {_escaped(flag.help)} |"
 
 
 def _escaped(text: str) -> str:

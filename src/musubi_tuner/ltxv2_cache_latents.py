@@ -2,22 +2,16 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDING
-from musubi_tuner.cache.sidecars import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
+from musubi_tuner.config.caching import LatentCachingConfig, first_given
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.latent_caching import LatentCachingConfig, caching_mode, check_video_vae, check_work, first_given
-from musubi_tuner.encoding.latents import clip_size, latent_jobs, latent_stages, reference_jobs, reference_size, reference_stages
-from musubi_tuner.encoding.layout import ClipSize, use_fastest_layout
-from musubi_tuner.encoding.masks import mask_jobs, mask_stages
-from musubi_tuner.encoding.plan import DatasetPlan
-from musubi_tuner.encoding.program import Task, plan_and_index, run_task
-from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
-from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.runtime.device import DTYPES, pick_device
-from musubi_tuner.runtime.processes import processes
+from musubi_tuner.config.model import chosen_mode
 from musubi_tuner.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from musubi_tuner.encoding.plan import DatasetPlan
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +19,22 @@ PROG = "ltxv2_cache_latents.py"
 DESCRIPTION = "Cache the video and image latents of a dataset: decode, encode with the video VAE, write one file a clip."
 
 
-def main(argv: Sequence[str]) -> int:
-    config = parse(LatentCachingConfig, argv, prog=PROG, description=DESCRIPTION)
-    check_work(config.work)
-    check_video_vae(config.vae)
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    return _cache(parse(LatentCachingConfig, argv, prog=prog, description=DESCRIPTION))
+
+
+def _cache(config: LatentCachingConfig) -> int:
+    from musubi_tuner.cache.names import LATENTS_ENDING, MASK_ENDING, REFERENCE_ENDING
+    from musubi_tuner.cache.sidecars import LATENT_KEYS, MASK_KEYS, REFERENCE_KEYS
+    from musubi_tuner.encoding.latents import clip_size, latent_jobs, latent_stages, reference_jobs, reference_size, reference_stages
+    from musubi_tuner.encoding.layout import ClipSize, use_fastest_layout
+    from musubi_tuner.encoding.masks import mask_jobs, mask_stages
+    from musubi_tuner.encoding.program import Task, plan_and_index, run_task
+    from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import DTYPES, pick_device
+    from musubi_tuner.runtime.processes import processes
+
     datasets = load_dataset_config(config.data.dataset_config)
     checkpoint = open_checkpoint(first_given(("--vae", config.vae.vae), ("--ltxv2_model", config.vae.ltxv2_model)))
     encoder = video_vae_fingerprint(checkpoint)
@@ -65,12 +71,12 @@ def main(argv: Sequence[str]) -> int:
         if masks:
             task = Task(title="Mask caching", ending=MASK_ENDING, required=MASK_KEYS, make_stages=lambda jobs: mask_stages())
             code = max(code, run_task(task, plans, masks, config.data, config.work, group))
-        if group.is_main and caching_mode(config.data) == "video":
+        if group.is_main and chosen_mode(config.data) == "video":
             _warn_of_sound(plans)
         return code
 
 
-def _warn_of_sound(plans: Sequence[DatasetPlan]) -> None:
+def _warn_of_sound(plans: "Sequence[DatasetPlan]") -> None:
     sounding = sum(planned.clip.has_audio for plan in plans if plan.spec.kind == "video" for planned in plan.clips)
     if sounding:
         log.warning(

@@ -1,44 +1,47 @@
 """Takes over data that the official trainer precomputed: caches, index and dataset file, so that training needs no media."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from musubi_tuner.cache.index import DatasetIndex, write_index
-from musubi_tuner.cache.store import clean_temporaries, write_bytes
+from musubi_tuner.config.caching import ImportConfig, ImportModelOptions
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.importing import ImportConfig, ImportModelOptions, check_import
-from musubi_tuner.conversion.official_dataset.files import NOT_IMPORTED, list_samples, tree_root
-from musubi_tuner.conversion.official_dataset.plan import CACHE_FOLDER, ImportPlan, dataset_toml, plan_import
-from musubi_tuner.conversion.official_dataset.tensors import Encoders, Written, import_tensors, import_texts
-from musubi_tuner.encoding.text import choose_text_jobs, common_metadata, encode_texts, list_prompt_jobs
-from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
-from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
-from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
-from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint
-from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
-from musubi_tuner.prompts.sample_prompts import PromptDefaults, all_prompt_texts, load_prompts
-from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.processes import processes
 from musubi_tuner.runtime.program import run_program
 from musubi_tuner.runtime.tables import format_table
+
+if TYPE_CHECKING:
+    from musubi_tuner.conversion.official_dataset.plan import ImportPlan
+    from musubi_tuner.conversion.official_dataset.tensors import Encoders, Written
+    from musubi_tuner.ltxv2.text.pipeline import TextRecipe
+    from musubi_tuner.ltxv2.weights import Checkpoint
 
 log = logging.getLogger(__name__)
 
 PROG = "tools/import_precomputed.py"
-DESCRIPTION = "Turn a .precomputed folder of the official trainer into caches and a dataset file, reading tensors and plain values alone."
+DESCRIPTION = "Turn a .precomputed folder of the official trainer into caches and a dataset file: tensors and plain values alone are read."
 _MOST_ROWS = 40
 _PROMPTS_TOGETHER = 8
 
 
-def main(argv: Sequence[str]) -> int:
-    config = parse(ImportConfig, argv, prog=PROG, description=DESCRIPTION)
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    return _import(parse(ImportConfig, argv, prog=prog, description=DESCRIPTION))
+
+
+def _import(config: ImportConfig) -> int:
+    from musubi_tuner.cache.store import clean_temporaries
+    from musubi_tuner.conversion.official_dataset.files import list_samples, tree_root
+    from musubi_tuner.conversion.official_dataset.plan import CACHE_FOLDER, plan_import
+    from musubi_tuner.conversion.official_dataset.tensors import Written, import_tensors, import_texts
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+
     data = config.data
-    check_import(config)
-    prompts = [] if data.sample_prompts is None else all_prompt_texts(load_prompts(data.sample_prompts, PromptDefaults()))
+    prompts = [] if data.sample_prompts is None else all_prompt_texts(load_prompts(data.sample_prompts))
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     root = tree_root(data.precomputed_directory)
     samples, dropped = list_samples(root, data.ltx_mode)
@@ -58,6 +61,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _recipe(config: ImportConfig, checkpoint: Checkpoint) -> TextRecipe:
+    from musubi_tuner.ltxv2.text.encoders import encoder_options
+    from musubi_tuner.ltxv2.text.pipeline import TextRecipe
+    from musubi_tuner.ltxv2.transformer.load import read_config
+    from musubi_tuner.runtime.device import pick_device
+
     options = encoder_options(
         config.model.text_encoder or "", tokenizer=None, backend="gemma", device=pick_device(config.work.device), max_length=None
     )
@@ -71,6 +79,13 @@ def _recipe(config: ImportConfig, checkpoint: Checkpoint) -> TextRecipe:
 
 
 def _encoders(model: ImportModelOptions, checkpoint: Checkpoint, recipe: TextRecipe) -> Encoders:
+    from musubi_tuner.conversion.official_dataset.tensors import Encoders
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
+    from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
+    from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint
+    from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+
     vae = checkpoint if model.vae is None else open_checkpoint(model.vae)
     audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
     return Encoders(
@@ -88,6 +103,10 @@ def _write_dataset(plan: ImportPlan, toml: Path, root: Path, dropped: Sequence[t
     Raises:
         UserError: a dataset file that says something else is there.
     """
+    from musubi_tuner.cache.index import DatasetIndex, write_index
+    from musubi_tuner.cache.store import write_bytes
+    from musubi_tuner.conversion.official_dataset.plan import dataset_toml
+
     text = dataset_toml(plan, root.resolve()).encode("utf-8")
     if not toml.is_file():
         write_bytes(toml, text)
@@ -99,6 +118,9 @@ def _write_dataset(plan: ImportPlan, toml: Path, root: Path, dropped: Sequence[t
 
 def _encode_prompts(cache: Path, prompts: Sequence[str], recipe: TextRecipe, written: Written) -> None:
     """Sample prompts and the empty one, as the text caching program makes them."""
+    from musubi_tuner.encoding.text import choose_text_jobs, common_metadata, encode_texts, list_prompt_jobs
+    from musubi_tuner.runtime.processes import processes
+
     recipe.check()
     jobs = list_prompt_jobs(cache, prompts, common_metadata(recipe))
     todo = choose_text_jobs(jobs, skip_existing=True)
@@ -111,6 +133,8 @@ def _encode_prompts(cache: Path, prompts: Sequence[str], recipe: TextRecipe, wri
 
 
 def _report(root: Path, toml: Path, plan: ImportPlan, dropped: Sequence[tuple[str, str]], written: Written, config: ImportConfig) -> None:
+    from musubi_tuner.conversion.official_dataset.files import NOT_IMPORTED
+
     for folder in NOT_IMPORTED:
         if (root / folder).is_dir():
             log.warning("WARNING: %s is left aside: there is no mask for sound here.", root / folder)

@@ -1,31 +1,26 @@
 """Trains a LoRA from caches: `accelerate launch ltxv2_train_network.py`."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from musubi_tuner.config.flags import parse
-from musubi_tuner.config.training import TrainingConfig, check_training_config
-from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.networks.reading import newest_file
-from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.processes import Processes, processes
 from musubi_tuner.runtime.program import run_program
-from musubi_tuner.training.hooks import Preview
-from musubi_tuner.training.loop import train
-from musubi_tuner.training.metrics import Trackers, loss_path, read_losses
-from musubi_tuner.training.preflight import RunInputs, check_inputs, check_output_folder, text_encoder_options, text_stage
-from musubi_tuner.training.report import draw_loss_curve, summary
-from musubi_tuner.training.setup import Machine, build_run, make_hooks, sigma_settings
-from musubi_tuner.training.state import newest_state
 
 if TYPE_CHECKING:
+    import torch
+
     from musubi_tuner.generation.contexts import EncodePrompts
+    from musubi_tuner.ltxv2.weights import Checkpoint
+    from musubi_tuner.runtime.processes import Processes
+    from musubi_tuner.training.hooks import Preview
+    from musubi_tuner.training.preflight import RunInputs
+    from musubi_tuner.training.setup import Machine
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +28,16 @@ PROG = "ltxv2_train_network.py"
 DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captions."
 
 
-def main(argv: Sequence[str]) -> int:
-    config = _resolve(parse_arguments(argv))
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse_arguments(argv, prog)
+    from musubi_tuner.runtime.processes import processes
+    from musubi_tuner.training.loop import train
+    from musubi_tuner.training.metrics import loss_path, read_losses
+    from musubi_tuner.training.preflight import check_inputs, check_output_folder
+    from musubi_tuner.training.report import draw_loss_curve, summary
+    from musubi_tuner.training.setup import build_run, make_hooks
+
+    config = _resolve(config)
     with processes() as group:
         if group.is_main:
             check_output_folder(config.saving.output_dir)
@@ -50,19 +53,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str]) -> TrainingConfig:
-    """The command line, checked by itself."""
-    config = parse(TrainingConfig, argv, prog=PROG, description=DESCRIPTION)
-    check_training_config(config)
+def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:
+    """The command line, checked by itself. Nothing heavy is imported before, so that `--help` is instant."""
+    config = parse(TrainingConfig, argv, prog=prog, description=DESCRIPTION)
+    from musubi_tuner.training.setup import sigma_settings
+
     sigma_settings(config.losses)
     return config
 
 
 def _resolve(config: TrainingConfig) -> TrainingConfig:
     """`--autoresume` and `--network_weights FOLDER` as the newest state and the newest file that they name."""
+    from musubi_tuner.networks.reading import newest_file
+    from musubi_tuner.training.state import newest_state
+
     saving, network = config.saving, config.network
     newest = newest_state(saving.output_dir, saving.output_name)
     if saving.autoresume:
+        if saving.resume is not None:
+            raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
         if newest is None:
             log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
         saving = dataclasses.replace(saving, resume=newest)
@@ -76,6 +85,10 @@ def _resolve(config: TrainingConfig) -> TrainingConfig:
 def make_machine(config: TrainingConfig, group: Processes) -> Machine:
     """Device, dtype and trackers."""
     from accelerate import Accelerator
+
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.training.metrics import Trackers
+    from musubi_tuner.training.setup import Machine
 
     saving, options = config.saving, config.logging
     accelerator = Accelerator(
@@ -98,6 +111,8 @@ def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) 
         mixed_precision: accelerate's, which is "no" also where nobody asked for anything.
         asked: by our own flag; None = nothing.
     """
+    import torch
+
     if mixed_precision == "bf16":
         return torch.bfloat16
     if mixed_precision == "no":
@@ -109,21 +124,42 @@ def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) 
 
 def _previewer(inputs: RunInputs) -> Preview | None:
     """The previews of a run, tried as far as they can be; None where none are asked for."""
-    if inputs.config.preview.sample_prompts is None:
+    config, datasets = inputs.config, inputs.datasets
+    if config.preview.sample_prompts is None:
         return None
+    from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.generation.prepare import ModelFiles
     from musubi_tuner.preview.previewer import make_previewer
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.training.setup import sigma_settings
 
-    encode = prompt_encoder(inputs.config, inputs.checkpoint)
-    return make_previewer(inputs.config, inputs.checkpoint, inputs.datasets, encode, wanted_text=inputs.wanted.text)
+    return make_previewer(
+        config.preview,
+        ModelFiles.beside(inputs.checkpoint, config.model.vae, config.model.audio_vae),
+        TextSource(
+            cache_directory=datasets.datasets[0].cache_directory,
+            expected=inputs.wanted.text,
+            encode=prompt_encoder(config, inputs.checkpoint),
+        ),
+        mode=config.ltx_mode,
+        device=pick_device(config.model.device),
+        output_dir=config.saving.output_dir,
+        output_name=config.saving.output_name,
+        training_sigma=sigma_settings(config.losses),
+        reference_factors=datasets.reference_factors,
+    )
 
 
-def prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> "EncodePrompts | None":
+def prompt_encoder(config: TrainingConfig, checkpoint: Checkpoint) -> EncodePrompts | None:
     """Encodes prompts that were not cached, where `--text_encoder` is given; loads the encoder only when it is called."""
     if config.model.text_encoder is None:
         return None
 
     def encode(prompts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts
+        from musubi_tuner.ltxv2.transformer.load import read_config
+        from musubi_tuner.runtime.device import pick_device
+        from musubi_tuner.training.preflight import text_encoder_options, text_stage
 
         recipe = TextRecipe(
             checkpoint=checkpoint,

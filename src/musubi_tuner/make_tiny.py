@@ -2,31 +2,32 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from musubi_tuner.config.flags import flag, parse
-from musubi_tuner.tiny.checkpoint import write_tiny_family
+from musubi_tuner.config.validation import AnyPath, options
+
+PROG = "make_tiny_checkpoints.py"
+DESCRIPTION = "Write complete checkpoints of toy size, for trying and testing."
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@options
 class TinyOptions:
     """Tiny checkpoints."""
 
-    output_dir: Path = flag("folder to write into")
+    output_dir: AnyPath = flag("folder to write into")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@options
 class TinyConfig:
     """All sections."""
 
     tiny: TinyOptions
 
 
-def main(argv: Sequence[str]) -> int:
-    config = parse(
-        TinyConfig, argv, prog="make_tiny_checkpoints.py", description="Write complete checkpoints of toy size, for trying and testing."
-    )
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse(TinyConfig, argv, prog=prog, description=DESCRIPTION)
+    from musubi_tuner.tiny.checkpoint import write_tiny_family
+
     family = write_tiny_family(config.tiny.output_dir)
     for path in (family.ltx20, family.ltx23, family.ltx25_transformer, family.gemma, family.t5):
         logging.getLogger(__name__).info("%s", path)

@@ -151,7 +151,7 @@ def test_the_memory_layout_changes_rounding_alone_and_nothing_is_encoded_again(
         return times
 
     chosen: list[list[layout_module.ClipSize]] = []
-    monkeypatch.setattr(ltxv2_cache_latents, "use_fastest_layout", choose)
+    monkeypatch.setattr("musubi_tuner.encoding.layout.use_fastest_layout", choose)
     assert cache_video(config, tiny_family.ltx23) == 0 and not chosen, "everything is kept"
     assert cache_video(config, tiny_family.ltx23, "--no-skip_existing") == 0
     assert [(size.frames, size.height, size.width) for size in chosen[0]] == [(17, 64, 96)] * 2 + [(9, 64, 96)] * 2

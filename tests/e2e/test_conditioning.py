@@ -16,8 +16,8 @@ from musubi_tuner.dataset.collate import DrawRules, make_batch
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SigmaSettings
-from musubi_tuner.generation.denoise import Sample, generate
-from musubi_tuner.generation.encode import Encoders, encode_given
+from musubi_tuner.generation.denoise import SampleInputs, generate
+from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -167,9 +167,12 @@ def test_a_preview_builds_the_inputs_that_training_builds(data, wrapper, tiny_fa
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
-    given = encode_given(prompt, plan.streams, Encoders(checkpoint, checkpoint, torch.device("cpu")))
+    conditioning = encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
     context = preview_parts.context(wrapper)
-    seen = spy(wrapper, lambda: generate(wrapper, Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)))
+    seen = spy(
+        wrapper,
+        lambda: generate(wrapper, SampleInputs(prompt=prompt, plan=plan, positive=context, negative=context, conditioning=conditioning)),
+    )
     noise = {"video_noise": seen[0].latent, "audio_noise": seen[1].latent}
     at_one = replace(batch, text=context.text, text_mask=None, video_sigma=torch.ones(1), audio_sigma=torch.ones(1), **noise)
     trained = spy(wrapper, lambda: training_parts.item_losses(wrapper, at_one))
@@ -222,7 +225,7 @@ def span_of(batch: Batch) -> str:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ("--iv {clip} --a {clip}", ("everything is given",)),
+        ("--iv {clip} --a {clip}", ("nothing is left to be generated",)),
         ("--iv {clip} --f 97 --vt 3.5-", ("has 25 frames at 24 fps",)),
         ("--a {clip} --f 97", ("--a", "4.01 s are needed")),
         ("--iv {clip} --vt 0-", ("--vt leaves nothing",)),
@@ -238,6 +241,6 @@ def test_files_that_do_not_fit_are_named_before_training(data, wrapper, tiny_fam
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=2)
     checkpoint = open_checkpoint(tiny_family.ltx23)
     with pytest.raises(UserError) as caught:
-        encode_given(prompt, plan.streams, Encoders(checkpoint, checkpoint, torch.device("cpu")))
+        encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
     for part in ("prompts.txt, line 1", *parts):
         assert part in str(caught.value)

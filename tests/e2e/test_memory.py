@@ -8,9 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.config.model import MemoryOptions
+from musubi_tuner.config.network import NetworkOptions
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.attention import use_default_attention
-from musubi_tuner.placement import planning
+from musubi_tuner.placement import planning, prove
+from musubi_tuner.placement.load import ModelRequest
+from musubi_tuner.placement.planning import BatchTokens
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import processes
 from tests import training_parts as parts
 
 
@@ -108,6 +114,40 @@ def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monke
         assert "blocks run uncompiled" in caplog.text and "C++ compiler" in caplog.text
         with pytest.raises(UserError, match=r"--compile: .*C\+\+ compiler"):
             run(data, tmp_path, "--vram_gb", "4", "--compile")
+
+
+def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog):
+    """Nothing of the failed plan stays: the second one is proved as the first would have been."""
+    budgets, proved = [], []
+
+    def trial(wrapper, network) -> float:
+        proved.append(wrapper)
+        if len(proved) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return 0.5
+
+    def watched(options, machine, *arguments, **named):
+        budgets.append(machine.device_bytes)
+        return planning.place_by_plan(options, machine, *arguments, **named)
+
+    with processes() as group, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prove, "place_by_plan", watched)
+        request = ModelRequest(
+            checkpoint=open_checkpoint(data.model),
+            mode="av",
+            timestep_format="flowmatch_1_1000",
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            network=NetworkOptions(network_dim=4),
+            seed=0,
+            memory=MemoryOptions(vram_gb=4),
+            tokens=BatchTokens(video=18, audio=18, text=16, clips=1),
+            processes=group,
+        )
+        loaded = prove.load_model(request, trial)
+    assert loaded.wrapper is proved[1] is proved[2] and proved[0] is not proved[1]
+    assert budgets[1] == int(budgets[0] / 1.15) and "planning again as if all took 15 % more" in caplog.text
+    assert loaded.notes[-1] == ("measured", "0.500 s, forward and backward of the largest batch")
 
 
 def test_contradicting_formats_are_refused(data, tmp_path):

@@ -21,7 +21,7 @@ from musubi_tuner.media.picture import cover_and_crop, read_picture
 from musubi_tuner.media.probe import probe_video
 from musubi_tuner.media.video import read_frames
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.sources.captions import side_named
+from musubi_tuner.sources.listing import side_named
 from musubi_tuner.tiny.clips import write_clips, write_stills
 from tests import training_parts
 from tests.e2e.test_conditioning import RECIPES
@@ -207,7 +207,7 @@ def test_training_notices_captions_that_came_to_name_a_side(data, tmp_path) -> N
     ("change", "message"),
     [
         (("flip_x = true", 'flip_x = "sometimes"'), 'must be true, false, or "force"'),
-        (("flip_x = true", "flip_x = 1"), "must be true or false or text in quotes"),
+        (("flip_x = true", "flip_x = 1"), "must be true, false, or .force."),
         (('video_directory = "clips"', 'audio_directory = "clips"'), "flip_x is for videos and images"),
     ],
 )

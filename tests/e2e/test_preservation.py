@@ -247,7 +247,7 @@ def test_what_cannot_work_is_said_before_the_run(data, tmp_path):
         run(data, tmp_path, "--dop_prompt", "a square")
     with pytest.raises(UserError, match="--audio_dop_weight 1: keeps the sound that goes with pictures; --ltx_mode video"):
         run(data, tmp_path, "--audio_dop_weight", "1", "--ltx_mode", "video")
-    with pytest.raises(UserError, match="--ema_decay 1: a share"):
+    with pytest.raises(UserError, match="--ema_decay 1: must be a share"):
         run(data, tmp_path, "--ema_decay", "1")
     with pytest.raises(UserError, match="AdamWScheduleFree.*averages already"):
         run(data, tmp_path, "--ema_decay", "0.9", "--optimizer_type", "AdamWScheduleFree")

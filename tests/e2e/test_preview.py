@@ -12,14 +12,16 @@ from musubi_tuner import ltxv2_train_network
 from musubi_tuner.cache.keys import TEXT_MASK_KEY, text_key
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.cache.store import write
-from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.generation.contexts import TextSource
+from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.preview.previewer import Previewer, make_previewer
 from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.setup import sigma_settings
 from tests import preview_parts as parts
 
 AAC_BLOCK = 1024
@@ -32,10 +34,18 @@ def make_config(folder: Path, model: Path, mode: str, *extra: str) -> TrainingCo
     return parse(TrainingConfig, argv, prog="test", description="")
 
 
-def datasets(folder: Path) -> DatasetConfig:
-    cache = folder / "cache"
-    spec = DatasetSpec(label="datasets[0]", kind="video", directory=folder, jsonl_file=None, cache_directory=cache)
-    return DatasetConfig(path=folder / "dataset.toml", datasets=(spec,), validation_datasets=())
+def previewer_of(config: TrainingConfig, folder: Path, **texts: object) -> Previewer:
+    """As the training program makes it."""
+    return make_previewer(
+        config.preview,
+        ModelFiles.beside(open_checkpoint(config.model.ltxv2_model), config.model.vae, config.model.audio_vae),
+        TextSource(cache_directory=folder / "cache", **texts),
+        mode=config.ltx_mode,
+        device=torch.device("cpu"),
+        output_dir=config.saving.output_dir,
+        output_name=config.saving.output_name,
+        training_sigma=sigma_settings(config.losses),
+    )
 
 
 def cache_prompts(folder: Path, wrapper: OfficialLTXV2Wrapper) -> None:
@@ -50,7 +60,7 @@ def build(folder: Path, model: Path, mode: str, prompts: str, *extra: str) -> tu
     (folder / "prompts.txt").write_text(prompts, encoding="utf-8")
     wrapper = parts.load_wrapper(model, mode=mode)
     cache_prompts(folder, wrapper)
-    return make_previewer(make_config(folder, model, mode, *extra), open_checkpoint(model), datasets(folder)), wrapper
+    return previewer_of(make_config(folder, model, mode, *extra), folder), wrapper
 
 
 @pytest.mark.parametrize(("style", "rate"), [("ltx20", 24000), ("ltx23", 48000)])
@@ -97,9 +107,9 @@ def test_video_previews_have_no_sound_and_the_same_seed_gives_the_same_file(tiny
 def test_a_first_image_is_the_first_frame(tiny_family, tmp_path: Path) -> None:
     Image.new("RGB", (150, 80), (200, 40, 90)).save(tmp_path / "start.png")
     previewer, wrapper = build(tmp_path, tiny_family.ltx23, "video", "a fox --w 64 --h 32 --f 9 --i start.png\n")
-    given = previewer.samples[0].given
-    assert given.conditions.video.clean.tolist() == [[True, True, False, False]]
-    assert bool(given.video[:, :, 0].any()) and not bool(given.video[:, :, 1:].any())
+    conditioning = previewer.samples[0].conditioning
+    assert conditioning.conditions.video.clean.tolist() == [[True, True, False, False]]
+    assert bool(conditioning.video[:, :, 0].any()) and not bool(conditioning.video[:, :, 1:].any())
     previewer(wrapper, 0, 0)
 
 
@@ -107,7 +117,7 @@ def test_texts_that_are_not_cached_are_named_before_training(tiny_family, tmp_pa
     (tmp_path / "prompts.txt").write_text("a fox --n dark\n", encoding="utf-8")
     config = make_config(tmp_path, tiny_family.ltx23, "av")
     with pytest.raises(UserError) as caught:
-        make_previewer(config, open_checkpoint(tiny_family.ltx23), datasets(tmp_path))
+        previewer_of(config, tmp_path)
     for part in ("2 text(s)", "'a fox': missing", "'dark': missing", "ltxv2_cache_text_encoder_outputs.py", "--text_encoder"):
         assert part in str(caught.value)
 
@@ -118,9 +128,9 @@ def test_training_encodes_a_prompt_to_what_the_caching_program_writes(tiny_famil
     (tmp_path / "prompts.txt").write_text("a fox hums --w 64 --h 32 --f 9 --n dark\n", encoding="utf-8")
     checkpoint = open_checkpoint(tiny_family.ltx23)
     config = make_config(tmp_path, tiny_family.ltx23, mode, "--text_encoder", str(tiny_family.gemma))
-    encoded = make_previewer(config, checkpoint, datasets(tmp_path), ltxv2_train_network.prompt_encoder(config, checkpoint)).samples[0]
+    encoded = previewer_of(config, tmp_path, encode=ltxv2_train_network.prompt_encoder(config, checkpoint)).samples[0]
     cache_with_the_program(tmp_path, tiny_family, mode)
-    cached = make_previewer(make_config(tmp_path, tiny_family.ltx23, mode), checkpoint, datasets(tmp_path)).samples[0]
+    cached = previewer_of(make_config(tmp_path, tiny_family.ltx23, mode), tmp_path).samples[0]
     for ours, theirs in ((encoded.positive, cached.positive), (encoded.negative, cached.negative)):
         assert ours.text.dtype == theirs.text.dtype == torch.bfloat16 and ours.mask is None and theirs.mask is None
         assert torch.allclose(ours.text.float(), theirs.text.float(), rtol=2**-7, atol=1e-4)
@@ -152,7 +162,7 @@ def test_contexts_of_another_width_are_refused(tiny_family, tmp_path: Path) -> N
             {"kind": "text", "stage": "context"},
         )
     with pytest.raises(UserError, match="7 wide, the model takes 192"):
-        make_previewer(config, open_checkpoint(tiny_family.ltx23), datasets(tmp_path))
+        previewer_of(config, tmp_path)
 
 
 def test_a_checkpoint_without_vae_is_refused_before_training(tiny_family, tmp_path: Path) -> None:
@@ -161,7 +171,7 @@ def test_a_checkpoint_without_vae_is_refused_before_training(tiny_family, tmp_pa
     wrapper = parts.load_wrapper(model)
     cache_prompts(tmp_path, wrapper)
     with pytest.raises(UserError, match="--vae"):
-        make_previewer(make_config(tmp_path, model, "av"), open_checkpoint(model), datasets(tmp_path))
+        previewer_of(make_config(tmp_path, model, "av"), tmp_path)
 
 
 def test_stale_contexts_are_refused(tiny_family, tmp_path: Path) -> None:
@@ -171,8 +181,8 @@ def test_stale_contexts_are_refused(tiny_family, tmp_path: Path) -> None:
         tensors = {"text_float32": torch.zeros(4, 192), TEXT_MASK_KEY: torch.ones(4)}
         write(prompt_path(tmp_path / "cache", text), tensors, {"kind": "video_latents"})
     with pytest.raises(UserError, match="it holds something else"):
-        make_previewer(config, open_checkpoint(tiny_family.ltx23), datasets(tmp_path))
+        previewer_of(config, tmp_path)
     cache_prompts(tmp_path, parts.load_wrapper(tiny_family.ltx23))
     wanted = {"projection_fingerprint": "of this model"}
     with pytest.raises(UserError, match="another model's text projection"):
-        make_previewer(config, open_checkpoint(tiny_family.ltx23), datasets(tmp_path), wanted_text=wanted)
+        previewer_of(config, tmp_path, expected=wanted)

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
-from musubi_tuner.preview import previewer as run
+from musubi_tuner.generation import decode
+from musubi_tuner.preview import previewer
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
 
@@ -76,7 +77,7 @@ def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_f
 def test_a_card_without_room_costs_previews_and_never_the_run(project: Path, tiny_family, monkeypatch, caplog) -> None:
     previews = ["--sample_prompts", str(project / "prompts.txt"), "--sample_at_first", "--sample_every_n_steps", "2"]
     plain = train(project, tiny_family.ltx23, "roomy", *previews)
-    sampling, decoding, calls = run.generate, run.to_frames, []
+    sampling, decoding, calls = previewer.generate, decode.to_frames, []
 
     def cramped(real, refuse):
         def call(*arguments, **named):
@@ -87,8 +88,8 @@ def test_a_card_without_room_costs_previews_and_never_the_run(project: Path, tin
 
         return call
 
-    monkeypatch.setattr(run, "generate", cramped(sampling, lambda count: count == 1))  # of the first moment, the step before training
-    monkeypatch.setattr(run, "to_frames", cramped(decoding, lambda count: count == 1))  # of the second one, step 2
+    monkeypatch.setattr(previewer, "generate", cramped(sampling, lambda count: count == 1))  # of the first moment, the step before training
+    monkeypatch.setattr(decode, "to_frames", cramped(decoding, lambda count: count == 1))  # of the second one, step 2
     short = train(project, tiny_family.ltx23, "cramped", *previews)
     assert "step 0: no previews: the card ran out of memory, and training goes on" in caplog.text
     assert "step 2: the card has no room for the decoders; the previews are decoded on the CPU" in caplog.text

@@ -14,13 +14,12 @@ from musubi_tuner.config import conditioning as rules
 from musubi_tuner.config.conditioning import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Item, list_items
+from musubi_tuner.dataset.items import Item, list_items, token_counts
 from musubi_tuner.dataset.sampler import Draw
-from musubi_tuner.generation.denoise import Sample, generate
-from musubi_tuner.generation.encode import Encoders, encode_given
+from musubi_tuner.generation.denoise import SampleInputs, generate
+from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.placement.planning import token_counts
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_sounds
@@ -124,9 +123,9 @@ def test_a_preview_plays_the_reference_as_training_does(data, tiny_family, tmp_p
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
-    given = encode_given(prompt, plan.streams, Encoders(checkpoint, checkpoint, torch.device("cpu")))
+    conditioning = encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
     context = preview_parts.context(wrapper)
-    made = Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)
+    made = SampleInputs(prompt=prompt, plan=plan, positive=context, negative=context, conditioning=conditioning)
     seen = spy(wrapper, lambda: generate(wrapper, made))
     noise = {"video_noise": seen[0].latent, "audio_noise": seen[1].latent[:, :18]}
     at_one = replace(batch, text=context.text, text_mask=None, video_sigma=torch.ones(1), audio_sigma=torch.ones(1), **noise)

@@ -17,8 +17,8 @@ from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.sampler import Draw
-from musubi_tuner.generation.denoise import Sample, generate
-from musubi_tuner.generation.encode import Encoders, encode_given
+from musubi_tuner.generation.denoise import SampleInputs, generate
+from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.prompts.sample_prompts import load_prompts
@@ -126,9 +126,11 @@ def test_a_preview_shows_the_reference_as_training_does(data, tiny_family, tmp_p
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="video", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
-    encoders = Encoders(checkpoint, checkpoint, torch.device("cpu"), reference_factors=load_dataset_config(data.toml).reference_factors)
-    given, context = encode_given(prompt, plan.streams, encoders), preview_parts.context(wrapper)
-    made = Sample(prompt=prompt, plan=plan, positive=context, negative=context, given=given)
+    encoders = ConditioningEncoders(
+        checkpoint, checkpoint, torch.device("cpu"), reference_factors=load_dataset_config(data.toml).reference_factors
+    )
+    conditioning, context = encode_conditioning(prompt, plan.streams, encoders), preview_parts.context(wrapper)
+    made = SampleInputs(prompt=prompt, plan=plan, positive=context, negative=context, conditioning=conditioning)
     ours, _ = spy(wrapper, lambda: generate(wrapper, made))
     noised = replace(batch, text=context.text, text_mask=None, video_noise=ours.latent[:, :24], video_sigma=torch.ones(1))
     theirs, _ = spy(wrapper, lambda: training_parts.item_losses(wrapper, noised))

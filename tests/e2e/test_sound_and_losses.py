@@ -131,7 +131,7 @@ def test_a_dataset_has_a_rate_of_its_own(data, tmp_path):
     assert all(torch.equal(dropped[name], everywhere[name]) for name in plain)
     assert any(not torch.equal(dropped[name], plain[name]) for name in plain)
     copy.toml.write_text(f"{text}\ncaption_dropout_rate = 1.5\n", encoding="utf-8")
-    with pytest.raises(UserError, match="caption_dropout_rate = 1.5: a share between 0 and 1"):
+    with pytest.raises(UserError, match="caption_dropout_rate = 1.5: must be a share between 0 and 1"):
         run(copy, tmp_path / "refused")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from musubi_tuner.generation.denoise import Sample, generate
+from musubi_tuner.generation.denoise import SampleInputs, generate
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.versions import TRANSFORMER_PREFIXES
 from tests import preview_parts as parts
@@ -27,7 +27,7 @@ def official_model(path):
     return model.eval()
 
 
-def official_sampling(model, sample: Sample, noise: dict[str, torch.Tensor], widths: tuple[int, int]) -> dict[str, torch.Tensor]:
+def official_sampling(model, sample: SampleInputs, noise: dict[str, torch.Tensor], widths: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The official loop, by the official classes."""
     from ltx_core.components.diffusion_steps import EulerDiffusionStep
     from ltx_core.components.guiders import MultiModalGuider, MultiModalGuiderParams
@@ -64,7 +64,7 @@ def official_sampling(model, sample: Sample, noise: dict[str, torch.Tensor], wid
     return x
 
 
-def modality(name: str, latent: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, sample: Sample):
+def modality(name: str, latent: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, sample: SampleInputs):
     from ltx_core.model.transformer.modality import Modality
 
     prompt, steps = sample.prompt, latent.shape[1]

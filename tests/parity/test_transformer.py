@@ -1,4 +1,4 @@
-"""Our transformer against ltx-core 1.0.0 and diffusers: float32, CPU, one set of random weights (architecture sheet 8)."""
+"""Our transformer against ltx-core 1.0.0 and diffusers: float32, CPU, one set of random weights (docs/explanation/model.md)."""
 
 import dataclasses
 import itertools

@@ -214,7 +214,7 @@ def test_a_missing_index_names_what_differs_and_the_command(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"nothing was cached.*ltxv2_cache_latents\.py --dataset_config d\.toml"):
         read_index(dataset, Path("d.toml"))
     write_index(dataset, DatasetIndex(settings=dataset.settings(), clips=(clip(),)))
-    with pytest.raises(UserError, match=r"target_fps is 12, cached with None.*ltxv2_cache_latents\.py"):
+    with pytest.raises(UserError, match=r"target_fps is 12\.0, cached with None.*ltxv2_cache_latents\.py"):
         read_index(spec(tmp_path, target_fps=12), Path("d.toml"))
     index_path(dataset).write_text('{"clips": [{"key"', encoding="utf-8")
     with pytest.raises(UserError, match=r"damaged.*ltxv2_cache_latents\.py"):

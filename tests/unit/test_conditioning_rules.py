@@ -261,7 +261,7 @@ def test_a_recipe_must_fit_the_mode(tmp_path: Path):
 
 def test_the_short_flag_is_a_rule_of_the_recipe(tmp_path: Path):
     assert make_recipe(ConditioningOptions(first_frame_conditioning_p=0.5), "av").video == (rules.FirstFrame(probability=0.5),)
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="between 0 and 1"):
         make_recipe(ConditioningOptions(first_frame_conditioning_p=2.0), "av")
     path = tmp_path / "recipe.toml"
     path.write_text("[[video]]\nrule='first_frame'\n", encoding="utf-8")

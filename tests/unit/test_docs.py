@@ -1,4 +1,4 @@
-"""The documents say what the programs do: their commands parse, their links lead somewhere, the table of options is current."""
+"""The documents say what the programs do: their commands parse, their links lead somewhere, the words that users search for open a page."""
 
 import re
 import shlex
@@ -9,18 +9,48 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.config.flags import build_parser
-from musubi_tuner.prompts.files import GIVEN_FLAGS
-from musubi_tuner.prompts.sample_prompts import _parse_line
+from musubi_tuner.config.flags import describe, read_words
+from musubi_tuner.prompts.sample_prompts import INPUT_FLAGS, split_line
 from tools.make_options_table import OPTIONS, PROGRAMS, render
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+DOCUMENTS = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 CONFIGS = {Path(program.script).name: program.config for program in PROGRAMS}
 SCRIPTS = {Path(program.script).name: program.script for program in PROGRAMS}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NAMED_TEST = re.compile(r"`(?=tests/|::)(tests/[\w/]+\.py)?(?:::(\w+))?`")
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+NAMED_PAGE = re.compile(r"\bdocs/[\w./-]+\.(?:md|png)\b")
+NAMES_PAGES = ("tests", "tools", "benchmarks", "dataset_configs", "training_configs", "conditioning_recipes")
+
+SEARCHES = {
+    "gradient checkpointing": "explanation/memory.md",
+    "activation checkpointing": "explanation/memory.md",
+    "block swap": "explanation/memory.md",
+    "activation offload": "explanation/memory.md",
+    "quantized": "explanation/memory.md",
+    "low VRAM": "how-to/small_cards.md",
+    "out of memory": "how-to/small_cards.md",
+    "IC-LoRA": "how-to/ic_lora.md",
+    "video to video": "how-to/ic_lora.md",
+    "image to video": "how-to/conditioning.md",
+    "inpainting": "how-to/conditioning.md",
+    "regularization": "how-to/regularization.md",
+    "prior preservation": "how-to/regularization.md",
+    "EMA": "how-to/regularization.md",
+    "LyCORIS": "how-to/networks.md",
+    "validation videos": "how-to/previews.md",
+    "bucket": "reference/dataset_toml.md",
+    "resum": "how-to/train.md",
+    "timestep sampling": "explanation/noise_levels.md",
+    "text encoder": "how-to/captions.md",
+    "latent caching": "how-to/cache.md",
+    "NaN": "how-to/troubleshooting.md",
+}
+"""What a user types into a search box -> the page whose first lines must hold it."""
+FIRST_LINES = 6
 
 
 def blocks(document: Path, *languages: str) -> list[str]:
@@ -48,7 +78,9 @@ def test_there_are_commands_of_every_program() -> None:
 def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
     place = next(index for index, word in enumerate(words) if Path(word).name in CONFIGS)
     script = Path(words[place]).name
-    build_parser(CONFIGS[script], prog=script, description="").parse_args(words[place + 1 :])
+    typed = read_words(words[place + 1 :], describe(CONFIGS[script]), prog=script, description="")
+    missing = {flag.key for flag in describe(CONFIGS[script]) if flag.is_required} - set(typed)
+    assert not missing or "config_file" in typed
     if "launch" in words[:place]:
         from accelerate.commands.launch import launch_command_parser
 
@@ -63,21 +95,51 @@ def test_toml_in_documents_is_valid() -> None:
 
 def test_prompt_lines_in_documents_parse_and_exercise_every_flag() -> None:
     lines = [(path.name, line) for path in DOCUMENTS for block in blocks(path, "prompt") for line in block.splitlines()]
-    given = {key for name, line in lines for key in _parse_line(name, line)}
-    assert set(GIVEN_FLAGS.values()) <= given
+    found = {key for name, line in lines for key in split_line(name, line)[1]}
+    assert set(INPUT_FLAGS.values()) <= found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
-    missing = [target for target in LINK.findall(text) if "://" not in target and not (document.parent / target).exists()]
+    missing = []
+    for target in LINK.findall(document.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        place = document if path == "" else document.parent / path
+        if "://" not in target and not (place.exists() and (anchor == "" or anchor in anchors(place))):
+            missing.append(target)
+    assert not missing
+
+
+def anchors(document: Path) -> set[str]:
+    """What a `#` may name in a page: its headings, as GitHub turns them into anchors."""
+    headings = HEADING.findall(document.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_listed() -> None:
+    listed = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in DOCS.rglob("*.md") if path.name != "README.md" and path.relative_to(DOCS).as_posix() not in listed] == []
+
+
+@pytest.mark.parametrize(("words", "page"), SEARCHES.items())
+def test_words_that_users_search_for_open_a_page(words: str, page: str) -> None:
+    head = " ".join((DOCS / page).read_text(encoding="utf-8").splitlines()[:FIRST_LINES])
+    assert words.lower() in head.lower()
+
+
+@pytest.mark.parametrize("folder", NAMES_PAGES)
+def test_pages_that_files_name_exist(folder: str) -> None:
+    missing = {}
+    for path in (path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".toml")):
+        named = NAMED_PAGE.findall(path.read_text(encoding="utf-8"))
+        missing |= {f"{path.name}: {page}": page for page in named if not (REPOSITORY / page).is_file()}
     assert not missing
 
 
 def test_requirement_rows_name_tests_that_exist() -> None:
     """A name without a file is of the file before it in the line."""
     named = set()
-    for line in (REPOSITORY / "docs" / "requirements_status.md").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / "development" / "requirements_status.md").read_text(encoding="utf-8").splitlines():
         path = ""
         for found, name in NAMED_TEST.findall(line):
             path = found or path
@@ -97,11 +159,10 @@ def test_the_table_of_options_is_current() -> None:
 
 @pytest.mark.parametrize("script", sorted(CONFIGS))
 def test_help_is_readable(script: str) -> None:
-    """Every script is thin, and its --help names every flag."""
+    """Every script is thin, and its --help_all names every flag."""
     path = REPOSITORY / SCRIPTS[script]
     assert len(path.read_text(encoding="utf-8").splitlines()) < 15
-    answer = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, encoding="utf-8", check=False)
+    answer = subprocess.run([sys.executable, str(path), "--help_all"], capture_output=True, text=True, encoding="utf-8", check=False)
     assert answer.returncode == 0, answer.stderr
-    parser = build_parser(CONFIGS[script], prog=script, description="")
-    assert all(action.option_strings[0] in answer.stdout for action in parser._actions if action.option_strings)
+    assert all(flag.usage in answer.stdout for flag in describe(CONFIGS[script]))
     assert max(map(len, answer.stdout.splitlines())) <= 140

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import caching
 from benchmarks.encoder_counts import count_encoder, make_encoder
-from musubi_tuner.config.latent_caching import VideoVaeOptions
+from musubi_tuner.config.caching import VideoVaeOptions
 from musubi_tuner.encoding.layout import ClipSize, LayoutTimes, measure_layouts, pays, use_fastest_layout
 from musubi_tuner.ltxv2.autoencoders import video_vae
 from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS, CausalConv3d

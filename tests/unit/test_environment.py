@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_a_second_call_installs_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     stamp.write_text(json.dumps({"fingerprint": "of older files", "installed": ["the project", "test"]}), encoding="utf-8")
     environment.make_environment()
     assert len(installs) == 3
+
+
+def test_uv_and_pip_have_the_same_pins() -> None:
+    pins = [line for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["uv"]["constraint-dependencies"] == pins
 
 
 def test_torch_is_pinned() -> None:

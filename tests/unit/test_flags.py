@@ -1,33 +1,40 @@
 """Flags from dataclasses."""
 
-from dataclasses import dataclass
+import importlib
+import subprocess
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
 
-from musubi_tuner import ltxv2_train_network
+from musubi_tuner import __version__, ltxv2_train_network, make_tiny
+from musubi_tuner.command import COMMANDS, dispatch
 from musubi_tuner.config.flags import describe, flag, parse
-from musubi_tuner.config.training import TrainingConfig, check_training_config, parse_pairs
+from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.config.validation import AnyPath, Count, List, options
 from musubi_tuner.runtime.errors import UserError
+from tools.make_options_table import PROGRAMS
 
+CONFIGS = {program.module.__name__.rpartition(".")[2]: program.config for program in PROGRAMS} | {"make_tiny": make_tiny.TinyConfig}
 REQUIRED = ["--ltxv2_model", "m.safetensors", "--dataset_config", "d.toml"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@options
 class Section:
     """Numbers."""
 
-    count: int = flag("how many", default=3)
+    count: Count = flag("how many", default=3)
     rate: float | None = flag("how fast", default=None)
     on: bool = flag("whether", default=True)
     kind: Literal["a", "b"] = flag("which", default="a")
-    pairs: tuple[str, ...] = flag("some", default=())
-    file: Path | None = flag("where", default=None)
+    pairs: Annotated[tuple[str, ...], List] = flag("some", default=())
+    file: AnyPath | None = flag("where", default=None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@options
 class Config:
     """All."""
 
@@ -39,9 +46,7 @@ def read(*argv):
 
 
 def training(*argv):
-    config = parse(TrainingConfig, [*REQUIRED, *argv], prog="p", description="d")
-    check_training_config(config)
-    return config
+    return parse(TrainingConfig, [*REQUIRED, *argv], prog="p", description="d")
 
 
 def test_types_and_defaults():
@@ -59,27 +64,63 @@ def test_config_file_supplies_flags_and_the_command_line_wins(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("cuont = 7", "Did you mean 'count'"), ("count = 'x'", "of type int"), ("kind = 'c'", "one of a, b"), ("count = ", "not valid TOML")],
+    [
+        ("cuont = 7", "unknown key 'cuont'. Did you mean 'count'"),
+        ("count = 'x'", "count = 'x': must be a whole number"),
+        ("count = true", "count = True: must be a whole number"),
+        ("count = 0", "count = 0: must be at least 1"),
+        ("rate = nan", "rate = nan: must be a finite number"),
+        ("on = 1", "on = 1: must be true or false"),
+        ("kind = 'c'", "kind = 'c': must be one of a, b"),
+        ("pairs = 'x'", "pairs = 'x': must be a list"),
+        ("pairs = [1]", r"pairs\[0\] = 1: must be text"),
+        ("count = ", "not valid TOML"),
+    ],
 )
 def test_config_file_mistakes_are_named(tmp_path, text, message):
     path = tmp_path / "c.toml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"c.toml: {message}"):
         read("--config_file", str(path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--count", "x"], "--count x: must be a whole number."),
+        (["--count", "-1"], "--count -1: must be at least 1."),
+        (["--rate", "nan"], "--rate nan: must be a finite number."),
+        (["--rate", "inf"], "--rate inf: must be a finite number."),
+        (["--file", ""], "--file '': must be a path."),
+        (["--kind=x"], "--kind x: must be one of a, b."),
+        (["--count"], "--count: needs a value (how many).\np --help shows the usual flags, --help_all all of them."),
+        (["--on=true"], "--on=true: takes no value; --on is on, --no-on is off.\np --help shows the usual flags, --help_all all of them."),
+        (["--on", "true"], "unexpected 'true' after --on.\np --help shows the usual flags, --help_all all of them."),
+        (["--coun", "5"], "unknown flag '--coun'. Did you mean '--count'?\np --help shows the usual flags, --help_all all of them."),
+        (["--config_file", "nowhere"], "--config_file nowhere: no such file."),
+    ],
+)
+def test_mistakes_on_the_command_line_take_two_lines(argv, message):
+    with pytest.raises(UserError) as caught:
+        read(*argv)
+    assert str(caught.value) == message
+
+
+def test_the_last_of_a_flag_given_twice_counts():
+    argv = ["--count", "5", "--count=6", "--pairs", "a=1", "b=2", "--pairs", "c=3", "--no-on", "--on"]
+    assert read(*argv) == Section(count=6, pairs=("c=3",))
 
 
 def test_required_flags_may_come_from_the_file(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text('ltxv2_model = "m"\ndataset_config = "d"\n', encoding="utf-8")
+    path.write_text('ltxv2_model = "m"\ndataset_config = "d"\nltxv2_timestep_format = "sd3_0_1"\n', encoding="utf-8")
     config = parse(TrainingConfig, ["--config_file", str(path)], prog="p", description="d")
     assert config.model.ltxv2_model == Path("m")
 
 
-def test_abbreviated_and_unknown_flags_are_errors_that_name_the_nearest(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        read("--coun", "5")
-    assert stopped.value.code == 2
-    assert "unrecognized arguments: --coun 5. Did you mean '--count'?" in capsys.readouterr().err
+def test_missing_flags_are_listed_with_what_they_are():
+    with pytest.raises(UserError, match=r"missing --ltxv2_timestep_format: .*; --ltxv2_model: transformer file.*\.\np --help"):
+        parse(TrainingConfig, REQUIRED[2:], prog="p", description="d")
 
 
 def test_missing_timestep_format_lists_the_three_values():
@@ -110,6 +151,13 @@ def test_mode_comes_from_the_newer_flag_first(argv, mode):
         ("--network_alpha", "0"),
         ("--vram_gb", "0"),
         ("--blocks_to_swap", "-1"),
+        ("--learning_rate", "nan"),
+        ("--lr_warmup_steps", "inf"),
+        ("--max_train_steps", "99999999999"),
+        ("--sample_width", "100"),
+        ("--sample_frames", "24"),
+        ("--max_length", "1025"),
+        ("--seed", "99999999999999999999"),
     ],
 )
 def test_values_out_of_range_are_named(argv):
@@ -124,27 +172,51 @@ def test_pairs():
             parse_pairs(bad, "--f")
 
 
-def test_flags_of_training_are_a_decision():
-    """A new flag is added here on purpose."""
-    names = {info.name for info in describe(TrainingConfig) if info.section != "Previews"}
-    assert names == {
-        "--conditioning_config", "--first_frame_conditioning_p",
-        "--dim_from_weights", "--train_connectors", "--base_weights", "--base_weights_multiplier", "--audio_learning_rate",
-        "--dataset_config", "--ltx_mode", "--ltxv2_audio_video", "--ltxv2_timestep_format", "--timestep_sampling",
-        "--independent_audio_timestep", "--av_timestep_rule", "--video_loss_weight", "--audio_loss_weight", "--ltxv2_model", "--vae",
-        "--audio_vae", "--text_encoder", "--text_encoder_backend", "--tokenizer", "--max_length", "--ltxv2_backend", "--device",
-        "--network_module", "--network_dim", "--network_alpha", "--network_args", "--network_weights", "--optimizer_type",
-        "--optimizer_args", "--learning_rate", "--lr_scheduler", "--lr_warmup_steps", "--max_train_steps", "--max_train_epochs",
-        "--gradient_accumulation_steps", "--max_grad_norm", "--gradient_checkpointing", "--mixed_precision", "--seed",
-        "--max_data_loader_n_workers", "--output_dir", "--output_name", "--save_every_n_steps", "--save_every_n_epochs",
-        "--save_precision", "--save_state", "--save_last_n_states", "--resume", "--logging_dir", "--log_with", "--log_every_n_steps",
-        "--validate_every_n_steps", "--vram_gb", "--ram_gb", "--weight_format", "--fp8_base", "--fp8_scaled", "--blocks_to_swap",
-        "--compile", "--attn_mode", "--timestep_args", "--min_timestep", "--max_timestep", "--loss_type", "--huber_delta",
-        "--weighting_scheme", "--min_snr_gamma", "--noise_offset", "--caption_dropout_rate", "--video_caption_dropout_rate",
-        "--audio_caption_dropout_rate", "--audio_balance", "--audio_supervision_mode", "--audio_supervision_min_ratio",
-        "--audio_supervision_warmup_steps", "--lr_scheduler_type", "--lr_scheduler_args", "--lr_decay_steps",
-        "--save_last_n", "--autoresume", "--dop_prompt", "--dop_weight", "--audio_dop_weight", "--ema_decay",
-    }  # fmt: skip
+def test_flags_of_every_program_are_a_decision():
+    """A new flag is added to flags.txt on purpose."""
+    lines = []
+    for module in COMMANDS.values():
+        lines.append(f"{module}:")
+        lines += [" ".join(["   ", flag.name, *flag.aliases]) for flag in describe(CONFIGS[module])]
+    assert (Path(__file__).parent / "flags.txt").read_text(encoding="utf-8").splitlines() == lines
+
+
+def test_help_shows_the_flags_that_most_people_need():
+    flags = describe(TrainingConfig)
+    common = sum(flag.common for flag in flags)
+    assert 20 <= common <= 30 < len(flags)
+    assert all(flag.common for flag in flags if flag.is_required)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_heavy_and_fits_a_screen(command):
+    code = (
+        "import sys; from musubi_tuner.command import dispatch\n"
+        f"try: dispatch([{command!r}, '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'accelerate', 'safetensors', 'transformers', 'av', 'PIL'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    *lines, loaded = answer.stdout.splitlines()
+    assert loaded == "[]"
+    module = importlib.import_module(f"musubi_tuner.{COMMANDS[command]}")
+    assert lines[0].startswith(module.DESCRIPTION[:60])
+    assert sum(line.startswith(f"usage: ltxv2 {command} --") for line in lines[:4]) == 1
+    assert len(lines) <= 75 and max(map(len, lines)) <= 140
+
+
+def test_the_installed_command_answers_for_itself(capsys):
+    assert dispatch([]) == dispatch(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in COMMANDS)
+    assert dispatch(["--version"]) == 0
+    with pytest.raises(SystemExit):
+        dispatch(["train", "--version"])
+    assert capsys.readouterr().out.splitlines() == [f"musubi-tuner-ltxv2 {__version__}"] * 2
+    with pytest.raises(UserError, match="unknown command 'trian'. Did you mean 'train'?"):
+        dispatch(["trian"])
+    with pytest.raises(UserError, match="(?s)missing --output_dir: folder.*ltxv2 make-tiny --help"):
+        dispatch(["make-tiny"])
 
 
 @pytest.mark.parametrize(

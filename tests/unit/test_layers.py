@@ -1,4 +1,4 @@
-"""The contracts of `.importlinter`, which are those of docs/architecture.md."""
+"""The contracts of `.importlinter`, which are those of docs/development/architecture.md."""
 
 import subprocess
 import sys

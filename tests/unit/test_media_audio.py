@@ -131,7 +131,7 @@ def test_resampling_removes_what_the_new_rate_cannot_hold() -> None:
 
 
 def test_resampling_matches_a_polyphase_sinc_written_out() -> None:
-    """The same filter as a strided convolution with one kernel for each output phase (architecture sheet 4.3)."""
+    """The same filter as a strided convolution with one kernel for each output phase (docs/explanation/model.md, "mel")."""
     signal = torch.rand(1, 4410, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
     source, target = 441, 160
     edge = 0.99 * target

@@ -1,13 +1,12 @@
 """The planner against the step model: within budget, better with more, and what it says of the released models."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
-from musubi_tuner.memory.plan import SLOTS, Budget, Wishes, candidates, choose_plan, count_rungs, fits, leanest_plan
+from musubi_tuner.config.model import MemoryOptions
+from musubi_tuner.memory.plan import SLOTS, Limits, candidates, choose_plan, count_levels, fits, leanest_plan
 from musubi_tuner.memory.step_model import (
     RUNGS,
     CardRates,
@@ -19,18 +18,22 @@ from musubi_tuner.memory.step_model import (
     gradient_operations,
     linear_operations,
 )
-from musubi_tuner.placement.planning import Machine, place_by_plan
+from musubi_tuner.placement.planning import Machine, describe_placement, place_by_plan
 from musubi_tuner.runtime.errors import UserError
 
 GB = 10**9
 LARGE = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
-ALL_FORMATS = Wishes(formats=("bf16", "fp8", "nf4"))
 
 
 def work(video_tokens: int = 6144, audio_tokens: int = 126, clips: int = 1) -> Workload:
     return Workload(
         video_tokens=video_tokens, audio_tokens=audio_tokens, text_tokens=1024, clips=clips, trainable=214_000_000, optimizer_bytes=8
     )
+
+
+def limits(device_gb: float, host_gb: float, **fixed: object) -> Limits:
+    """All formats, unless said otherwise."""
+    return Limits(device_bytes=int(device_gb * GB), host_bytes=int(host_gb * GB), **({"formats": ("bf16", "fp8", "nf4")} | fixed))
 
 
 def rates(bf16: float = 148, low: float = 279, forward: float = 145, backward: float = 120, bandwidth: float = 0.92, host: float = 25):
@@ -42,7 +45,7 @@ def rates(bf16: float = 148, low: float = 279, forward: float = 145, backward: f
 
 
 def test_counts_are_those_of_the_real_block():
-    """TFLOP of one block at 6144 video, 126 audio and 1024 text tokens, as counted by a dispatch mode (docs/memory_and_speed.md)."""
+    """TFLOP of one block at 6144 video, 126 audio and 1024 text tokens, as counted by a dispatch mode (docs/development/benchmarks.md)."""
     assert linear_operations(LARGE, work()) / 1e12 == pytest.approx(3.439 - 0.031, rel=0.01)
     assert gradient_operations(LARGE, work()) / 1e12 == pytest.approx(3.384 - 0.062, rel=0.01)
     assert attention_operations(LARGE, work()) / 1e12 == pytest.approx(0.735, rel=0.002)
@@ -55,15 +58,14 @@ def test_two_clips_are_twice_one():
 
 
 def test_cards_that_share_their_streamed_blocks_do_with_half_of_the_host_memory_each():
-    card = Budget(device=22 * GB, host=18 * GB)
-    alone = choose_plan(LARGE, work(), rates(), card, ALL_FORMATS)
-    apart = choose_plan(LARGE, work(), rates(), Budget(device=22 * GB, host=9 * GB), ALL_FORMATS)
-    together = choose_plan(LARGE, work(), rates(), Budget(device=22 * GB, host=9 * GB), dataclasses.replace(ALL_FORMATS, sharers=2))
-    assert (together.streamed, together.rungs) == (alone.streamed, alone.rungs) and together.host_bytes == alone.host_bytes // 2
+    alone = choose_plan(LARGE, work(), rates(), limits(22, 18))
+    apart = choose_plan(LARGE, work(), rates(), limits(22, 9))
+    together = choose_plan(LARGE, work(), rates(), limits(22, 9, sharers=2))
+    assert (together.streamed, together.levels) == (alone.streamed, alone.levels) and together.host_bytes == alone.host_bytes // 2
     assert apart.streamed < alone.streamed and apart.seconds > together.seconds
 
 
-def test_each_rung_keeps_less_and_takes_longer():
+def test_each_recompute_level_keeps_less_and_takes_longer():
     seconds = [sum_of(block_seconds(LARGE, work(), rates(), rung, weight_format="bf16", compiled=True)) for rung in RUNGS]
     assert seconds == sorted(seconds) and [rung.units for rung in RUNGS] == sorted((rung.units for rung in RUNGS), reverse=True)
     assert floor_seconds(LARGE, work(), rates()) < 48 * seconds[0]
@@ -78,13 +80,13 @@ def test_plans_stay_in_the_budget_and_get_better_with_more():
     for one in shapes:
         best = {}
         for device, host in itertools.product((8, 16, 24, 80), (8, 16, 48)):
-            budget = Budget(device=device * GB, host=host * GB)
-            plan = choose_plan(LARGE, one, rates(), budget, ALL_FORMATS)
+            given = limits(device, host)
+            plan = choose_plan(LARGE, one, rates(), given)
             best[device, host] = plan
             if plan is None:
-                assert not fits(leanest_plan(LARGE, one, rates(), ALL_FORMATS), Budget(device=device * GB, host=10**13)) or host < 48
+                assert not fits(leanest_plan(LARGE, one, rates(), given), limits(device, 10_000)) or host < 48
             else:
-                assert plan.device_bytes <= budget.device and plan.host_bytes <= budget.host
+                assert plan.device_bytes <= given.device_bytes and plan.host_bytes <= given.host_bytes
         for (device, host), plan in best.items():
             for (more_device, more_host), better in best.items():
                 if plan is not None and more_device >= device and more_host >= host:
@@ -92,39 +94,51 @@ def test_plans_stay_in_the_budget_and_get_better_with_more():
 
 
 def test_the_best_plan_is_the_best_of_all():
-    budget = Budget(device=24 * GB, host=16 * GB)
-    chosen = choose_plan(LARGE, work(), rates(), budget, ALL_FORMATS)
-    others = [plan for plan in candidates(LARGE, work(), rates(), ALL_FORMATS) if fits(plan, budget)]
+    given = limits(24, 16)
+    chosen = choose_plan(LARGE, work(), rates(), given)
+    others = [plan for plan in candidates(LARGE, work(), rates(), given) if fits(plan, given)]
     assert len(others) > 100 and chosen.score <= min(plan.score for plan in others) + 1e-4
 
 
 def test_released_models_fit_the_cards_that_people_own():
     """768x512x49 with sound in 16 GB with 32 GB of host memory; 24 GB at 6k tokens without waiting for weights."""
-    small = choose_plan(LARGE, work(2688, 51), rates(87, 166, 86, 72, 0.66), Budget(device=int(15.5 * GB), host=18 * GB), ALL_FORMATS)
+    small = choose_plan(LARGE, work(2688, 51), rates(87, 166, 86, 72, 0.66), limits(15.5, 18))
     assert small is not None
-    middle = choose_plan(LARGE, work(), rates(), Budget(device=int(23.5 * GB), host=18 * GB), ALL_FORMATS)
+    middle = choose_plan(LARGE, work(), rates(), limits(23.5, 18))
     assert middle is not None and middle.stalled < 0.15 * middle.seconds
-    large = choose_plan(LARGE, work(), rates(711, 1066, 620, 515, 4.3, 50), Budget(device=139 * GB, host=100 * GB), ALL_FORMATS)
-    assert large.weight_format == "bf16" and large.streamed == 0 and count_rungs(large) == {"nothing": 48}
+    large = choose_plan(LARGE, work(), rates(711, 1066, 620, 515, 4.3, 50), limits(139, 100))
+    assert large.weight_format == "bf16" and large.streamed == 0 and count_levels(large) == {"nothing": 48}
 
 
-def test_wishes_are_kept_to():
-    fixed = Wishes(formats=("fp8",), streamed=20, rung="everything")
-    plan = choose_plan(LARGE, work(), rates(), Budget(device=24 * GB, host=48 * GB), fixed)
-    assert (plan.weight_format, plan.streamed, set(plan.rungs)) == ("fp8", 20, {"everything"})
+def test_what_is_fixed_is_kept_to():
+    plan = choose_plan(LARGE, work(), rates(), limits(24, 48, formats=("fp8",), streamed=20, level="everything"))
+    assert (plan.weight_format, plan.streamed, set(plan.levels)) == ("fp8", 20, {"everything"})
     assert plan.host_bytes >= 20 * LARGE.block_weights
 
 
 def test_waiting_for_weights_is_counted():
-    few = choose_plan(LARGE, work(64, 2), rates(), Budget(device=139 * GB, host=48 * GB), Wishes(formats=("bf16",), streamed=48))
+    few = choose_plan(LARGE, work(64, 2), rates(), limits(139, 48, formats=("bf16",), streamed=48))
     assert few.stalled > 0.5 * few.seconds
     assert few.device_bytes < 48 * 2 * LARGE.block_weights
     assert SLOTS * 2 * LARGE.block_weights < few.device_bytes
 
 
+def test_the_banner_says_what_is_recomputed_and_what_waits():
+    def rows(batch: Workload, device_gb: int, **options: object) -> list[tuple[str, str]]:
+        machine = Machine(device=torch.device("cpu"), device_bytes=device_gb * GB, host_bytes=110 * GB, rates=rates(), low_rates={})
+        placed = place_by_plan(MemoryOptions(compile=True, weight_format="bf16", **options), machine, LARGE, batch, full_format="bf16")
+        return describe_placement(placed, torch.bfloat16)
+
+    roomy, long, stalled = rows(work(), 139), rows(work(30_000, 2), 22), rows(work(64, 2), 139, blocks_to_swap=48)
+    assert ("recomputation", "none (48 blocks)") in roomy
+    assert ("recomputation", "everything (48 blocks), block inputs on the host") in long
+    assert any("of it waits for streamed weights, which a larger batch_size would hide" in text for _, text in stalled)
+    assert not any("waits" in text for _, text in (*roomy, *long))
+
+
 def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen():
     def machine(**low: float) -> Machine:
-        return Machine(device=torch.device("cuda"), budget=Budget(device=22 * GB, host=18 * GB), rates=rates(), low_rates=low)
+        return Machine(device=torch.device("cuda"), device_bytes=22 * GB, host_bytes=18 * GB, rates=rates(), low_rates=low)
 
     def chosen(found: Machine, wanted: str = "auto") -> str | None:
         options = MemoryOptions(compile=True, weight_format=wanted)

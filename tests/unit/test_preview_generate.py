@@ -1,6 +1,7 @@
 """Sampling with the tiny transformer: passes, seeds, conditioning, and what it shares with training."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ from musubi_tuner.conditioning.noising import noised
 from musubi_tuner.conditioning.tokens import audio_stream, video_stream
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.generation.contexts import TextContext
-from musubi_tuner.generation.denoise import PreviewLatents, Sample, generate
+from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
 from musubi_tuner.ltxv2.transformer.modality import Modality
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.placement.load import load_for_generation
 from musubi_tuner.preview.previewer import untouched
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.checkpoint import save_lora
 from tests import preview_parts as parts
 
 
@@ -23,7 +27,7 @@ def wrapper(tiny_family) -> OfficialLTXV2Wrapper:
     return parts.load_wrapper(tiny_family.ltx23)
 
 
-def record_calls(wrapper: OfficialLTXV2Wrapper, made: Sample) -> list[tuple]:
+def record_calls(wrapper: OfficialLTXV2Wrapper, made: SampleInputs) -> list[tuple]:
     """Arguments of every forward while `made` is sampled."""
     calls = []
     handle = wrapper.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
@@ -34,7 +38,7 @@ def record_calls(wrapper: OfficialLTXV2Wrapper, made: Sample) -> list[tuple]:
     return calls
 
 
-def same(left: PreviewLatents, right: PreviewLatents) -> bool:
+def same(left: SampledLatents, right: SampledLatents) -> bool:
     return torch.equal(left.video, right.video) and torch.equal(left.audio, right.audio)
 
 
@@ -145,7 +149,7 @@ def test_a_first_image_stays_as_it_is_at_level_zero(wrapper: OfficialLTXV2Wrappe
 def test_nan_is_an_error_that_names_step_pass_and_tensor(wrapper: OfficialLTXV2Wrapper) -> None:
     made = parts.sample(wrapper)
     broken = torch.full_like(made.negative.text, float("nan"))
-    bad = Sample(prompt=made.prompt, plan=made.plan, positive=made.positive, negative=TextContext(broken, None))
+    bad = SampleInputs(prompt=made.prompt, plan=made.plan, positive=made.positive, negative=TextContext(broken, None))
     with pytest.raises(UserError, match="prompts.txt, line 1: NaN or infinity in the video velocity of the negative pass, step 1 of 3"):
         generate(wrapper, bad)
 
@@ -178,12 +182,35 @@ def test_bfloat16_weights_sample_too_and_repeat_to_the_bit(tiny_family, wrapper:
     assert torch.nn.functional.cosine_similarity(first.video.flatten(), full.video.flatten(), dim=0) > 0.95
 
 
+@pytest.mark.parametrize("swapped", [0, 1])
+def test_a_model_can_be_loaded_to_generate_without_network_plan_or_trial(tiny_family, wrapper: OfficialLTXV2Wrapper, swapped: int) -> None:
+    loaded = load_to_generate(tiny_family.ltx23, blocks_to_swap=swapped)
+    assert same(generate(loaded, parts.sample(loaded)), generate(wrapper, parts.sample(wrapper)))
+
+
+def test_a_lora_that_is_merged_for_generation_samples_as_the_trained_network(tiny_family, tmp_path: Path) -> None:
+    trained = parts.load_wrapper(tiny_family.ltx23)
+    save_lora(parts.add_lora(trained, random_b=True), tmp_path / "lora.safetensors", {}, torch.float32)
+    expected = generate(trained, parts.sample(trained))
+    merged = load_to_generate(tiny_family.ltx23, loras=[(tmp_path / "lora.safetensors", 1.0)])
+    plain = load_to_generate(tiny_family.ltx23)
+    found = generate(merged, parts.sample(merged))
+    assert torch.allclose(found.video, expected.video, atol=1e-3) and torch.allclose(found.audio, expected.audio, atol=1e-3)
+    assert not torch.allclose(generate(plain, parts.sample(plain)).video, expected.video, atol=1e-2)
+
+
+def load_to_generate(path: Path, **options: object) -> OfficialLTXV2Wrapper:
+    return load_for_generation(
+        open_checkpoint(path), mode="av", timestep_format="flowmatch_1_1000", device=torch.device("cpu"), dtype=torch.float32, **options
+    )
+
+
 def test_padded_texts_bring_their_mask(wrapper: OfficialLTXV2Wrapper) -> None:
     made = parts.sample(wrapper)
     mask = torch.arange(parts.TEXT_TOKENS)[None] < 5
-    padded = Sample(prompt=made.prompt, plan=made.plan, positive=TextContext(made.positive.text, mask), negative=made.negative)
+    padded = SampleInputs(prompt=made.prompt, plan=made.plan, positive=TextContext(made.positive.text, mask), negative=made.negative)
     calls = record_calls(wrapper, padded)
     assert torch.equal(calls[0][3], mask) and calls[1][3] is None
     junk = TextContext(torch.where(mask[..., None], made.positive.text, 100.0), mask)
-    other = Sample(prompt=made.prompt, plan=made.plan, positive=junk, negative=made.negative)
+    other = SampleInputs(prompt=made.prompt, plan=made.plan, positive=junk, negative=made.negative)
     assert torch.allclose(generate(wrapper, padded).video, generate(wrapper, other).video, atol=1e-5)

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from musubi_tuner.config.preview import PreviewOptions, check_preview_options
+from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.config.validation import validated
 from musubi_tuner.flow.guidance import GuidanceScales
 from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas
 from musubi_tuner.generation.sampling import describe_plans, make_plan
@@ -90,14 +91,14 @@ def test_the_table_shows_mu_and_shift_of_preview_and_training() -> None:
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ({"sample_every_n_steps": 0}, "--sample_every_n_steps 0"),
-        ({"sample_every_n_epochs": -1}, "--sample_every_n_epochs -1"),
-        ({"sample_steps": 0}, "--sample_steps 0"),
-        ({"stg_scale": -1.0}, "--stg_scale"),
-        ({"rescale_scale": 1.5}, "--rescale_scale 1.5"),
-        ({"discrete_flow_shift": 0.0}, "--discrete_flow_shift"),
+        ({"sample_every_n_steps": 0}, "sample_every_n_steps = 0: must be "),
+        ({"sample_every_n_epochs": -1}, "sample_every_n_epochs = -1: must be "),
+        ({"sample_steps": 0}, "sample_steps = 0: must be "),
+        ({"stg_scale": -1.0}, "stg_scale = "),
+        ({"rescale_scale": 1.5}, "rescale_scale = 1.5: must be "),
+        ({"discrete_flow_shift": 0.0}, "discrete_flow_shift = "),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, float], name: str) -> None:
     with pytest.raises(UserError, match=name):
-        check_preview_options(PreviewOptions(**values))
+        validated(PreviewOptions, values)

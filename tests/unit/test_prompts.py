@@ -22,7 +22,7 @@ def test_every_flag_of_a_line_is_read(tmp_path: Path) -> None:
     assert (prompt.prompt, prompt.negative) == ("Ein Häuschen, am Meer", "blurry, dark")
     assert (prompt.width, prompt.height, prompt.frames, prompt.seed, prompt.steps, prompt.fps) == (640, 480, 25, 7, 12, 16.5)
     assert (prompt.video_cfg, prompt.audio_cfg) == (2.5, 5.0)
-    assert prompt.given.image == tmp_path / "erstes Bild.png"
+    assert prompt.inputs.image == tmp_path / "erstes Bild.png"
     assert prompt.where.endswith("line 3")
 
 
@@ -36,7 +36,7 @@ def test_what_a_prompt_leaves_out_comes_from_the_defaults(tmp_path: Path) -> Non
     defaults = PromptDefaults(width=64, height=96, frames=9, fps=16.0, steps=3)
     (prompt,) = load_prompts(write(tmp_path, "a fox"), defaults)
     assert (prompt.width, prompt.height, prompt.frames, prompt.fps, prompt.steps) == (64, 96, 9, 16.0, 3)
-    assert (prompt.negative, prompt.video_cfg, prompt.audio_cfg, prompt.given.image) == ("", None, None, None)
+    assert (prompt.negative, prompt.video_cfg, prompt.audio_cfg, prompt.inputs.image) == ("", None, None, None)
 
 
 @pytest.mark.parametrize("flag", ["l", "g"])
@@ -74,15 +74,16 @@ def test_texts_to_encode_hold_negatives_and_the_empty_prompt_once(tmp_path: Path
     [
         ("a fox --q 3", r"line 1: unknown flag '--q'.*--w"),
         ("a man -- tall", r"unknown flag '--tall'"),
-        ("ok\na fox --f 24", r"line 2: 24 frames.*17 and 25"),
-        ("a fox --w 100", r"width 100.*96 and 128"),
-        ("a fox --h 0", r"height 0"),
+        ("ok\na fox --f 24", r"line 2: --f '24': must be 8n\+1.*17 and 25"),
+        ("a fox --w 100", r"--w '100': must be a multiple of 32; the nearest are 96 and 128"),
+        ("a fox --h 0", r"--h '0': must be a multiple of 32"),
         ("a fox --l 2 --g 3", "both are the CFG scale"),
         ("a fox --d 1 --d 2", "--d is given twice"),
         ("a fox --s many", r"--s 'many': must be a whole number"),
-        ("a fox --s 0", "0 steps"),
-        ("a fox --fr 0", "frame rate 0"),
-        ("a fox --l -1", "must not be negative"),
+        ("a fox --s 0", "--s '0': must be at least 1"),
+        ("a fox --fr 0", "--fr '0': must be above 0"),
+        ("a fox --l -1", "--l '-1': must be at least 0"),
+        ("a fox --al nan", "--al 'nan': must be a finite number"),
         ("a fox --i nowhere.png", "--i 'nowhere.png'"),
         ("--w 64 a fox", "begins with a flag"),
         ("# only a comment\n", "holds no prompt"),
@@ -100,10 +101,13 @@ def test_mistakes_in_text_are_named(tmp_path: Path, text: str, expected: str) ->
         ("p.toml", 'prompt = "a fox"', r"\[prompt\]"),
         ("p.toml", "[prompt]\nwidth=64\n", r"\[\[prompt.subset\]\]"),
         ("p.toml", '[prompt]\n[[prompt.subset]]\nprompt="a"\nwidht=64', "number 1: unknown key 'widht'. Did you mean 'width'"),
+        ("p.toml", "[prompt]\nsubset = [3]", "number 1: must hold keys and values"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' appears twice"),
+        ("p.json", '[{"prompt": "a", "keyframes": [1]}]', r"keyframes = \[1\]: must be text"),
         ("p.json", "{}", "must hold a list"),
-        ("p.json", "[3]", "entry 1: must be an object"),
+        ("p.json", "[3]", "entry 1: must hold keys and values, not 3"),
         ("p.json", "[", "not valid JSON"),
-        ("p.json", '[{"width": 64}]', "has no 'prompt'"),
+        ("p.json", '[{"width": 64}]', "'prompt' is missing"),
         ("p.json", '[{"prompt": "a", "seed": "x"}]', "seed = 'x': must be a whole number"),
         ("p.json", '[{"prompt": "a", "seed": true}]', "seed = True"),
         ("p.yaml", "a", "ends in .txt, .toml or .json"),

@@ -5,7 +5,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from musubi_tuner.config.losses import LossOptions, SoundOptions, check_loss_options
+from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
+from musubi_tuner.config.validation import validated
 from musubi_tuner.flow.schedule import mu_for_tokens
 from musubi_tuner.flow.sigma import SCHEMES, STRATA, SigmaSettings, draw_sigma, expected, loss_weight, stretched
 from musubi_tuner.runtime.errors import UserError
@@ -135,20 +136,20 @@ def test_settings_of_the_sampler_take_effect():
     [
         ({"min_snr_gamma": 5.0}, "signal-to-noise ratio.*flow matching has not.*weighting_scheme"),
         ({"min_timestep": 900.0, "max_timestep": 100.0}, "0 <= min < max <= 1000"),
-        ({"caption_dropout_rate": 1.5}, "caption_dropout_rate 1.5: a share"),
+        ({"caption_dropout_rate": 1.5}, "caption_dropout_rate = 1.5: must be a share"),
         ({"huber_delta": 0.0}, "huber_delta"),
         ({"noise_offset": -0.1}, "noise_offset"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_reason(options, message):
     with pytest.raises(UserError, match=message):
-        check_loss_options(LossOptions(**options), SoundOptions(), "av")
+        validated(LossOptions, options)
 
 
 def test_sound_options_need_sound():
     for mode, options in (("video", {"audio_supervision_mode": "error"}), ("audio", {"audio_balance": "ema"})):
         with pytest.raises(UserError, match="Give av"):
-            check_loss_options(LossOptions(), SoundOptions(**options), mode)
+            check_losses(LossOptions(), SoundOptions(**options), PreservationOptions(), mode)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +157,9 @@ def test_sound_options_need_sound():
                           ("audio", {"noise_offset": 0.1})],
 )  # fmt: skip
 def test_flags_of_a_stream_that_the_mode_lacks_are_refused(mode, options):
-    check_loss_options(LossOptions(**options), SoundOptions(), "av")
+    check_losses(LossOptions(**options), SoundOptions(), PreservationOptions(), "av")
     with pytest.raises(UserError, match=f"--ltx_mode {mode} has not"):
-        check_loss_options(LossOptions(**options), SoundOptions(), mode)
+        check_losses(LossOptions(**options), SoundOptions(), PreservationOptions(), mode)
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,13 @@ def test_jsonl_gives_paths_and_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{not json", "line 3: not JSON"),
-        ('{"caption": "a"}', 'line 3: .*"image_path"'),
-        ('{"image_path": "a.png", "captoin": "a"}', "line 3: unknown field 'captoin'"),
+        ("{not json", "line 3: not valid JSON"),
+        ('{"caption": "a"}', "line 3: 'image_path' is missing"),
+        ("[]", "line 3: must hold keys and values"),
+        ('{"image_path": ""}', "line 3: image_path = '': must be a path"),
+        ('{"image_path": "b.png", "audio_path": "a.wav"}', "line 3: unknown key 'audio_path'"),
+        ('{"image_path": "b.png", "caption": "a", "caption": "b"}', "line 3: not valid JSON: the key 'caption' appears twice"),
+        ('{"image_path": "a.png", "captoin": "a"}', "line 3: unknown key 'captoin'. Did you mean 'caption'"),
         ('{"image_path": "gone.png", "caption": "a"}', "line 3: .*gone.png"),
         ('{"image_path": "a.gif", "caption": "a"}', "line 3: .*a.gif"),
         ('{"image_path": "a.png", "caption": 3}', "line 3: .*caption"),

@@ -166,7 +166,7 @@ REAL = {
 
 @pytest.mark.parametrize("version", REAL)
 def test_real_sizes_have_the_released_counts(version):
-    """Architecture sheet 2.1 and 2.13."""
+    """docs/explanation/model.md, "configuration"."""
     extra, tensors, parameters, video_only = REAL[version]
     values = dict(extra, av_ca_timestep_scale_multiplier=1000.0, frequencies_precision="float64")
     if version != "2.0":

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.flags import flag, nearest
+from musubi_tuner.config.flags import flag
+from musubi_tuner.config.validation import AnyPath, Share, nearest, options
 from musubi_tuner.runtime.errors import UserError
 
 Range = tuple[float, float]
@@ -158,12 +159,12 @@ class Recipe:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@options
 class ConditioningOptions:
     """Conditioning."""
 
-    conditioning_config: Path | None = flag("recipe TOML: what of a clip is given and what is generated", default=None)
-    first_frame_conditioning_p: float = flag(
+    conditioning_config: AnyPath | None = flag("recipe TOML: what of a clip is given and what is generated", default=None)
+    first_frame_conditioning_p: Share = flag(
         "share of items whose first frame is given (image to video), added to the recipe",
         default=0.0,
         aliases=("--ltx2_first_frame_conditioning_p",),
@@ -180,8 +181,6 @@ def make_recipe(options: ConditioningOptions, mode: str) -> Recipe:
         UserError: names file, rule, value and what is allowed.
     """
     share = options.first_frame_conditioning_p
-    if not 0 <= share <= 1:
-        raise UserError(f"--first_frame_conditioning_p {share}: a share between 0 and 1; 0.5 is usual for image to video.")
     recipe = Recipe() if options.conditioning_config is None else load_recipe(options.conditioning_config)
     if share:
         if recipe.probability("video", FirstFrame):

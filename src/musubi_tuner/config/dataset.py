@@ -2,16 +2,30 @@
 
 import dataclasses
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from musubi_tuner.config.flags import nearest
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from musubi_tuner.config.validation import (
+    AnyPath,
+    Count,
+    FrameRate,
+    Frames,
+    NotNegative,
+    Positive,
+    Share,
+    Wording,
+    multiple_of_32,
+    nearest,
+    options,
+    validated,
+)
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_toml
 
-FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 _SOURCES = {
     "video_directory": ("video", True),
     "image_directory": ("image", True),
@@ -20,40 +34,14 @@ _SOURCES = {
     "image_jsonl_file": ("image", False),
     "audio_jsonl_file": ("audio", False),
 }
-_TYPES: dict[str, tuple[type, ...]] = {
-    **{key: (str,) for key in _SOURCES},
-    "caption_extension": (str,),
-    "resolution": (list,),
-    "batch_size": (int,),
-    "num_repeats": (int,),
-    "enable_bucket": (bool,),
-    "bucket_no_upscale": (bool,),
-    "cache_directory": (str,),
-    "target_frames": (list, int),
-    "target_seconds": (int, float),
-    "frame_extraction": (str,),
-    "frame_stride": (int,),
-    "frame_sample": (int,),
-    "max_frames": (int,),
-    "source_fps": (int, float),
-    "target_fps": (int, float),
-    "video_loss_weight": (int, float),
-    "audio_loss_weight": (int, float),
-    "preserve_base": (bool,),
-    "caption_dropout_rate": (int, float),
-    "flip_x": (bool, str),
-    "reference_directory": (str,),
-    "reference_audio_directory": (str,),
-    "mask_directory": (str,),
-    "separate_audio_directory": (str,),
-    "reference_downscale": (int,),
-    "reference_temporal_scale": (int,),
+_FITTING = {
+    "reference_directory": ("video", "image"),
+    "mask_directory": ("video", "image"),
+    "reference_audio_directory": ("video", "audio"),
+    "separate_audio_directory": ("video",),
+    "flip_x": ("video", "image"),
 }
-_IN_WORDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false", list: "a list in [ ]"}
-_BESIDE = ("reference_directory", "mask_directory", "reference_audio_directory", "separate_audio_directory")
-"""Folders of files that belong to the sources, by stem."""
-_NOT_IN_GENERAL = (*_SOURCES, "cache_directory", *_BESIDE)
-_COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames", "reference_downscale", "reference_temporal_scale")
+"""Kinds of datasets that these keys are for."""
 _NO_PLAN = (
     "batch_size",
     "num_repeats",
@@ -66,56 +54,97 @@ _NO_PLAN = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetSpec:
-    """One dataset, with `[general]` filled in."""
+def _width_and_height(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2 or any(type(side) is not int for side in value):
+        raise ValueError("must be [width, height] in pixels")
+    for name, side in zip(("width", "height"), value, strict=True):
+        try:
+            multiple_of_32(side)
+        except ValueError as error:
+            raise ValueError(f"{name} {side} {error}") from error
+    return tuple(value)
+
+
+def _one_or_more(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+@options
+class GeneralSettings:
+    """What `[general]` may hold, and every dataset."""
+
+    caption_extension: Annotated[str, Field(pattern=r"^\."), Wording("text that begins with a dot, such as '.txt'")] = ".txt"
+    resolution: Annotated[tuple[int, int], BeforeValidator(_width_and_height)] = (768, 512)
+    """(width, height): the area that buckets keep, or the exact size where buckets are off."""
+    batch_size: Count = 1
+    num_repeats: Count = 1
+    enable_bucket: bool = True
+    bucket_no_upscale: bool = False
+    target_frames: Annotated[
+        tuple[Frames, ...], BeforeValidator(_one_or_more), AfterValidator(lambda frames: tuple(sorted(set(frames))))
+    ] = ()
+    target_seconds: Positive | None = None
+    frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = "head"
+    frame_stride: Count = 8
+    """slide: frames from one window's start to the next one's."""
+    frame_sample: Count = 1
+    """uniform: number of windows."""
+    max_frames: Count = 129
+    """full: longest window."""
+    source_fps: FrameRate | None = None
+    """Rate to assume of sources whose own is wrong."""
+    target_fps: FrameRate | None = None
+    """Rate to resample to by timestamp; None keeps each clip's own."""
+    video_loss_weight: NotNegative | None = None
+    audio_loss_weight: NotNegative | None = None
+    caption_dropout_rate: Share | None = None
+    preserve_base: bool = False
+    """Its items keep what the base model makes of them, in place of learning their content."""
+    flip_x: Annotated[bool | Literal["force"], Wording('true, false, or "force" (captions with left or right too)')] = False
+    """Mirror images as further clips: of sources whose captions do not tell left from right, or `force`: of all."""
+    reference_downscale: Count = 1
+    """How many times smaller than the clips their references are cached."""
+    reference_temporal_scale: Count = 1
+    """How many frames of the clips one frame of their references stands for."""
+
+
+@options
+class _Companions(GeneralSettings):
+    """Folders of files that belong to the sources, by stem."""
+
+    reference_directory: AnyPath | None = None
+    """References by the stems of the sources; a jsonl names them by `reference_path`."""
+    reference_audio_directory: AnyPath | None = None
+    """Sounds that are played beside the sources' own; in a jsonl `reference_audio_path`."""
+    mask_directory: AnyPath | None = None
+    """Masks by the stems of the sources, white counts; in a jsonl `mask_path`."""
+    separate_audio_directory: AnyPath | None = None
+    """The videos' sound, in place of what is in their files; in a jsonl `audio_path`."""
+
+
+@options
+class _Entry(_Companions):
+    """One table of `[[datasets]]` as it is written."""
+
+    video_directory: AnyPath | None = None
+    image_directory: AnyPath | None = None
+    audio_directory: AnyPath | None = None
+    video_jsonl_file: AnyPath | None = None
+    image_jsonl_file: AnyPath | None = None
+    audio_jsonl_file: AnyPath | None = None
+    cache_directory: AnyPath | None = None
+
+
+@options
+class DatasetSpec(_Companions):
+    """One dataset, with `[general]` filled in and its paths resolved."""
 
     label: str
     """Its place in the TOML, such as `datasets[0]`."""
-    kind: str
-    """`video`, `image` or `audio`."""
+    kind: Literal["video", "image", "audio"]
     directory: Path | None
     jsonl_file: Path | None
     cache_directory: Path
-    caption_extension: str = ".txt"
-    resolution: tuple[int, int] = (768, 512)
-    """(width, height): the area that buckets keep, or the exact size where buckets are off."""
-    batch_size: int = 1
-    num_repeats: int = 1
-    enable_bucket: bool = True
-    bucket_no_upscale: bool = False
-    target_frames: tuple[int, ...] = ()
-    target_seconds: float | None = None
-    frame_extraction: str = "head"
-    frame_stride: int = 8
-    """slide: frames from one window's start to the next one's."""
-    frame_sample: int = 1
-    """uniform: number of windows."""
-    max_frames: int = 129
-    """full: longest window."""
-    source_fps: float | None = None
-    """Rate to assume of sources whose own is wrong."""
-    target_fps: float | None = None
-    """Rate to resample to by timestamp; None keeps each clip's own."""
-    video_loss_weight: float | None = None
-    audio_loss_weight: float | None = None
-    caption_dropout_rate: float | None = None
-    preserve_base: bool = False
-    """Its items keep what the base model makes of them, in place of learning their content."""
-    flip_x: bool | str = False
-    """Mirror images as further clips: of sources whose captions do not tell left from right, or `force`: of all."""
-    reference_directory: Path | None = None
-    """References by the stems of the sources; a jsonl names them by `reference_path`."""
-    reference_audio_directory: Path | None = None
-    """Sounds that are played beside the sources' own; in a jsonl `reference_audio_path`."""
-    mask_directory: Path | None = None
-    """Masks by the stems of the sources, white counts; in a jsonl `mask_path`."""
-    separate_audio_directory: Path | None = None
-    """The videos' sound, in place of what is in their files; in a jsonl `audio_path`."""
-    reference_downscale: int = 1
-    """How many times smaller than the clips their references are cached."""
-    reference_temporal_scale: int = 1
-    """How many frames of the clips one frame of their references stands for."""
 
     @property
     def root(self) -> Path:
@@ -160,28 +189,27 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     Raises:
         UserError: names the section, the key, the value and the rule.
     """
-    if not path.is_file():
-        raise UserError(f"--dataset_config {path}: {'is a folder' if path.is_dir() else 'no such file'}. Give the dataset TOML.")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}. In Windows paths use / or double the \\ (or single quotes).") from error
-    sections = ("general", "datasets", "validation_datasets")
-    for key in values:
+    values = read_toml(path, named="--dataset_config", remedy="Give the dataset TOML.")
+    sections = {"general": {}, "datasets": [], "validation_datasets": []}
+    for key, value in values.items():
         if key not in sections:
             raise UserError(
                 f"{path}: unknown section '{key}'.{nearest(key, sections)} There are [general], [[datasets]] and [[validation_datasets]]."
             )
-    general = values.get("general", {})
-    _check_keys(path, "general", general, [key for key in _TYPES if key not in _NOT_IN_GENERAL])
-    lists = {name: values.get(name, []) for name in sections[1:]}
-    for name, entries in lists.items():
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: [{name}] must be written [[{name}]].")
-    specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(entries)) for name, entries in lists.items()}
+        written = f"[{key}]" if key == "general" else f"[[{key}]]"
+        tables = value if isinstance(value, list) else [value]
+        if type(value) is not type(sections[key]) or not all(isinstance(table, dict) for table in tables):
+            raise UserError(f"{path}: {key} = {value!r}: must be written {written}.")
+    sections |= values
+    general = sections.pop("general")
+    for key in general:
+        if key not in _keys(GeneralSettings) and key in _keys(_Entry):
+            raise UserError(f"{path}: general: unknown key '{key}'. It belongs into [[datasets]].")
+    validated(GeneralSettings, general, where=f"{path}: general")
+    specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(found)) for name, found in sections.items()}
     if not specs["datasets"]:
         raise UserError(f"{path}: no [[datasets]]. Give one at least, with video_directory, image_directory or audio_directory.")
-    config = DatasetConfig(path, specs["datasets"], specs["validation_datasets"])
+    config = DatasetConfig(path, **specs)
     for spec in config.all:
         if (spec.reference_downscale, spec.reference_temporal_scale) != config.reference_factors:
             raise UserError(
@@ -191,38 +219,54 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     return config
 
 
-def _spec(path: Path, label: str, general: Mapping[str, Any], entry: Mapping[str, Any]) -> DatasetSpec:
-    _check_keys(path, label, entry, list(_TYPES))
-    merged = {**general, **entry}
-    given = [key for key in _SOURCES if key in entry]
-    if len(given) != 1:
-        raise UserError(f"{path}: {label}: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(given) or 'none'}.")
-    kind, is_directory = _SOURCES[given[0]]
-    source = _path(path, entry[given[0]])
-    if is_directory and not source.is_dir() and "cache_directory" not in merged or not is_directory and not source.parent.is_dir():
-        raise UserError(f"{path}: {label}: {given[0]} = {entry[given[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
-    values: dict[str, Any] = {key: value for key, value in merged.items() if key not in _SOURCES and key != "cache_directory"}
-    for key in _BESIDE:
-        if key in values:
-            values[key] = _path(path, values[key])
-    if "resolution" in values:
-        values["resolution"] = _resolution(path, label, values["resolution"])
-    for key in ("target_seconds", "source_fps", "target_fps"):
-        if key in values:
-            values[key] = float(values[key])
-    if "target_frames" in values:
-        values["target_frames"] = _target_frames(path, label, values["target_frames"])
-    cache = _path(path, merged["cache_directory"]) if "cache_directory" in merged else (source if is_directory else source.parent)
+def _spec(path: Path, label: str, general: Mapping[str, Any], table: Mapping[str, Any]) -> DatasetSpec:
+    entry = validated(_Entry, {**general, **table}, where=f"{path}: {label}")
+    named = [key for key in _SOURCES if key in table]
+    if len(named) != 1:
+        raise UserError(f"{path}: {label}: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(named) or 'none'}.")
+    kind, is_directory = _SOURCES[named[0]]
+    paths = {
+        key: (path.parent / value).resolve() if not value.is_absolute() else value
+        for key in _keys(_Entry)
+        if isinstance(value := getattr(entry, key), Path)
+    }
+    source = paths[named[0]]
+    if is_directory and not source.is_dir() and "cache_directory" not in paths or not is_directory and not source.parent.is_dir():
+        raise UserError(f"{path}: {label}: {named[0]} = {table[named[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
     spec = DatasetSpec(
         label=label,
         kind=kind,
         directory=source if is_directory else None,
         jsonl_file=None if is_directory else source,
-        cache_directory=cache,
-        **values,
+        cache_directory=paths.get("cache_directory", source if is_directory else source.parent),
+        **{key: paths.get(key, getattr(entry, key)) for key in _keys(_Companions)},
     )
-    _check_spec(path, spec)
+    if broken := _broken_rule(spec):
+        raise UserError(f"{path}: {label}: {broken}")
     return spec
+
+
+def _broken_rule(spec: DatasetSpec) -> str | None:
+    """Of those over several keys, the first one that a dataset breaks, in words."""
+    for key, kinds in _FITTING.items():
+        if getattr(spec, key) and spec.kind not in kinds:
+            return f"{key} is for {' and '.join({'video': 'videos', 'image': 'images', 'audio': 'sounds'}[kind] for kind in kinds)}."
+    step = 32 * spec.reference_downscale
+    if any(side % step for side in spec.resolution):
+        return f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}."
+    if spec.target_frames and spec.target_seconds is not None:
+        return "target_frames and target_seconds exclude each other; give one."
+    if spec.kind == "video" and spec.frame_extraction != "full" and not spec.target_frames and spec.target_seconds is None:
+        return "target_frames or target_seconds is needed for videos, such as target_frames = [25, 49]."
+    if spec.kind == "audio" and spec.target_frames:
+        return "target_frames is for videos; give sound datasets target_seconds, or neither for whole files."
+    if spec.kind == "audio" and spec.frame_extraction == "slide":
+        return "frame_extraction = 'slide' counts video frames; sound datasets take head, chunk, uniform or full."
+    return None
+
+
+def _keys(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def _from_cache(path: Path, cache_directory: Path) -> str:
@@ -231,86 +275,3 @@ def _from_cache(path: Path, cache_directory: Path) -> str:
         return Path(os.path.relpath(path, cache_directory)).as_posix()
     except ValueError:  # another drive on Windows
         return path.as_posix()
-
-
-def _path(toml: Path, text: str) -> Path:
-    path = Path(text)
-    return path if path.is_absolute() else (toml.parent / path).resolve()
-
-
-def _check_keys(path: Path, label: str, values: Mapping[str, Any], allowed: list[str]) -> None:
-    for key, value in values.items():
-        if key not in allowed:
-            hint = " It belongs into [[datasets]]." if key in _TYPES else nearest(key, allowed)
-            raise UserError(f"{path}: {label}: unknown key '{key}'.{hint}")
-        types = _TYPES[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise UserError(f"{path}: {label}: {key} = {value!r}: must be {' or '.join(_IN_WORDS[t] for t in types)}.")
-
-
-def _resolution(path: Path, label: str, value: list[Any]) -> tuple[int, int]:
-    if len(value) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in value):
-        raise UserError(f"{path}: {label}: resolution = {value!r}: must be [width, height] in pixels.")
-    for name, side in zip(("width", "height"), value, strict=True):
-        if side < 32 or side % 32:
-            low = max(32, side // 32 * 32)
-            raise UserError(f"{path}: {label}: resolution {name} {side}: must be a multiple of 32; the nearest are {low} and {low + 32}.")
-    return value[0], value[1]
-
-
-def _target_frames(path: Path, label: str, value: int | list[Any]) -> tuple[int, ...]:
-    frames = value if isinstance(value, list) else [value]
-    for count in frames:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1 or count % 8 != 1:
-            near = ""
-            if isinstance(count, int) and count > 0:
-                low = max(1, (count - 1) // 8 * 8 + 1)
-                near = f"; the nearest are {low} and {low + 8}"
-            raise UserError(f"{path}: {label}: target_frames {count!r}: the model takes 8n+1 frames (9, 17, 25, 33, ...){near}.")
-    return tuple(sorted(set(frames)))
-
-
-def _check_spec(path: Path, spec: DatasetSpec) -> None:
-    def refuse(text: str) -> None:
-        raise UserError(f"{path}: {spec.label}: {text}")
-
-    if spec.frame_extraction not in FRAME_EXTRACTIONS:
-        refuse(f"frame_extraction = {spec.frame_extraction!r}: must be one of {', '.join(FRAME_EXTRACTIONS)}.")
-    for name in _COUNTS:
-        if getattr(spec, name) < 1:
-            refuse(f"{name} = {getattr(spec, name)}: must be 1 at least.")
-    for name in ("target_seconds", "source_fps", "target_fps"):
-        value = getattr(spec, name)
-        if value is not None and value <= 0:
-            refuse(f"{name} = {value}: must be above 0.")
-    for name in ("video_loss_weight", "audio_loss_weight"):
-        value = getattr(spec, name)
-        if value is not None and value < 0:
-            refuse(f"{name} = {value}: must not be negative.")
-    if spec.caption_dropout_rate is not None and not 0 <= spec.caption_dropout_rate <= 1:
-        refuse(f"caption_dropout_rate = {spec.caption_dropout_rate}: a share between 0 and 1.")
-    if not spec.caption_extension.startswith("."):
-        refuse(f"caption_extension = {spec.caption_extension!r}: must begin with a dot, such as '.txt'.")
-    if spec.flip_x not in (True, False, "force"):
-        refuse(f'flip_x = {spec.flip_x!r}: must be true, false, or "force" (captions with left or right too).')
-    if spec.flip_x and spec.kind == "audio":
-        refuse("flip_x is for videos and images.")
-    step = 32 * spec.reference_downscale
-    if any(side % step for side in spec.resolution):
-        refuse(f"resolution = {list(spec.resolution)}: with reference_downscale = {spec.reference_downscale} both are multiples of {step}.")
-    if spec.reference_directory is not None and spec.kind == "audio":
-        refuse("reference_directory is for videos and images.")
-    if spec.mask_directory is not None and spec.kind == "audio":
-        refuse("mask_directory is for videos and images.")
-    if spec.separate_audio_directory is not None and spec.kind != "video":
-        refuse("separate_audio_directory is for videos.")
-    if spec.reference_audio_directory is not None and spec.kind == "image":
-        refuse("reference_audio_directory is for videos and sounds.")
-    if spec.kind == "video" and spec.frame_extraction != "full" and not spec.target_frames and spec.target_seconds is None:
-        refuse("target_frames or target_seconds is needed for videos, such as target_frames = [25, 49].")
-    if spec.target_frames and spec.target_seconds is not None:
-        refuse("target_frames and target_seconds exclude each other; give one.")
-    if spec.kind == "audio" and spec.target_frames:
-        refuse("target_frames is for videos; give sound datasets target_seconds, or neither for whole files.")
-    if spec.kind == "audio" and spec.frame_extraction == "slide":
-        refuse("frame_extraction = 'slide' counts video frames; sound datasets take head, chunk, uniform or full.")

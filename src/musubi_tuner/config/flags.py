@@ -1,221 +1,237 @@
-"""Flags from dataclasses: a default is stated once, and no `argparse.Namespace` leaves this file.
+"""Command lines from dataclasses: a default is stated once, and the help, the table of options and the parser are made from it.
 
-A program's config is a frozen dataclass whose fields are section dataclasses. Each section is one group in `--help`;
-each field made by `flag` is one command line flag of the same name.
+A program's config is a class made by `options` whose fields are sections, made by `options` too. Each section is one group in the
+help; each of its fields, made by `flag`, is one flag of the same name.
 """
 
-import argparse
 import dataclasses
-import difflib
-import tomllib
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NoReturn, TypeVar, Union
 
+from musubi_tuner import __version__
+from musubi_tuner.config.validation import nearest, validated
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_toml
 
 Config = TypeVar("Config")
 
+VERSION = f"musubi-tuner-ltxv2 {__version__}"
 
-def flag(help_text: str, *, default: Any = dataclasses.MISSING, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is a command line flag. Without `default` the flag is required."""
-    metadata = {"help": help_text, "aliases": aliases, "choices": choices}
+_WIDTH, _INDENT = 120, 36
+
+
+def flag(help_text: str, *, default: Any = dataclasses.MISSING, aliases: tuple[str, ...] = (), common: bool = False) -> Any:
+    """A field that is a command line flag.
+
+    Args:
+        default: without it the flag is required.
+        common: shown in `--help`. A program of whose flags none is common shows them all.
+    """
+    metadata = {"help": help_text, "aliases": aliases, "common": common}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FlagInfo:
-    """One flag as `--help` and the generated table of options show it."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One flag of a program."""
 
     section: str
-    """Title of its group."""
-    name: str
-    """With the leading dashes."""
+    """The config's field that it belongs to."""
+    group: str
+    """Title of that section."""
+    key: str
+    """Its field's name, and its key in a config file."""
+    type: type
+    """Of its value, or of the values of a list."""
+    is_list: bool
+    choices: tuple[str, ...]
+    default: Any
+    """`dataclasses.MISSING` where it is required."""
     aliases: tuple[str, ...]
-    kind: str
-    """Its type or its choices, in words."""
-    default: str
-    """`required` where there is none."""
     help: str
+    common: bool
+
+    @property
+    def name(self) -> str:
+        return f"--{self.key}"
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def kind(self) -> str:
+        """Its type or its choices, in words."""
+        kind = " | ".join(self.choices) or {str: "text", int: "int", float: "float", bool: "on/off", Path: "path"}[self.type]
+        return f"list of {kind}" if self.is_list else kind
+
+    @property
+    def default_text(self) -> str:
+        if self.is_required:
+            return "required"
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if isinstance(self.default, tuple):
+            return " ".join(map(str, self.default)) or "none"
+        return "none" if self.default is None else str(self.default)
+
+    @property
+    def meaning(self) -> str:
+        """Its help, with its choices."""
+        return f"{self.help} ({', '.join(self.choices)})" if self.choices else self.help
+
+    @property
+    def usage(self) -> str:
+        """As it is typed."""
+        if self.type is bool:
+            return self.name if self.default is False else f"{self.name}, --no-{self.key}"
+        value = "CHOICE" if self.choices else {Path: "PATH", str: "TEXT", int: "N", float: "X"}[self.type]
+        return f"{self.name} {value}" + (" ..." if self.is_list else "")
+
+
+_CONFIG_FILE = Flag(
+    section="", group="General", key="config_file", type=Path, is_list=False, choices=(), default=None, aliases=(), common=True,
+    help="TOML with flags by their names without dashes; the command line wins over it",
+)  # fmt: skip
 
 
 def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
     """Read `argv` (and the TOML named by `--config_file`) into `config_class`.
 
     Raises:
-        UserError: an unknown key in the config file.
-        SystemExit: argparse's own answer (exit code 2) to a malformed command line.
+        UserError: a flag or key that is unknown, missing, or has a value that it does not take.
+        SystemExit: after `--help`, `--help_all` or `--version`.
     """
-    parser = build_parser(config_class, prog=prog, description=description)
-    known = {field.name: field for section in _sections(config_class) for field in dataclasses.fields(section.type)}
-    defaults = _read_config_file(argv, known)
-    for action in parser._actions:
-        if action.dest in defaults:
-            action.required = False
-    parser.set_defaults(**defaults)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        names = [name for info in describe(config_class) for name in (info.name, *info.aliases)]
-        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(flags[0], names) if flags else ''}")
-    sections = {
-        section.name: section.type(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(section.type)})
-        for section in _sections(config_class)
-    }
-    return config_class(**sections)
+    flags = describe(config_class)
+    typed = read_words(argv, flags, prog=prog, description=description)
+    by_key = {flag.key: flag for flag in flags}
+    in_file: dict[str, Any] = {}
+    if _CONFIG_FILE.key in typed:
+        file = Path(typed.pop(_CONFIG_FILE.key)[0])
+        in_file = read_toml(file, named="--config_file")
+        for key in in_file:
+            if key not in by_key:
+                raise UserError(f"{file}: unknown key '{key}'.{nearest(key, by_key)} Keys are the flags' names without dashes.")
+    values = in_file | {key: words if isinstance(words, bool) else _value(by_key[key], words) for key, words in typed.items()}
+    if missing := [f"{flag.name}: {flag.meaning}" for flag in flags if flag.is_required and flag.key not in values]:
+        _refuse(f"missing {'; '.join(missing)}", prog)
 
+    def naming(place: str, value: Any) -> str:
+        key = place.partition("[")[0]
+        return f"--{key} {' '.join(word or repr(word) for word in typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
 
-def build_parser(config_class: type, *, prog: str, description: str) -> argparse.ArgumentParser:
-    """One argument group per section of `config_class`."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument("--config_file", metavar="FILE", help="TOML file with flags by name; the command line wins over it")
-    for section in _sections(config_class):
-        group = parser.add_argument_group(_title(section.type))
-        for field in dataclasses.fields(section.type):
-            _add_argument(group, section.type, field)
-    return parser
-
-
-def describe(config_class: type) -> tuple[FlagInfo, ...]:
-    """Every flag of a program, in the order of `--help`."""
-    rows = []
-    for section in _sections(config_class):
-        hints = typing.get_type_hints(section.type)
-        for field in dataclasses.fields(section.type):
-            inner, _ = _unwrap_optional(hints[field.name])
-            choices = _choices(inner, field)
-            kind = " | ".join(choices) if choices else _kind_name(inner)
-            rows.append(
-                FlagInfo(
-                    section=_title(section.type),
-                    name=f"--{field.name}",
-                    aliases=field.metadata["aliases"],
-                    kind=kind,
-                    default=_default_text(field),
-                    help=field.metadata["help"],
-                )
-            )
-    return tuple(rows)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=120)
-
-
-def _sections(config_class: type) -> list[Any]:
+    sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}
+    for flag in flags:
+        if flag.key in values:
+            sections[flag.section][flag.key] = values[flag.key]
     hints = typing.get_type_hints(config_class)
-    sections = []
-    for field in dataclasses.fields(config_class):
-        assert dataclasses.is_dataclass(hints[field.name]), f"{config_class.__name__}.{field.name} is no section dataclass"
-        sections.append(types.SimpleNamespace(name=field.name, type=hints[field.name]))
-    return sections
+    return validated(config_class, {name: validated(hints[name], section, naming=naming) for name, section in sections.items()})
 
 
-def _title(section: type) -> str:
-    return (section.__doc__ or section.__name__).strip().splitlines()[0].rstrip(".")
+def describe(config_class: type) -> tuple[Flag, ...]:
+    """Every flag of a program, in the order of its help."""
+    found = []
+    for section, section_class in typing.get_type_hints(config_class).items():
+        group = (section_class.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        hints = typing.get_type_hints(section_class)
+        for field in dataclasses.fields(section_class):
+            inner = hints[field.name]
+            if typing.get_origin(inner) in (Union, types.UnionType):
+                (inner,) = (part for part in typing.get_args(inner) if part is not type(None))
+            if is_list := typing.get_origin(inner) is tuple:
+                inner = typing.get_args(inner)[0]
+            choices = typing.get_args(inner) if typing.get_origin(inner) is Literal else ()
+            kind = str if choices else inner
+            found.append(
+                Flag(
+                    section=section, group=group, key=field.name, type=kind, is_list=is_list, choices=choices, default=field.default,
+                    aliases=field.metadata["aliases"], help=field.metadata["help"], common=field.metadata["common"],
+                )
+            )  # fmt: skip
+    return tuple(found)
 
 
-def _unwrap_optional(annotation: Any) -> tuple[Any, bool]:
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        inner = [part for part in typing.get_args(annotation) if part is not type(None)]
-        assert len(inner) == 1, f"{annotation} is no flag type"
-        return inner[0], True
-    return annotation, False
+def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> dict[str, list[str] | bool]:
+    """The words that follow each flag, or whether it is on, by its key. Of a flag given twice the last one counts.
+
+    Raises:
+        UserError: an unknown flag, or one that has no value or too many.
+        SystemExit: after `--help`, `--help_all` or `--version`.
+    """
+    named = {name: flag for flag in (*flags, _CONFIG_FILE) for name in (flag.name, *flag.aliases)}
+    switched_off = {f"--no-{name[2:]}": flag for name, flag in named.items() if flag.type is bool}
+    answers = {"-h": False, "--help": False, "--help_all": True}
+    found: dict[str, list[str] | bool] = {}
+    words, name = list(argv), prog
+    while words:
+        before, (name, equals, value) = name, words.pop(0).partition("=")
+        if name == "--version" or name in answers:
+            print(VERSION if name == "--version" else "\n".join(_help(flags, prog, description, everything=answers[name])))
+            raise SystemExit(0)
+        if not name.startswith("--"):
+            _refuse(f"unexpected '{name}{equals}{value}' after {before}", prog)
+        flag = named.get(name) or switched_off.get(name)
+        if flag is None:
+            _refuse(f"unknown flag '{name}'.{nearest(name, [*named, *switched_off, *answers])}", prog)
+        if flag.type is bool and equals:
+            _refuse(f"{name}={value}: takes no value; {flag.name} is on, --no-{flag.key} is off", prog)
+        values = [value] if equals else []
+        most = 0 if equals or flag.type is bool else len(words) if flag.is_list else 1
+        while len(values) < most and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if not values and flag.type is not bool and not flag.is_list:
+            _refuse(f"{name}: needs a value ({flag.help})", prog)
+        found[flag.key] = name in named if flag.type is bool else values
+    return found
 
 
-def _choices(inner: Any, field: dataclasses.Field) -> tuple[str, ...]:
-    if typing.get_origin(inner) is Literal:
-        return typing.get_args(inner)
-    return tuple(field.metadata["choices"])
+def _refuse(text: str, prog: str) -> NoReturn:
+    raise UserError(f"{text}{'' if text.endswith(('.', '?')) else '.'}\n{prog} --help shows the usual flags, --help_all all of them.")
 
 
-def _kind_name(inner: Any) -> str:
-    if typing.get_origin(inner) is tuple:
-        return f"list of {_kind_name(typing.get_args(inner)[0])}"
-    return {str: "text", int: "int", float: "float", bool: "on/off", Path: "path"}[inner]
+def _value(flag: Flag, words: Sequence[str]) -> Any:
+    """The words as the flag's type; a word that is none stays text, which the type then refuses."""
+
+    def one(word: str) -> Any:
+        try:
+            return {int: int, float: float}.get(flag.type, str)(word)
+        except ValueError:
+            return word
+
+    return tuple(map(one, words)) if flag.is_list else one(words[0])
 
 
-def _default_text(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING:
-        return "required"
-    if field.default is None:
-        return "none"
-    if isinstance(field.default, bool):
-        return "on" if field.default else "off"
-    if isinstance(field.default, tuple):
-        return " ".join(map(str, field.default)) or "none"
-    return str(field.default)
+def _help(flags: Sequence[Flag], prog: str, description: str, *, everything: bool) -> Iterator[str]:
+    shown = [flag for flag in flags if everything or flag.common] or list(flags)
+    yield from textwrap.wrap(description, _WIDTH)
+    yield f"\nusage: {prog} {' '.join(flag.usage for flag in flags if flag.is_required)} [flags]"
+    groups: Mapping[str, list[Flag]] = {flag.group: [] for flag in shown}
+    for flag in shown:
+        groups[flag.group].append(flag)
+    for group, members in groups.items():
+        yield f"\n{group}"
+        for flag in members:
+            names = ", ".join([flag.usage, *(flag.aliases if everything else ())])
+            default = "" if flag.is_required or flag.default in (None, ()) else f" [{flag.default_text}]"
+            yield from _row(names, flag.meaning + default)
+    yield f"\n{_CONFIG_FILE.group}"
+    yield from _row(_CONFIG_FILE.usage, _CONFIG_FILE.help)
+    if len(shown) < len(flags):
+        yield from _row("--help_all", f"all {len(flags)} flags")
+    yield from _row("--version", "the version of this program")
 
 
-def _add_argument(group: Any, section: type, field: dataclasses.Field) -> None:
-    hints = typing.get_type_hints(section)
-    inner, _ = _unwrap_optional(hints[field.name])
-    names = [f"--{field.name}", *field.metadata["aliases"]]
-    required = field.default is dataclasses.MISSING
-    default = None if required else field.default
-    help_text = field.metadata["help"].replace("%", "%%")
-    if not required and default is not None and default != ():
-        help_text += f" (default: {_default_text(field)})"
-    common: dict[str, Any] = {"dest": field.name, "required": required, "default": default, "help": help_text}
-    if inner is bool:
-        group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
-    elif typing.get_origin(inner) is tuple:
-        group.add_argument(*names, nargs="*", type=typing.get_args(inner)[0], action=_TupleAction, metavar="X", **common)
-    elif choices := _choices(inner, field):
-        group.add_argument(*names, choices=choices, **common)
-    else:
-        metavar = {Path: "PATH", str: "TEXT", int: "N", float: "X"}[inner]
-        group.add_argument(*names, type=inner, metavar=metavar, **common)
-
-
-class _TupleAction(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _read_config_file(argv: Sequence[str], known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config_file")
-    path_text = finder.parse_known_args(list(argv))[0].config_file
-    if path_text is None:
-        return {}
-    path = Path(path_text)
-    if not path.is_file():
-        raise UserError(f"--config_file {path}: no such file.")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from error
-    for key in values:
-        if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'.{nearest(key, known)} Keys are the flags' names without dashes.")
-    return {key: _from_toml(path, key, value, known[key]) for key, value in values.items()}
-
-
-def _from_toml(path: Path, key: str, value: Any, field: dataclasses.Field) -> Any:
-    annotation = field.type
-    inner, optional = _unwrap_optional(annotation)
-    choices = _choices(inner, field)
-    if choices:
-        if value not in choices:
-            raise UserError(f"{path}: {key} = {value!r}: must be one of {', '.join(choices)}.")
-        return value
-    if typing.get_origin(inner) is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{path}: {key} = {value!r}: must be a list.")
-        return tuple(typing.get_args(inner)[0](item) for item in value)
-    accepted = {Path: str, float: (int, float)}.get(inner, inner)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and inner is not bool):
-        raise UserError(f"{path}: {key} = {value!r}: must be {'empty or ' if optional else ''}of type {_kind_name(inner)}.")
-    return inner(value)
-
-
-def nearest(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """` Did you mean '...'?` with the closest valid key, or nothing where none is close."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+def _row(names: str, text: str) -> Iterator[str]:
+    lines = textwrap.wrap(text, _WIDTH - _INDENT)
+    first = f"  {names}".ljust(_INDENT)
+    if len(first) > _INDENT:
+        yield first
+        first = " " * _INDENT
+    yield first + lines[0]
+    yield from (" " * _INDENT + line for line in lines[1:])

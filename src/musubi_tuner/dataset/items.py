@@ -7,6 +7,7 @@ from pathlib import Path
 
 from musubi_tuner.cache.index import Clip, DatasetIndex, read_index
 from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
 
@@ -107,3 +108,21 @@ def _item(spec: DatasetSpec, clip: Clip, mode: str) -> Item:
         mask_cache_path=folder / clip.mask if mode != "audio" and clip.mask is not None else None,
         reference_audio_cache_path=folder / clip.reference_sound if mode != "video" and clip.reference_sound is not None else None,
     )
+
+
+def token_counts(item: Item, mode: str) -> tuple[int, int]:
+    """Video and audio tokens of a batch of items like this one, references included: 8 x 32 x 32 pixels or 1/25 s of sound each."""
+    clip, clips = item.clip, item.spec.batch_size
+    video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
+    if video and clip.reference is not None:
+        video += ((clip.reference_frames - 1) // 8 + 1) * (clip.reference_height // 32) * (clip.reference_width // 32)
+    has_audio = mode != "video" and clip.has_audio
+    audio = round((clip.end_seconds - clip.start_seconds) * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
+    if clip.reference_sound is not None:
+        audio *= 2  # it is as long as the clip at most
+    return video * clips, audio * clips
+
+
+def largest_item(items: Sequence[Item], mode: str) -> Item:
+    """The item whose batch has the most tokens."""
+    return max(items, key=lambda item: sum(token_counts(item, mode)))

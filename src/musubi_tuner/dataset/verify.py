@@ -11,8 +11,7 @@ from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.sources.captions import is_mirrored, side_named
-from musubi_tuner.sources.listing import Source, list_sources, sources_exist
+from musubi_tuner.sources.listing import Source, is_mirrored, list_sources, side_named, sources_exist
 
 _MOST_ROWS = 12
 _NOW_MIRRORED = "its mirror image (flip_x) is not cached: its caption said left or right when the clips were planned"

@@ -12,8 +12,7 @@ from musubi_tuner.cache.index import Clip
 from musubi_tuner.cache.names import mirrored_name
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.encoding.references import PlanRow
-from musubi_tuner.sources.captions import is_mirrored, side_named
-from musubi_tuner.sources.listing import Source
+from musubi_tuner.sources.listing import Source, is_mirrored, side_named
 
 
 def with_mirror_images(spec: DatasetSpec, source: Source, clips: Sequence[Clip], row: PlanRow) -> tuple[list[Clip], PlanRow]:

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
 from musubi_tuner.cache.names import INDEX_ENDING, LATENTS_ENDING
+from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.config.latent_caching import DataOptions, WorkOptions
 from musubi_tuner.encoding.jobs import Job, Todo, choose
 from musubi_tuner.encoding.pipeline import Stages, run_pipeline
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets

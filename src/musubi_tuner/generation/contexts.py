@@ -1,7 +1,7 @@
-"""The text contexts of previews: from the cache, or encoded before training starts where an encoder was given."""
+"""The text contexts of samples: from the cache, or encoded before the transformer is loaded where there is an encoder."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,36 +30,45 @@ class TextContext:
 EncodePrompts = Callable[[Sequence[str]], Sequence[tuple[Tensor, Tensor]]]
 """Texts -> (S, W) contexts and (S,) masks, as text caching makes them; keeps no encoder after it returns."""
 
-CACHED_DTYPE = torch.bfloat16
+_CACHED_DTYPE = torch.bfloat16
 """What text caching stores: what is encoded here is rounded to it, so that it makes no difference where it was done."""
 
 
-def load_contexts(
-    texts: Sequence[str],
-    cache_directory: Path,
-    *,
-    expected: Mapping[str, str],
-    widths: tuple[int, ...],
-    encode: EncodePrompts | None,
-) -> dict[str, TextContext]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSource:
+    """Where contexts come from."""
+
+    cache_directory: Path
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """Metadata that a cached context must have beside its kind and stage, as in `cache.audit.reason_to_rebuild`."""
+    encode: EncodePrompts | None = None
+    """For what is not cached; None where no text encoder was given."""
+
+
+def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:
     """Context of each text.
 
     Args:
-        expected: metadata that a cached context must have, as in `cache.audit.reason_to_rebuild`.
         widths: context widths that the model can take.
-        encode: for what is not cached; None where no text encoder was given.
 
     Raises:
         UserError: texts that are not cached and cannot be encoded, with the command that caches them; or a wrong width.
     """
-    reasons = {text: reason_to_rebuild(prompt_path(cache_directory, text), expected, ("text", TEXT_MASK_KEY)) for text in texts}
+    expected = {"kind": "text", "stage": "context", **source.expected}
+    paths = {text: prompt_path(source.cache_directory, text) for text in texts}
+    reasons = {text: reason_to_rebuild(path, expected, ("text", TEXT_MASK_KEY)) for text, path in paths.items()}
     missing = {text: reason for text, reason in reasons.items() if reason is not None}
-    if missing and encode is None:
-        raise UserError(_explain_missing(missing, cache_directory))
-    contexts = {text: _read_context(prompt_path(cache_directory, text)) for text in texts if text not in missing}
-    if missing and encode is not None:
-        encoded = encode(list(missing))
-        contexts |= {text: _to_context(values.to(CACHED_DTYPE), mask) for text, (values, mask) in zip(missing, encoded, strict=True)}
+    if missing and source.encode is None:
+        rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
+        raise UserError(
+            f"{len(missing)} text(s) of the sample prompts cannot be used from {source.cache_directory}:\n{rows}\n"
+            "Run ltxv2_cache_text_encoder_outputs.py with the same --dataset_config, --ltxv2_model, --ltx_mode and --sample_prompts, "
+            "or give training --text_encoder, which then encodes them before it starts."
+        )
+    contexts = {text: _read_context(path) for text, path in paths.items() if text not in missing}
+    if missing and source.encode is not None:
+        encoded = source.encode(list(missing))
+        contexts |= {text: _to_context(values.to(_CACHED_DTYPE), mask) for text, (values, mask) in zip(missing, encoded, strict=True)}
     for text, context in contexts.items():
         if context.text.shape[-1] not in widths:
             raise UserError(
@@ -78,12 +87,3 @@ def _read_context(path: Path) -> TextContext:
 def _to_context(text: Tensor, mask: Tensor) -> TextContext:
     real = mask.bool()
     return TextContext(text[None], None if bool(real.all()) else real[None])
-
-
-def _explain_missing(missing: Mapping[str, str], cache_directory: Path) -> str:
-    rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
-    return (
-        f"{len(missing)} text(s) of the sample prompts cannot be used from {cache_directory}:\n{rows}\n"
-        "Run ltxv2_cache_text_encoder_outputs.py with the same --dataset_config, --ltxv2_model, --ltx_mode and --sample_prompts, "
-        "or give training --text_encoder, which then encodes them before it starts."
-    )

@@ -1,18 +1,42 @@
-"""Latents to pictures and sound. Each frozen part is loaded when its turn comes and freed before the next."""
+"""Latents to pictures and sound, and these to files: mp4 for clips, png for stills, wav for sound alone.
+
+Each decoder is loaded when its turn comes and freed before the next.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.generation.denoise import SampledLatents
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.media.write import Sound
+from musubi_tuner.media.write import Sound, fit_sound, write_image, write_video, write_wav
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 
 if TYPE_CHECKING:
     from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
+
+
+def decode_samples(
+    latents: Sequence[SampledLatents], vae: Checkpoint, audio_vae: Checkpoint, device: torch.device
+) -> Iterator[tuple[Tensor | None, Sound | None]]:
+    """Frames (F, H, W, 3) uint8 and sound of each sample in turn, None where it has none.
+
+    All sound is decoded first, as it is small and has to be there when its clip is written.
+    """
+    with_audio = [one.audio for one in latents if one.audio is not None]
+    waveforms = iter(decode_audio(with_audio, audio_vae, device) if with_audio else ())
+    sounds = [None if one.audio is None else next(waveforms) for one in latents]
+    if all(one.video is None for one in latents):
+        yield from ((None, sound) for sound in sounds)
+        return
+    with video_decoder(vae, device) as decoder:
+        for one, sound in zip(latents, sounds, strict=True):
+            yield (None if one.video is None else to_frames(decoder, one.video)), sound
 
 
 @contextmanager
@@ -34,7 +58,7 @@ def to_frames(vae: "VideoVAE", latents: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def decode_sounds(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Sound]:
+def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Sound]:
     """(1, 8, T, 16) normalized latents -> waveforms at the vocoder's own rate, on the CPU."""
     from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
     from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
@@ -48,3 +72,42 @@ def decode_sounds(latents: Sequence[Tensor], checkpoint: Checkpoint, device: tor
     del vocoder
     free_memory(device)
     return sounds
+
+
+def try_decoders(vae: Checkpoint, audio_vae: Checkpoint, streams: set[str]) -> None:
+    """Load what will decode `streams` once, on the CPU.
+
+    Raises:
+        UserError: a file without it.
+    """
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_names
+    from musubi_tuner.ltxv2.autoencoders.video_vae import vae_names
+
+    cpu = torch.device("cpu")
+    if "video" in streams:
+        vae_names(vae)
+        with video_decoder(vae, cpu):
+            pass
+    if "audio" in streams:
+        audio_vae_names(audio_vae)
+        decode_audio([], audio_vae, cpu)
+
+
+def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound: Sound | None) -> Path:
+    """Write one sample and return its path, which is `stem` and an ending.
+
+    Args:
+        frames: (F, H, W, 3) uint8, or None for sound alone.
+        sound: cut or padded to the length of the clip here; None for a silent one.
+    """
+    if frames is None:
+        assert sound is not None
+        path = stem.with_name(f"{stem.name}.wav")
+        write_wav(path, fit_sound(sound, prompt.seconds))
+    elif frames.shape[0] == 1:
+        path = stem.with_name(f"{stem.name}.png")
+        write_image(path, frames[0])
+    else:
+        path = stem.with_name(f"{stem.name}.mp4")
+        write_video(path, frames, prompt.fps, sound)
+    return path

@@ -1,6 +1,5 @@
 """From noise to latents: the same noise levels, positions and model inputs as in training, by the same functions."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from musubi_tuner.flow.guidance import guide
 from musubi_tuner.flow.path import model_sigma, velocity_to_x0
 from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step
 from musubi_tuner.generation.contexts import TextContext
-from musubi_tuner.generation.given import TEXT_ALONE, Given, audio_steps, video_cells
+from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
 from musubi_tuner.generation.sampling import SamplingPlan
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
@@ -27,20 +26,20 @@ from musubi_tuner.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """All that one preview is made from."""
+class SampleInputs:
+    """All that one sample is made from."""
 
     prompt: PreviewPrompt
     plan: SamplingPlan
     positive: TextContext
     negative: TextContext | None
     """None where nothing is guided away from it."""
-    given: Given = TEXT_ALONE
-    """What the prompt gives of it besides text."""
+    conditioning: ConditioningLatents = TEXT_ALONE
+    """What the sample is conditioned on besides text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreviewLatents:
+class SampledLatents:
     """What sampling made; None = no such stream."""
 
     video: Tensor | None
@@ -49,17 +48,8 @@ class PreviewLatents:
     """(1, 8, T, 16)"""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One run of the model within a step."""
-
-    name: str
-    context: TextContext
-    perturbations: Perturbations | None
-
-
 @torch.inference_mode()
-def generate(wrapper: OfficialLTXV2Wrapper, sample: Sample, *, advance: Callable[[], object] = lambda: None) -> PreviewLatents:
+def generate(wrapper: OfficialLTXV2Wrapper, sample: SampleInputs, *, advance: Callable[[], object] = lambda: None) -> SampledLatents:
     """Latents of one sample. Depends on the prompt's seed alone, not on any global random state.
 
     Args:
@@ -69,121 +59,97 @@ def generate(wrapper: OfficialLTXV2Wrapper, sample: Sample, *, advance: Callable
         UserError: the model gave NaN or infinity; names the step, the pass and the tensor.
     """
     device = next(wrapper.parameters()).device
-    plan, seed = sample.plan, sample.prompt.seed
-    streams = _make_streams(sample, device)
-    values = {name: _initial(sample, stream, name) for name, stream in streams.items()}
-    passes = _passes(sample)
+    prompt, plan = sample.prompt, sample.plan
+    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device))
+    values = {name: _initial(prompt, stream, name) for name, stream in denoiser.streams.items()}
+    fresh = {name: generator_for(prompt.seed + STOCHASTIC_SEED_OFFSET, "preview", name) for name in values}
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
-    fresh = {name: generator_for(seed + STOCHASTIC_SEED_OFFSET, "preview", name) for name in streams}
-    for number, (sigma, following) in enumerate(pairwise(levels), start=1):
-        clean = _predict(wrapper, sample, streams, values, sigma, passes, number)
-        for name, x0 in clean.items():
+    for step, (sigma, following) in enumerate(pairwise(levels), start=1):
+        for name, x0 in denoiser.predict(values, sigma, step).items():
             if plan.ancestral:
                 noise = torch.randn(x0.shape, generator=fresh[name]).to(device)
                 values[name] = ancestral_euler_step(values[name], x0, sigma, following, noise)
             else:
                 values[name] = euler_step(values[name], x0, sigma, following)
         advance()
-    return _to_latents(sample, values)
+    return SampledLatents(
+        video=geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu() if "video" in values else None,
+        audio=geometry.unpatchify_audio(values["audio"]).cpu() if "audio" in values else None,
+    )
 
 
-def _make_streams(sample: Sample, device: torch.device) -> dict[str, TokenStream]:
-    """The streams before noise: empty but for what is given, which is laid over them as in training."""
-    prompt, given = sample.prompt, each_tensor(sample.given, lambda tensor: tensor.to(device))
+@dataclass(frozen=True, slots=True)
+class _Denoiser:
+    """Predicts the clean streams of one sample: a forward pass for the prompt and one for each guidance that is on, weighed together."""
+
+    wrapper: OfficialLTXV2Wrapper
+    sample: SampleInputs
+    streams: Mapping[str, TokenStream]
+
+    def predict(self, values: Mapping[str, Tensor], sigma: Tensor, step: int) -> dict[str, Tensor]:
+        """Guided x0 of every stream from its (1, N, C) values at noise level `sigma`; conditioning tokens stay clean."""
+        inputs = {name: model_input(stream, values[name], sigma[None]) for name, stream in self.streams.items()}
+        x0: dict[str, dict[str, Tensor]] = {name: {} for name in inputs}
+        for which, (context, perturbations) in self._passes().items():
+            text, mask = context.text.to(sigma.device), context.mask_on(sigma.device)
+            velocities = self.wrapper(inputs.get("video"), inputs.get("audio"), text, mask, perturbations)
+            for name, modality in inputs.items():
+                own = values[name].shape[1]
+                velocity = getattr(velocities, name)[:, :own].float()
+                self._require_finite(velocity, step, f"{name} velocity of the {which} pass")
+                x0[name][which] = velocity_to_x0(modality.latent[:, :own].float(), velocity, modality.timesteps[:, :own, None])
+        return {name: _lay_clean(self.streams[name], self._guided(name, of_stream)) for name, of_stream in x0.items()}
+
+    def _passes(self) -> dict[str, tuple[TextContext, Perturbations | None]]:
+        """Context and perturbations of each forward pass that one step needs: the prompt's own first."""
+        plan, positive, negative = self.sample.plan, self.sample.positive, self.sample.negative
+        passes: dict[str, tuple[TextContext, Perturbations | None]] = {"prompt": (positive, None)}
+        if plan.needs_negative:
+            assert negative is not None
+            passes["negative"] = (negative, None)
+        if plan.needs_perturbed:
+            passes["perturbed"] = (positive, Perturbations.self_attention(plan.stg_blocks))
+        if plan.needs_isolated:
+            passes["isolated"] = (positive, Perturbations.isolated())
+        return passes
+
+    def _guided(self, name: str, x0: Mapping[str, Tensor]) -> Tensor:
+        scales = self.sample.plan.scales(name)
+        wanted = {"negative": scales.needs_negative, "perturbed": scales.needs_perturbed, "isolated": scales.needs_isolated}
+        return guide(x0["prompt"], scales, **{which: x0.get(which) for which, needed in wanted.items() if needed})
+
+    def _require_finite(self, tensor: Tensor, step: int, what: str) -> None:
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"preview of {self.sample.prompt.where}: NaN or infinity in the {what}, step {step} of {self.sample.plan.steps}. "
+                "The LoRA may have diverged: lower --learning_rate and resume from an earlier state. "
+                "A preview by --sample_at_first tells whether the base model alone is sound."
+            )
+
+
+def _make_streams(sample: SampleInputs, device: torch.device) -> dict[str, TokenStream]:
+    """The streams before noise: empty but for the conditioning, which is laid over them as in training."""
+    prompt, conditioning = sample.prompt, each_tensor(sample.conditioning, lambda tensor: tensor.to(device))
     streams = {}
     if "video" in sample.plan.streams:
-        latents = torch.zeros(1, geometry.LATENT_CHANNELS, *video_cells(prompt), device=device) if given.video is None else given.video
+        latents = (
+            torch.zeros(1, geometry.LATENT_CHANNELS, *video_cells(prompt), device=device)
+            if conditioning.video is None
+            else conditioning.video
+        )
         streams["video"] = video_stream(latents, torch.tensor([prompt.fps], device=device))
     if "audio" in sample.plan.streams:
         shape = (1, geometry.AUDIO_CHANNELS, audio_steps(prompt), geometry.AUDIO_MEL_BINS)
-        streams["audio"] = audio_stream(torch.zeros(shape, device=device) if given.audio is None else given.audio, None)
-    return condition(streams, given.conditions)
+        streams["audio"] = audio_stream(torch.zeros(shape, device=device) if conditioning.audio is None else conditioning.audio, None)
+    return condition(streams, conditioning.conditions)
 
 
-def _tokens(sample: Sample, name: str) -> int:
-    """Tokens of the sample itself; what a stream has behind them is reference."""
-    return audio_steps(sample.prompt) if name == "audio" else math.prod(video_cells(sample.prompt))
-
-
-def _initial(sample: Sample, stream: TokenStream, name: str) -> Tensor:
-    """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; clean tokens as they are."""
-    shape = (1, _tokens(sample, name), stream.clean.shape[2])
-    noise = torch.randn(shape, generator=generator_for(sample.prompt.seed, "preview", name)).to(stream.clean.device)
-    return _lay_clean(stream, noise)
+def _initial(prompt: PreviewPrompt, stream: TokenStream, name: str) -> Tensor:
+    """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; conditioning tokens clean."""
+    noise = torch.randn((1, token_count(prompt, name), stream.clean.shape[2]), generator=generator_for(prompt.seed, "preview", name))
+    return _lay_clean(stream, noise.to(stream.clean.device))
 
 
 def _lay_clean(stream: TokenStream, values: Tensor) -> Tensor:
     own = values.shape[1]
     return values if stream.noisy is None else torch.where(stream.noisy[:, :own, None], values, stream.clean[:, :own])
-
-
-def _passes(sample: Sample) -> list[_Pass]:
-    """The model runs that one step needs: the prompt's own first."""
-    plan = sample.plan
-    passes = [_Pass("prompt", sample.positive, None)]
-    if plan.needs_negative:
-        assert sample.negative is not None
-        passes.append(_Pass("negative", sample.negative, None))
-    if plan.needs_perturbed:
-        passes.append(_Pass("perturbed", sample.positive, Perturbations.self_attention(plan.stg_blocks)))
-    if plan.needs_isolated:
-        passes.append(_Pass("isolated", sample.positive, Perturbations.isolated()))
-    return passes
-
-
-def _predict(
-    wrapper: OfficialLTXV2Wrapper,
-    sample: Sample,
-    streams: Mapping[str, TokenStream],
-    values: Mapping[str, Tensor],
-    sigma: Tensor,
-    passes: list[_Pass],
-    number: int,
-) -> dict[str, Tensor]:
-    """Guided clean predictions (1, N, C) of every stream; clean tokens as they are."""
-    inputs = {name: model_input(stream, values[name], sigma[None]) for name, stream in streams.items()}
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in streams}
-    for run in passes:
-        velocity = wrapper(
-            inputs.get("video"),
-            inputs.get("audio"),
-            run.context.text.to(sigma.device),
-            run.context.mask_on(sigma.device),
-            run.perturbations,
-        )
-        for name, modality in inputs.items():
-            own = values[name].shape[1]
-            predicted = getattr(velocity, name)[:, :own].float()
-            _require_finite(predicted, sample, number, f"{name} velocity of the {run.name} pass")
-            found[name][run.name] = velocity_to_x0(modality.latent[:, :own].float(), predicted, modality.timesteps[:, :own, None])
-    guided = {}
-    for name, weaker in found.items():
-        scales = sample.plan.scales(name)
-        x0 = guide(
-            weaker["prompt"],
-            scales,
-            negative=weaker.get("negative") if scales.needs_negative else None,
-            perturbed=weaker.get("perturbed") if scales.needs_perturbed else None,
-            isolated=weaker.get("isolated") if scales.needs_isolated else None,
-        )
-        guided[name] = _lay_clean(streams[name], x0)
-    return guided
-
-
-def _require_finite(tensor: Tensor, sample: Sample, number: int, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise UserError(
-            f"preview of {sample.prompt.where}: NaN or infinity in the {what}, step {number} of {sample.plan.steps}. "
-            "The LoRA may have diverged: lower --learning_rate and resume from an earlier state. "
-            "A preview by --sample_at_first tells whether the base model alone is sound."
-        )
-
-
-def _to_latents(sample: Sample, values: Mapping[str, Tensor]) -> PreviewLatents:
-    prompt = sample.prompt
-    video = audio = None
-    if "video" in values:
-        video = geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu()
-    if "audio" in values:
-        audio = geometry.unpatchify_audio(values["audio"]).cpu()
-    return PreviewLatents(video=video, audio=audio)

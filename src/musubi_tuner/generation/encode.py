@@ -1,15 +1,19 @@
-"""Files that a prompt gives -> latents and conditions, before training starts. The encoders are loaded when first needed, once for all."""
+"""What a prompt's files condition its sample on: pictures, clips, sound and references, encoded to latents before a model is loaded.
 
+The result is what a training batch carries too: latents with the conditioning in its place, and which tokens of them are clean.
+"""
+
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.generation.given import TEXT_ALONE, Given, audio_steps, kept_sound, kept_video, keyframe_cell, video_cells
+from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, Reference, StreamConditions
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt, Span
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
 
@@ -17,7 +21,21 @@ _STILL_FRAMES = geometry.TEMPORAL_SCALE + 1
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class Encoders:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningLatents:
+    """Of one sample; batch 1."""
+
+    video: Tensor | None = None
+    """(1, 128, F, h, w) latents, zero where they are to be generated; None = no conditioning of them."""
+    audio: Tensor | None = None
+    """(1, 8, T, 16)"""
+    conditions: Conditions = NO_CONDITIONS
+
+
+TEXT_ALONE = ConditioningLatents()
+
+
+class ConditioningEncoders:
     """The VAEs' encoders, loaded at first use."""
 
     def __init__(
@@ -26,7 +44,7 @@ class Encoders:
         self.device = device
         self.reference_factors = reference_factors
         self._vae, self._audio_vae = vae, audio_vae
-        self._video, self._sound = None, None
+        self._video, self._audio = None, None
 
     def video(self, frames: Tensor) -> Tensor:
         """(F, H, W, 3) uint8 -> (1, 128, f, h, w) normalized latents on the CPU."""
@@ -37,48 +55,68 @@ class Encoders:
         pixels = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return self._video.encode(pixels).float().cpu()
 
-    def sound(self, samples: Tensor) -> Tensor:
+    def audio(self, samples: Tensor) -> Tensor:
         """(2, samples) at 16 kHz -> (1, 8, T, 16) normalized latents on the CPU."""
         from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 
-        if self._sound is None:
-            self._sound = AudioVAE.load(self._audio_vae, device=self.device, parts=("encoder",))
-        return self._sound.encode(samples[None]).float().cpu()
+        if self._audio is None:
+            self._audio = AudioVAE.load(self._audio_vae, device=self.device, parts=("encoder",))
+        return self._audio.encode(samples[None]).float().cpu()
 
     def close(self) -> None:
-        self._video, self._sound = None, None
+        self._video, self._audio = None, None
         free_memory(self.device)
 
 
-def encode_given(prompt: PreviewPrompt, streams: tuple[str, ...], encoders: Encoders) -> Given:
-    """Everything that a prompt gives.
+def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoders: ConditioningEncoders) -> ConditioningLatents:
+    """Everything that a prompt's files condition its sample on.
 
     Raises:
         UserError: what the sample has no stream for, a file that is too short or cannot be read, or nothing left to be generated.
     """
     _check_streams(prompt, streams)
-    video, clean = _video(prompt, encoders) if "video" in streams else (None, None)
-    audio, heard = _sound(prompt, encoders) if "audio" in streams else (None, None)
-    reference, reference_sound = _reference(prompt, encoders), _reference_sound(prompt, encoders)
-    if all(one is None for one in (video, audio, reference, reference_sound)):
+    video, clean_video = _video(prompt, encoders) if "video" in streams else (None, None)
+    audio, clean_audio = _audio(prompt, encoders) if "audio" in streams else (None, None)
+    reference, reference_audio = _reference(prompt, encoders), None
+    if prompt.inputs.reference_audio is not None:
+        reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.inputs.reference_audio)))
+    if all(one is None for one in (video, audio, reference, reference_audio)):
         return TEXT_ALONE
-    given = [kept for kept in (clean, heard) if kept is not None]
-    if len(given) == len(streams) and all(bool(kept.all()) for kept in given):
-        raise UserError(f"{prompt.where}: everything is given and nothing is left to be generated. Give --vt, --box, --crop or --at.")
-    return Given(
+    clean = [tokens for tokens in (clean_video, clean_audio) if tokens is not None]
+    if len(clean) == len(streams) and all(bool(tokens.all()) for tokens in clean):
+        raise UserError(
+            f"{prompt.where}: the conditioning covers it all, and nothing is left to be generated. Give --vt, --box, --crop or --at."
+        )
+    return ConditioningLatents(
         video=video,
         audio=audio,
         conditions=Conditions(
-            video=StreamConditions(clean=None if clean is None else clean.flatten()[None], reference=reference),
-            audio=StreamConditions(clean=None if heard is None else heard[None], reference=reference_sound),
+            video=StreamConditions(clean=None if clean_video is None else clean_video.flatten()[None], reference=reference),
+            audio=StreamConditions(clean=None if clean_audio is None else clean_audio[None], reference=reference_audio),
         ),
     )
 
 
+def video_cells(prompt: PreviewPrompt) -> tuple[int, int, int]:
+    """(F, h, w) in latent cells."""
+    width, height = geometry.latent_size(prompt.width, prompt.height)
+    return geometry.latent_frames(prompt.frames), height, width
+
+
+def audio_steps(prompt: PreviewPrompt) -> int:
+    """T, latents of 1/25 s."""
+    return geometry.audio_latent_steps(prompt.frames, prompt.fps)
+
+
+def token_count(prompt: PreviewPrompt, stream: str) -> int:
+    """Tokens of the sample itself; a reference's come behind them."""
+    return audio_steps(prompt) if stream == "audio" else math.prod(video_cells(prompt))
+
+
 def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
-    given = prompt.given
-    pictures = {"--i": given.image, "--ei": given.end_image, "--k": given.keyframes, "--iv": given.video, "--v": given.reference}
-    sounds = {"--a": given.sound, "--ra": given.reference_sound}
+    inputs = prompt.inputs
+    pictures = {"--i": inputs.image, "--ei": inputs.end_image, "--k": inputs.keyframes, "--iv": inputs.video, "--v": inputs.reference}
+    sounds = {"--a": inputs.audio, "--ra": inputs.reference_audio}
     for stream, flags in (("video", pictures), ("audio", sounds)):
         named = [flag for flag, value in flags.items() if value]
         if named and stream not in streams:
@@ -86,38 +124,38 @@ def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
             raise UserError(f"{prompt.where}: {named[0]} is given, but this sample has no {what}.")
 
 
-def _video(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Tensor | None]:
-    """Latents with what is given in its place, and the (F, h, w) cells that are given."""
-    given, cells = prompt.given, video_cells(prompt)
-    pictures = dict(given.keyframes)
-    if given.image is not None:
-        pictures[0] = given.image
-    if given.end_image is not None:
-        pictures[prompt.frames - 1] = given.end_image
-    if given.video is None and not pictures:
+def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tensor | None, Tensor | None]:
+    """Latents with the conditioning in its place, and which (F, h, w) cells are conditioning."""
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    pictures = dict(inputs.keyframes)
+    if inputs.image is not None:
+        pictures[0] = inputs.image
+    if inputs.end_image is not None:
+        pictures[prompt.frames - 1] = inputs.end_image
+    if inputs.video is None and not pictures:
         return None, None
     latents = torch.zeros(1, geometry.LATENT_CHANNELS, *cells)
-    clean = kept_video(prompt)
-    if given.video is not None:
+    clean = _kept_video(prompt)
+    if inputs.video is not None:
         _lay_clip(prompt, latents, clean, encoders)
     for frame, path in pictures.items():
-        cell = keyframe_cell(frame)
+        cell = -(-frame // geometry.TEMPORAL_SCALE)  # latent frame 0 holds the first frame alone, each other one eight
         latents[:, :, cell] = _encode_still(path, prompt, encoders, first=cell == 0)
         clean[cell] = True
     return latents, clean
 
 
-def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: Encoders) -> None:
+def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: ConditioningEncoders) -> None:
     """The input clip into `latents`, as far as any of it is kept; a crop is filled by the whole picture."""
-    given = prompt.given
+    inputs = prompt.inputs
     frames_kept = kept.flatten(1).any(1).nonzero()
     if not len(frames_kept):
-        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {given.video} to start from.")
+        raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {inputs.video} to start from.")
     needed = int(frames_kept[-1]) + 1
-    place = given.crop
+    place = inputs.crop
     width, height = (place.width, place.height) if place is not None else (prompt.width, prompt.height)
     top, left = (place.top, place.left) if place is not None else (0, 0)
-    frames = read_clip(prompt.where, "--iv", given.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
+    frames = _read_clip(prompt.where, "--iv", inputs.video, (needed - 1) * geometry.TEMPORAL_SCALE + 1, prompt.fps, (width, height))
     rows, columns = (
         slice(start // geometry.SPATIAL_SCALE, (start + size) // geometry.SPATIAL_SCALE) for start, size in ((top, height), (left, width))
     )
@@ -125,7 +163,7 @@ def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: En
     latents *= kept
 
 
-def _encode_still(path: Path, prompt: PreviewPrompt, encoders: Encoders, *, first: bool) -> Tensor:
+def _encode_still(path: Path, prompt: PreviewPrompt, encoders: ConditioningEncoders, *, first: bool) -> Tensor:
     """(1, 128, h, w) of the first latent frame, which is one picture, or of a later one, which is the picture standing still."""
     from musubi_tuner.media.picture import cover_and_crop, read_picture
 
@@ -133,7 +171,7 @@ def _encode_still(path: Path, prompt: PreviewPrompt, encoders: Encoders, *, firs
     return encoders.video(picture if first else picture.expand(_STILL_FRAMES, -1, -1, -1))[:, :, -1]
 
 
-def read_clip(where: str, flag: str, path: Path, frames: int, fps: float, size: tuple[int, int]) -> Tensor:
+def _read_clip(where: str, flag: str, path: Path, frames: int, fps: float, size: tuple[int, int]) -> Tensor:
     """(frames, height, width, 3) uint8 from a video's beginning, chosen by time at `fps`.
 
     Raises:
@@ -151,45 +189,44 @@ def read_clip(where: str, flag: str, path: Path, frames: int, fps: float, size: 
     return read_frames(info, choose_frames(info, fps, 0, frames), *size)
 
 
-def _sound(prompt: PreviewPrompt, encoders: Encoders) -> tuple[Tensor | None, Tensor | None]:
-    given, steps = prompt.given, audio_steps(prompt)
-    if given.sound is None:
+def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tensor | None, Tensor | None]:
+    """Latents with the conditioning in its place, and which (T,) steps are conditioning."""
+    inputs, steps = prompt.inputs, audio_steps(prompt)
+    if inputs.audio is None:
         return None, None
-    kept = kept_sound(prompt)
+    bounds = geometry.audio_positions(steps, 1)[0, 0]
+    kept = torch.ones(steps, dtype=torch.bool) if inputs.audio_span is None else ~_within(bounds, inputs.audio_span)
     if not bool(kept.any()):
-        raise UserError(f"{prompt.where}: --at leaves nothing of --a {given.sound} to start from.")
-    end = float(geometry.audio_positions(steps, 1)[0, 0, int(kept.nonzero()[-1]), 1])
-    samples = _read_sound(prompt, given.sound)
+        raise UserError(f"{prompt.where}: --at leaves nothing of --a {inputs.audio} to start from.")
+    end = float(bounds[int(kept.nonzero()[-1]), 1])
+    samples = _read_audio(prompt, inputs.audio)
     there = samples.shape[1] / geometry.AUDIO_SAMPLE_RATE
     if there + 1 / prompt.fps < min(end, prompt.seconds):
         raise UserError(
-            f"{prompt.where}: --a {given.sound}: has {there:.2f} s, {end:.2f} s are needed. "
+            f"{prompt.where}: --a {inputs.audio}: has {there:.2f} s, {end:.2f} s are needed. "
             "Give a longer sound, a smaller --f, or generate what is lacking (--at)."
         )
-    latents = encoders.sound(_fitted(samples, prompt.seconds, steps))[:, :, :steps]
+    # Cut or padded with silence to the sample's seconds, as caching does it, and to what `steps` latents need at least.
+    wanted = round(prompt.seconds * geometry.AUDIO_SAMPLE_RATE)
+    least = (steps - 1) * geometry.AUDIO_SAMPLE_RATE // geometry.AUDIO_LATENTS_PER_SECOND
+    padding = max(wanted, least) - min(samples.shape[1], wanted)
+    latents = encoders.audio(torch.nn.functional.pad(samples[:, :wanted], (0, padding)))[:, :, :steps]
     return latents * kept[None, None, :, None], kept
 
 
-def _read_sound(prompt: PreviewPrompt, path: Path) -> Tensor:
+def _read_audio(prompt: PreviewPrompt, path: Path) -> Tensor:
     """(2, samples) at 16 kHz of the sample's seconds, or of as many as the file has."""
     from musubi_tuner.media.audio import read_audio
     from musubi_tuner.media.probe import probe_sound
     from musubi_tuner.media.resample import resample
 
     info = probe_sound(path)
-    heard = read_audio(path, info, info.start, info.start + prompt.seconds)
-    return resample(heard.samples, heard.rate, geometry.AUDIO_SAMPLE_RATE)
+    audio = read_audio(path, info, info.start, info.start + prompt.seconds)
+    return resample(audio.samples, audio.rate, geometry.AUDIO_SAMPLE_RATE)
 
 
-def _fitted(samples: Tensor, seconds: float, steps: int) -> Tensor:
-    """Cut or filled up with silence to `seconds`, as caching does it, and to what `steps` latents need at least."""
-    wanted = round(seconds * geometry.AUDIO_SAMPLE_RATE)
-    least = (steps - 1) * geometry.AUDIO_SAMPLE_RATE // geometry.AUDIO_LATENTS_PER_SECOND
-    return torch.nn.functional.pad(samples[:, :wanted], (0, max(wanted, least) - min(samples.shape[1], wanted)))
-
-
-def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
-    path, (factor, temporal) = prompt.given.reference, encoders.reference_factors
+def _reference(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Reference | None:
+    path, (factor, temporal) = prompt.inputs.reference, encoders.reference_factors
     if path is None:
         return None
     width, height = prompt.width // factor, prompt.height // factor
@@ -208,14 +245,30 @@ def _reference(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
                 f"{prompt.where}: --v: a frame of this dataset's references stands for {temporal} (reference_temporal_scale), "
                 f"so --f must be {geometry.TEMPORAL_SCALE * temporal}n+1."
             )
-        frames = read_clip(prompt.where, "--v", path, (prompt.frames - 1) // temporal + 1, prompt.fps / temporal, (width, height))
+        frames = _read_clip(prompt.where, "--v", path, (prompt.frames - 1) // temporal + 1, prompt.fps / temporal, (width, height))
     fps = torch.tensor([prompt.fps])
     return Reference(latents=encoders.video(frames), fps=fps, spatial_factor=factor, temporal_factor=temporal)
 
 
-def _reference_sound(prompt: PreviewPrompt, encoders: Encoders) -> Reference | None:
-    path = prompt.given.reference_sound
-    if path is None:
-        return None
-    samples = _read_sound(prompt, path)
-    return Reference(latents=encoders.sound(samples))
+def _kept_video(prompt: PreviewPrompt) -> Tensor:
+    """(F, h, w) bool: cells of the input clip that are kept. What is generated lies in the span and in the box (around the crop)."""
+    inputs, cells = prompt.inputs, video_cells(prompt)
+    if inputs.video is None:
+        return torch.zeros(cells, dtype=torch.bool)
+    if inputs.video_span is None and inputs.box is None and inputs.crop is None:
+        return torch.ones(cells, dtype=torch.bool)
+    generated = torch.ones(cells, dtype=torch.bool)
+    if (area := inputs.box or inputs.crop) is not None:
+        inside = torch.zeros(cells, dtype=torch.bool)
+        top, left, rows, columns = (value // geometry.SPATIAL_SCALE for value in (area.top, area.left, area.height, area.width))
+        inside[:, top : top + rows, left : left + columns] = True
+        generated = inside if inputs.box is not None else ~inside
+    return ~(_within(geometry.frame_bounds(cells[0]) / prompt.fps, inputs.video_span)[:, None, None] & generated)
+
+
+def _within(bounds: Tensor, span: Span | None) -> Tensor:
+    """(n,) bool of (n, 2) seconds [start, end): those that the span touches; all where there is none."""
+    if span is None:
+        return torch.ones(len(bounds), dtype=torch.bool)
+    slack = 1e-6
+    return (bounds[:, 0] < span.end - slack) & (bounds[:, 1] > span.start + slack)

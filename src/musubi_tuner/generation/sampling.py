@@ -11,7 +11,7 @@ from torch import Tensor
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.flow.guidance import OFF, GuidanceScales, SamplingDefaults, defaults_for
 from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, mu_for_tokens, shift_of_ltx2
-from musubi_tuner.ltxv2 import geometry
+from musubi_tuner.generation.encode import token_count
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
@@ -50,7 +50,7 @@ class SamplingPlan:
 
     @property
     def needs_isolated(self) -> bool:
-        """Only where there are two streams to be kept apart."""
+        """Only where there are two streams to be kept separate."""
         return len(self.streams) == 2 and any(self.scales(stream).needs_isolated for stream in self.streams)
 
 
@@ -71,8 +71,12 @@ def make_plan(options: PreviewOptions, prompt: PreviewPrompt, *, mode: str, vers
             )
         return SamplingPlan(sigmas=distilled_sigmas(), ancestral=version == "2.5", streams=streams, video=OFF, audio=OFF, stg_blocks=())
     defaults = defaults_for(version)
+    steps = prompt.steps or options.sample_steps or defaults.steps
+    sigmas = ltx2_sigmas(steps)
+    if options.sample_scheduler == "flowmatch_discrete":
+        sigmas = flowmatch_discrete_sigmas(steps, options.discrete_flow_shift or shift_of_ltx2())
     return SamplingPlan(
-        sigmas=_sigmas(options, prompt.steps or options.sample_steps or defaults.steps),
+        sigmas=sigmas,
         ancestral=False,
         streams=streams,
         video=_scales(options, defaults.video, prompt.video_cfg, options.video_cfg_scale),
@@ -96,12 +100,15 @@ def describe_plans(
     fixed = {"uniform": "uniform noise levels", "logit_normal": "the same at every size"}.get(timestep_sampling)
     rows = []
     for prompt, plan in zip(prompts, plans, strict=True):
-        mus = ((stream, mu_for_tokens(_tokens(prompt, stream)) if training_shift is None else training_shift) for stream in plan.streams)
-        of_training = fixed or ", ".join(f"{stream} {_mu_text(mu)}" for stream, mu in mus)
+        size = f"{prompt.width}x{prompt.height}x{prompt.frames} @{prompt.fps:g}"
+        if plan.streams == ("audio",):
+            size = f"{prompt.seconds:.2f} s"
+        mus = {stream: mu_for_tokens(token_count(prompt, stream)) if training_shift is None else training_shift for stream in plan.streams}
+        of_training = fixed or ", ".join(f"{stream} {_mu_text(mu)}" for stream, mu in mus.items())
         rows.append(
             (
                 f"{prompt.index} {prompt.prompt[:24]!r}",
-                _size_text(prompt, plan),
+                size,
                 plan.steps,
                 _each(plan, "cfg"),
                 f"{_each(plan, 'stg')} at {','.join(map(str, plan.stg_blocks))}" if plan.needs_perturbed else "off",
@@ -115,17 +122,11 @@ def describe_plans(
     return format_table(rows, (*headers, "mu (shift) of preview", "mu (shift) of training at this size"))
 
 
-def _sigmas(options: PreviewOptions, steps: int) -> Tensor:
-    if options.sample_scheduler == "ltx2":
-        return ltx2_sigmas(steps)
-    return flowmatch_discrete_sigmas(steps, options.discrete_flow_shift or shift_of_ltx2())
-
-
 def _scales(options: PreviewOptions, defaults: GuidanceScales, of_prompt: float | None, of_options: float | None) -> GuidanceScales:
-    """None is "not said"; 0 is a value."""
+    """None is "not set"; 0 is a value."""
     cfg = of_options if of_prompt is None else of_prompt
-    given = {"cfg": cfg, "stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
-    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    scales = {"cfg": cfg, "stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
+    return dataclasses.replace(defaults, **{name: value for name, value in scales.items() if value is not None})
 
 
 def _stg_blocks(options: PreviewOptions, defaults: SamplingDefaults, num_layers: int) -> tuple[int, ...]:
@@ -134,19 +135,6 @@ def _stg_blocks(options: PreviewOptions, defaults: SamplingDefaults, num_layers:
         if not 0 <= block < num_layers:
             raise UserError(f"--stg_blocks {block}: this model's blocks are 0 to {num_layers - 1}.")
     return options.stg_blocks or tuple(min(block, num_layers - 1) for block in defaults.stg_blocks)
-
-
-def _tokens(prompt: PreviewPrompt, stream: str) -> int:
-    if stream == "audio":
-        return geometry.audio_latent_steps(prompt.frames, prompt.fps)
-    width, height = geometry.latent_size(prompt.width, prompt.height)
-    return geometry.latent_frames(prompt.frames) * height * width
-
-
-def _size_text(prompt: PreviewPrompt, plan: SamplingPlan) -> str:
-    if plan.streams == ("audio",):
-        return f"{prompt.seconds:.2f} s"
-    return f"{prompt.width}x{prompt.height}x{prompt.frames} @{prompt.fps:g}"
 
 
 def _mu_text(mu: float) -> str:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from musubi_tuner.memory.compiling import first_line
-from musubi_tuner.memory.plan import Budget
 from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
 
@@ -53,8 +52,8 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
     return rates, low
 
 
-def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | None) -> Budget:
-    """What may be used: what is free now, or less where the user caps it (GB of 1024^3 bytes)."""
+def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | None) -> tuple[int, int]:
+    """Bytes of the device and of the host that may be used: what is free now, or less where the user caps it (GB of 1024^3 bytes)."""
     import psutil
 
     host = psutil.virtual_memory().available
@@ -63,7 +62,7 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
         free = min(free, int(vram_gb * GIB))
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
-    return Budget(device=int(free * _DEVICE_MARGIN), host=max(0, host - _HOST_RESERVE))
+    return int(free * _DEVICE_MARGIN), max(0, host - _HOST_RESERVE)
 
 
 def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[str, float]:

@@ -25,29 +25,24 @@ WORSE = {"float32": 1.0, "bf16": 1.0, "int8": 1.3, "fp8": 1.3, "nf4": 1.7}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """What may be used, in bytes."""
+class Limits:
+    """What a plan must keep to: the memory that it may take, and what is fixed; None is for the planner to choose."""
 
-    device: int
-    host: int
+    device_bytes: int
+    host_bytes: int
     """For pinned weights and activations, beside what the process and its loaders take."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wishes:
-    """What the user has fixed; None is for the planner to choose."""
-
     formats: tuple[str, ...]
     """Formats to choose among, in the compute dtype's name or fewer bits."""
     compute_bytes: int = 2
     """Of one weight that stays in the compute dtype."""
-    kept_blocks: int = 4
+    unquantized: int = 4
     """First and last blocks that stay in the compute dtype where the others are in few bits."""
     streamed: int | None = None
-    rung: str | None = None
+    level: str | None = None
+    """Recompute level of all blocks."""
     compiled: bool = True
     sharers: int = 1
-    """Processes that have the streamed weights in common; a plan counts one's part."""
+    """Processes that share the host memory of the streamed weights; a plan counts one's part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +51,17 @@ class Plan:
 
     weight_format: str
     streamed: int
-    rungs: tuple[str, ...]
-    """Of each block, from the first to the last."""
+    levels: tuple[str, ...]
+    """Recompute level of each block, from the first to the last."""
     inputs_on_host: bool
-    """Block inputs that are kept wait in host memory; only where every block is on the last rung."""
+    """Block inputs that are kept wait in host memory; only where every block recomputes everything."""
     device_bytes: int
     """Predicted peak."""
     host_bytes: int
     seconds: float
     """Predicted, of one step of one batch."""
     stalled: float
-    """Of these, waiting for weights."""
+    """Of these, waiting for streamed weights or block inputs: what the copies take longer than the computation beside them."""
     floor: float
     """Seconds of this card without recomputation, traffic or waiting, in bf16."""
 
@@ -75,32 +70,32 @@ class Plan:
         return self.seconds * WORSE[self.weight_format]
 
 
-def choose_plan(shape: ModelShape, work: Workload, rates: CardRates, budget: Budget, wishes: Wishes) -> Plan | None:
-    """The plan with the best score that stays in the budget; None where none does."""
-    fitting = [plan for plan in candidates(shape, work, rates, wishes) if fits(plan, budget)]
+def choose_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan | None:
+    """The plan with the best score that stays within the limits; None where none does."""
+    fitting = [plan for plan in candidates(shape, work, rates, limits) if fits(plan, limits)]
     return min(fitting, key=lambda plan: (round(plan.score, 4), plan.streamed, plan.device_bytes), default=None)
 
 
-def leanest_plan(shape: ModelShape, work: Workload, rates: CardRates, wishes: Wishes) -> Plan:
+def leanest_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan:
     """The plan that needs the least device memory, for the message that says what is missing."""
-    return min(candidates(shape, work, rates, wishes), key=lambda plan: (plan.device_bytes, plan.host_bytes))
+    return min(candidates(shape, work, rates, limits), key=lambda plan: (plan.device_bytes, plan.host_bytes))
 
 
-def fits(plan: Plan, budget: Budget) -> bool:
-    return plan.device_bytes <= budget.device and plan.host_bytes <= budget.host
+def fits(plan: Plan, limits: Limits) -> bool:
+    return plan.device_bytes <= limits.device_bytes and plan.host_bytes <= limits.host_bytes
 
 
-def candidates(shape: ModelShape, work: Workload, rates: CardRates, wishes: Wishes) -> Iterator[Plan]:
-    """Every combination of format, number of streamed blocks, mixture of two neighboring rungs, and place of block inputs."""
-    for weight_format in wishes.formats:
+def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Iterator[Plan]:
+    """Every combination of format, number of streamed blocks, mixture of two neighboring recompute levels, and place of block inputs."""
+    for weight_format in limits.formats:
         seconds = {
-            rung.name: block_seconds(shape, work, rates, rung, weight_format=weight_format, compiled=wishes.compiled) for rung in RUNGS
+            rung.name: block_seconds(shape, work, rates, rung, weight_format=weight_format, compiled=limits.compiled) for rung in RUNGS
         }
-        most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - wishes.kept_blocks
-        for streamed in [wishes.streamed] if wishes.streamed is not None else range(most + 1):
-            for rungs in _mixtures(shape.blocks, wishes.rung):
-                for inputs_on_host in (False, True) if rungs[0] == rungs[-1] == RUNGS[-1].name else (False,):
-                    yield _plan(shape, work, rates, wishes, weight_format, streamed, rungs, inputs_on_host, seconds)
+        most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
+        for streamed in [limits.streamed] if limits.streamed is not None else range(most + 1):
+            for levels in _mixtures(shape.blocks, limits.level):
+                for inputs_on_host in (False, True) if levels[0] == levels[-1] == RUNGS[-1].name else (False,):
+                    yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, seconds)
 
 
 def _mixtures(blocks: int, fixed: str | None) -> Iterator[tuple[str, ...]]:
@@ -119,39 +114,41 @@ def _plan(
     shape: ModelShape,
     work: Workload,
     rates: CardRates,
-    wishes: Wishes,
+    limits: Limits,
     weight_format: str,
     streamed: int,
-    rungs: Sequence[str],
+    levels: Sequence[str],
     inputs_on_host: bool,
     seconds: dict[str, BlockSeconds],
 ) -> Plan:
     low_block = shape.block_weights * BYTES_PER_WEIGHT[weight_format]
-    kept = 0 if weight_format in ("bf16", "float32") else wishes.kept_blocks
-    full_block = shape.block_weights * wishes.compute_bytes
+    unquantized = 0 if weight_format in ("bf16", "float32") else limits.unquantized
+    full_block = shape.block_weights * limits.compute_bytes
     slots = min(SLOTS, streamed)
-    device = shape.other_weights * wishes.compute_bytes + kept * full_block + (shape.blocks - kept - streamed + slots) * low_block
+    device = (
+        shape.other_weights * limits.compute_bytes + unquantized * full_block + (shape.blocks - unquantized - streamed + slots) * low_block
+    )
     device += work.trainable * (ADAPTER_BYTES + work.optimizer_bytes)
     unit = unit_bytes(shape, work)
     kept_units = {rung.name: rung.units for rung in RUNGS}
-    stored = sum(kept_units[name] for name in rungs) * unit
-    deepest = max(kept_units[name] if name != RUNGS[-1].name else RUNGS[0].units for name in rungs)
-    host = streamed * low_block / wishes.sharers
+    stored = sum(kept_units[name] for name in levels) * unit
+    deepest = max(kept_units[name] if name != RUNGS[-1].name else RUNGS[0].units for name in levels)
+    host = streamed * low_block / limits.sharers
     if inputs_on_host:
         host += stored
         stored = 2 * unit
     device += stored + (deepest + TRANSIENT_UNITS) * unit
-    forward = sum(seconds[name].forward for name in rungs)
-    backward = sum(seconds[name].backward for name in rungs)
+    forward = sum(seconds[name].forward for name in levels)
+    backward = sum(seconds[name].backward for name in levels)
     copied = max(0, streamed - SLOTS) * low_block / rates.host_to_device if streamed else 0.0
-    fetched = len(rungs) * unit / rates.host_to_device if inputs_on_host else 0.0
+    fetched = len(levels) * unit / rates.host_to_device if inputs_on_host else 0.0
     stalled = max(0.0, copied - forward) + max(0.0, copied + fetched - backward)
     if inputs_on_host:
         stalled += max(0.0, fetched - forward)
     return Plan(
         weight_format=weight_format,
         streamed=streamed,
-        rungs=tuple(rungs),
+        levels=tuple(levels),
         inputs_on_host=inputs_on_host,
         device_bytes=int(device),
         host_bytes=int(host),
@@ -161,6 +158,6 @@ def _plan(
     )
 
 
-def count_rungs(plan: Plan) -> dict[str, int]:
-    """{rung: blocks on it}, least recomputation first."""
-    return {rung.name: plan.rungs.count(rung.name) for rung in RUNGS if rung.name in plan.rungs}
+def count_levels(plan: Plan) -> dict[str, int]:
+    """{recompute level: blocks on it}, least recomputation first."""
+    return {rung.name: plan.levels.count(rung.name) for rung in RUNGS if rung.name in plan.levels}

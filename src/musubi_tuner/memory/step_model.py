@@ -1,6 +1,6 @@
 """Operations, bytes and seconds of one training step, from plain numbers: what the planner decides by and the benchmark compares with.
 
-Counts were checked against dispatch-mode counts of the real block (docs/memory_and_speed.md). A unit is one bf16 tensor of the
+Counts were checked against dispatch-mode counts of the real block (docs/development/benchmarks.md). A unit is one bf16 tensor of the
 video stream: tokens * video width * 2 bytes.
 """
 

@@ -4,6 +4,7 @@ Official loaders compute W + B A and never read an alpha, so every scale is fold
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "diffusion_model."
 DORA_SCALE = "dora_scale"
+CONNECTORS_ENDING = ".connectors.safetensors"
 
 Contents = dict[str, Tensors]
 """{official module name: its tensors}."""
+
+
+def connectors_path(path: Path) -> Path:
+    """The file beside the LoRA `path` that holds its adapters of the text connectors."""
+    return path.with_name(f"{path.stem}{CONNECTORS_ENDING}")
 
 
 def file_keys(modules: Mapping[str, Collection[str]], *, dora_key: str = MAGNITUDE) -> list[str]:

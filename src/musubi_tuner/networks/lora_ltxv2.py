@@ -105,7 +105,7 @@ def create_network(
     """Put adapters on the transformer's chosen linears, in place. The start is the base model exactly.
 
     Args:
-        args: `--network_args` as key=value (docs/networks.md).
+        args: `--network_args` as key=value (docs/how-to/networks.md).
         like: take type, modules and shapes from this file, with a scale of 1, in place of `dim`, `alpha` and the targets
             (`--dim_from_weights`).
 

@@ -9,14 +9,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from musubi_tuner.networks.base import Tensors
-from musubi_tuner.networks.formats import DORA_SCALE, PREFIX
+from musubi_tuner.networks.formats import CONNECTORS_ENDING, DORA_SCALE, PREFIX
 from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
 from musubi_tuner.networks.lycoris import LOHA, W1, W2, W2_DOWN, W2_UP
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 
 _ALPHA = "alpha"
-_CONNECTORS = ".connectors.safetensors"
 _FLATTENED = ("lora_unet_", "lycoris_")
 _LEAVES = {
     DOWN: DOWN, UP: UP, "lora_down.weight": DOWN, "lora_up.weight": UP, MAGNITUDE: MAGNITUDE, f"{MAGNITUDE}.weight": MAGNITUDE,
@@ -127,7 +126,7 @@ def newest_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    files = [one for one in path.glob("*.safetensors") if not one.name.endswith(_CONNECTORS)]
+    files = [one for one in path.glob("*.safetensors") if not one.name.endswith(CONNECTORS_ENDING)]
     if not files:
         raise UserError(f"{path}: no .safetensors file in this folder.")
     return max(files, key=lambda one: (one.stat().st_mtime_ns, one.name))

@@ -1,34 +1,68 @@
-"""From a run's settings, data and machine to how the model is held and run."""
+"""From settings, the largest batch and the machine to how a model is held and run.
+
+What a training step must find room for, on the device and on the host:
+
+    device  |  weights that stay  |  slots  |  adapters  |  what blocks keep for backward  |  the block in flight  |  margin
+            |  (resident blocks,  |  (two   |  gradients |  0 ........ block ........ 47   |
+            |   all else)         | buffers)|  optimizer |  recompute level of each         |
+                                      ^
+    host    |  weights of the streamed blocks, pinned  |  block inputs, on the smallest cards  |  reserve for loaders and the system
+
+Four choices trade this room for time, and none of them changes what is learned but for the rounding of quantization:
+
+* The weight format. Fewer bits leave room and are multiplied faster where the card can, but round. The first and last blocks hurt most by
+  it, so they stay unquantized, and so does all that is small or sensitive (gates, modulation, projections).
+* Streamed blocks. A frozen weight is read twice a step and never written, so a block may wait in host memory and come into one of two
+  slots while its predecessor computes. Copies cost nothing as long as they are shorter than the computation that they hide behind; what is
+  longer stalls the step. A batch with more tokens computes longer on the same copies: that is what a larger batch_size buys. Processes on
+  one machine may share the host memory of these weights ("sharers"), so that eight cards do not pin eight copies.
+* The recompute level of each block (activation checkpointing, `memory.checkpointing.Recompute`). What a block does not keep for its
+  backward pass is computed a second time. The first blocks recompute more, as what they keep would be kept longest.
+* Block inputs on the host, the last resort, where every block recomputes everything and only its input is kept.
+
+`memory.plan` enumerates the combinations and predicts bytes and seconds of each from `memory.step_model`. This file says what it may choose
+among (`Limits`), and turns the numbers of its `Plan` into blocks (`Placement`). The prediction is not trusted: `placement.prove` runs two
+steps of the largest batch, and has a new plan made for a smaller budget where they run out of memory.
+"""
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.config.memory import MemoryOptions
-from musubi_tuner.dataset.items import Item
-from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.card import GIB, free_memory, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.compiling import obstacle_to_compiling
-from musubi_tuner.memory.plan import Budget, Plan, Wishes, choose_plan, count_rungs, leanest_plan
+from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels, leanest_plan
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.memory.streaming import spread
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-AUDIO_STEPS_PER_SECOND = 25
-_KEPT_AT_EACH_END = 2
+_UNQUANTIZED_AT_EACH_END = 2
 _FEW_BLOCKS = 12
-"""Models of fewer blocks than this keep none of them out of quantization."""
+"""Models of fewer blocks than this are quantized in all of them."""
+
+_WORTH_A_REMEDY = 0.05
+"""Share of a step's time that waits for weights, above which the banner says what helps."""
 
 _OPTIMIZER_BYTES = {"adamw8bit": 2.0, "pagedadamw8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "prodigy": 16.0, "came": 4.1}
 _USUAL_OPTIMIZER_BYTES = 8.0
-AVERAGE_BYTES = 4.0
-"""Of a moving average of the weights, for each of them."""
+_AVERAGE_BYTES = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTokens:
+    """Tokens of the largest batch, all its clips together; the text's are of each clip."""
+
+    video: int
+    audio: int
+    text: int
+    clips: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +70,15 @@ class Machine:
     """What there is to plan with, read once."""
 
     device: torch.device
-    budget: Budget
+    device_bytes: int
+    """May be used."""
+    host_bytes: int
+    """May be pinned by this process."""
     rates: CardRates
     low_rates: Mapping[str, float]
     """Operations per second of a whole linear in each low-bit format that the device multiplies in."""
     sharers: int = 1
-    """Processes that can have the streamed weights in common."""
+    """Processes of this machine that share the host memory of streamed weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,23 +87,25 @@ class Placement:
 
     weight_format: str | None
     """None: all weights in the compute dtype."""
-    kept: frozenset[int]
+    unquantized: frozenset[int]
     """Blocks that stay in the compute dtype where the others are in few bits."""
     streamed: tuple[int, ...]
-    rungs: tuple[Recompute | None, ...]
+    """Blocks whose weights wait in host memory."""
+    levels: tuple[Recompute | None, ...]
+    """Of each block; None keeps whatever autograd keeps."""
     inputs_on_host: bool
     compiled: bool
     sharers: int = 1
-    """Processes that have the streamed blocks in common."""
+    """As `Machine.sharers`."""
     plan: Plan | None
-    """None where nothing was planned: on the CPU without a cap."""
+    """The prediction; None where nothing was planned, on the CPU without a cap."""
 
 
-def kept_blocks(blocks: int) -> frozenset[int]:
+def unquantized_blocks(blocks: int) -> frozenset[int]:
     """First and last blocks, whose quantization errors weigh most."""
     if blocks < _FEW_BLOCKS:
         return frozenset()
-    return frozenset((*range(_KEPT_AT_EACH_END), *range(blocks - _KEPT_AT_EACH_END, blocks)))
+    return frozenset((*range(_UNQUANTIZED_AT_EACH_END), *range(blocks - _UNQUANTIZED_AT_EACH_END, blocks)))
 
 
 def read_machine(device: torch.device, options: MemoryOptions, *, processes: int, sharers: int = 1) -> Machine | None:
@@ -81,58 +120,28 @@ def read_machine(device: torch.device, options: MemoryOptions, *, processes: int
     rates, low_rates = measure_rates(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what measuring took counts as free again
-    free = free_memory(device, options.vram_gb, options.ram_gb)
-    budget = Budget(device=free.device, host=free.host // processes)
-    return Machine(device=device, budget=budget, rates=rates, low_rates=low_rates, sharers=sharers)
-
-
-def optimizer_bytes(name: str) -> float:
-    """Of the optimizer's states for each trainable weight, near enough to plan by."""
-    return _OPTIMIZER_BYTES.get(name.lower().rpartition(".")[2], _USUAL_OPTIMIZER_BYTES)
-
-
-def token_counts(item: Item, mode: str) -> tuple[int, int]:
-    """Video and audio tokens of a batch of items like this one."""
-    clip, clips = item.clip, item.spec.batch_size
-    video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
-    if video and clip.reference is not None:
-        video += ((clip.reference_frames - 1) // 8 + 1) * (clip.reference_height // 32) * (clip.reference_width // 32)
-    heard = mode != "video" and clip.has_audio
-    audio = round((clip.end_seconds - clip.start_seconds) * AUDIO_STEPS_PER_SECOND) if heard else 0
-    if clip.reference_sound is not None:
-        audio *= 2  # it is as long as the clip at most
-    return video * clips, audio * clips
-
-
-def largest_item(items: Sequence[Item], mode: str) -> Item:
-    """The item whose batch has the most tokens."""
-    return max(items, key=lambda item: sum(token_counts(item, mode)))
-
-
-def largest_workload(items: Sequence[Item], mode: str, *, text_tokens: int, trainable: int, state_bytes: float) -> Workload:
-    """The batch with the most tokens; `state_bytes` are those kept for each trainable weight beside its gradient."""
-    largest = largest_item(items, mode)
-    video, audio = token_counts(largest, mode)
-    return Workload(
-        video_tokens=video,
-        audio_tokens=audio,
-        text_tokens=text_tokens,
-        clips=largest.spec.batch_size,
-        trainable=trainable,
-        optimizer_bytes=state_bytes,
+    device_bytes, host_bytes = free_memory(device, options.vram_gb, options.ram_gb)
+    return Machine(
+        device=device, device_bytes=device_bytes, host_bytes=host_bytes // processes, rates=rates, low_rates=low_rates, sharers=sharers
     )
+
+
+def state_bytes(optimizer_type: str, *, averaged: bool) -> float:
+    """Bytes beside its gradient of each trained weight, near enough to plan by: the optimizer's states, and a moving average of it."""
+    states = _OPTIMIZER_BYTES.get(optimizer_type.lower().rpartition(".")[2], _USUAL_OPTIMIZER_BYTES)
+    return states + (_AVERAGE_BYTES if averaged else 0)
 
 
 def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, sharers: int = 1) -> Placement:
     """What the flags say, and plain defaults for the rest."""
     weight_format = options.wanted_format if options.wanted_format not in ("auto", "bf16") else None
-    kept = kept_blocks(blocks) if weight_format else frozenset()
-    rung = None if options.gradient_checkpointing is False else Recompute.EVERYTHING
+    unquantized = unquantized_blocks(blocks) if weight_format else frozenset()
+    level = None if options.gradient_checkpointing is False else Recompute.EVERYTHING
     return Placement(
         weight_format=weight_format,
-        kept=kept,
-        streamed=_streamed(blocks, kept, _asked_for(options, blocks, kept) or 0),
-        rungs=(rung,) * blocks,
+        unquantized=unquantized,
+        streamed=_streamed(blocks, unquantized, _asked_for(options, blocks, unquantized) or 0),
+        levels=(level,) * blocks,
         inputs_on_host=False,
         compiled=compiles(options, device),
         sharers=sharers,
@@ -140,46 +149,38 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, 
     )
 
 
-def place_by_plan(
-    options: MemoryOptions,
-    machine: Machine,
-    shape: ModelShape,
-    work: Workload,
-    *,
-    full_format: str,
-    factor: float = 1.0,
-) -> Placement:
+def place_by_plan(options: MemoryOptions, machine: Machine, shape: ModelShape, work: Workload, *, full_format: str) -> Placement:
     """The best plan that fits.
 
     Args:
         full_format: `bf16` or `float32`, the compute dtype.
-        factor: real bytes over predicted ones, where a trial has shown that they differ.
 
     Raises:
         UserError: nothing fits (says what is missing and what would help), or a format that the device does not multiply in.
     """
     compiled = compiles(options, machine.device)
     formats, rates = _formats(options, machine, full_format)
-    kept = kept_blocks(shape.blocks)
-    wishes = Wishes(
+    unquantized = unquantized_blocks(shape.blocks)
+    limits = Limits(
+        device_bytes=machine.device_bytes,
+        host_bytes=machine.host_bytes,
         formats=formats,
         compute_bytes=4 if full_format == "float32" else 2,
-        kept_blocks=len(kept),
-        streamed=_asked_for(options, shape.blocks, kept if formats != (full_format,) else frozenset()),
-        rung={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
+        unquantized=len(unquantized),
+        streamed=_asked_for(options, shape.blocks, unquantized if formats != (full_format,) else frozenset()),
+        level={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
         compiled=compiled,
         sharers=machine.sharers,
     )
-    budget = Budget(device=int(machine.budget.device / factor), host=machine.budget.host)
-    plan = choose_plan(shape, work, rates, budget, wishes)
+    plan = choose_plan(shape, work, rates, limits)
     if plan is None:
-        raise UserError(_nothing_fits(leanest_plan(shape, work, rates, wishes), machine.budget, work))
+        raise UserError(_nothing_fits(leanest_plan(shape, work, rates, limits), machine, work))
     full = plan.weight_format == full_format
     return Placement(
         weight_format=None if full else plan.weight_format,
-        kept=frozenset() if full else kept,
-        streamed=_streamed(shape.blocks, frozenset() if full else kept, plan.streamed),
-        rungs=tuple(Recompute(name) for name in plan.rungs),
+        unquantized=frozenset() if full else unquantized,
+        streamed=_streamed(shape.blocks, frozenset() if full else unquantized, plan.streamed),
+        levels=tuple(Recompute(name) for name in plan.levels),
         inputs_on_host=plan.inputs_on_host,
         compiled=compiled,
         sharers=machine.sharers,
@@ -207,7 +208,7 @@ def _formats(options: MemoryOptions, machine: Machine, full_format: str) -> tupl
 
 
 def compiles(options: MemoryOptions, device: torch.device) -> bool:
-    """Whether blocks are compiled; says so where that is not possible and would have paid."""
+    """Whether blocks are compiled; warns where that is not possible and would have paid."""
     if options.compile is not None:
         return options.compile
     obstacle = obstacle_to_compiling(device)
@@ -216,63 +217,55 @@ def compiles(options: MemoryOptions, device: torch.device) -> bool:
     return obstacle is None
 
 
-def model_shape(config: TransformerConfig, low_bit: int, total: int) -> ModelShape:
-    """
-    Args:
-        low_bit: weights of the linears of all blocks that can be stored in few bits.
-        total: weights of the whole model.
-    """
-    return ModelShape(
-        blocks=config.num_layers,
-        video_dim=config.video_dim,
-        audio_dim=config.audio_dim,
-        block_weights=low_bit // config.num_layers,
-        other_weights=total - low_bit // config.num_layers * config.num_layers,
-    )
-
-
 def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[str, str]]:
     """Rows for the banner."""
-    blocks = len(placement.rungs)
-    weights = placement.weight_format or str(dtype).removeprefix("torch.")
-    if placement.kept:
-        weights += f" ({len(placement.kept)} of {blocks} blocks in {str(dtype).removeprefix('torch.')})"
-    streamed = f", {len(placement.streamed)} of {blocks} blocks streamed from host memory" if placement.streamed else ""
-    if placement.streamed and placement.sharers > 1:
-        streamed += f" that {placement.sharers} processes share"
-    rows = [("weights", weights + streamed)]
-    counts = {rung: placement.rungs.count(rung) for rung in placement.rungs}
-    again = ", ".join(f"{(rung or 'nothing, all is kept').replace('_', ' ')} ({count})" for rung, count in counts.items())
-    rows.append(("computed again", again + (", block inputs on the host" if placement.inputs_on_host else "")))
-    rows.append(("blocks", "compiled" if placement.compiled else "not compiled"))
-    plan = placement.plan
-    if plan is not None:
-        rows.append(("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"))
-        share, full = plan.floor / plan.seconds, str(dtype).removeprefix("torch.")
-        rows.append(("", f"{plan.seconds:.3f} s for the largest batch: {share:.0%} of what this machine reaches at best in {full}"))
+    blocks, full = len(placement.levels), str(dtype).removeprefix("torch.")
+    weights = placement.weight_format or full
+    if placement.unquantized:
+        weights += f" ({len(placement.unquantized)} of {blocks} blocks in {full})"
+    if placement.streamed:
+        weights += f", {len(placement.streamed)} of {blocks} blocks streamed from host memory"
+        weights += f" that {placement.sharers} processes share" if placement.sharers > 1 else ""
+    names = {None: "none, left to autograd", Recompute.NOTHING: "none"}
+    counts = {level: placement.levels.count(level) for level in placement.levels}
+    recomputed = ", ".join(
+        f"{names.get(level) or level.replace('_', ' ')} ({count} block{'s' if count > 1 else ''})" for level, count in counts.items()
+    )
+    rows = [
+        ("weights", weights),
+        ("recomputation", recomputed + (", block inputs on the host" if placement.inputs_on_host else "")),
+        ("blocks", "compiled" if placement.compiled else "not compiled"),
+    ]
+    if (plan := placement.plan) is None:
+        return rows
+    rows.append(("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"))
+    reached, stalled = plan.floor / plan.seconds, plan.stalled / plan.seconds
+    rows.append(("", f"{plan.seconds:.3f} s for the largest batch: {reached:.0%} of what this machine reaches at best in {full}"))
+    if stalled > _WORTH_A_REMEDY:
+        rows.append(("", f"{stalled:.0%} of it waits for streamed weights, which a larger batch_size would hide"))
     return rows
 
 
-def _asked_for(options: MemoryOptions, blocks: int, kept: frozenset[int]) -> int | None:
+def _asked_for(options: MemoryOptions, blocks: int, unquantized: frozenset[int]) -> int | None:
     """`--blocks_to_swap`, no more than can be streamed: blocks that stay in full precision stay on the card too."""
-    count, most = options.blocks_to_swap, blocks - len(kept)
+    count, most = options.blocks_to_swap, blocks - len(unquantized)
     if count is not None and count > most:
-        staying = f", of which {len(kept)} stay on the card in full precision" if kept else ""
+        staying = f", of which {len(unquantized)} stay on the card in full precision" if unquantized else ""
         log.warning("WARNING: --blocks_to_swap %d: the model has %d blocks%s; %d are streamed", count, blocks, staying, most)
     return None if count is None else min(count, most)
 
 
-def _streamed(blocks: int, kept: frozenset[int], count: int) -> tuple[int, ...]:
-    choice = [index for index in range(blocks) if index not in kept]
+def _streamed(blocks: int, unquantized: frozenset[int], count: int) -> tuple[int, ...]:
+    choice = [index for index in range(blocks) if index not in unquantized]
     return tuple(choice[place] for place in spread(len(choice), min(count, len(choice))))
 
 
-def _nothing_fits(leanest: Plan, budget: Budget, work: Workload) -> str:
-    rungs = ", ".join(count_rungs(leanest))
+def _nothing_fits(leanest: Plan, machine: Machine, work: Workload) -> str:
+    recomputed = ", ".join(count_levels(leanest)).replace("_", " ")
     return (
-        f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed, computing {rungs} again) takes "
+        f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed, recomputing {recomputed}) takes "
         f"{leanest.device_bytes / GIB:.1f} GiB on the device and {leanest.host_bytes / GIB:.1f} GiB pinned on the host; "
-        f"{budget.device / GIB:.1f} and {budget.host / GIB:.1f} GiB may be used. The largest batch has {work.video_tokens} video tokens: "
-        "use a smaller resolution, fewer frames or batch_size 1 in the dataset file, a smaller --network_dim, or AdamW8bit; "
+        f"{machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} GiB may be used. The largest batch has {work.video_tokens} "
+        "video tokens: use a smaller resolution, fewer frames or batch_size 1 in the dataset file, a smaller --network_dim, or AdamW8bit; "
         "close other programs that hold memory."
     )

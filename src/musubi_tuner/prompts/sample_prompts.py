@@ -1,24 +1,25 @@
 """Sample prompts as musubi-tuner users write them: .txt with flags, .toml, .json.
 
-A line of text is a prompt; flags begin after its first ` --` and nowhere else, so that a prompt may begin with "I walk".
+A line of text is a prompt; flags begin after its first ` --` and nowhere else, so that a prompt may begin with "I walk". The same
+values have longer names in .toml and .json. Besides text a prompt may have conditioning inputs: pictures, a clip, sound, references.
 """
 
-import difflib
-import json
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from musubi_tuner.ltxv2.geometry import latent_frames, latent_size
-from musubi_tuner.prompts.files import GIVEN_FLAGS, GivenFiles, check_given, read_given_files
+from pydantic import BeforeValidator, model_validator
+
+from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Frames, NotNegative, Seed, Side, as_path, options, validated
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json, read_text, read_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptDefaults:
-    """What a prompt has that does not say otherwise."""
+    """What a prompt has where it names nothing else."""
 
     width: int = 768
     height: int = 512
@@ -27,6 +28,49 @@ class PromptDefaults:
     steps: int | None = None
     """None = by the model's version."""
     seed: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Seconds [start, end) of the sample."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Pixels of the sample, multiples of 32."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningInputs:
+    """Files of one prompt that its sample starts from or is shown."""
+
+    image: Path | None = None
+    """First frame."""
+    end_image: Path | None = None
+    """Last frame."""
+    keyframes: tuple[tuple[int, Path], ...] = ()
+    """(frame, picture)"""
+    video: Path | None = None
+    """A clip that is kept but for what `video_span`, `box` and `crop` leave to be generated; all of it where there are none."""
+    video_span: Span | None = None
+    box: Rectangle | None = None
+    """What is generated."""
+    crop: Rectangle | None = None
+    """What is kept; the clip fills it."""
+    audio: Path | None = None
+    """Sound that is kept but for `audio_span`."""
+    audio_span: Span | None = None
+    reference: Path | None = None
+    """Clip or picture that is shown beside the sample (IC-LoRA)."""
+    reference_audio: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +94,26 @@ class PreviewPrompt:
     audio_cfg: float | None
     where: str
     """File and line or entry, for messages."""
-    given: GivenFiles = GivenFiles()
-    """Pictures, clips and sound to start from."""
+    inputs: ConditioningInputs = ConditioningInputs()
 
     @property
     def seconds(self) -> float:
         return self.frames / self.fps
 
 
+INPUT_FLAGS = {
+    "i": "image_path",
+    "ei": "end_image_path",
+    "k": "keyframes",
+    "iv": "input_video_path",
+    "vt": "generate_seconds",
+    "box": "inpaint_box",
+    "crop": "outpaint_crop",
+    "a": "input_audio_path",
+    "at": "generate_sound_seconds",
+    "v": "reference_video_path",
+    "ra": "reference_audio_path",
+}
 _FLAGS = {
     "w": "width",
     "h": "height",
@@ -69,24 +125,88 @@ _FLAGS = {
     "l": "cfg_scale",
     "g": "guidance_scale",
     "al": "audio_cfg_scale",
-    **GIVEN_FLAGS,
+    **INPUT_FLAGS,
 }
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
+_WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
+_NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale")
 
-_KINDS: dict[str, type] = {
-    "prompt": str,
-    "width": int,
-    "height": int,
-    "frame_count": int,
-    "seed": int,
-    "sample_steps": int,
-    "frame_rate": float,
-    "negative_prompt": str,
-    "cfg_scale": float,
-    "guidance_scale": float,
-    "audio_cfg_scale": float,
-    **dict.fromkeys(GIVEN_FLAGS.values(), str),
-}
+
+def _from_text(read: Callable[[str], Any]) -> BeforeValidator:
+    def checked(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError("must be text in quotes")
+        return read(value)
+
+    return BeforeValidator(checked)
+
+
+def _read_keyframes(text: str) -> tuple[tuple[int, Path], ...]:
+    pairs = [part.strip().partition("=") for part in text.split(";")]
+    if not all(sign and re.fullmatch("[0-9]{1,9} *", number) for number, sign, _ in pairs):
+        raise ValueError("must be FRAME=PICTURE, several parted by ';', such as 24=door.png;48=street.png")
+    return tuple((int(number), as_path(name.strip())) for number, _, name in pairs)
+
+
+def _read_span(text: str) -> Span:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\s*-\s*(\d+\.?\d*|\.\d+)?", text.strip(), re.ASCII)
+    if match is None:
+        raise ValueError("must be START-END in seconds; either may be left out, such as 1.5- or -2")
+    span = Span(float(match[1] or 0), float(match[2] or "inf"))
+    if span.start >= span.end:
+        raise ValueError("ends before it starts")
+    return span
+
+
+def _read_rectangle(text: str) -> Rectangle:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+        raise ValueError("must be LEFT,TOP,WIDTH,HEIGHT in pixels, such as 64,0,128,96")
+    area = Rectangle(*map(int, parts))
+    if any(int(part) % 32 for part in parts) or not area.width or not area.height:
+        raise ValueError("must have multiples of 32, and a width and a height that are not 0")
+    return area
+
+
+@options
+class _Entry:
+    """A prompt as it is written, by the long names."""
+
+    prompt: str
+    width: Side | None = None
+    height: Side | None = None
+    frame_count: Frames | None = None
+    seed: Seed | None = None
+    sample_steps: Count | None = None
+    frame_rate: FrameRate | None = None
+    negative_prompt: str = ""
+    cfg_scale: NotNegative | None = None
+    guidance_scale: NotNegative | None = None
+    audio_cfg_scale: NotNegative | None = None
+    image_path: AnyPath | None = None
+    end_image_path: AnyPath | None = None
+    keyframes: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
+    input_video_path: AnyPath | None = None
+    generate_seconds: Annotated[Span | None, _from_text(_read_span)] = None
+    inpaint_box: Annotated[Rectangle | None, _from_text(_read_rectangle)] = None
+    outpaint_crop: Annotated[Rectangle | None, _from_text(_read_rectangle)] = None
+    input_audio_path: AnyPath | None = None
+    generate_sound_seconds: Annotated[Span | None, _from_text(_read_span)] = None
+    reference_video_path: AnyPath | None = None
+    reference_audio_path: AnyPath | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Entry":
+        if self.cfg_scale is not None and self.guidance_scale is not None:
+            raise UserError("--l and --g both are the CFG scale; give one of them.")
+        for flag, value in (("--vt", self.generate_seconds), ("--box", self.inpaint_box), ("--crop", self.outpaint_crop)):
+            if value is not None and self.input_video_path is None:
+                raise UserError(f"{flag} chooses what of a clip is generated; give the clip by --iv.")
+        if self.generate_sound_seconds is not None and self.input_audio_path is None:
+            raise UserError("--at chooses which seconds of a sound are generated; give the sound by --a.")
+        if self.inpaint_box is not None and self.outpaint_crop is not None:
+            raise UserError("--box (what is generated) and --crop (what is kept) exclude each other.")
+        return self
 
 
 def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[PreviewPrompt, ...]:
@@ -96,10 +216,13 @@ def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[Pr
         UserError: the file, line and value that cannot be used, and the values that can.
     """
     defaults = defaults or PromptDefaults()
-    entries = list(_read_entries(path))
+    readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json.")
+    entries = list(readers[path.suffix.lower()](path))
     if not entries:
         raise UserError(f"{path}: holds no prompt. Write one a line, or leave --sample_prompts out.")
-    return tuple(_to_prompt(index, where, values, path.parent, defaults) for index, (where, values) in enumerate(entries))
+    return tuple(_to_prompt(index, where, entry, path.parent, defaults) for index, (where, entry) in enumerate(entries))
 
 
 def all_prompt_texts(prompts: Sequence[PreviewPrompt]) -> list[str]:
@@ -108,34 +231,58 @@ def all_prompt_texts(prompts: Sequence[PreviewPrompt]) -> list[str]:
     return list(dict.fromkeys([*texts, ""]))
 
 
-def _read_entries(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where, values by their long names) of each entry."""
-    readers = {".txt": _read_text, ".toml": _read_toml, ".json": _read_json}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json.")
-    if not path.is_file():
-        raise UserError(f"--sample_prompts {path}: no such file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
-    return readers[path.suffix.lower()](path, text)
-
-
-def _read_text(path: Path, text: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
-        if line and not line.startswith("#"):
+def _text_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    for number, line in enumerate(read_text(path, named="--sample_prompts").splitlines(), start=1):
+        if line.strip() and not line.strip().startswith("#"):
             where = f"{path}, line {number}"
-            yield where, _parse_line(where, line)
+            yield where, _from_line(where, line)
 
 
-def _parse_line(where: str, line: str) -> dict[str, Any]:
-    """A prompt and its flags. Values are converted here, so that a message can quote them as they were typed."""
-    if line.startswith("--"):
+def _toml_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    """`[prompt]` holds defaults, each `[[prompt.subset]]` one sample."""
+    document = read_toml(path, named="--sample_prompts")
+    shared = document.get("prompt")
+    entries = shared.get("subset") if isinstance(shared, dict) else None
+    if set(document) != {"prompt"} or not isinstance(entries, list):
+        raise UserError(f"{path}: must hold a table [prompt] with defaults and a [[prompt.subset]] for each sample, and nothing else.")
+    common = {key: value for key, value in shared.items() if key != "subset"}
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, [[prompt.subset]] number {number}"
+        yield where, validated(_Entry, common | entry if isinstance(entry, dict) else entry, where=where)
+
+
+def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    """A list of objects, or of lines as in a .txt file."""
+    document = read_json(path, named="--sample_prompts")
+    if not isinstance(document, list):
+        raise UserError(f"{path}: must hold a list of objects, each with a 'prompt'.")
+    for number, entry in enumerate(document, start=1):
+        where = f"{path}, entry {number}"
+        yield where, _from_line(where, entry) if isinstance(entry, str) else validated(_Entry, entry, where=where)
+
+
+def _from_line(where: str, line: str) -> _Entry:
+    prompt, typed = split_line(where, line)
+    values: dict[str, Any] = {"prompt": prompt}
+    for key, text in typed.items():
+        try:
+            values[key] = int(text) if key in _WHOLE else float(text) if key in _NUMBERS else text
+        except ValueError:
+            values[key] = text  # which its type refuses
+    flags = {key: flag for flag, key in _FLAGS.items()}
+    return validated(_Entry, values, where=where, naming=lambda key, value: f"--{flags[key]} {typed[key]!r}")
+
+
+def split_line(where: str, line: str) -> tuple[str, dict[str, str]]:
+    """A line's prompt, and what follows each flag by its long name.
+
+    Raises:
+        UserError: a line that begins with a flag, a flag that is unknown, or one given twice.
+    """
+    prompt, *parts = line.strip().split(" --")
+    if prompt.startswith("--"):
         raise UserError(f"{where}: begins with a flag. The prompt comes first, then its flags, each after ' --'.")
-    prompt, *parts = line.split(" --")
-    values: dict[str, Any] = {"prompt": prompt.strip()}
+    values: dict[str, str] = {}
     for part in parts:
         flag, _, value = part.strip().partition(" ")
         if flag not in _FLAGS:
@@ -143,102 +290,60 @@ def _parse_line(where: str, line: str) -> dict[str, Any]:
                 f"{where}: unknown flag '--{flag}'. Known are {', '.join('--' + name for name in _FLAGS)}. "
                 "Text after the first ' --' is read as flags; write a dash within a prompt as '-' or '—'."
             )
-        key = _FLAGS[flag]
-        if key in values:
+        if _FLAGS[flag] in values:
             raise UserError(f"{where}: --{flag} is given twice.")
-        values[key] = _converted(where, f"--{flag}", value.strip(), _KINDS[key])
-    return values
+        values[_FLAGS[flag]] = value.strip()
+    return prompt.strip(), values
 
 
-def _converted(where: str, name: str, value: str, kind: type) -> Any:
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise UserError(f"{where}: {name} {value!r}: must be {_in_words(kind)}.") from error
-
-
-def _read_toml(path: Path, text: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """`[prompt]` holds defaults, each `[[prompt.subset]]` one sample."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from error
-    shared = document.get("prompt")
-    if not isinstance(shared, dict) or set(document) != {"prompt"} or not isinstance(shared.get("subset"), list):
-        raise UserError(f"{path}: must hold a table [prompt] with defaults and a [[prompt.subset]] for each sample, and nothing else.")
-    common = {key: value for key, value in shared.items() if key != "subset"}
-    for number, entry in enumerate(shared["subset"], start=1):
-        yield f"{path}, [[prompt.subset]] number {number}", common | entry
-
-
-def _read_json(path: Path, text: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """A list of objects, or of lines as in a .txt file."""
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(document, list):
-        raise UserError(f"{path}: must hold a list of objects, each with a 'prompt'.")
-    for number, entry in enumerate(document, start=1):
-        where = f"{path}, entry {number}"
-        if isinstance(entry, str):
-            entry = _parse_line(where, entry.strip())
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: must be an object or a line of text, not {entry!r}.")
-        yield where, entry
-
-
-def _to_prompt(index: int, where: str, values: Mapping[str, Any], folder: Path, defaults: PromptDefaults) -> PreviewPrompt:
-    _check_types(where, values)
-    if "cfg_scale" in values and "guidance_scale" in values:
-        raise UserError(f"{where}: --l and --g both are the CFG scale; give one of them.")
+def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: PromptDefaults) -> PreviewPrompt:
+    cfg = entry.guidance_scale if entry.cfg_scale is None else entry.cfg_scale
     prompt = PreviewPrompt(
         index=index,
-        prompt=values["prompt"].strip(),
-        negative=values.get("negative_prompt", "").strip(),
-        width=values.get("width", defaults.width),
-        height=values.get("height", defaults.height),
-        frames=values.get("frame_count", defaults.frames),
-        fps=float(values.get("frame_rate", defaults.fps)),
-        seed=values.get("seed", defaults.seed),
-        steps=values.get("sample_steps", defaults.steps),
-        video_cfg=values.get("cfg_scale", values.get("guidance_scale")),
-        audio_cfg=values.get("audio_cfg_scale", values.get("cfg_scale", values.get("guidance_scale"))),
+        prompt=entry.prompt.strip(),
+        negative=entry.negative_prompt.strip(),
+        width=entry.width or defaults.width,
+        height=entry.height or defaults.height,
+        frames=entry.frame_count or defaults.frames,
+        fps=entry.frame_rate or defaults.fps,
+        seed=defaults.seed if entry.seed is None else entry.seed,
+        steps=entry.sample_steps or defaults.steps,
+        video_cfg=cfg,
+        audio_cfg=cfg if entry.audio_cfg_scale is None else entry.audio_cfg_scale,
         where=where,
-        given=read_given_files(where, values, folder),
+        inputs=_find_inputs(where, entry, folder),
     )
-    _check_ranges(prompt)
+    for flag, area in (("--box", prompt.inputs.box), ("--crop", prompt.inputs.crop)):
+        if area is not None and (area.left + area.width > prompt.width or area.top + area.height > prompt.height):
+            corners = f"{area.left},{area.top},{area.width},{area.height}"
+            raise UserError(f"{where}: {flag} {corners}: not within {prompt.width}x{prompt.height}.")
+    for frame, _ in prompt.inputs.keyframes:
+        if frame >= prompt.frames:
+            raise UserError(f"{where}: --k {frame}=...: the sample's frames are 0 to {prompt.frames - 1}.")
     return prompt
 
 
-def _check_types(where: str, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if key not in _KINDS:
-            close = difflib.get_close_matches(key, _KINDS, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else f" Known are {', '.join(_KINDS)}."
-            raise UserError(f"{where}: unknown key '{key}'.{hint}")
-        accepted = (int, float) if _KINDS[key] is float else _KINDS[key]
-        if not isinstance(value, accepted) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} = {value!r}: must be {_in_words(_KINDS[key])}.")
-    if "prompt" not in values:
-        raise UserError(f"{where}: has no 'prompt'.")
+def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
+    """The files of a prompt; a path counts from here, else from the prompt file's folder."""
 
+    def find(flag: str, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        for candidate in (path, folder / path):
+            if candidate.is_file():
+                return candidate
+        raise UserError(f"{where}: --{flag} '{path}': no such file, neither here nor in {folder}.")
 
-def _check_ranges(prompt: PreviewPrompt) -> None:
-    try:
-        latent_size(prompt.width, prompt.height)
-        latent_frames(prompt.frames)
-    except UserError as error:
-        raise UserError(f"{prompt.where}: {error}") from error
-    if not 0 < prompt.fps < float("inf"):
-        raise UserError(f"{prompt.where}: frame rate {prompt.fps}: must be positive.")
-    check_given(prompt.where, prompt.given, width=prompt.width, height=prompt.height, frames=prompt.frames)
-    if prompt.steps is not None and prompt.steps < 1:
-        raise UserError(f"{prompt.where}: {prompt.steps} steps: 1 at least.")
-    for name, scale in (("CFG scale", prompt.video_cfg), ("audio CFG scale", prompt.audio_cfg)):
-        if scale is not None and not 0 <= scale < float("inf"):
-            raise UserError(f"{prompt.where}: {name} {scale}: must not be negative; 1 is off.")
-
-
-def _in_words(kind: type) -> str:
-    return {str: "text", int: "a whole number", float: "a number"}[kind]
+    return ConditioningInputs(
+        image=find("i", entry.image_path),
+        end_image=find("ei", entry.end_image_path),
+        keyframes=tuple((frame, find(f"k {frame}=", path)) for frame, path in entry.keyframes),
+        video=find("iv", entry.input_video_path),
+        video_span=entry.generate_seconds,
+        box=entry.inpaint_box,
+        crop=entry.outpaint_crop,
+        audio=find("a", entry.input_audio_path),
+        audio_span=entry.generate_sound_seconds,
+        reference=find("v", entry.reference_video_path),
+        reference_audio=find("ra", entry.reference_audio_path),
+    )

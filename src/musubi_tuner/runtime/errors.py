@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the text names the file, the value, the rule and the remedy."""
+    """Something that the user can fix: the text names the file, the value, the rule and the remedy."""

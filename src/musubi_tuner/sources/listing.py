@@ -1,14 +1,16 @@
-"""Listing a dataset's source files and their captions."""
+"""Listing a dataset's source files and their captions, and which of them are mirrored."""
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from musubi_tuner.config.dataset import DatasetSpec
-from musubi_tuner.config.flags import nearest
+from musubi_tuner.config.validation import AnyPath, options, validated
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json_lines, read_text
 
 EXTENSIONS = {
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"),
@@ -39,9 +41,8 @@ class Source:
     """A video's sound, in place of what is in its file."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """Files that belong to sources."""
+class _Companion(NamedTuple):
+    """A kind of files that belong to sources."""
 
     field: str
     """Of `Source`."""
@@ -53,13 +54,47 @@ class _Beside:
     what: str
 
 
-_BESIDE = (
-    _Beside("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
-    _Beside("mask", "mask_directory", "mask_path", _PICTURES, "mask"),
-    _Beside("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
-    _Beside("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
+_COMPANIONS = (
+    _Companion("reference", "reference_directory", "reference_path", _PICTURES, "reference"),
+    _Companion("mask", "mask_directory", "mask_path", _PICTURES, "mask"),
+    _Companion("reference_sound", "reference_audio_directory", "reference_audio_path", _SOUNDS, "reference sound"),
+    _Companion("sound", "separate_audio_directory", "audio_path", _SOUNDS, "sound file"),
 )
-_FITTING = {"video": _BESIDE, "image": _BESIDE[:2], "audio": _BESIDE[2:3]}
+
+
+@options
+class _VideoLine:
+    """A line of `video_jsonl_file`."""
+
+    video_path: AnyPath
+    caption: str | None = None
+    reference_path: AnyPath | None = None
+    mask_path: AnyPath | None = None
+    reference_audio_path: AnyPath | None = None
+    audio_path: AnyPath | None = None
+
+
+@options
+class _ImageLine:
+    """A line of `image_jsonl_file`."""
+
+    image_path: AnyPath
+    caption: str | None = None
+    reference_path: AnyPath | None = None
+    mask_path: AnyPath | None = None
+
+
+@options
+class _AudioLine:
+    """A line of `audio_jsonl_file`."""
+
+    audio_path: AnyPath
+    caption: str | None = None
+    reference_audio_path: AnyPath | None = None
+
+
+_LINES = {"video": _VideoLine, "image": _ImageLine, "audio": _AudioLine}
+_FITTING = {"video": _COMPANIONS, "image": _COMPANIONS[:2], "audio": _COMPANIONS[2:3]}
 """By the kind of the dataset."""
 
 
@@ -78,7 +113,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         known = ", ".join(EXTENSIONS[spec.kind])
         raise UserError(f"{spec.label}: {spec.directory or spec.jsonl_file} holds no {spec.kind} file ({known}){_others(spec)}.")
     _refuse_same_stems(spec, sources)
-    sources = _with_files_beside(spec, sources)
+    sources = _with_companions(spec, sources)
     if require_captions:
         lacking = [source.name for source in sources if not source.caption.strip()]
         if lacking:
@@ -121,15 +156,16 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     for path in sorted(spec.directory.iterdir()):
         if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
             caption = path.with_suffix(spec.caption_extension)
-            sources.append(_source(spec, path, _read_text(caption).strip() if caption.is_file() else None))
+            sources.append(_source(spec, path, read_text(caption) if caption.is_file() else "", {}))
     return sources
 
 
-def _source(spec: DatasetSpec, path: Path, caption: str | None, beside: Mapping[str, Path] | None = None) -> Source:
-    return Source(path=path, name=_relative(path, spec.root), stem=path.stem, caption=caption or "", **(beside or {}))
+def _source(spec: DatasetSpec, path: Path, caption: str, companions: Mapping[str, Path]) -> Source:
+    name = path.relative_to(spec.root) if path.is_relative_to(spec.root) else path
+    return Source(path=path, name=name.as_posix(), stem=path.stem, caption=caption.strip(), **companions)
 
 
-def _with_files_beside(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
+def _with_companions(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
     """Each source with the files of its stem in the dataset's further folders."""
     for kind in _FITTING[spec.kind]:
         folder: Path | None = getattr(spec, kind.directory)
@@ -155,56 +191,27 @@ def _others(spec: DatasetSpec) -> str:
     return f"; it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else ""
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
-
-
 def _from_jsonl(spec: DatasetSpec) -> list[Source]:
-    if not spec.jsonl_file.is_file():
-        raise UserError(f"{spec.label}: {spec.jsonl_file}: no such file.")
-    lines = _read_text(spec.jsonl_file).split("\n")
-    return [_from_line(spec, f"{spec.jsonl_file}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    sources = []
+    for where, values in read_json_lines(spec.jsonl_file, named=f"{spec.label}:"):
+        line = validated(_LINES[spec.kind], values, where=where)
+        path = _named_file(spec, where, getattr(line, f"{spec.kind}_path"), EXTENSIONS[spec.kind], spec.kind)
+        companions = {
+            kind.field: _named_file(spec, where, found, kind.extensions, kind.what)
+            for kind in _FITTING[spec.kind]
+            if (found := getattr(line, kind.path)) is not None
+        }
+        sources.append(_source(spec, path, line.caption or "", companions))
+    return sources
 
 
-def _from_line(spec: DatasetSpec, where: str, line: str) -> Source:
-    field = f"{spec.kind}_path"
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}).") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-        raise UserError(f'{where}: must be an object with a text field "{field}" (and "caption").')
-    beside = {kind.path: kind for kind in _FITTING[spec.kind]}
-    fields = [field, "caption", *beside]
-    if unknown := sorted(set(entry) - set(fields)):
-        raise UserError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], fields)} Fields are {', '.join(fields)}.")
-    caption = entry.get("caption")
-    if not isinstance(caption, str | None):
-        raise UserError(f"{where}: caption = {caption!r}: must be text.")
-    path = _named_file(spec, where, entry[field], EXTENSIONS[spec.kind], spec.kind)
-    files = {}
-    for key in beside.keys() & entry.keys():
-        if not isinstance(entry[key], str):
-            raise UserError(f"{where}: {key} = {entry[key]!r}: must be text.")
-        files[beside[key].field] = _named_file(spec, where, entry[key], beside[key].extensions, beside[key].what)
-    return _source(spec, path, caption.strip() if caption else None, files)
-
-
-def _named_file(spec: DatasetSpec, where: str, text: str, extensions: Sequence[str], kind: str) -> Path:
-    path = Path(text)
+def _named_file(spec: DatasetSpec, where: str, path: Path, extensions: Sequence[str], kind: str) -> Path:
     path = path if path.is_absolute() else spec.jsonl_file.parent / path
     if path.suffix.lower() not in extensions:
         raise UserError(f"{where}: {path}: no {kind} file of a known kind ({', '.join(extensions)}).")
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file.")
     return path
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
 def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
@@ -219,5 +226,15 @@ def _refuse_same_stems(spec: DatasetSpec, sources: list[Source]) -> None:
         seen[key] = source
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+_SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?)?\b", re.IGNORECASE)
+
+
+def side_named(caption: str) -> str | None:
+    """The first word of a caption that tells left from right, such as `left` or `Rightmost`; None where there is none."""
+    found = _SIDES.search(caption)
+    return found.group() if found else None
+
+
+def is_mirrored(spec: DatasetSpec, caption: str) -> bool:
+    """Whether `flip_x` adds mirror images of a source: where its caption, if there is one yet, would still be true of them."""
+    return spec.flip_x == "force" or bool(spec.flip_x) and side_named(caption) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.cache.store import serialize, write_bytes
+from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.runtime.errors import UserError
 
@@ -21,11 +22,6 @@ def lora_path(folder: Path, name: str, *, step: int | None = None, epoch: int | 
     if epoch is not None:
         return folder / f"{name}-{epoch:06d}.safetensors"
     return folder / f"{name}.safetensors"
-
-
-def connectors_path(path: Path) -> Path:
-    """Where the adapters of the text connectors lie that belong to the LoRA `path`."""
-    return path.with_name(f"{path.stem}.connectors.safetensors")
 
 
 def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:

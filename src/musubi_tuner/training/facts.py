@@ -6,7 +6,7 @@ from typing import Any
 
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
-from musubi_tuner.placement.model import LoadedModel
+from musubi_tuner.placement.load import LoadedModel
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.preflight import RunInputs, reference_facts

@@ -10,17 +10,20 @@ import torch
 
 from musubi_tuner.cache.keys import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
-from musubi_tuner.config.training import TrainingConfig, parse_pairs
+from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import CaptionDropout, DrawRules, make_batch
+from musubi_tuner.dataset.items import largest_item, token_counts
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.dataset.sampler import Draw
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.placement.model import LoadedModel, ModelRequest, load_model
-from musubi_tuner.placement.planning import largest_item
+from musubi_tuner.placement.load import LoadedModel, ModelRequest
+from musubi_tuner.placement.planning import BatchTokens, state_bytes
+from musubi_tuner.placement.prove import load_model
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
@@ -223,14 +226,26 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             torch.cuda.synchronize(machine.device)
         return time.perf_counter() - started
 
+    largest = largest_item(inputs.items, config.ltx_mode)
+    video_tokens, audio_tokens = token_counts(largest, config.ltx_mode)
     request = ModelRequest(
-        config=config,
-        shows_references=inputs.shows_references,
         checkpoint=inputs.checkpoint,
+        mode=config.ltx_mode,
+        timestep_format=config.mode.ltxv2_timestep_format,
+        timestep_rule=config.losses.av_timestep_rule,
         device=machine.device,
         dtype=machine.dtype,
-        items=inputs.items,
-        text_tokens=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
+        network=config.network,
+        seed=config.optimization.seed,
+        shows_references=inputs.shows_references,
+        memory=config.memory,
+        tokens=BatchTokens(
+            video=video_tokens,
+            audio=audio_tokens,
+            text=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
+            clips=largest.spec.batch_size,
+        ),
+        state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
         processes=machine.processes,
     )
     return load_model(request, trial)

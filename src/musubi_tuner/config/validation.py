@@ -1,0 +1,194 @@
+"""Types that what a user writes is checked against, and the one place where a broken rule becomes a message.
+
+`@options` makes a frozen, keyword-only dataclass that pydantic checks strictly: no '5' or true for 5, no 1 for true, no nan, no
+inf, no unknown key; only a whole number counts as a number too. `dataclasses.fields`, `replace` and `asdict` work on it as on any
+other (why it is a dataclass and no BaseModel: flags, defaults and copies are made from the fields), and `replace` checks again.
+The types below add ranges; a rule over several fields is a `model_validator(mode="after")` that raises `UserError`. A file's or a
+command line's values become an object by `validated`, which words all errors alike: `<file or section>: <key> = <value>: must be ...`.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import ErrorDetails, core_schema
+
+from musubi_tuner.runtime.errors import UserError
+
+Options = TypeVar("Options")
+
+_LONGEST_SIDE = 16384
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(cls: type[Options]) -> type[Options]:
+    """A class of checked fields, frozen and keyword-only."""
+    return checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)(cls)
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """In `Annotated`: whatever is wrong with the value, the message says `must be` and this."""
+
+    rule: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.custom_error_schema(
+            handler(source), custom_error_type="worded", custom_error_message="{rule}", custom_error_context={"rule": self.rule}
+        )
+
+
+def as_path(value: Any) -> Any:
+    """Text as a path; anything else as it is.
+
+    Raises:
+        ValueError: text that no file system takes as a path.
+    """
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    if not value.strip() or "\0" in value or len(value) > 4096 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError("must be a path")
+    return path
+
+
+def multiple_of_32(value: int) -> int:
+    """The value, where it is one.
+
+    Raises:
+        ValueError: it is none; names the nearest ones.
+    """
+    if value > _LONGEST_SIDE:
+        raise ValueError(f"must be at most {_LONGEST_SIDE}")
+    if value < 32 or value % 32:
+        low = max(32, value // 32 * 32)
+        raise ValueError(f"must be a multiple of 32; the nearest are {low} and {low + 32}")
+    return value
+
+
+def _8n_plus_1(value: int) -> int:
+    if value < 1 or value % 8 != 1:
+        low = max(1, (value - 1) // 8 * 8 + 1)
+        raise ValueError(f"must be 8n+1 frames (1, 9, 17, 25, ...), as the model takes them; the nearest are {low} and {low + 8}")
+    return value
+
+
+AnyPath = Annotated[Path, BeforeValidator(as_path)]
+"""A path, or text that is one."""
+List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
+"""A count that may be 0."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+"""What torch takes."""
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1), Wording("a share between 0 and 1")]
+FrameRate = Annotated[float, Field(gt=0, le=1000)]
+"""Frames a second."""
+Side = Annotated[int, AfterValidator(multiple_of_32)]
+"""Of a picture, in pixels, of which a latent cell takes 32."""
+Frames = Annotated[int, Field(le=100_000), AfterValidator(_8n_plus_1)]
+
+
+def between(least: float, most: float | None = None, *, whole: bool = False) -> Any:
+    """The type of `[lowest, highest]`, or of one number that is both. Whole numbers stay what they are, as metadata quote them."""
+    limits = f"from {least:g} to {most:g}" if most is not None else f"of at least {least:g}"
+    rule = Wording(f"{'a whole number' if whole else 'a number'} {limits}, or two such: [lowest, highest]")
+    number = Annotated[int if whole else int | float, Field(ge=least, le=most)]
+
+    def pair(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+    def in_order(value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"must have the lowest first: [{value[1]}, {value[0]}]")
+        return value
+
+    return Annotated[tuple[number, number], BeforeValidator(pair), rule, AfterValidator(in_order)]
+
+
+def validated(cls: type[Options], values: Any, *, where: str = "", naming: Callable[[str, Any], str] | None = None) -> Options:
+    """`cls(**values)`.
+
+    Args:
+        cls: made by `options`.
+        values: by the fields' names; what a file holds there.
+        where: what a message begins with, such as the file and its section; "" = nothing.
+        naming: how a field and its value are written; default: `key = value`.
+
+    Raises:
+        UserError: one line for each broken rule.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must hold keys and values, not {values!r:.100}.")
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        lines = [_line(details, known, naming or _key_and_value) for details in error.errors(include_url=False)]
+        raise UserError("\n".join(f"{where}: {line}" if where else line for line in lines)) from error
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """` Did you mean '...'?` with the closest valid key, or nothing where none is close."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _key_and_value(key: str, value: Any) -> str:
+    text = repr(value)
+    return f"{key} = {text if len(text) <= 100 else text[:100] + ' ...'}"
+
+
+def _line(details: ErrorDetails, known: list[str], naming: Callable[[str, Any], str]) -> str:
+    kind, loc, value = details["type"], details["loc"], details["input"]
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key '{loc[0]}'.{nearest(str(loc[0]), known) or ' Known are ' + ', '.join(known) + '.'}"
+    if kind == "missing":
+        return f"'{loc[0]}' is missing."
+    text = _rule(details)
+    if not loc:
+        return text
+    key = str(loc[0]) + "".join(f"[{part}]" for part in loc[1:] if isinstance(part, int))
+    return f"{naming(key, value)}: {text if text.endswith(('.', '?')) else text + '.'}"
+
+
+def _rule(details: ErrorDetails) -> str:
+    """What is wrong, in words: of our own validators in their own words, of pydantic's by their kind."""
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "worded":
+        return f"must be {context['rule']}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        hint = nearest(details["input"], choices) if isinstance(details["input"], str) else ""
+        return f"must be one of {', '.join(choices)}.{hint}"
+    limits = {name: f"{value:.15g}" for name, value in context.items() if isinstance(value, int | float)}
+    return f"must be {_KINDS[kind].format(**limits)}"
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "tuple_type": "a list in [ ]",
+    "is_instance_of": "a path in quotes",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+}

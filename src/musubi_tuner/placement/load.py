@@ -1,0 +1,260 @@
+"""From a checkpoint to a model that runs: each weight where and as its placement says, adapters on it, an engine around its blocks."""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from musubi_tuner.config.model import MemoryOptions
+from musubi_tuner.config.network import NetworkOptions
+from musubi_tuner.ltxv2.transformer.block import sequence_axes
+from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
+from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.quantized import LowBitPlacer
+from musubi_tuner.memory.region import Region
+from musubi_tuner.memory.sharing import Gather, share_regions
+from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.networks.lora import group_projections
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, with_base_networks
+from musubi_tuner.placement.planning import BatchTokens, Placement, place_by_hand
+from musubi_tuner.runtime.processes import Processes
+
+log = logging.getLogger(__name__)
+
+LOW_BIT = re.compile(r"transformer_blocks\.(\d+)\.\w*(attn\w*\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.weight")
+"""Weights that few bits suffice for."""
+
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRequest:
+    """A model that is to be trained: what it is, what is put onto it, and what a step of it has to hold."""
+
+    checkpoint: Checkpoint
+    mode: str
+    """`video`, `av` or `audio`: the streams that are built."""
+    timestep_format: str
+    timestep_rule: str = "official"
+    """`--av_timestep_rule`"""
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype, of all weights that are not quantized."""
+    network: NetworkOptions
+    seed: int
+    """Of the network's first weights."""
+    shows_references: bool = False
+    """Training shows references (IC-LoRA)."""
+    memory: MemoryOptions
+    tokens: BatchTokens
+    """Of the largest batch."""
+    state_bytes: float = 8.0
+    """Kept for each trained weight beside its gradient: `planning.state_bytes`."""
+    processes: Processes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model that is ready for its first step."""
+
+    wrapper: OfficialLTXV2Wrapper
+    network: LoRANetwork
+    placement: Placement
+    notes: tuple[tuple[str, str], ...]
+    """What was measured: rows for the banner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The frozen model, as it is placed."""
+
+    transformer: LTXModel
+    errors: dict[str, float]
+    """Relative error of each quantized weight."""
+    regions: list[Region]
+    """Host memory of the streamed blocks, in their order."""
+
+
+def load_for_generation(
+    checkpoint: Checkpoint,
+    *,
+    mode: str,
+    timestep_format: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_format: Literal["bf16", "fp8", "int8", "nf4"] = "bf16",
+    blocks_to_swap: int = 0,
+    loras: Sequence[tuple[Path, float]] = (),
+) -> OfficialLTXV2Wrapper:
+    """A model to sample with, without a trained network, a plan or a trial.
+
+    Args:
+        weight_format: of the blocks' linears; bf16 leaves all weights in `dtype`.
+        blocks_to_swap: blocks whose weights are streamed from host memory.
+        loras: LoRA files that are merged into the weights, each with its strength.
+
+    Raises:
+        UserError: a checkpoint or a LoRA file that does not fit.
+    """
+    memory = MemoryOptions(weight_format=weight_format, blocks_to_swap=blocks_to_swap, compile=False, gradient_checkpointing=False)
+    placement = place_by_hand(memory, read_config(checkpoint).num_layers, device)
+    weights = load_weights(
+        checkpoint,
+        placement,
+        mode=mode,
+        device=device,
+        dtype=dtype,
+        before=lambda place: with_base_networks(loras, checkpoint, mode, place),
+    )
+    _run_blocks(weights, placement, device, max_rank=0)
+    return OfficialLTXV2Wrapper(weights.transformer, timestep_format).eval()
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    *,
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    timestep_rule: str = "official",
+    whole: frozenset[str] = frozenset(),
+    gather: Gather = lambda value: [value],
+    before: Callable[[Place], Place] = lambda place: place,
+) -> Weights:
+    """The frozen transformer.
+
+    Args:
+        whole: linears that are not quantized whatever `placement` says.
+        gather: over the processes that load together.
+        before: wraps what places a weight, for changes to it that come before.
+    """
+
+    def low_bit(name: str) -> bool:
+        return bool(LOW_BIT.fullmatch(name)) and _block(name) not in placement.unquantized and name.removesuffix(".weight") not in whole
+
+    regions: dict[int | None, Region] = {}
+    placer = LowBitPlacer(
+        device=device,
+        dtype=dtype,
+        weight_format=placement.weight_format,
+        low_bit=low_bit,
+        region_of=lambda name: regions.get(_block(name)),
+    )
+    if placement.streamed:
+        of_block = _block_bytes(checkpoint, mode, placer)
+        sizes = [of_block[index] for index in placement.streamed]
+        found = Region.of_own(sizes) if placement.sharers == 1 else share_regions(sizes, gather)
+        assert found is not None, "it was tried before the run was planned"
+        regions |= zip(placement.streamed, found, strict=True)
+    transformer = load_transformer(checkpoint, mode=mode, device=device, dtype=dtype, timestep_rule=timestep_rule, place=before(placer))
+    placer.swap_linears(transformer)
+    return Weights(transformer, placer.errors, list(regions.values()))
+
+
+def load_request(request: ModelRequest, placement: Placement) -> Weights:
+    """The frozen transformer of `request`, with its base LoRAs merged in and the linears whole that train as they are."""
+    return load_weights(
+        request.checkpoint,
+        placement,
+        mode=request.mode,
+        device=request.device,
+        dtype=request.dtype,
+        timestep_rule=request.timestep_rule,
+        whole=_trained_whole(request),
+        gather=request.processes.gather,
+        before=lambda place: with_base_networks(request.network.base_networks, request.checkpoint, request.mode, place),
+    )
+
+
+def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> LoadedModel:
+    """Network, connectors and engine around the frozen model."""
+    options, device, transformer = request.network, request.device, weights.transformer
+    start = read_start(options, request.checkpoint, transformer)
+    network = make_network(options, transformer, start, seed=request.seed, shows_references=request.shows_references)
+    if start is not None:
+        network.load(start)
+        log.info("starting from %s: %s", start.path, network.describe())
+    for parameter in network.parameters():  # blocks that are streamed still lie on the host
+        parameter.data = parameter.data.to(device)
+    connectors = None
+    if options.train_connectors:
+        connectors, part = adapted_connectors(
+            options, request.checkpoint, transformer, network.kind, seed=request.seed, device=device, dtype=request.dtype
+        )
+        network = network.joined_with(part)
+    group_projections(transformer)
+    _run_blocks(weights, placement, device, max_rank=network.max_rank)
+    return LoadedModel(
+        wrapper=OfficialLTXV2Wrapper(transformer, request.timestep_format, connectors).train(),
+        network=network,
+        placement=placement,
+        notes=_describe_errors(weights.errors),
+    )
+
+
+def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANetwork]]:
+    """The frozen transformer without memory, for counting, and what puts its network on it."""
+    with torch.device("meta"):
+        model = LTXModel(read_config(request.checkpoint), STREAMS[request.mode]).requires_grad_(False)
+
+    def adapt() -> LoRANetwork:
+        start = read_start(request.network, request.checkpoint, model)
+        return make_network(request.network, model, start, seed=request.seed, shows_references=request.shows_references)
+
+    return model, adapt
+
+
+def _run_blocks(weights: Weights, placement: Placement, device: torch.device, *, max_rank: int) -> None:
+    """Let an engine run the blocks: it streams, recomputes and compiles them."""
+    blocks = weights.transformer.transformer_blocks
+    streamed = [blocks[index] for index in placement.streamed]
+    weights.transformer.run_block = BlockEngine(
+        blocks,
+        placement.levels,
+        max_rank=max_rank,
+        compiled=placement.compiled,
+        sequence_axes=sequence_axes,
+        streamer=BlockStreamer(streamed, device, regions=weights.regions) if streamed else None,
+        inputs_on_host=placement.inputs_on_host,
+    )
+
+
+def _trained_whole(request: ModelRequest) -> frozenset[str]:
+    """Linears that train as they are, which no quantization may touch."""
+    if "type=full" not in request.network.network_args and not request.network.dim_from_weights:
+        return frozenset()
+    network = model_on_meta(request)[1]()
+    return frozenset(network.names) if network.trains_base_weights else frozenset()
+
+
+def _block_bytes(checkpoint: Checkpoint, mode: str, placer: LowBitPlacer) -> dict[int, int]:
+    """Of each block, as it is placed."""
+    with torch.device("meta"):
+        model = LTXModel(read_config(checkpoint), STREAMS[mode])
+    sizes = dict.fromkeys(range(len(model.transformer_blocks)), 0)
+    for name, tensor in model.state_dict().items():
+        if (block := _block(name)) is not None:
+            sizes[block] += placer.bytes_of(name, tensor.shape)
+    return sizes
+
+
+def _block(name: str) -> int | None:
+    found = _BLOCK.match(name)
+    return int(found.group(1)) if found else None
+
+
+def _describe_errors(errors: dict[str, float]) -> tuple[tuple[str, str], ...]:
+    """A row for the banner, where anything was quantized."""
+    if not errors:
+        return ()
+    worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
+    text = f"relative error of {len(errors)} weights: {mean:.2%} in the mean, {errors[worst]:.2%} at worst ({worst})"
+    return (("quantization", text),)

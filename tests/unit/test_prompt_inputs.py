@@ -1,0 +1,65 @@
+"""Conditioning inputs of prompts, pictures, clips and sound: read, found and checked before training."""
+
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner.prompts.sample_prompts import ConditioningInputs, Rectangle, Span, load_prompts
+from musubi_tuner.runtime.errors import UserError
+
+
+def read(folder: Path, flags: str) -> ConditioningInputs:
+    for name in ("a.png", "b c.png", "clip.mp4", "song.wav"):
+        (folder / name).touch()
+    (folder / "prompts.txt").write_text(f"a fox --w 128 --h 64 --f 25 {flags}\n", encoding="utf-8")
+    return load_prompts(folder / "prompts.txt")[0].inputs
+
+
+def test_every_flag(tmp_path):
+    flags = "--i a.png --ei b c.png --k 8=a.png; 16=b c.png --iv clip.mp4 --vt .5-1 --box 32,0,64,32 --a song.wav --at 1.5- --v clip.mp4"
+    assert read(tmp_path, flags) == ConditioningInputs(
+        image=tmp_path / "a.png",
+        end_image=tmp_path / "b c.png",
+        keyframes=((8, tmp_path / "a.png"), (16, tmp_path / "b c.png")),
+        video=tmp_path / "clip.mp4",
+        video_span=Span(0.5, 1.0),
+        box=Rectangle(32, 0, 64, 32),
+        audio=tmp_path / "song.wav",
+        audio_span=Span(1.5, float("inf")),
+        reference=tmp_path / "clip.mp4",
+    )
+    assert read(tmp_path, "--iv clip.mp4 --vt -2 --crop 0,0,64,64").video_span == Span(0.0, 2.0)
+    assert read(tmp_path, "") == ConditioningInputs()
+
+
+def test_the_same_in_toml(tmp_path):
+    (tmp_path / "clip.mp4").touch()
+    text = "[prompt]\nwidth = 128\nheight = 64\nframe_count = 25\n[[prompt.subset]]\nprompt = 'a'\n"
+    text += "input_video_path = 'clip.mp4'\ngenerate_seconds = '0.5-'\noutpaint_crop = '0,0,64,64'\n"
+    (tmp_path / "prompts.toml").write_text(text, encoding="utf-8")
+    inputs = load_prompts(tmp_path / "prompts.toml")[0].inputs
+    assert inputs == ConditioningInputs(video=tmp_path / "clip.mp4", video_span=Span(0.5, float("inf")), crop=Rectangle(0, 0, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--v nowhere.mp4", r"--v 'nowhere.mp4': no such file"),
+        ("--ra nowhere.wav", r"--ra 'nowhere.wav': no such file"),
+        ("--ei nowhere.png", r"--ei 'nowhere.png': no such file"),
+        ("--k a.png", r"must be FRAME=PICTURE"),
+        ("--k 25=a.png", r"frames are 0 to 24"),
+        ("--vt 1-", r"give the clip by --iv"),
+        ("--at 1-", r"give the sound by --a"),
+        ("--iv clip.mp4 --vt now", r"must be START-END"),
+        ("--iv clip.mp4 --vt 2-1", r"ends before it starts"),
+        ("--iv clip.mp4 --box 0,0,40,32", r"multiples of 32"),
+        ("--iv clip.mp4 --box 0,0,0,32", r"are not 0"),
+        ("--iv clip.mp4 --box 1,2", r"LEFT,TOP,WIDTH,HEIGHT"),
+        ("--iv clip.mp4 --box 96,0,64,32", r"not within 128x64"),
+        ("--iv clip.mp4 --box 0,0,32,32 --crop 0,0,32,32", r"exclude each other"),
+    ],
+)
+def test_mistakes_name_line_flag_and_remedy(tmp_path, flags, message):
+    with pytest.raises(UserError, match=f"prompts.txt, line 1: .*{message}"):
+        read(tmp_path, flags)
