@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from musubi_tuner.memory import fused
+from musubi_tuner.memory import compiling
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize, relative_error
 
 FORMATS = {"fp8": 0.04, "int8": 0.02, "nf4": 0.12}
@@ -76,7 +76,7 @@ def test_fused_kernels_equal_the_plain_operations_also_within_a_compiled_graph(w
 
     plain = run(layer)
     calls = []
-    monkeypatch.setattr(fused, "compiles_for", lambda tensor: not calls.append(tensor.shape))
+    monkeypatch.setattr(compiling, "compiles_for", lambda tensor: not calls.append(tensor.shape))
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         for ours, theirs in zip(run(function), plain, strict=True):
             torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)  # a code may round the other way

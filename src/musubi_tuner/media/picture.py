@@ -45,9 +45,10 @@ def picture_size(path: Path) -> tuple[int, int]:
 
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            frames = getattr(image, "n_frames", 1)  # of formats that can be animated alone
+            if frames > 1:
                 raise UserError(
-                    f"{path}: an animation of {image.n_frames} frames. Save it as mp4 into a video dataset, or one frame of it as a still."
+                    f"{path}: an animation of {frames} frames. Save it as mp4 into a video dataset, or one frame of it as a still."
                 )
             turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
             return (image.height, image.width) if turned else image.size

@@ -65,10 +65,10 @@ def probe_video(path: Path) -> VideoInfo:
         if not container.streams.video:
             raise UserError(f"{path}: holds no video stream.")
         stream = container.streams.video[0]
-        stamps, sound = _demux(container, stream)
-        counted = container.format.name == "avi" or None in stamps
-        tick = 1 / (stream.average_rate or Fraction(24)) if counted else stream.time_base
-        stamps = list(range(len(stamps))) if counted else sorted(set(stamps))
+        stored, sound = _demux(container, stream)
+        stamps, tick, counted = sorted({stamp for stamp in stored if stamp is not None}), stream.time_base, False
+        if container.format.name == "avi" or None in stored or tick is None:
+            stamps, tick, counted = list(range(len(stored))), 1 / (stream.average_rate or Fraction(24)), True
         container.seek(0)
         first = next(container.decode(stream), None)
         if first is None or not stamps:

@@ -94,7 +94,7 @@ def _mux(path: Path, frames: Tensor, rate: Fraction, sound: Sound | None) -> Non
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame.cpu().numpy(), format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None:
+        if audio is not None and sound is not None:
             _encode_sound(container, audio, sound)
 
 

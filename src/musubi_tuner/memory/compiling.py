@@ -2,9 +2,14 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
@@ -37,6 +42,17 @@ def said_by_compiler(error: RuntimeError) -> str | None:
 def compiles_for(tensor: Tensor) -> bool:
     """Whether kernels for the device of `tensor` are compiled."""
     return tensor.is_cuda and obstacle_to_compiling(tensor.device) is None
+
+
+def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """A chain of small operations on a tensor as one kernel, at any size, where one can be compiled; `function` itself elsewhere."""
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def run(first: Tensor, /, *rest: Rest.args, **named: Rest.kwargs) -> Result:
+        return (compiled() if compiles_for(first) else function)(first, *rest, **named)
+
+    return run
 
 
 def first_line(error: Exception) -> str:

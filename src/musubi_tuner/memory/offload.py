@@ -37,16 +37,13 @@ class HostStore:
 
     def take(self, kept: tuple[_Kept, ...]) -> list[Tensor]:
         """The tensors on their device again; their host buffers are free for others."""
-        for one in kept:
-            self._fetch(one)
+        tensors = [self._fetch(one) for one in kept]
         self._outstanding = [other for other in self._outstanding if other is not kept]
         for one in self._outstanding[-1] if self._outstanding else ():
             self._fetch(one)
-        tensors = []
         for one in kept:
             if one.fetched is not None:
                 torch.cuda.current_stream(one.device).wait_event(one.fetched)
-            tensors.append(one.back)
             self._free.setdefault((one.host.shape, one.host.dtype), []).append(one.host)
         return tensors
 
@@ -67,17 +64,19 @@ class HostStore:
         tensor.record_stream(self._stream)
         return kept
 
-    def _fetch(self, one: _Kept) -> None:
+    def _fetch(self, one: _Kept) -> Tensor:
+        """Begin to copy it back, unless that has begun."""
         if one.back is not None:
-            return
+            return one.back
         if one.stored is None:
             one.back = one.host.clone()
-            return
+            return one.back
         with torch.cuda.stream(self._stream):
             one.back = one.host.to(one.device, non_blocking=True)
             one.fetched = torch.cuda.Event()
             one.fetched.record(self._stream)
         one.back.record_stream(torch.cuda.current_stream(one.device))
+        return one.back
 
 
 def run_from_host(store: HostStore, plain: Run, run: Run, block: nn.Module, states: States, inputs: Any) -> States:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import register_linear
-from musubi_tuner.memory.compiling import compiles_for
-from musubi_tuner.memory.fused import fused
+from musubi_tuner.memory.compiling import compiles_for, fused
 from musubi_tuner.memory.region import Region, aligned
 
 FP8 = torch.float8_e4m3fn
@@ -149,6 +148,7 @@ class LowBitPlacer:
             path = name.removesuffix(".weight")
             owner_path, _, leaf = path.rpartition(".")
             linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear), path
             bias = None if linear.bias is None else linear.bias.detach()
             model.get_submodule(owner_path).add_module(leaf, QuantizedLinear(codes, bias, linear.in_features))
         self._codes.clear()

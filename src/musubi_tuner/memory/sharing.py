@@ -53,10 +53,11 @@ def share_memory(size: int, gather: Gather) -> SharedMemory | None:
     maker = next(number for number, (machine, _) in enumerate(everyone) if machine == me[0])
     writes = everyone[maker] == me
     handle = _make(_HEADER + size, me[1]) if writes else None
-    offered = gather((os.getpid(), handle))[maker]
+    process, offered = gather((os.getpid(), handle))[maker]
     if not writes:
-        handle = _open(*offered, everyone[maker][1])
-    memory = mmap.mmap(handle, _HEADER + size) if all(gather(handle is not None)) else None
+        handle = _open(process, offered, everyone[maker][1])
+    all_opened = all(gather(handle is not None))
+    memory = mmap.mmap(handle, _HEADER + size) if all_opened and handle is not None else None
     gather(None)  # the maker's handle stays open until all have the memory
     if handle is not None:
         os.close(handle)

@@ -68,12 +68,11 @@ class BlockStreamer:
         """
         self._device = device
         self._poison = poison
-        self._cuda = device.type == "cuda"
         self._order = {block: number for number, block in enumerate(blocks)}
         regions = Region.of_own(map(_frozen_bytes, blocks)) if regions is None else regions
         self._places = [_layout(block, region) for block, region in zip(blocks, regions, strict=True)]
-        self._host = [_pack(places, region, pinned=self._cuda) for places, region in zip(self._places, regions, strict=True)]
-        self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._host = [_pack(places, region, pinned=device.type == "cuda") for places, region in zip(self._places, regions, strict=True)]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         size = max((buffer.numel() for buffer in self._host), default=0)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(min(slots, len(blocks)))]
         for number, places in enumerate(self._places):
@@ -140,7 +139,7 @@ class BlockStreamer:
         slot, host = self._slot(number), self._host[number]
         slot.holds = number
         # `.data` keeps autograd's version counter: saved views of the slot are valid whenever it holds their block.
-        if not self._cuda:
+        if self._copies is None:
             slot.buffer.data[: host.numel()].copy_(host)
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))  # whatever has read, or had, this memory before
@@ -194,6 +193,7 @@ def _pin(buffer: Tensor) -> None:
         UserError: the system does not let so much memory be pinned.
     """
     runtime, size = torch.cuda.cudart(), buffer.numel()
+    assert runtime is not None  # there is a GPU
     if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
         raise UserError(
             f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "

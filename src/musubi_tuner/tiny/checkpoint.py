@@ -102,14 +102,14 @@ def frozen_tensors(version: str) -> dict[str, Tensor]:
 
 
 def vae_tensors(version: str) -> dict[str, Tensor]:
-    from diffusers import AutoencoderKLLTX2Video
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 
     section = configs.vae_section(version)
     network = AutoencoderKLLTX2Video(**video_vae.diffusers_config(section)).eval()
     parts = _randomized(network, f"vae {version}")
     network.load_state_dict(parts)
     with torch.no_grad():
-        means = network.encode(_pictures()).latent_dist.mode().transpose(0, 1).flatten(1)
+        means = network.encode(_pictures(), return_dict=False)[0].mode().transpose(0, 1).flatten(1)
     blocks = len(section["encoder_blocks"])
     tensors = {_official_vae_name(name, blocks): tensor for name, tensor in parts.items() if not name.startswith("latents_")}
     tensors |= {MEAN: means.mean(1), STD: means.std(1) + 1e-3}
@@ -117,13 +117,13 @@ def vae_tensors(version: str) -> dict[str, Tensor]:
 
 
 def audio_tensors(version: str) -> dict[str, Tensor]:
-    from diffusers import AutoencoderKLLTX2Audio
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
 
     network = AutoencoderKLLTX2Audio(**audio_vae.diffusers_config(configs.audio_vae_section())).eval()
     parts = _randomized(network, "audio vae")
     network.load_state_dict(parts)
     with torch.no_grad():
-        means = patchify_audio(network.encode(log_mel(_sounds())).latent_dist.mode()).flatten(0, 1)
+        means = patchify_audio(network.encode(log_mel(_sounds()), return_dict=False)[0].mode()).flatten(0, 1)
     tensors = {name: tensor for name, tensor in parts.items() if not name.startswith("latents_")}
     tensors |= {MEAN: means.mean(0), STD: means.std(0) + 1e-3}
     tensors = {audio_vae.PREFIX + name: tensor for name, tensor in tensors.items()}

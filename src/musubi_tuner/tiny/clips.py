@@ -147,7 +147,7 @@ def break_sound(path: Path) -> None:
     import av
 
     with av.open(str(path)) as container:
-        places = [(packet.pos, packet.size) for packet in container.demux(container.streams.audio[0]) if packet.size]
+        places = [(packet.pos, packet.size) for packet in container.demux(container.streams.audio[0]) if packet.pos is not None]
     noise = np.random.default_rng(0)
     with path.open("r+b") as file:
         for position, size in places:

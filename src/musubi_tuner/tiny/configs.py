@@ -1,5 +1,6 @@
-"""`config` metadata of the tiny checkpoints: the released keys at toy width (architecture sheet 1.3)."""
+"""`config` metadata of the tiny checkpoints: the released keys at toy width (docs/explanation/model.md, "blocks")."""
 
+from collections.abc import Sequence
 from typing import Any
 
 HEADS, VIDEO_HEAD, AUDIO_HEAD, LAYERS = 4, 32, 16, 2
@@ -173,7 +174,7 @@ def vocoder_section(version: str) -> dict[str, Any]:
     return {"vocoder": main, "bwe": second}
 
 
-def _blocks(levels: list[tuple[int, str | None]], suffix: str, multipliers: tuple[int, ...], *, residual: bool = False) -> list[Any]:
+def _blocks(levels: Sequence[tuple[int, str | None]], suffix: str, multipliers: tuple[int, ...], *, residual: bool = False) -> list[Any]:
     """(residual units, kind of the compression after them) of each level -> the official list."""
     blocks: list[Any] = []
     for place, (units, kind) in enumerate(levels):

@@ -3,11 +3,15 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.tiny import configs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _VOCABULARY = 512
 
@@ -102,7 +106,7 @@ def _unigrams() -> list[tuple[str, float]]:
     return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored]
 
 
-def _save(model: torch.nn.Module, folder: Path, name: str) -> None:
+def _save(model: "PreTrainedModel", folder: Path, name: str) -> None:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator_for(0, name, key))
