@@ -108,7 +108,7 @@ def test_an_output_folder_that_cannot_be_is_named_before_the_model_is_loaded(dat
 def test_modules_that_a_start_lacks_are_told_of(data, tmp_path, caplog):
     run(data, tmp_path / "a", "--max_train_steps", "1", "--network_args", "include_patterns=attn1.to_[qkv]")
     run(data, tmp_path / "b", "--max_train_steps", "1", "--network_weights", str(tmp_path / "a"))
-    assert "lacks 10 module(s), which start anew, first 'transformer_blocks.0.attn1.to_out.0'" in caplog.text
+    assert "lacks 10 module(s), which start fresh, first 'transformer_blocks.0.attn1.to_out.0'" in caplog.text
 
 
 def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_path, caplog):

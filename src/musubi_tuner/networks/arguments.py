@@ -29,7 +29,7 @@ class NetworkArguments:
     """Checked values."""
 
     kind: str | None
-    """None where it was not said."""
+    """None where it is not set."""
     targets: TargetChoice
     rank: int
     alpha: float
@@ -47,7 +47,7 @@ class NetworkArguments:
     def spec(self, name: str) -> LayerSpec:
         """Shape of the adapter on one module. Patterns win over the audio side's values, these over the network's.
 
-        Where a rank is set apart and no alpha is, alpha keeps its ratio to the rank.
+        If a rank override has no alpha override, alpha is scaled with it.
         """
         rank, alpha = self.rank, self.alpha
         if is_audio_side(name):

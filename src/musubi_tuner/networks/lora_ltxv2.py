@@ -51,7 +51,7 @@ class OfficialLTXV2Wrapper(nn.Module):
         text_mask: Tensor | None = None,
         perturbations: Perturbations | None = None,
     ) -> Velocity:
-        """Velocity of the streams that are given.
+        """Velocity of the streams that are present.
 
         Args:
             video, audio: inputs without context, from `conditioning.tokens.model_input`.

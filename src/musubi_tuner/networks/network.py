@@ -132,7 +132,7 @@ class LoRANetwork:
                 "Choose the same targets with --network_args, or give --dim_from_weights."
             )
         if left := [name for name in self.layers if name not in file.adapters]:
-            log.warning("WARNING: --network_weights %s lacks %d module(s), which start anew, first '%s'", file.path, len(left), left[0])
+            log.warning("WARNING: --network_weights %s lacks %d module(s), which start fresh, first '%s'", file.path, len(left), left[0])
         for name, adapter in file.adapters.items():
             try:
                 self.layers[name].load(adapter.tensors)

@@ -24,7 +24,7 @@ class TargetChoice:
 
     preset: str = "attention"
     include: tuple[str, ...] = ()
-    """Regular expressions over official module names; given ones replace the preset."""
+    """Regular expressions over official module names, in place of the preset where there are any."""
     exclude: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ def stream_of(name: str) -> str:
 
 
 def is_audio_side(name: str) -> bool:
-    """Whether what an adapted linear makes goes into the sound: the audio stream's own layers, and what sound takes from the video."""
+    """Whether what an adapted linear makes goes into the audio: that stream's own layers, and its attention to the video."""
     return "video_to_audio" in name or ("audio_" in name and "audio_to_video" not in name)
 
 

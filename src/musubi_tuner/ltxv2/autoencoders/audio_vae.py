@@ -18,7 +18,7 @@ _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
 
 
 class AudioVAE:
-    """Stereo sound at 16 kHz <-> normalized latents."""
+    """Stereo audio at 16 kHz <-> normalized latents."""
 
     def __init__(self, network: Any) -> None:
         self._network = network

@@ -4,7 +4,7 @@ A GPU's convolutions in few bits work on channels that lie side by side; tensors
 after. Weights in the other order are not enough: diffusers' causal convolution repeats the first frame and joins it to the clip, and torch
 joins tensors of different layouts in the usual one. `CausalConv3d` therefore pads in the layout that is wanted.
 
-Every layer sees frames of the past alone, two of them at most. A convolution that keeps the last two frames it was given goes on where it
+Every layer sees frames of the past alone, two of them at most. A convolution that keeps the last two frames of its input goes on where it
 stopped, so a clip in parts has the latents of the whole, and only a part is held.
 """
 
@@ -48,7 +48,7 @@ class CausalConv3d(nn.Module):
 
 
 class CausalDownsampler(nn.Module):
-    """A convolution whose results move from space and time into channels, beside means of neighboring channels of what it was given.
+    """A convolution whose results move from space and time into channels, beside means of neighboring channels of its input.
 
     Takes the place of diffusers' `LTX2VideoDownsampler3d`: halving time, it sees the first frame of a clip
     twice, and that of a later part once.

@@ -47,7 +47,7 @@ class TileSizes:
 
 
 ENCODER_TILES = TileSizes(pixels=1280, frames=32)
-"""What caching takes by default, and previews for what they are given: 1280x704 in one piece, in less than 4 GB."""
+"""What caching takes by default, and previews for their conditioning inputs: 1280x704 in one piece, in less than 4 GB."""
 
 
 class VideoVAE:

@@ -73,4 +73,5 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D) with shift and scale of (B, 1, D) or (B, N, D): adaptive layer norm (DiT, Peebles and Xie 2023, arXiv 2212.09748)."""
     return x * (1 + scale) + shift

@@ -85,6 +85,7 @@ class TransformerConfig:
 
     @property
     def video_context_width(self) -> int:
+        """Width of the text context as the transformer takes it."""
         return self.caption_channels if self.has_caption_projection else self.cross_attention_dim
 
     @property
@@ -112,7 +113,7 @@ class TransformerConfig:
                 raise UserError(f"checkpoint config: transformer.{key} is {section[key]!r}; only {value!r} is supported.")
         if any(section.get(key) for key in _TEXT_PROJECTION_KEYS[1:]):
             raise UserError(
-                "checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are given."
+                "checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are present."
             )
         names = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items() if key in names}

@@ -32,7 +32,7 @@ def load_transformer(
 
     Args:
         mode: `video`, `av` or `audio`.
-        place: called as `place(name, tensor)`, where given, in place of the plain move; gets tensors in `dtype`.
+        place: called as `place(name, tensor)`, with tensors in `dtype`, instead of the plain move to `device`; None = that move.
 
     Raises:
         UserError: tensors missing, unexpected or of another shape; a stream that the checkpoint lacks; NVFP4 weights.
