@@ -54,8 +54,8 @@ def reason_to_rebuild(path: Path, expected: Mapping[str, str], required: Sequenc
 
 def _same_release(found: str, wanted: str) -> bool:
     """Whether two raw model versions, such as '2.3.0' and '2.3-rc1', agree in their first two numbers; what says none agrees with all."""
-    releases = [re.match(r"(\d+)[.-](\d+)", version) for version in (found, wanted)]
-    return None in releases or releases[0].groups() == releases[1].groups()
+    ours, theirs = (re.match(r"(\d+)[.-](\d+)", version) for version in (found, wanted))
+    return ours is None or theirs is None or ours.groups() == theirs.groups()
 
 
 def _short(value: str | None) -> str:

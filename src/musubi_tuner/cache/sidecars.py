@@ -74,6 +74,12 @@ class SidecarKind:
     """{field of Sidecar: its name in the index}, of kinds that the index lists for every clip; None: `index_fields` says."""
 
     @property
+    def own_files(self) -> OwnFiles:
+        """`files` of a kind that has some."""
+        assert self.files is not None
+        return self.files
+
+    @property
     def index_fields(self) -> Mapping[str, str]:
         own = {field.name: f"{self.name}_{field.name}" for field in fields(Sidecar)} | {"file": self.name}
         return own if self.older_index_fields is None else self.older_index_fields
@@ -113,7 +119,8 @@ def _reference_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
 
 
 def _latents(latents: Tensor) -> dict[str, Tensor]:
-    return {latents_key(*latents.shape[1:], latents.dtype): latents}
+    _, frames, height, width = latents.shape
+    return {latents_key(frames, height, width, latents.dtype): latents}
 
 
 def _audio(latents: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -55,12 +55,15 @@ NO_CONDITIONS = Conditions()
 
 def each_tensor(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
     """`value` with `change` made to every tensor in it and in the dataclasses and dicts that it holds."""
+    return _changed(value, change)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: each_tensor(one, change) for key, one in value.items()}
-    if not dataclasses.is_dataclass(value):
+        return {key: _changed(one, change) for key, one in value.items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    return dataclasses.replace(
-        value, **{field.name: each_tensor(getattr(value, field.name), change) for field in dataclasses.fields(value)}
-    )
+    fields = {field.name: _changed(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+    return dataclasses.replace(value, **fields)

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from musubi_tuner.config.conditioning import ConditioningOptions
-from musubi_tuner.config.validation import Wording, between, nearest, options, validated
+from musubi_tuner.config.validation import Between, Wording, nearest, options, validated
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
@@ -35,9 +35,9 @@ Cells = tuple[int, ...]
 """(F, H, W) latent cells of a video, (T,) of audio."""
 Range = tuple[float, float]
 """Lowest and highest value; a draw lies between them, both included."""
-Frames = between(1, whole=True)
-Part = between(0.0, 1.0)
-Seconds = between(0.04)
+Frames = Annotated[Range, Between(1, whole=True)]
+Part = Annotated[Range, Between(0.0, 1.0)]
+Seconds = Annotated[Range, Between(0.04)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,7 +131,7 @@ class TextCachingConfig:
     work: TextWorkOptions
 
     @property
-    def ltx_mode(self) -> str:
+    def ltx_mode(self) -> Mode:
         """`video`, `av` or `audio`."""
         return chosen_mode(self.data)
 

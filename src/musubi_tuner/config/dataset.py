@@ -26,7 +26,7 @@ from musubi_tuner.config.validation import (
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
 
-_SOURCES = {
+_SOURCES: dict[str, tuple[Literal["video", "image", "audio"], bool]] = {
     "video_directory": ("video", True),
     "image_directory": ("image", True),
     "audio_directory": ("audio", True),
@@ -149,7 +149,13 @@ class DatasetSpec(_Companions):
     @property
     def root(self) -> Path:
         """The folder that source paths are relative to."""
-        return self.directory if self.directory is not None else self.jsonl_file.parent
+        return self.directory if self.directory is not None else self.listing.parent
+
+    @property
+    def listing(self) -> Path:
+        """The jsonl file of a dataset that has no directory."""
+        assert self.jsonl_file is not None, "a dataset has one of the two"
+        return self.jsonl_file
 
     def settings(self) -> dict[str, Any]:
         """What shapes planning, as plain JSON values."""
@@ -200,13 +206,12 @@ def load_dataset_config(path: Path) -> DatasetConfig:
         tables = value if isinstance(value, list) else [value]
         if type(value) is not type(sections[key]) or not all(isinstance(table, dict) for table in tables):
             raise UserError(f"{path}: {key} = {value!r}: must be written {written}.")
-    sections |= values
-    general = sections.pop("general")
+    general, lists = values.get("general", {}), {name: values.get(name, []) for name in ("datasets", "validation_datasets")}
     for key in general:
         if key not in _keys(GeneralSettings) and key in _keys(_Entry):
             raise UserError(f"{path}: general: unknown key '{key}'. It belongs into [[datasets]].")
     validated(GeneralSettings, general, where=f"{path}: general")
-    specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(found)) for name, found in sections.items()}
+    specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(found)) for name, found in lists.items()}
     if not specs["datasets"]:
         raise UserError(f"{path}: no [[datasets]]. Give one at least, with video_directory, image_directory or audio_directory.")
     config = DatasetConfig(path, **specs)
@@ -233,13 +238,14 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], table: Mapping[str
     source = paths[named[0]]
     if is_directory and not source.is_dir() and "cache_directory" not in paths or not is_directory and not source.parent.is_dir():
         raise UserError(f"{path}: {label}: {named[0]} = {table[named[0]]!r}: no such {'folder' if is_directory else 'file'} ({source}).")
+    values: dict[str, Any] = {key: paths.get(key, getattr(entry, key)) for key in _keys(_Companions)}
     spec = DatasetSpec(
         label=label,
         kind=kind,
         directory=source if is_directory else None,
         jsonl_file=None if is_directory else source,
         cache_directory=paths.get("cache_directory", source if is_directory else source.parent),
-        **{key: paths.get(key, getattr(entry, key)) for key in _keys(_Companions)},
+        **values,
     )
     if broken := _broken_rule(spec):
         raise UserError(f"{path}: {label}: {broken}")

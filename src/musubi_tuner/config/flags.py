@@ -113,7 +113,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
     by_key = {flag.key: flag for flag in flags}
     in_file: dict[str, Any] = {}
     if _CONFIG_FILE.key in typed:
-        file = Path(typed.pop(_CONFIG_FILE.key)[0])
+        file = Path(_words(typed.pop(_CONFIG_FILE.key))[0])
         in_file = read_toml(file, named="--config_file")
         for key in in_file:
             if key not in by_key:
@@ -124,7 +124,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
-        return f"--{key} {' '.join(word or repr(word) for word in typed[key])}" if key in typed else f"{file}: {place} = {value!r}"
+        return f"--{key} {' '.join(word or repr(word) for word in _words(typed[key]))}" if key in typed else f"{file}: {place} = {value!r}"
 
     sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}
     for flag in flags:
@@ -193,6 +193,10 @@ def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, descrip
 
 def _refuse(text: str, prog: str) -> NoReturn:
     raise UserError(f"{text}{'' if text.endswith(('.', '?')) else '.'}\n{prog} --help shows the usual flags, --help_all all of them.")
+
+
+def _words(found: list[str] | bool) -> list[str]:
+    return [] if isinstance(found, bool) else found
 
 
 def _value(flag: Flag, words: Sequence[str]) -> Any:

@@ -49,8 +49,11 @@ class ModeOptions:
 
 
 class _ChoosesMode(Protocol):
-    ltx_mode: Mode | None
-    ltxv2_audio_video: bool
+    @property
+    def ltx_mode(self) -> Mode | None: ...
+
+    @property
+    def ltxv2_audio_video(self) -> bool: ...
 
 
 def chosen_mode(section: _ChoosesMode) -> Mode:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
-from musubi_tuner.config.model import Dtype, MemoryOptions, ModelOptions, ModeOptions, chosen_mode
+from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Whole, Wording, options
@@ -100,7 +100,7 @@ class TrainingConfig:
     logging: LoggingOptions
 
     @property
-    def ltx_mode(self) -> str:
+    def ltx_mode(self) -> Mode:
         """`video`, `av` or `audio`."""
         return chosen_mode(self.mode)
 

@@ -31,7 +31,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[Options]) -> type[Options]:
     """A class of checked fields, frozen and keyword-only."""
-    return checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)(cls)
+    return checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)(cls)  # pyrefly: ignore[bad-return] - it is the same class
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +101,30 @@ Side = Annotated[int, AfterValidator(multiple_of_32)]
 Frames = Annotated[int, Field(le=100_000), AfterValidator(_8n_plus_1)]
 
 
-def between(least: float, most: float | None = None, *, whole: bool = False) -> Any:
-    """The type of `[lowest, highest]`, or of one number that is both. Whole numbers stay what they are, as metadata quote them."""
-    limits = f"from {least:g} to {most:g}" if most is not None else f"of at least {least:g}"
-    rule = Wording(f"{'a whole number' if whole else 'a number'} {limits}, or two such: [lowest, highest]")
-    number = Annotated[int if whole else int | float, Field(ge=least, le=most)]
+@dataclass(frozen=True, slots=True)
+class Between:
+    """In `Annotated`: `[lowest, highest]`, or one number that is both. Whole numbers stay what they are, as metadata quote them."""
 
-    def pair(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list | tuple) else (value, value)
+    least: float
+    most: float | None = None
+    whole: bool = False
 
-    def in_order(value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"must have the lowest first: [{value[1]}, {value[0]}]")
-        return value
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        limits = f"from {self.least:g} to {self.most:g}" if self.most is not None else f"of at least {self.least:g}"
+        rule = Wording(f"{'a whole number' if self.whole else 'a number'} {limits}, or two such: [lowest, highest]")
+        number = Annotated[int if self.whole else int | float, Field(ge=self.least, le=self.most)]
+        pair = Annotated[tuple[number, number], BeforeValidator(_as_pair), rule, AfterValidator(_in_order)]
+        return handler.generate_schema(pair)
 
-    return Annotated[tuple[number, number], BeforeValidator(pair), rule, AfterValidator(in_order)]
+
+def _as_pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
+def _in_order(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"must have the lowest first: [{value[1]}, {value[0]}]")
+    return value
 
 
 def validated(cls: type[Options], values: Any, *, where: str = "", naming: Callable[[str, Any], str] | None = None) -> Options:
@@ -135,7 +144,7 @@ def validated(cls: type[Options], values: Any, *, where: str = "", naming: Calla
     try:
         return cls(**values)
     except ValidationError as error:
-        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        known = [field.name for field in dataclasses.fields(cls) if field.init]  # pyrefly: ignore[bad-argument-type] - made by `options`
         lines = [_line(details, known, naming or _key_and_value) for details in error.errors(include_url=False)]
         raise UserError("\n".join(f"{where}: {line}" if where else line for line in lines)) from error
 

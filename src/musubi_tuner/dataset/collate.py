@@ -73,6 +73,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     )
     video_weight, audio_weight, preserved = _loss_weights(items, drawn, imagined_steps, rules)
     expected, supervised = _count_supervised(items, real_steps, conditions, mode, rules)
+    audio_noises = [one.audio_noise for one in drawn if one.audio_noise is not None]
     return Batch(
         names=tuple(item.key for item in items),
         latents=latents,
@@ -82,8 +83,8 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         audio_latents=audio,
         audio_lengths=torch.tensor(lengths) if mode != "video" else None,
         audio_padded=audio is not None and min(lengths) < audio.shape[2],
-        video_noise=None if latents is None else torch.stack([one.video_noise for one in drawn]),
-        audio_noise=None if audio is None else pad_sequence([one.audio_noise for one in drawn], batch_first=True),
+        video_noise=None if latents is None else torch.stack([one.video_noise for one in drawn if one.video_noise is not None]),
+        audio_noise=None if audio is None else pad_sequence(audio_noises, batch_first=True),
         video_sigma=torch.tensor([one.video_sigma for one in drawn], dtype=torch.float32),
         audio_sigma=torch.tensor([one.audio_sigma for one in drawn], dtype=torch.float32),
         video_weight=video_weight,

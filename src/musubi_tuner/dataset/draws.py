@@ -92,5 +92,6 @@ def draw_item_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, m
     Args:
         mask: (F, H, W) share of white in its mask; None = it has none.
     """
-    shape = ItemShape(video=None if latents is None else tuple(latents.shape[2:]), audio_steps=audio_steps, mask=mask)
+    video = None if latents is None else (latents.shape[2], latents.shape[3], latents.shape[4])
+    shape = ItemShape(video=video, audio_steps=audio_steps, mask=mask)
     return draw_conditions(rules.recipe, shape, lambda *names: rules.generator(draw, "conditioning", *names))

@@ -26,8 +26,8 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, place: int) -> Batch:
-        return make_batch(self._plan.batch(self._numbers[place]), self._mode, self._rules)
+    def __getitem__(self, index: int) -> Batch:
+        return make_batch(self._plan.batch(self._numbers[index]), self._mode, self._rules)
 
 
 def iterate_batches(

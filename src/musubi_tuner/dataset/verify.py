@@ -115,7 +115,8 @@ def _changed(spec: DatasetSpec, items: Sequence[Item], sources: Mapping[str, Sou
             problems.append(_Problem(item.key, path, f"its source '{name}' has changed since it was cached", program))
         elif changed := _changed_file(item, source):
             kind, file = changed
-            problems.append(_Problem(item.key, path, f"its {kind.files.what} '{file.name}' has changed since it was cached", kind.program))
+            reason = f"its {kind.own_files.what} '{file.name}' has changed since it was cached"
+            problems.append(_Problem(item.key, path, reason, kind.program))
         elif source.caption and item.paths["text"].is_file():
             entries = {"source_fingerprint": text_fingerprint(source.caption)}
             if reason_to_rebuild(item.paths["text"], entries, ()) is not None:

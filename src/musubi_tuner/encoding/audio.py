@@ -29,11 +29,11 @@ _LEAST_SECONDS = 0.1
 def decode_audio(planned: PlannedClip) -> Tensor:
     """(2, samples) at 16 kHz of the clip's seconds; (2, 0) where there is no sound in them."""
     clip, file = planned.clip, planned.files.get("audio", planned.media)
-    stream = file.found.sound if isinstance(file.found, VideoInfo) else file.found
+    info = file.video if isinstance(file.found, VideoInfo) else file.audio
+    stream = info.sound if isinstance(info, VideoInfo) else info
     if stream is None:
         return torch.zeros(2, 0)
-    origin = file.found.start
-    heard = read_audio(file.path, stream, origin + clip.start_seconds, origin + clip.end_seconds)
+    heard = read_audio(file.path, stream, info.start + clip.start_seconds, info.start + clip.end_seconds)
     samples = resample(heard.samples, heard.rate, AUDIO_SAMPLE_RATE)
     wanted = round(clip.seconds * AUDIO_SAMPLE_RATE)
     samples = samples[:, :wanted]
@@ -50,7 +50,8 @@ def decode_reference_audio(planned: PlannedClip) -> Tensor:
         UserError: next to nothing is in it.
     """
     file = planned.files["reference_audio"]
-    heard = read_audio(file.path, file.found, file.found.start, min(file.found.end, file.found.start + planned.clip.seconds))
+    info = file.audio
+    heard = read_audio(file.path, info, info.start, min(info.end, info.start + planned.clip.seconds))
     samples = resample(heard.samples, heard.rate, AUDIO_SAMPLE_RATE)
     if samples.shape[1] < _LEAST_SECONDS * AUDIO_SAMPLE_RATE:
         raise UserError(f"{file.path}: {samples.shape[1] / AUDIO_SAMPLE_RATE:.2f} s of sound; a reference has {_LEAST_SECONDS} s at least.")

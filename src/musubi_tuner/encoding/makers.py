@@ -79,7 +79,7 @@ def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: En
         name=f"{plan.spec.label}/{clip.key}",
         target=plan.spec.cache_directory / clip.sidecars[kind.name].file,
         content=planned,
-        expected=kind.expected(clip) | made_by,
+        expected={**kind.expected(clip), **made_by},
         people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
         size=MAKERS[kind.name].size(clip, kind.name),
     )

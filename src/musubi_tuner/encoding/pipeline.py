@@ -106,7 +106,7 @@ def run_pipeline(
     *,
     batch_size: int,
     workers: int,
-    on_done: Callable[[], None],
+    on_done: Callable[[], object],
 ) -> Finished[Job]:
     """Run all jobs in order.
 
@@ -170,7 +170,7 @@ def _decoded_ahead(
     pool: ThreadPoolExecutor,
     ahead: int,
     failures: list[tuple[Job, str]],
-    on_done: Callable[[], None],
+    on_done: Callable[[], object],
 ) -> Iterator[tuple[Job, Decoded]]:
     """Jobs with their decoded values, in order; those that fail go to `failures`."""
     remaining = iter(jobs)

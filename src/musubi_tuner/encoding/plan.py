@@ -40,17 +40,41 @@ class MediaFile:
     """A picture has its size as displayed."""
     fingerprint: str
 
+    @property
+    def video(self) -> VideoInfo:
+        """`found` of a video."""
+        assert isinstance(self.found, VideoInfo)
+        return self.found
+
+    @property
+    def audio(self) -> SoundInfo:
+        """`found` of a sound file."""
+        assert isinstance(self.found, SoundInfo)
+        return self.found
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """`found` of a picture."""
+        assert isinstance(self.found, tuple)
+        return self.found
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probed:
     """A source and what was found in it."""
 
     source: Source
-    media: MediaFile | None
-    """None where one of its files cannot be read."""
-    files: Mapping[str, MediaFile] = dataclasses.field(default_factory=dict)
+    media: MediaFile
+    files: Mapping[str, MediaFile]
     """Those that belong to it, by kind of sidecar."""
-    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A source of which a file cannot be read, and why."""
+
+    source: Source
+    problem: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,22 +133,21 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
     places = [(which, source) for which, sources in enumerate(listed) for source in sources]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         own = list(pool.map(lambda place: _probe(config.all[place[0]], place[1]), group.share(places)))
-    probed: list[Probed] = [None] * len(places)  # type: ignore[list-item]
-    for index, part in enumerate(group.gather(own)):
-        probed[index :: group.count] = part
+    parts = group.gather(own)
+    probed = [parts[place % group.count][place // group.count] for place in range(len(places))]  # dealt round robin by `share`
     by_dataset = [[one for (owner, _), one in zip(places, probed, strict=True) if owner == which] for which in range(len(listed))]
     # stills sit where most clips of the config have their frames
     rates = Counter(
         spec.target_fps or one.media.found.fps
         for spec, found in zip(config.all, by_dataset, strict=True)
         for one in found
-        if one.media is not None and isinstance(one.media.found, VideoInfo)
+        if isinstance(one, Probed) and isinstance(one.media.found, VideoInfo)
     )
     still_fps = min(rates, key=lambda rate: (-rates[rate], rate)) if rates else _STILL_FPS
     return tuple(_plan_dataset(spec, found, still_fps) for spec, found in zip(config.all, by_dataset, strict=True))
 
 
-def _probe(spec: DatasetSpec, source: Source) -> Probed:
+def _probe(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
     try:
         media = _look_into(source.path, spec.kind)
         if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
@@ -134,10 +157,10 @@ def _probe(spec: DatasetSpec, source: Source) -> Probed:
         files = {}
         for name, path in source.files.items():
             is_picture = path.suffix.lower() in EXTENSIONS["image"]
-            files[name] = _look_into(path, "audio" if KINDS[name].files.media == "sounds" else "image" if is_picture else "video")
+            files[name] = _look_into(path, "audio" if KINDS[name].own_files.media == "sounds" else "image" if is_picture else "video")
         return Probed(source=source, media=media, files=files)
     except UserError as error:
-        return Probed(source=source, media=None, problem=str(error))
+        return Unreadable(source, str(error))
 
 
 def _look_into(path: Path, kind: str) -> MediaFile:
@@ -145,10 +168,13 @@ def _look_into(path: Path, kind: str) -> MediaFile:
     return MediaFile(path, look(path), file_fingerprint(path))
 
 
-def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float) -> DatasetPlan:
+def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], still_fps: float) -> DatasetPlan:
     clips: list[PlannedClip] = []
     rows: list[PlanRow] = []
     for one in probed:
+        if isinstance(one, Unreadable):
+            rows.append(PlanRow(source=one.source.name, outcome="failed", clips=0, note=one.problem))
+            continue
         cut, row = _plan_source(spec, one, still_fps)
         clips += [PlannedClip(clip=clip, caption=one.source.caption, media=one.media, files=one.files) for clip in cut]
         rows.append(row)
@@ -164,14 +190,12 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed], still_fps: float)
 
 def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list[Clip], PlanRow]:
     """The clips of one source, and what became of it."""
-    if one.media is None:
-        return [], PlanRow(source=one.source.name, outcome="failed", clips=0, note=one.problem)
     if spec.kind == "video":
-        clips, outcome, notes = _cut_video(spec, one, one.media.found)
+        clips, outcome, notes = _cut_video(spec, one, one.media.video)
     elif spec.kind == "image":
-        clips, outcome, notes = _cut_image(spec, one, one.media.found, spec.target_fps or still_fps)
+        clips, outcome, notes = _cut_image(spec, one, one.media.shown, spec.target_fps or still_fps)
     else:
-        clips, outcome, notes = _cut_audio(spec, one, one.media.found)
+        clips, outcome, notes = _cut_audio(spec, one, one.media.audio)
     if clips and spec.flip_x:
         if is_mirrored(spec, one.source.caption):
             for clip in tuple(clips):
@@ -283,7 +307,7 @@ def _clip(
         start_frame=start_frame,
         frames=frames,
         has_audio=isinstance(found, SoundInfo) or isinstance(found, VideoInfo) and found.sound is not None,
-        sidecars={kind: Sidecar(file=file) for kind, file in (names | {"text": text_name(one.source.stem)}).items()},
+        sidecars={kind: Sidecar(file=file) for kind, file in {**names, "text": text_name(one.source.stem)}.items()},
     )
 
 
@@ -305,7 +329,7 @@ def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaF
         if isinstance(file.found, VideoInfo):
             there, last = sampled_length(file.found, clip.fps), clip.start_frame + clip.frames
             if there < last:
-                return [], f"its {kind.files.what} {file.path} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
+                return [], f"its {kind.own_files.what} {file.path} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
         if name == "reference":
             frames, fps, scale = 1, clip.fps, spec.reference_temporal_scale
             if isinstance(file.found, VideoInfo) and clip.frames > 1:

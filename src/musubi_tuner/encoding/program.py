@@ -1,7 +1,7 @@
 """What the caching programs have in common: plan, forecast or encode, report."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -96,7 +96,7 @@ def _encode(kind: SidecarKind, todo: Sequence[Todo], encoder: Encoder, work: Wor
     jobs = [one.job for one in todo]
     made_by = stages(kind, encoder, jobs)
     with tqdm(total=len(todo), desc=kind.title, unit="clip", disable=not group.is_main) as bar:
-        finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=lambda: bar.update() and None)
+        finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=bar.update)
     for job, reason in finished.failures:
         log.warning("WARNING: %s: %s", job.name, reason)
     if group.is_main and (rates := finished.times.describe()):
@@ -104,7 +104,7 @@ def _encode(kind: SidecarKind, todo: Sequence[Todo], encoder: Encoder, work: Wor
     return finished.failures
 
 
-def conclude(kind: SidecarKind, outcome: Outcome, jobs: Sequence[Job], folders: Sequence[Path], group: Processes) -> int:
+def conclude(kind: SidecarKind, outcome: Outcome, jobs: Sequence[Job], folders: Collection[Path], group: Processes) -> int:
     """Say what came of it; returns the exit code.
 
     Args:

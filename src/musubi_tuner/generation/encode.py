@@ -6,6 +6,7 @@ The result is what a training batch carries too: latents with the conditioning i
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt, Span
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+    from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 
 _STILL_FRAMES = geometry.TEMPORAL_SCALE + 1
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -44,7 +49,8 @@ class ConditioningEncoders:
         self.device = device
         self.reference_factors = reference_factors
         self._vae, self._audio_vae = vae, audio_vae
-        self._video, self._audio = None, None
+        self._video: VideoVAE | None = None
+        self._audio: AudioVAE | None = None
 
     def video(self, frames: Tensor) -> Tensor:
         """(F, H, W, 3) uint8 -> (1, 128, f, h, w) normalized latents on the CPU."""
@@ -151,6 +157,7 @@ def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: Co
     frames_kept = kept.flatten(1).any(1).nonzero()
     if not len(frames_kept):
         raise UserError(f"{prompt.where}: --vt leaves nothing of --iv {inputs.video} to start from.")
+    assert inputs.video is not None
     needed = int(frames_kept[-1]) + 1
     place = inputs.crop
     width, height = (place.width, place.height) if place is not None else (prompt.width, prompt.height)

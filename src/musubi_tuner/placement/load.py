@@ -213,7 +213,7 @@ def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANet
 
 def _run_blocks(weights: Weights, placement: Placement, device: torch.device, *, max_rank: int) -> None:
     """Let an engine run the blocks: it streams, recomputes and compiles them."""
-    blocks = weights.transformer.transformer_blocks
+    blocks = list(weights.transformer.transformer_blocks)
     streamed = [blocks[index] for index in placement.streamed]
     weights.transformer.run_block = BlockEngine(
         blocks,

@@ -229,7 +229,7 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     names = {None: "none, left to autograd", Recompute.NOTHING: "none"}
     counts = {level: placement.levels.count(level) for level in placement.levels}
     recomputed = ", ".join(
-        f"{names.get(level) or level.replace('_', ' ')} ({count} block{'s' if count > 1 else ''})" for level, count in counts.items()
+        f"{names.get(level) or str(level).replace('_', ' ')} ({count} block{'s' if count > 1 else ''})" for level, count in counts.items()
     )
     rows = [
         ("weights", weights),

@@ -110,19 +110,19 @@ def _in_all(group: Processes, run: Callable[[], Result]) -> Result:
     Raises:
         PlanFailed: the plan did not hold in one of the processes; a failure of the compiler goes before one of memory.
     """
-    result, failed, compiler = None, False, None
+    results: list[Result] = []
+    compiler = None
     try:
-        result = run()
+        results.append(run())
     except (torch.OutOfMemoryError, RuntimeError) as error:
         out_of_memory = isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
         compiler = None if out_of_memory else compiler_message(error)
         if compiler is None and not out_of_memory:
             raise
-        failed = True
-    failures = [message for one_failed, message in group.gather((failed, compiler)) if one_failed]
+    failures = [message for succeeded, message in group.gather((bool(results), compiler)) if not succeeded]
     if failures:
         raise PlanFailed(next((message for message in failures if message is not None), None))
-    return result
+    return results[0]
 
 
 def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: int) -> tuple[str, str]:

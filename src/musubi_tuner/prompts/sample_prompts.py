@@ -242,8 +242,7 @@ def _toml_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
     """`[prompt]` holds defaults, each `[[prompt.subset]]` one sample."""
     document = read_toml(path, named="--sample_prompts")
     shared = document.get("prompt")
-    entries = shared.get("subset") if isinstance(shared, dict) else None
-    if set(document) != {"prompt"} or not isinstance(entries, list):
+    if not isinstance(shared, dict) or set(document) != {"prompt"} or not isinstance(entries := shared.get("subset"), list):
         raise UserError(f"{path}: must hold a table [prompt] with defaults and a [[prompt.subset]] for each sample, and nothing else.")
     common = {key: value for key, value in shared.items() if key != "subset"}
     for number, entry in enumerate(entries, start=1):
@@ -326,18 +325,19 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
 def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
     """The files of a prompt; a path counts from here, else from the prompt file's folder."""
 
-    def find(flag: str, path: Path | None) -> Path | None:
-        if path is None:
-            return None
+    def find_file(flag: str, path: Path) -> Path:
         for candidate in (path, folder / path):
             if candidate.is_file():
                 return candidate
         raise UserError(f"{where}: --{flag} '{path}': no such file, neither here nor in {folder}.")
 
+    def find(flag: str, path: Path | None) -> Path | None:
+        return None if path is None else find_file(flag, path)
+
     return ConditioningInputs(
         image=find("i", entry.image_path),
         end_image=find("ei", entry.end_image_path),
-        keyframes=tuple((frame, find(f"k {frame}=", path)) for frame, path in entry.keyframes),
+        keyframes=tuple((frame, find_file(f"k {frame}=", path)) for frame, path in entry.keyframes),
         video=find("iv", entry.input_video_path),
         video_span=entry.generate_seconds,
         box=entry.inpaint_box,

@@ -83,10 +83,11 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
 
 def sources_exist(spec: DatasetSpec) -> bool:
     """Whether the media are there to be compared with; training goes on without them."""
-    return spec.directory.is_dir() if spec.directory is not None else spec.jsonl_file.is_file()
+    return spec.directory.is_dir() if spec.directory is not None else spec.listing.is_file()
 
 
 def _from_directory(spec: DatasetSpec) -> list[Source]:
+    assert spec.directory is not None
     if not spec.directory.is_dir():
         raise UserError(f"{spec.label}: {spec.directory}: no such folder.")
     sources = []
@@ -140,7 +141,7 @@ def _from_jsonl(spec: DatasetSpec) -> list[Source]:
     types = {f"{spec.kind}_path": AnyPath, "caption": str | None} | {files.path: AnyPath | None for files in own.values()}
     optional = dict.fromkeys(["caption", *(files.path for files in own.values())])
     line_class = options(type("Line", (), {"__annotations__": types, **optional}))
-    for where, values in read_json_lines(spec.jsonl_file, named=f"{spec.label}:"):
+    for where, values in read_json_lines(spec.listing, named=f"{spec.label}:"):
         line = dataclasses.asdict(validated(line_class, values, where=where))
         path = _named_file(spec, where, line[f"{spec.kind}_path"], EXTENSIONS[spec.kind], spec.kind)
         named = {
@@ -153,7 +154,7 @@ def _from_jsonl(spec: DatasetSpec) -> list[Source]:
 
 
 def _named_file(spec: DatasetSpec, where: str, path: Path, extensions: Sequence[str], kind: str) -> Path:
-    path = path if path.is_absolute() else spec.jsonl_file.parent / path
+    path = path if path.is_absolute() else spec.listing.parent / path
     if path.suffix.lower() not in extensions:
         raise UserError(f"{where}: {path}: no {kind} file of a known kind ({', '.join(extensions)}).")
     if not path.is_file():

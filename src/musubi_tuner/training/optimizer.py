@@ -88,13 +88,14 @@ def evaluating(optimizer: Optimizer) -> Iterator[None]:
     if not is_schedule_free(optimizer):
         yield
         return
+    schedule_free: Any = optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trained = [parameter.detach().clone() for parameter in parameters]
-    optimizer.eval()
+    schedule_free.eval()
     try:
         yield
     finally:
-        optimizer.train()
+        schedule_free.train()
         with torch.no_grad():
             for parameter, value in zip(parameters, trained, strict=True):
                 parameter.copy_(value)
@@ -118,7 +119,8 @@ class WeightAverage:
         """Take in the weights after an optimizer step."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - decay)
+        weights: list[Tensor] = [*self._parameters.values()]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -139,7 +141,7 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Tensor | int]:
         return {"steps": self._steps} | self._averages
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps = int(state["steps"])
         for name, average in self._averages.items():
             average.copy_(state[name])

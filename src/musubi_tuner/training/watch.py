@@ -1,5 +1,6 @@
 """What is watched while a run trains: Ctrl-C, gradients that are not finite, the pace, and whether audio is really supervised."""
 
+import math
 import os
 import signal
 import statistics
@@ -77,8 +78,8 @@ class FiniteCheck:
         rows = []
         for names, losses in seen:
             for stream, values in (("video", losses.video), ("audio", losses.audio)):
-                finite = [] if values is None else torch.isfinite(values).tolist()
-                rows += [f"{stream} loss {float(values[place])} of {names[place]}" for place, good in enumerate(finite) if not good]
+                found = [] if values is None else values.tolist()
+                rows += [f"{stream} loss {value} of {name}" for value, name in zip(found, names) if not math.isfinite(value)]
         items = ", ".join(name for names, _ in seen for name in names)
         where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
         raise UserError(

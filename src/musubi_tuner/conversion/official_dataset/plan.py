@@ -168,7 +168,7 @@ def _with_files(sample: Sample, clip: Clip, time: int = 1) -> Clip:
     """
     sidecars = dict(clip.sidecars)
     for name in ("reference", "mask", "reference_audio"):
-        beside = sidecars.get(KINDS[name].beside)
+        beside = sidecars.get(KINDS[name].beside or "")
         if name in sample.files and beside is not None:
             sidecars[name] = _made_from(Sidecar(file=KINDS[name].name_beside(beside.file)), sample.files[name])
     if "reference" in sidecars:

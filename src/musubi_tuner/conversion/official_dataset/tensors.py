@@ -95,8 +95,10 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
             written.kept["captions"] += 1
         else:
             todo.append((item, metadata))
-    stage = load_finish_stage(recipe) if todo else None
-    for start in tqdm(range(0, len(todo), _TEXTS_TOGETHER), desc="Captions", unit="batch", disable=not todo):
+    if not todo:
+        return
+    stage = load_finish_stage(recipe)
+    for start in tqdm(range(0, len(todo), _TEXTS_TOGETHER), desc="Captions", unit="batch"):
         batch = todo[start : start + _TEXTS_TOGETHER]
         texts = [read_text(item.sample.files["text"]) for item, _ in batch]
         features = [_features(item, text, recipe) for (item, _), text in zip(batch, texts, strict=True)]
