@@ -1,7 +1,7 @@
 """Frozen linears in few bits: fp8 and int8 that multiply in their own format, forward and backward from the same codes, and nf4.
 
 Each is one custom operation with a gradient for its input alone, so nothing of a dequantized weight is ever kept for the backward pass,
-and the recomputation ladder sees it as one linear.
+and the recompute levels see it as one linear.
 """
 
 from collections.abc import Callable
