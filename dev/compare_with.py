@@ -79,7 +79,8 @@ def report(case: Case, sides: tuple[Side, Side], futures: Sequence[Future]) -> b
             future.result()
         comparison.folders(old.folder / case.name, new.folder / case.name, leave_out=case.from_tree)
         if case.twin is not None:
-            comparison.folders(*(new.folder / case.name / name for name in case.twin))
+            twins = [new.folder / case.name / name for name in case.twin]
+            comparison.folders(*twins, title=f"{case.twin[0]} against {case.twin[1]}: ")
     except CaseFailed as error:
         comparison.differences.append(str(error))
     found, decoded = comparison.differences, comparison.decoded

@@ -35,14 +35,14 @@ class Comparison:
     """Media files whose bytes differ and whose pictures and sound do not."""
     differences: list[str] = field(default_factory=list)
 
-    def folders(self, old: Path, new: Path, leave_out: Sequence[str] = ()) -> None:
-        """Compare all files below two folders but those in the folders `leave_out` of them."""
+    def folders(self, old: Path, new: Path, *, leave_out: Sequence[str] = (), title: str = "") -> None:
+        """Compare all files below two folders but those in the folders `leave_out` of them; `title` goes before their names."""
         names = [_files(folder, leave_out) for folder in (old, new)]
-        self.differences += [f"{name}: only in {old}" for name in sorted(names[0] - names[1])]
-        self.differences += [f"{name}: only in {new}" for name in sorted(names[1] - names[0])]
+        self.differences += [f"{title}{name}: only in {old}" for name in sorted(names[0] - names[1])]
+        self.differences += [f"{title}{name}: only in {new}" for name in sorted(names[1] - names[0])]
         for name in sorted(names[0] & names[1]):
             self.files += 1
-            self._file(name, old / name, new / name)
+            self._file(f"{title}{name}", old / name, new / name)
 
     def _file(self, name: str, old: Path, new: Path) -> None:
         same_bytes = old.read_bytes() == new.read_bytes()
@@ -117,12 +117,13 @@ def _decode(path: Path) -> dict[str, Tensor]:
     return {kind: torch.cat(parts, dim=-1) for kind, parts in frames.items() if parts}
 
 
-def _plan_rows(text: str) -> list[list[str]]:
-    """The cells of the planner's rows, in the newer tree's words; headings are left out."""
+def _plan_rows(text: str) -> dict[str, list[str]]:
+    """The cells of the planner's rows by card and clip, in the newer tree's words; headings are left out."""
     for old, new in PLAN_WORDS.items():
         text = text.replace(old, new)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return [row for row in rows if any(any(sign.isdigit() for sign in cell) for cell in row)]
+    rows = [row for row in rows if any(sign.isdigit() for cell in row for sign in cell)]
+    return {f"row {number} ({row[0]}, {row[1]})": row[2:] for number, row in enumerate(rows, 1)}
 
 
 def _tensor_difference(old: Tensor, new: Tensor) -> list[str]:
