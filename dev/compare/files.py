@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-VERSION_KEYS = frozenset({"ltxv2_cache"})
-"""Metadata that may differ: the version of the cache format. All other keys, those of the model's version among them, may not."""
+VERSION_KEYS = frozenset({"ltxv2_trainer_version"})
+"""Metadata that may differ: the version of this package. All other keys, those of the model's version among them, may not."""
 STATE_SETTINGS_THAT_MAY_DIFFER: frozenset[str] = frozenset()
 """Of `settings` in a state's progress.json."""
 PLAN_WORDS: Mapping[str, str] = {}

@@ -65,8 +65,11 @@ def _width_and_height(value: Any) -> Any:
     return tuple(value)
 
 
-def _one_or_more(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+_FrameCounts = Annotated[
+    tuple[Frames, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list | tuple) else (value,)),
+    AfterValidator(lambda counts: tuple(sorted(set(counts)))),
+]
 
 
 @options
@@ -80,9 +83,7 @@ class GeneralSettings:
     num_repeats: Count = 1
     enable_bucket: bool = True
     bucket_no_upscale: bool = False
-    target_frames: Annotated[
-        tuple[Frames, ...], BeforeValidator(_one_or_more), AfterValidator(lambda frames: tuple(sorted(set(frames))))
-    ] = ()
+    target_frames: _FrameCounts = ()
     target_seconds: Positive | None = None
     frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = "head"
     frame_stride: Count = 8

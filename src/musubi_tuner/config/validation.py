@@ -113,12 +113,9 @@ class Between:
         limits = f"from {self.least:g} to {self.most:g}" if self.most is not None else f"of at least {self.least:g}"
         rule = Wording(f"{'a whole number' if self.whole else 'a number'} {limits}, or two such: [lowest, highest]")
         number = Annotated[int if self.whole else int | float, Field(ge=self.least, le=self.most)]
-        pair = Annotated[tuple[number, number], BeforeValidator(_as_pair), rule, AfterValidator(_in_order)]
+        as_pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list | tuple) else (value, value))
+        pair = Annotated[tuple[number, number], as_pair, rule, AfterValidator(_in_order)]
         return handler.generate_schema(pair)
-
-
-def _as_pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
 def _in_order(value: tuple[float, float]) -> tuple[float, float]:

@@ -64,7 +64,11 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
             "Run ltxv2_cache_text_encoder_outputs.py with the same --dataset_config, --ltxv2_model, --ltx_mode and --sample_prompts, "
             "or give training --text_encoder, which then encodes them before it starts."
         )
-    contexts = {text: _read_context(path) for text, path in paths.items() if text not in missing}
+    contexts = {}
+    for text, path in paths.items():
+        if text not in missing:
+            tensors = {strip_key(key): tensor for key, tensor in read(path).items()}
+            contexts[text] = _to_context(tensors["text"], tensors[TEXT_MASK_KEY])
     if missing and source.encode is not None:
         encoded = source.encode(list(missing))
         contexts |= {text: _to_context(values.to(_CACHED_DTYPE), mask) for text, (values, mask) in zip(missing, encoded, strict=True)}
@@ -76,11 +80,6 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
                 "with the --ltxv2_model, --text_encoder_backend and --ltx_mode of training."
             )
     return contexts
-
-
-def _read_context(path: Path) -> TextContext:
-    tensors = {strip_key(key): tensor for key, tensor in read(path).items()}
-    return _to_context(tensors["text"], tensors[TEXT_MASK_KEY])
 
 
 def _to_context(text: Tensor, mask: Tensor) -> TextContext:

@@ -48,7 +48,7 @@ def transformer_names(checkpoint: Checkpoint) -> dict[str, str]:
         and "audio_adaln_single.linear.weight" not in found
     ):
         raise UserError(f"{checkpoint.path}: the transformer's tensors are not those of LTX-2 (no q_norm or adaln_single).")
-    if not _has_audio(found) and not _is_ltx2_video(checkpoint, found):
+    if _AUDIO_MARK not in found and not _is_ltx2_video(checkpoint, found):
         raise UserError(
             f"{checkpoint.path}: a transformer of LTX-Video 0.9. This trainer is for LTX-2, 2.3 and 2.5, whose "
             "checkpoints hold video and sound."
@@ -70,10 +70,6 @@ def detect_version(checkpoint: Checkpoint) -> str:
 def streams_of(names: Collection[str]) -> tuple[str, ...]:
     """Which streams a transformer's tensors serve."""
     return tuple(stream for stream, mark in (("video", _MARK), ("audio", _AUDIO_MARK)) if mark in names)
-
-
-def _has_audio(names: Collection[str]) -> bool:
-    return _AUDIO_MARK in names
 
 
 def _is_ltx2_video(checkpoint: Checkpoint, names: dict[str, str]) -> bool:

@@ -88,7 +88,9 @@ class BlockStreamer:
         self._device = device
         self._poison = poison
         self._order = {block: number for number, block in enumerate(blocks)}
-        regions = Region.of_own(map(_frozen_bytes, blocks)) if regions is None else regions
+        if regions is None:
+            tensors = [itertools.chain(block.parameters(), block.buffers()) for block in blocks]
+            regions = Region.of_own([sum(aligned(one.nbytes) for one in own if not one.requires_grad) for own in tensors])
         self._places = [_layout(block, region) for block, region in zip(blocks, regions, strict=True)]
         self._host = [_pack(places, region, pinned=device.type == "cuda") for places, region in zip(self._places, regions, strict=True)]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -168,11 +170,6 @@ class BlockStreamer:
             slot.buffer.data[: host.numel()].copy_(host, non_blocking=True)
             slot.loaded = torch.cuda.Event()
             slot.loaded.record(self._copies)
-
-
-def _frozen_bytes(block: nn.Module) -> int:
-    tensors = itertools.chain(block.parameters(), block.buffers())
-    return sum(aligned(tensor.nbytes) for tensor in tensors if not tensor.requires_grad)
 
 
 def _layout(block: nn.Module, region: Region) -> list[_Place]:

@@ -118,7 +118,11 @@ def create_network(
         raise UserError(f"--network_args type={kind}: {like.path} is of type {like.kind}, which --dim_from_weights takes over.")
     layer_class = TYPES[kind]
     layers = {}
-    for name in choose_targets(transformer, arguments.targets) if like is None else _in_order(transformer, like):
+    if like is None:
+        names = choose_targets(transformer, arguments.targets)
+    else:
+        names = [name for name in linear_names(transformer) if name in like.adapters]
+    for name in names:
         if like is None:
             spec = arguments.spec(name)
         else:
@@ -131,7 +135,3 @@ def create_network(
         owner.add_module(leaf, layer)
         layers[name] = layer
     return LoRANetwork(layers, arguments, kind)
-
-
-def _in_order(transformer: nn.Module, like: NetworkFile) -> list[str]:
-    return [name for name in linear_names(transformer) if name in like.adapters]

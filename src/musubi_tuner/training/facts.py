@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from musubi_tuner import __version__
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.placement.load import LoadedModel
@@ -50,6 +51,7 @@ def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dic
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"ltx-{version}/lora",
+        "ltxv2_trainer_version": __version__,
         "modelspec.implementation": "https://github.com/Lightricks/LTX-2",
         "modelspec.title": config.saving.output_name,
         "ss_base_model_version": f"ltx-{version}",

@@ -12,7 +12,6 @@ from musubi_tuner.cache.names import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
@@ -253,7 +252,9 @@ def _prompt_preservation(inputs: RunInputs, device: torch.device) -> PromptPrese
 
 def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None) -> LoadedModel:
     config = inputs.config
-    batch = _largest_batch(inputs, rules)
+    largest = largest_item(inputs.items, config.ltx_mode)
+    draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]
+    batch = make_batch(draws, config.ltx_mode, dataclasses.replace(rules, purpose="trial"))  # its draws are nobody else's
 
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
         started = time.perf_counter()
@@ -264,7 +265,6 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             torch.cuda.synchronize(machine.device)
         return time.perf_counter() - started
 
-    largest = largest_item(inputs.items, config.ltx_mode)
     video_tokens, audio_tokens = token_counts(largest, config.ltx_mode)
     request = ModelRequest(
         checkpoint=inputs.checkpoint,
@@ -287,13 +287,6 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
         processes=machine.processes,
     )
     return load_model(request, trial)
-
-
-def _largest_batch(inputs: RunInputs, rules: DrawRules) -> Batch:
-    """The batch that a plan must hold, from real caches; its draws are nobody else's."""
-    largest = largest_item(inputs.items, inputs.config.ltx_mode)
-    draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]
-    return make_batch(draws, inputs.config.ltx_mode, dataclasses.replace(rules, purpose="trial"))
 
 
 def _report_resume(path: Path, step: int, total: int, differences: list[str]) -> None:

@@ -91,7 +91,12 @@ class VideoVAE:
         for part in ("encoder", "decoder"):
             if part not in parts:
                 setattr(network, part, None)
-        sources = _sources(len(config["encoder_blocks"]), component.names, parts)
+        wanted, blocks = tuple(f"{part}." for part in parts), len(config["encoder_blocks"])
+        sources = {
+            to_diffusers_name(name, blocks): full
+            for name, full in component.names.items()
+            if name.startswith(wanted) or name in (MEAN, STD)
+        }
         usual = TileSizes() if "decoder" in parts else ENCODER_TILES
         return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or usual, dtype)
 
@@ -312,11 +317,6 @@ def to_diffusers_name(name: str, encoder_blocks: int) -> str:
             name = f"decoder.up_blocks.{(place - 1) // 2}.{'upsamplers.0.' if place % 2 else ''}{rest}"
     name = name.replace("res_blocks", "resnets").replace("last_time_embedder", "time_embedder")
     return name.replace("last_scale_shift_table", "scale_shift_table")
-
-
-def _sources(encoder_blocks: int, names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, str]:
-    wanted = tuple(f"{part}." for part in parts)
-    return {to_diffusers_name(name, encoder_blocks): full for name, full in names.items() if name.startswith(wanted) or name in (MEAN, STD)}
 
 
 def _space_spans(cells: int, tiles: AxisTiles, *, encode: bool) -> list[Span]:

@@ -1,6 +1,6 @@
 """From a checkpoint to a frozen transformer, tensor by tensor."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ def load_transformer(
             f"{checkpoint.path}: --ltx_mode {mode} needs the {' and '.join(sorted(lacking))} stream, which this file lacks. "
             "Give --ltxv2_model a checkpoint of the whole model."
         )
-    _refuse_nvfp4(checkpoint, names)
+    if any(name.endswith(".weight_scale_2") for name in names):
+        raise UserError(f"{checkpoint.path}: NVFP4 weights. Training reads bf16 and fp8 checkpoints; give one of those.")
     config = read_config(checkpoint)
     with torch.device("meta"):
         model = LTXModel(config, streams, timestep_rule=timestep_rule)
@@ -84,7 +85,7 @@ def _config_from_shapes(checkpoint: Checkpoint, names: Mapping[str, str], versio
     gates = next((full for name, full in names.items() if name.endswith("to_gate_logits.weight")), None)
     heads = checkpoint.shape(gates)[0] if gates else 32
     return TransformerConfig(
-        num_layers=1 + max(_block_indices(names)),
+        num_layers=1 + max(int(name.split(".")[1]) for name in names if name.startswith("transformer_blocks.")),
         num_attention_heads=heads,
         attention_head_dim=video_dim // heads,
         in_channels=shape("patchify_proj.weight", (video_dim, 128))[1],
@@ -107,12 +108,3 @@ def _config_from_shapes(checkpoint: Checkpoint, names: Mapping[str, str], versio
         audio_ff_bias=any(name.endswith(".audio_ff.net.0.proj.bias") for name in names),
         use_keyframes_abs_pos_embedding="keyframes_abs_pos_embedding" in names,
     )
-
-
-def _block_indices(names: Iterable[str]) -> list[int]:
-    return [int(name.split(".")[1]) for name in names if name.startswith("transformer_blocks.")]
-
-
-def _refuse_nvfp4(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    if any(name.endswith(".weight_scale_2") for name in names):
-        raise UserError(f"{checkpoint.path}: NVFP4 weights. Training reads bf16 and fp8 checkpoints; give one of those.")

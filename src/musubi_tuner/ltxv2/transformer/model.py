@@ -190,7 +190,11 @@ class LTXModel(nn.Module):
         self_mask = key_bias(own.token_mask)
         if own.attention_mask is not None:
             strength = attention_bias(own.attention_mask, rows.dtype)
-            self_mask = strength if self_mask is None else _both(strength, self_mask)
+            if self_mask is not None and strength.dtype == torch.bool:
+                strength = strength & self_mask
+            elif self_mask is not None:
+                strength = strength.masked_fill(~self_mask, torch.finfo(strength.dtype).min)
+            self_mask = strength
         assert own.context is not None, "the wrapper gives the context"
         context = own.context.to(rows.dtype)
         inputs = StreamInputs(
@@ -246,10 +250,3 @@ def _with_absent(skip: Skip, source: Modality | None) -> Skip:
     if source is None or source.present is None or skip is True:
         return skip
     return ~source.present if skip is False else skip | ~source.present
-
-
-def _both(strength: Tensor, keys: Tensor) -> Tensor:
-    """An attention mask (bool or additive) and a bool key mask together."""
-    if strength.dtype == torch.bool:
-        return strength & keys
-    return strength.masked_fill(~keys, torch.finfo(strength.dtype).min)
