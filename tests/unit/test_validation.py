@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import model_validator
 
-from musubi_tuner.config.validation import AnyPath, Count, Frames, List, Positive, Share, Side, between, options, validated
+from musubi_tuner.config.validation import AnyPath, Between, Count, Frames, List, Positive, Share, Side, options, validated
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -26,8 +26,8 @@ class Example:
     kind: Literal["first", "last"] = "first"
     side: Side = 32
     frames: Frames = 9
-    seconds: between(0.04) = (0.5, 2.0)
-    latent_frames: between(1, 9, whole=True) = (1, 4)
+    seconds: Annotated[tuple[float, float], Between(0.04)] = (0.5, 2.0)
+    latent_frames: Annotated[tuple[int, int], Between(1, 9, whole=True)] = (1, 4)
 
     @model_validator(mode="after")
     def _check(self) -> "Example":
