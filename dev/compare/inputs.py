@@ -27,7 +27,7 @@ def make_inputs(generated: Path, media: Path | None, folder: Path) -> None:
         shutil.copyfile(next_clip, folder / "references" / clip.name)
         _write_still(clip, folder / "stills" / f"still_{clip.stem[-3:]}.png")
         _write_mask(folder / "masks" / f"{clip.stem}.png")
-        _write_sound(clip, folder / "sounds" / f"{clip.stem}.wav")
+        _write_audio(clip, folder / "sounds" / f"{clip.stem}.wav")
 
 
 def _write_still(clip: Path, path: Path) -> None:
@@ -49,7 +49,7 @@ def _write_mask(path: Path) -> None:
     picture.save(path)
 
 
-def _write_sound(clip: Path, path: Path) -> None:
+def _write_audio(clip: Path, path: Path) -> None:
     import av
 
     with av.open(str(clip)) as container:

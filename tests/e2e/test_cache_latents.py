@@ -19,17 +19,18 @@ from musubi_tuner.encoding import layout as layout_module
 from musubi_tuner.encoding import pictures as pictures_module
 from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.media.write import Sound, write_wav
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.media.write import write_wav
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import (
-    ClipSound,
+    ClipAudio,
     beep,
-    break_sound,
+    break_audio,
     numbered_frames,
     tone_of,
+    write_audio_files,
     write_clip,
     write_clips,
-    write_sounds,
     write_stills,
 )
 
@@ -189,7 +190,7 @@ def test_a_beep_lands_at_its_latent_step_in_every_mode(tmp_path: Path, tiny_fami
         folder = tmp_path / name
         (folder / "clips").mkdir(parents=True)
         noise = 0.01 * torch.randn(2, 48000 * 4, generator=torch.Generator().manual_seed(0))
-        write_clip(folder / "clips" / "a.mov", numbered_frames(80), fps=24, sound=ClipSound(samples=noise + level * beep(4.0, at)))
+        write_clip(folder / "clips" / "a.mov", numbered_frames(80), fps=24, audio=ClipAudio(samples=noise + level * beep(4.0, at)))
         config = write_config(folder, VIDEOS + "target_frames = [33]\n" + values)
         assert cache_sound(config, tiny_family.ltx23) == 0
         folders[name] = folder / "cache"
@@ -224,7 +225,7 @@ def test_clips_without_a_stream_get_an_empty_sidecar(tmp_path: Path, tiny_family
 
 def test_silence_in_a_stream_is_sound(tmp_path: Path, tiny_family) -> None:
     (tmp_path / "clips").mkdir()
-    write_clip(tmp_path / "clips" / "quiet.mp4", numbered_frames(25), sound=ClipSound(samples=torch.zeros(2, 50000)))
+    write_clip(tmp_path / "clips" / "quiet.mp4", numbered_frames(25), audio=ClipAudio(samples=torch.zeros(2, 50000)))
     assert cache_sound(write_config(tmp_path, VIDEOS + "target_frames = [25]"), tiny_family.ltx23) == 0
     tensors, metadata, _ = one(tmp_path / "cache", "*_audio.safetensors")
     assert metadata["audio"] == "present" and int(tensors["audio_lengths"]) == 27
@@ -232,7 +233,7 @@ def test_silence_in_a_stream_is_sound(tmp_path: Path, tiny_family) -> None:
 
 def test_sound_that_ends_early_is_cut_and_sound_that_never_comes_is_absent(tmp_path: Path, tiny_family) -> None:
     (tmp_path / "clips").mkdir()
-    write_clip(tmp_path / "clips" / "short.mov", numbered_frames(50), fps=25, sound=ClipSound(samples=tone_of([0.5] * 15, 25)))
+    write_clip(tmp_path / "clips" / "short.mov", numbered_frames(50), fps=25, audio=ClipAudio(samples=tone_of([0.5] * 15, 25)))
     assert cache_sound(write_config(tmp_path, VIDEOS + 'target_frames = [25]\nframe_extraction = "chunk"'), tiny_family.ltx23) == 0
     first, metadata, _ = one(tmp_path / "cache", "short_00000*_audio.safetensors")
     assert int(first["audio_lengths"]) == 16 and metadata["audio"] == "present"  # 0.6 s: 9600 samples, 61 mels
@@ -243,7 +244,7 @@ def test_sound_that_ends_early_is_cut_and_sound_that_never_comes_is_absent(tmp_p
 def test_a_broken_stream_fails_alone_and_by_name(tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     write_clips(tmp_path / "clips", count=2, frames=25)
-    break_sound(tmp_path / "clips" / "clip_001.mp4")
+    break_audio(tmp_path / "clips" / "clip_001.mp4")
     config = write_config(tmp_path, VIDEOS + "target_frames = [25]")
     assert cache_sound(config, tiny_family.ltx23) == 1
     assert "Audio latent caching: 1 encoded, 1 failed" in caplog.text
@@ -265,8 +266,8 @@ def test_one_damaged_clip_fails_the_run_and_not_the_others(tmp_path: Path, tiny_
 
 
 def test_sound_files_get_caches_of_their_own(tmp_path: Path, tiny_family) -> None:
-    write_sounds(tmp_path / "sounds", count=1, seconds=1.5)
-    write_wav(tmp_path / "sounds" / "mono.wav", Sound(samples=tone_of([0.5] * 36, 24)[:1], rate=22050))
+    write_audio_files(tmp_path / "sounds", count=1, seconds=1.5)
+    write_wav(tmp_path / "sounds" / "mono.wav", Waveform(samples=tone_of([0.5] * 36, 24)[:1], rate=22050))
     config = write_config(tmp_path, '[[datasets]]\naudio_directory = "sounds"\ncache_directory = "cache"\ntarget_seconds = 1.2')
     assert cache_sound(config, tiny_family.ltx23) == 0
     tensors, metadata, _ = one(tmp_path / "cache", "sound_000_00000000-001200_ltxv2_audio.safetensors")

@@ -21,7 +21,7 @@ from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.tiny.clips import write_clips, write_sounds
+from musubi_tuner.tiny.clips import write_audio_files, write_clips
 from tests import preview_parts, training_parts
 from tests.e2e.test_conditioning import RECIPES, draw_rules, spy
 
@@ -43,7 +43,7 @@ def data(tiny_family, tmp_path_factory) -> training_parts.Data:
     folder = tmp_path_factory.mktemp("gehört ü")
     write_clips(folder / "clips", count=2, frames=25)
     for name, seconds in (("voices", 0.5), ("sounds", 1.5)):
-        for number, path in enumerate(write_sounds(folder / name, count=2, seconds=seconds)):
+        for number, path in enumerate(write_audio_files(folder / name, count=2, seconds=seconds)):
             path.rename(folder / name / f"clip_{number:03d}{path.suffix}")
     (folder / "dataset.toml").write_text(TOML, encoding="utf-8")
     made = training_parts.Data(folder, folder / "dataset.toml", tiny_family.ltx23, "av", tiny_family.gemma)

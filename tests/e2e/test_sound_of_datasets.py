@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.tiny.clips import break_sound, disc_frames, disc_heights, write_clip, write_clips
+from musubi_tuner.tiny.clips import break_audio, disc_frames, disc_heights, write_clip, write_clips
 from tests import training_parts as parts
 
 
@@ -58,7 +58,7 @@ def test_half_without_each_item_keeps_its_own_supervision(tiny_family, tmp_path,
 
 def test_sound_that_does_not_decode_stops_before_the_run(tiny_family, tmp_path, caplog):
     write_clips(tmp_path / "clips", count=2, frames=25)
-    break_sound(tmp_path / "clips" / "clip_001.mp4")
+    break_audio(tmp_path / "clips" / "clip_001.mp4")
     data = data_of(tmp_path, tiny_family)
     common = ["--dataset_config", str(data.toml), "--ltx_mode", "av", "--device", "cpu"]
     assert ltxv2_cache_latents.main([*common, "--vae", str(data.model)]) == 0

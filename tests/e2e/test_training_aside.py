@@ -115,7 +115,7 @@ def test_what_a_mode_cannot_train_on_is_told_of_and_left_out(tiny_family, tmp_pa
     clips.write_clips(tmp_path / "clips", count=1, frames=17)
     clips.write_clip(tmp_path / "clips" / "silent.mp4", clips.numbered_frames(17))
     (tmp_path / "clips" / "silent.txt").write_text("numbers", encoding="utf-8")
-    clips.write_sounds(tmp_path / "sounds", count=1, seconds=0.7)
+    clips.write_audio_files(tmp_path / "sounds", count=1, seconds=0.7)
     toml = parts.TOML.format(batch_size=1).split("[[validation_datasets]]")[0].replace("target_frames = [17]", "")
     toml += "target_frames = [17]\n"
     path = tmp_path / "dataset.toml"

@@ -1,4 +1,4 @@
-"""Sound of real files: on time, to the sample, in stereo."""
+"""Waveform of real files: on time, to the sample, in stereo."""
 
 import math
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.media.audio import read_audio, resample
-from musubi_tuner.media.probe import probe_sound, probe_video
-from musubi_tuner.media.write import Sound, write_wav
+from musubi_tuner.media.audio import Waveform, read_audio, resample
+from musubi_tuner.media.probe import probe_audio, probe_video
+from musubi_tuner.media.write import write_wav
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.tiny.clips import ClipSound, beep, break_sound, numbered_frames, write_clip
+from musubi_tuner.tiny.clips import ClipAudio, beep, break_audio, numbered_frames, write_clip
 
 
-def clip(path: Path, sound: ClipSound | None, *, frames: int = 48, fps: float = 24) -> Path:
-    write_clip(path, numbered_frames(frames), fps=fps, sound=sound)
+def clip(path: Path, sound: ClipAudio | None, *, frames: int = 48, fps: float = 24) -> Path:
+    write_clip(path, numbered_frames(frames), fps=fps, audio=sound)
     return path
 
 
@@ -25,9 +25,9 @@ def onset(samples: torch.Tensor) -> int:
 @pytest.mark.parametrize("ending", [".mov", ".mkv", ".mp4", ".avi"])
 @pytest.mark.parametrize("start", [0.0, 0.25, 0.9])
 def test_a_beep_is_found_at_its_time(tmp_path: Path, ending: str, start: float) -> None:
-    path = clip(tmp_path / f"beep{ending}", ClipSound(samples=beep(2.0, 1.0)))
+    path = clip(tmp_path / f"beep{ending}", ClipAudio(samples=beep(2.0, 1.0)))
     info = probe_video(path)
-    heard = read_audio(path, info.sound, info.start + start, info.start + start + 0.5)
+    heard = read_audio(path, info.audio, info.start + start, info.start + start + 0.5)
     expected = round((1.0 - start) * heard.rate)
     if expected < 0.5 * heard.rate:
         assert abs(onset(heard.samples) - expected) < 0.002 * heard.rate
@@ -39,40 +39,40 @@ def test_a_beep_is_found_at_its_time(tmp_path: Path, ending: str, start: float) 
 def test_decoding_late_windows_gives_the_same_samples_as_decoding_all(tmp_path: Path) -> None:
     noise = torch.rand(2, 48000 * 30, generator=torch.Generator().manual_seed(0)) - 0.5
     for ending in (".mov", ".mp4"):
-        path = clip(tmp_path / f"long{ending}", ClipSound(samples=noise), frames=30, fps=1)
+        path = clip(tmp_path / f"long{ending}", ClipAudio(samples=noise), frames=30, fps=1)
         info = probe_video(path)
-        whole = read_audio(path, info.sound, 0.0, 30.0).samples
-        late = read_audio(path, info.sound, 25.0, 26.0).samples
+        whole = read_audio(path, info.audio, 0.0, 30.0).samples
+        late = read_audio(path, info.audio, 25.0, 26.0).samples
         torch.testing.assert_close(late, whole[:, 25 * 48000 : 26 * 48000])
 
 
 def test_samples_are_exact_without_a_lossy_codec(tmp_path: Path) -> None:
     ramp = torch.linspace(-0.9, 0.9, 96000).expand(2, -1).contiguous()
-    path = clip(tmp_path / "ramp.mov", ClipSound(samples=ramp))
-    heard = read_audio(path, probe_video(path).sound, 0.5, 1.0).samples
+    path = clip(tmp_path / "ramp.mov", ClipAudio(samples=ramp))
+    heard = read_audio(path, probe_video(path).audio, 0.5, 1.0).samples
     torch.testing.assert_close(heard, ramp[:, 24000:48000], atol=1 / 30000, rtol=0)
 
 
 @pytest.mark.parametrize("ending", [".mov", ".mkv", ".mp4"])
 def test_sound_that_starts_late_is_preceded_by_silence(tmp_path: Path, ending: str) -> None:
-    sound = ClipSound(samples=beep(1.5, 0.0, length=0.2), start=0.5)
+    sound = ClipAudio(samples=beep(1.5, 0.0, length=0.2), start=0.5)
     path = clip(tmp_path / f"late{ending}", sound)
     info = probe_video(path)
-    heard = read_audio(path, info.sound, info.start, info.start + 1.0)
+    heard = read_audio(path, info.audio, info.start, info.start + 1.0)
     assert abs(onset(heard.samples) - 0.5 * heard.rate) < 0.003 * heard.rate
     assert heard.samples[:, : int(0.45 * heard.rate)].abs().max() < 0.02
 
 
 def test_sound_that_ends_early_comes_out_shorter(tmp_path: Path) -> None:
-    path = clip(tmp_path / "short.mov", ClipSound(samples=beep(1.0, 0.5)))
+    path = clip(tmp_path / "short.mov", ClipAudio(samples=beep(1.0, 0.5)))
     info = probe_video(path)
-    assert read_audio(path, info.sound, 0.0, 2.0).samples.shape == (2, 48000)
-    assert read_audio(path, info.sound, 1.5, 2.0).samples.shape == (2, 0)
+    assert read_audio(path, info.audio, 0.0, 2.0).samples.shape == (2, 48000)
+    assert read_audio(path, info.audio, 1.5, 2.0).samples.shape == (2, 0)
 
 
 def test_mono_goes_to_both_sides(tmp_path: Path) -> None:
-    path = clip(tmp_path / "mono.mov", ClipSound(samples=beep(1.0, 0.2, channels=1), layout="mono"))
-    heard = read_audio(path, probe_video(path).sound, 0.0, 1.0).samples
+    path = clip(tmp_path / "mono.mov", ClipAudio(samples=beep(1.0, 0.2, channels=1), layout="mono"))
+    heard = read_audio(path, probe_video(path).audio, 0.0, 1.0).samples
     assert heard.abs().max() > 0.5
     torch.testing.assert_close(heard[0], heard[1])
 
@@ -88,29 +88,29 @@ def test_mono_goes_to_both_sides(tmp_path: Path) -> None:
 )
 def test_layouts_are_mixed_down_by_weights_that_sum_to_one(tmp_path: Path, layout: str, levels: list[float], expected: list[float]) -> None:
     samples = torch.tensor(levels)[:, None].expand(-1, 24000).contiguous()
-    path = clip(tmp_path / "surround.mov", ClipSound(samples=samples, layout=layout))
-    heard = read_audio(path, probe_video(path).sound, 0.1, 0.4).samples
+    path = clip(tmp_path / "surround.mov", ClipAudio(samples=samples, layout=layout))
+    heard = read_audio(path, probe_video(path).audio, 0.1, 0.4).samples
     torch.testing.assert_close(heard.mean(dim=1), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
 def test_no_stream_and_a_broken_stream_are_different_things(tmp_path: Path) -> None:
-    assert probe_video(clip(tmp_path / "silent.mp4", None)).sound is None
-    broken = clip(tmp_path / "broken.mp4", ClipSound(samples=beep(2.0, 0.5)))
-    break_sound(broken)
+    assert probe_video(clip(tmp_path / "silent.mp4", None)).audio is None
+    broken = clip(tmp_path / "broken.mp4", ClipAudio(samples=beep(2.0, 0.5)))
+    break_audio(broken)
     info = probe_video(broken)
-    assert info.sound is not None
+    assert info.audio is not None
     with pytest.raises(UserError, match=r"broken\.mp4: its audio stream does not decode"):
-        read_audio(broken, info.sound, 0.0, 2.0)
+        read_audio(broken, info.audio, 0.0, 2.0)
 
 
 def test_wav_files_are_read_to_the_sample(tmp_path: Path) -> None:
     ramp = torch.linspace(-0.5, 0.5, 16000).expand(2, -1).contiguous()
-    write_wav(tmp_path / "ramp.wav", Sound(samples=ramp, rate=16000))
-    info = probe_sound(tmp_path / "ramp.wav")
+    write_wav(tmp_path / "ramp.wav", Waveform(samples=ramp, rate=16000))
+    info = probe_audio(tmp_path / "ramp.wav")
     assert (info.start, info.end, info.rate) == (0.0, 1.0, 16000)
     torch.testing.assert_close(read_audio(tmp_path / "ramp.wav", info, 0.25, 0.5).samples, ramp[:, 4000:8000], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="no audio stream"):
-        probe_sound(clip(tmp_path / "silent.mp4", None))
+        probe_audio(clip(tmp_path / "silent.mp4", None))
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 44099])

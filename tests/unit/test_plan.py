@@ -9,7 +9,7 @@ from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.tiny.clips import ClipSound, beep, numbered_frames, write_clip, write_sounds, write_stills
+from musubi_tuner.tiny.clips import ClipAudio, beep, numbered_frames, write_audio_files, write_clip, write_stills
 
 ALONE = Processes(index=0, count=1)
 
@@ -20,16 +20,16 @@ def plan(folder: Path, text: str) -> tuple[DatasetPlan, ...]:
     return plan_datasets(load_dataset_config(path), ALONE, workers=2)
 
 
-def put(folder: Path, name: str, frames: int, fps: float = 24, sound: ClipSound | None = None) -> None:
+def put(folder: Path, name: str, frames: int, fps: float = 24, sound: ClipAudio | None = None) -> None:
     folder.mkdir(exist_ok=True)
-    write_clip(folder / name, numbered_frames(frames), fps=fps, sound=sound)
+    write_clip(folder / name, numbered_frames(frames), fps=fps, audio=sound)
 
 
 VIDEOS = '[[datasets]]\nvideo_directory = "clips"\nresolution = [96, 64]\n'
 
 
 def test_windows_are_the_same_seconds_for_picture_and_sound(tmp_path: Path) -> None:
-    put(tmp_path / "clips", "a.mp4", 40, 16, ClipSound(samples=beep(2.5, 1.0)))
+    put(tmp_path / "clips", "a.mp4", 40, 16, ClipAudio(samples=beep(2.5, 1.0)))
     (dataset,) = plan(tmp_path, VIDEOS + 'target_frames = [17]\nframe_extraction = "chunk"\n')
     first, second = (planned.clip for planned in dataset.clips)
     assert (first.start_seconds, first.end_seconds, first.fps) == (0.0, 17 / 16, 16.0)
@@ -82,7 +82,7 @@ def test_stills_sit_at_the_rate_of_most_clips(tmp_path: Path) -> None:
 
 
 def test_sound_files_are_cut_by_seconds(tmp_path: Path) -> None:
-    write_sounds(tmp_path / "sounds", count=1, seconds=1.5)
+    write_audio_files(tmp_path / "sounds", count=1, seconds=1.5)
     (dataset,) = plan(tmp_path, '[[datasets]]\naudio_directory = "sounds"\ntarget_seconds = 0.6\nframe_extraction = "chunk"\n')
     assert [planned.clip.sidecars["audio"].file for planned in dataset.clips] == [
         "sound_000_00000000-000600_ltxv2_audio.safetensors",
@@ -100,7 +100,7 @@ def test_a_source_rate_overrides_the_files(tmp_path: Path) -> None:
 
 
 def test_sound_that_ends_early_is_noted(tmp_path: Path) -> None:
-    put(tmp_path / "clips", "a.mp4", 49, 24, ClipSound(samples=beep(1.0, 0.5)))
+    put(tmp_path / "clips", "a.mp4", 49, 24, ClipAudio(samples=beep(1.0, 0.5)))
     (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [49]\n")
     assert "its sound ends 1.04 s early" in dataset.rows[0].note
 

@@ -5,7 +5,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
+from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOptions, check_losses
 from musubi_tuner.config.validation import validated
 from musubi_tuner.flow.schedule import mu_for_tokens
 from musubi_tuner.flow.sigma import SCHEMES, STRATA, SigmaSettings, draw_sigma, expected, loss_weight, stretched
@@ -73,7 +73,7 @@ def test_silence_has_no_part_in_the_balance():
 
 
 def supervise(ratio: float, steps: int, **options) -> list[str]:
-    watch = AudioSupervision(SoundOptions(**{"audio_supervision_mode": "error"} | options))
+    watch = AudioSupervision(AudioOptions(**{"audio_supervision_mode": "error"} | options))
     said = []
     for step in range(1, steps + 1):
         watch.add(20, round(20 * ratio))
@@ -149,7 +149,7 @@ def test_values_out_of_range_are_refused_with_the_reason(options, message):
 def test_sound_options_need_sound():
     for mode, options in (("video", {"audio_supervision_mode": "error"}), ("audio", {"audio_balance": "ema"})):
         with pytest.raises(UserError, match="Give av"):
-            check_losses(LossOptions(), SoundOptions(**options), PreservationOptions(), mode)
+            check_losses(LossOptions(), AudioOptions(**options), PreservationOptions(), mode)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_sound_options_need_sound():
                           ("audio", {"noise_offset": 0.1})],
 )  # fmt: skip
 def test_flags_of_a_stream_that_the_mode_lacks_are_refused(mode, options):
-    check_losses(LossOptions(**options), SoundOptions(), PreservationOptions(), "av")
+    check_losses(LossOptions(**options), AudioOptions(), PreservationOptions(), "av")
     with pytest.raises(UserError, match=f"--ltx_mode {mode} has not"):
-        check_losses(LossOptions(**options), SoundOptions(), PreservationOptions(), mode)
+        check_losses(LossOptions(**options), AudioOptions(), PreservationOptions(), mode)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from musubi_tuner.media.write import Sound, fit_sound, write_image, write_video, write_wav
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
 from musubi_tuner.runtime.errors import UserError
 
 AAC_BLOCK = 1024
@@ -22,9 +23,9 @@ def frames(count: int, height: int = 64, width: int = 96) -> torch.Tensor:
     return levels[:, None, None, None].expand(count, height, width, 3).contiguous()
 
 
-def tone(seconds: float, rate: int = 48000) -> Sound:
+def tone(seconds: float, rate: int = 48000) -> Waveform:
     time = torch.arange(round(seconds * rate)) / rate
-    return Sound(samples=0.5 * torch.sin(2 * math.pi * 440 * time).expand(2, -1).contiguous(), rate=rate)
+    return Waveform(samples=0.5 * torch.sin(2 * math.pi * 440 * time).expand(2, -1).contiguous(), rate=rate)
 
 
 def decode(path: Path) -> tuple[list[np.ndarray], np.ndarray | None]:
@@ -75,10 +76,10 @@ def test_frame_rates_are_exact(tmp_path: Path, fps: float, exact: Fraction) -> N
 
 
 def test_silence_fills_the_end_and_nothing_is_stretched() -> None:
-    short = fit_sound(tone(0.25, 16000), 1.0)
+    short = fit_audio(tone(0.25, 16000), 1.0)
     assert short.samples.shape == (2, 16000)
     assert torch.equal(short.samples[:, :4000], tone(0.25, 16000).samples) and not short.samples[:, 4000:].any()
-    assert torch.equal(fit_sound(tone(1.0, 16000), 0.5).samples, tone(0.5, 16000).samples)
+    assert torch.equal(fit_audio(tone(1.0, 16000), 0.5).samples, tone(0.5, 16000).samples)
 
 
 def test_png_holds_the_frame_exactly(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class LossOptions:
 
 
 @options
-class SoundOptions:
+class AudioOptions:
     """Streams and sound."""
 
     video_loss_weight: NotNegative = flag("weight of the video loss; a dataset's own weight wins", default=1.0)
@@ -78,7 +78,7 @@ class PreservationOptions:
     audio_dop_weight: NotNegative = flag("weight of holding the sound of items without any to the base model's; 0 = off", default=0.0)
 
 
-def check_losses(losses: LossOptions, sound: SoundOptions, preservation: PreservationOptions, mode: str) -> None:
+def check_losses(losses: LossOptions, sound: AudioOptions, preservation: PreservationOptions, mode: str) -> None:
     """What a mode without one of the streams cannot have.
 
     Raises:

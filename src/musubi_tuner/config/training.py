@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.losses import LossOptions, PreservationOptions, SoundOptions, check_losses
+from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOptions, check_losses
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
@@ -91,7 +91,7 @@ class TrainingConfig:
     model: ModelOptions
     network: NetworkOptions
     losses: LossOptions
-    sound: SoundOptions
+    audio: AudioOptions
     preservation: PreservationOptions
     optimization: OptimizationOptions
     memory: MemoryOptions
@@ -111,7 +111,7 @@ class TrainingConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
-        check_losses(self.losses, self.sound, self.preservation, self.ltx_mode)
+        check_losses(self.losses, self.audio, self.preservation, self.ltx_mode)
         if self.network.train_connectors and (self.losses.video_caption_dropout_rate or self.losses.audio_caption_dropout_rate):
             raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
         return self

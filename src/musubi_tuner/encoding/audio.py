@@ -30,7 +30,7 @@ def decode_audio(planned: PlannedClip) -> Tensor:
     """(2, samples) at 16 kHz of the clip's seconds; (2, 0) where there is no sound in them."""
     clip, file = planned.clip, planned.files.get("audio", planned.media)
     info = file.video if isinstance(file.found, VideoInfo) else file.audio
-    stream = info.sound if isinstance(info, VideoInfo) else info
+    stream = info.audio if isinstance(info, VideoInfo) else info
     if stream is None:
         return torch.zeros(2, 0)
     heard = read_audio(file.path, stream, info.start + clip.start_seconds, info.start + clip.end_seconds)

@@ -22,7 +22,7 @@ from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
 from musubi_tuner.media.picture import picture_size
-from musubi_tuner.media.probe import SoundInfo, VideoInfo, probe_sound, probe_video
+from musubi_tuner.media.probe import AudioInfo, VideoInfo, probe_audio, probe_video
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
@@ -36,7 +36,7 @@ class MediaFile:
     """A file that was looked into."""
 
     path: Path
-    found: VideoInfo | SoundInfo | tuple[int, int]
+    found: VideoInfo | AudioInfo | tuple[int, int]
     """A picture has its size as displayed."""
     fingerprint: str
 
@@ -47,9 +47,9 @@ class MediaFile:
         return self.found
 
     @property
-    def audio(self) -> SoundInfo:
+    def audio(self) -> AudioInfo:
         """`found` of a sound file."""
-        assert isinstance(self.found, SoundInfo)
+        assert isinstance(self.found, AudioInfo)
         return self.found
 
     @property
@@ -164,7 +164,7 @@ def _probe(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
 
 
 def _look_into(path: Path, kind: str) -> MediaFile:
-    look = {"video": probe_video, "image": picture_size, "audio": probe_sound}[kind]
+    look = {"video": probe_video, "image": picture_size, "audio": probe_audio}[kind]
     return MediaFile(path, look(path), file_fingerprint(path))
 
 
@@ -244,8 +244,8 @@ def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
     notes = [f"{len(used)} of {total} frames"] if len(used) < total else []
     if info.is_variable:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
-    if info.sound is not None and info.sound.rate and "audio" not in one.files:
-        lacking = max(clip.end_seconds for clip in clips) - (info.sound.end - info.start)
+    if info.audio is not None and info.audio.rate and "audio" not in one.files:
+        lacking = max(clip.end_seconds for clip in clips) - (info.audio.end - info.start)
         if lacking > 1 / fps:
             notes.append(f"its sound ends {lacking:.2f} s early; that stretch is not learned from")
     return clips, "trimmed" if len(used) < total else "kept", notes
@@ -260,7 +260,7 @@ def _cut_image(spec: DatasetSpec, one: Probed, shown: tuple[int, int], fps: floa
     return [_with_size(clip, size, shown)], "kept", []
 
 
-def _cut_audio(spec: DatasetSpec, one: Probed, info: SoundInfo) -> _Cut:
+def _cut_audio(spec: DatasetSpec, one: Probed, info: AudioInfo) -> _Cut:
     seconds, unit = info.end - info.start, 1 / AUDIO_UNITS_PER_SECOND
     if not info.rate:
         return [], "failed", [f"{one.source.path}: its audio stream holds nothing that decodes. Fix the file or take it out."]
@@ -306,7 +306,7 @@ def _clip(
         fps=fps,
         start_frame=start_frame,
         frames=frames,
-        has_audio=isinstance(found, SoundInfo) or isinstance(found, VideoInfo) and found.sound is not None,
+        has_audio=isinstance(found, AudioInfo) or isinstance(found, VideoInfo) and found.audio is not None,
         sidecars={kind: Sidecar(file=file) for kind, file in {**names, "text": text_name(one.source.stem)}.items()},
     )
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from musubi_tuner.generation.denoise import SampledLatents
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.media.write import Sound, fit_sound, write_image, write_video, write_wav
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def decode_samples(
     latents: Sequence[SampledLatents], vae: Checkpoint, audio_vae: Checkpoint, device: torch.device
-) -> Iterator[tuple[Tensor | None, Sound | None]]:
+) -> Iterator[tuple[Tensor | None, Waveform | None]]:
     """Frames (F, H, W, 3) uint8 and sound of each sample in turn, None where it has none.
 
     All sound is decoded first, as it is small and has to be there when its clip is written.
@@ -58,7 +59,7 @@ def to_frames(vae: "VideoVAE", latents: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Sound]:
+def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Waveform]:
     """(1, 8, T, 16) normalized latents -> waveforms at the vocoder's own rate, on the CPU."""
     from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
     from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
@@ -68,7 +69,7 @@ def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torc
     del audio_vae
     free_memory(device)
     vocoder = Vocoder.load(checkpoint, device=device)
-    sounds = [Sound(samples=vocoder(mel)[0].float().cpu(), rate=vocoder.sampling_rate) for mel in mels]
+    sounds = [Waveform(samples=vocoder(mel)[0].float().cpu(), rate=vocoder.sampling_rate) for mel in mels]
     del vocoder
     free_memory(device)
     return sounds
@@ -93,7 +94,7 @@ def try_decoders(vae: Checkpoint, audio_vae: Checkpoint, streams: set[str]) -> N
         decode_audio([], audio_vae, cpu)
 
 
-def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound: Sound | None) -> Path:
+def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound: Waveform | None) -> Path:
     """Write one sample and return its path, which is `stem` and an ending.
 
     Args:
@@ -103,7 +104,7 @@ def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound
     if frames is None:
         assert sound is not None
         path = stem.with_name(f"{stem.name}.wav")
-        write_wav(path, fit_sound(sound, prompt.seconds))
+        write_wav(path, fit_audio(sound, prompt.seconds))
     elif frames.shape[0] == 1:
         path = stem.with_name(f"{stem.name}.png")
         write_image(path, frames[0])

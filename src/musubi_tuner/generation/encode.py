@@ -224,9 +224,9 @@ def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
 def _read_audio(prompt: PreviewPrompt, path: Path) -> Tensor:
     """(2, samples) at 16 kHz of the sample's seconds, or of as many as the file has."""
     from musubi_tuner.media.audio import read_audio, resample
-    from musubi_tuner.media.probe import probe_sound
+    from musubi_tuner.media.probe import probe_audio
 
-    info = probe_sound(path)
+    info = probe_audio(path)
     audio = read_audio(path, info, info.start, info.start + prompt.seconds)
     return resample(audio.samples, audio.rate, geometry.AUDIO_SAMPLE_RATE)
 

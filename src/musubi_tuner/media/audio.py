@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musubi_tuner.media.probe import SoundInfo
+from musubi_tuner.media.probe import AudioInfo
 from musubi_tuner.runtime.errors import UserError
 
 _PREROLL_SECONDS = 2.0
@@ -39,7 +39,7 @@ class Waveform:
     """samples per second"""
 
 
-def read_audio(path: Path, sound: SoundInfo, start: float, end: float) -> Waveform:
+def read_audio(path: Path, sound: AudioInfo, start: float, end: float) -> Waveform:
     """Decode the seconds [start, end) of the container's clock.
 
     Where the stream begins later there is silence, as players have it; where it ends earlier the result is shorter.
@@ -105,7 +105,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
     return torch.cat(chunks, dim=-1) if chunks else waveform.new_zeros(*waveform.shape[:-1], 0)
 
 
-def _blocks(path: Path, container: Any, sound: SoundInfo, start: float, end: float) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(path: Path, container: Any, sound: AudioInfo, start: float, end: float) -> Iterator[tuple[int, np.ndarray]]:
     """Decoded blocks as (place of the first sample counted from `start`, (2, n) samples)."""
     stream = container.streams.audio[0]
     if start - sound.start > _SEEK_FROM_SECONDS and container.format.name not in _NO_SEEK:

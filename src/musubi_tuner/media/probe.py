@@ -14,7 +14,7 @@ _JITTER_SECONDS = 0.0011
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SoundInfo:
+class AudioInfo:
     """An audio stream, its times in seconds of the container's clock."""
 
     start: float
@@ -44,7 +44,7 @@ class VideoInfo:
     height: int
     rotation: int
     """Degrees counterclockwise that turn stored frames upright."""
-    sound: SoundInfo | None
+    audio: AudioInfo | None
     """None: the file has no audio stream."""
 
     @property
@@ -87,11 +87,11 @@ def probe_video(path: Path) -> VideoInfo:
             width=width,
             height=height,
             rotation=rotation,
-            sound=sound,
+            audio=sound,
         )
 
 
-def probe_sound(path: Path) -> SoundInfo:
+def probe_audio(path: Path) -> AudioInfo:
     """The first audio stream of a sound file.
 
     Raises:
@@ -104,7 +104,7 @@ def probe_sound(path: Path) -> SoundInfo:
             raise UserError(f"{path}: holds no audio stream. Remove it from the audio dataset.")
         stream = container.streams.audio[0]
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        return _sound_info(stream, packets)
+        return _audio_info(stream, packets)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _demux(container: Any, stream: Any) -> tuple[list[int | None], SoundInfo | None]:
+def _demux(container: Any, stream: Any) -> tuple[list[int | None], AudioInfo | None]:
     """Stamps of the video's frames in the order of decoding, and the sound, in one pass over the packets."""
     audio = container.streams.audio[0] if container.streams.audio else None
     wanted = [stream] if audio is None else [stream, audio]
@@ -131,7 +131,7 @@ def _demux(container: Any, stream: Any) -> tuple[list[int | None], SoundInfo | N
         if packet.size and not packet.is_discard:
             packets[packet.stream_index].append(_Stamps(packet.pts, packet.duration or 0))
     stamps = [packet.pts for packet in packets[stream.index]]
-    return stamps, None if audio is None else _sound_info(audio, packets[audio.index])
+    return stamps, None if audio is None else _audio_info(audio, packets[audio.index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +142,13 @@ class _Stamps:
     duration: int
 
 
-def _sound_info(stream: Any, packets: list[Any]) -> SoundInfo:
+def _audio_info(stream: Any, packets: list[Any]) -> AudioInfo:
     heard = [packet for packet in packets if packet.pts is not None]
     if not stream.rate or not heard:
-        return SoundInfo(start=0.0, end=0.0, rate=0)
+        return AudioInfo(start=0.0, end=0.0, rate=0)
     start = min(packet.pts for packet in heard)
     end = max(packet.pts + (packet.duration or 0) for packet in heard)
-    return SoundInfo(start=float(start * stream.time_base), end=float(end * stream.time_base), rate=stream.rate)
+    return AudioInfo(start=float(start * stream.time_base), end=float(end * stream.time_base), rate=stream.rate)
 
 
 def _displayed_size(width: int, height: int, pixel_aspect: Fraction | None, rotation: int) -> tuple[int, int]:

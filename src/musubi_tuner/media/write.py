@@ -3,13 +3,13 @@
 import os
 import wave
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.media.audio import Waveform
 from musubi_tuner.runtime.errors import UserError
 
 _H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
@@ -17,26 +17,16 @@ _H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
 _AUDIO_BIT_RATE = 192_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sound:
-    """A waveform."""
-
-    samples: Tensor
-    """(2, n) float32 in [-1, 1]"""
-    rate: int
-    """samples per second"""
-
-
-def fit_sound(sound: Sound, seconds: float) -> Sound:
-    """The sound cut, or padded with silence at its end, to `seconds`."""
-    wanted = round(seconds * sound.rate)
-    kept = sound.samples[:, :wanted]
+def fit_audio(audio: Waveform, seconds: float) -> Waveform:
+    """The audio cut, or padded with silence at its end, to `seconds`."""
+    wanted = round(seconds * audio.rate)
+    kept = audio.samples[:, :wanted]
     padding = kept.new_zeros(kept.shape[0], wanted - kept.shape[1])
-    return Sound(samples=torch.cat([kept, padding], dim=1), rate=sound.rate)
+    return Waveform(samples=torch.cat([kept, padding], dim=1), rate=audio.rate)
 
 
-def write_video(path: Path, frames: Tensor, fps: float, sound: Sound | None = None) -> None:
-    """An mp4 of H.264 (yuv420p), with AAC where there is `sound`, which is first fitted to the video's length.
+def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None = None) -> None:
+    """An mp4 of H.264 (yuv420p), with AAC where there is `audio`, which is first fitted to the video's length.
 
     Args:
         frames: (F, H, W, 3) uint8 with even H and W.
@@ -48,7 +38,7 @@ def write_video(path: Path, frames: Tensor, fps: float, sound: Sound | None = No
     count, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise UserError(f"{path}: {width}x{height} frames: H.264 in yuv420p takes even sizes.")
-    fitted = None if sound is None else fit_sound(sound, count / fps)
+    fitted = None if audio is None else fit_audio(audio, count / fps)
     _replace(path, lambda temporary: _mux(temporary, frames, _rate(fps), fitted))
 
 
@@ -59,15 +49,15 @@ def write_image(path: Path, frame: Tensor) -> None:
     _replace(path, lambda temporary: Image.fromarray(frame.cpu().numpy()).save(temporary, format="png"))
 
 
-def write_wav(path: Path, sound: Sound) -> None:
+def write_wav(path: Path, audio: Waveform) -> None:
     """A wav of 16 bits."""
 
     def save(temporary: Path) -> None:
         with wave.open(str(temporary), "wb") as file:
-            file.setnchannels(sound.samples.shape[0])
+            file.setnchannels(audio.samples.shape[0])
             file.setsampwidth(2)
-            file.setframerate(sound.rate)
-            samples = (sound.samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
+            file.setframerate(audio.rate)
+            samples = (audio.samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
             file.writeframes(samples.T.contiguous().numpy().tobytes())
 
     _replace(path, save)
@@ -81,24 +71,24 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(10000)
 
 
-def _mux(path: Path, frames: Tensor, rate: Fraction, sound: Sound | None) -> None:
+def _mux(path: Path, frames: Tensor, rate: Fraction, audio: Waveform | None) -> None:
     import av
 
     with av.open(str(path), mode="w", format="mp4") as container:
         video = container.add_stream("libx264", rate=rate, options=_H264)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        audio = None
-        if sound is not None:
-            audio = container.add_stream("aac", rate=sound.rate, layout="stereo" if sound.samples.shape[0] == 2 else "mono")
-            audio.bit_rate = _AUDIO_BIT_RATE
+        stream = None
+        if audio is not None:
+            stream = container.add_stream("aac", rate=audio.rate, layout="stereo" if audio.samples.shape[0] == 2 else "mono")
+            stream.bit_rate = _AUDIO_BIT_RATE
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame.cpu().numpy(), format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None and sound is not None:
-            block = av.AudioFrame.from_ndarray(sound.samples.float().clamp(-1, 1).cpu().numpy(), format="fltp", layout=audio.layout.name)
-            block.sample_rate, block.time_base, block.pts = sound.rate, Fraction(1, sound.rate), 0
-            container.mux(audio.encode(block))
-            container.mux(audio.encode(None))
+        if stream is not None and audio is not None:
+            block = av.AudioFrame.from_ndarray(audio.samples.float().clamp(-1, 1).cpu().numpy(), format="fltp", layout=stream.layout.name)
+            block.sample_rate, block.time_base, block.pts = audio.rate, Fraction(1, audio.rate), 0
+            container.mux(stream.encode(block))
+            container.mux(stream.encode(None))
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:

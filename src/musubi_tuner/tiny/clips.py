@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musubi_tuner.media.write import Sound, write_image, write_wav
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.media.write import write_image, write_wav
 
 SOUND_RATE = 48000
 _TICKS = 90000
@@ -25,8 +26,8 @@ _BITS = (2, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClipSound:
-    """Sound of a clip to be written."""
+class ClipAudio:
+    """Waveform of a clip to be written."""
 
     samples: Tensor
     """(channels, n) float32 in -1..1"""
@@ -49,7 +50,7 @@ def write_clips(
         ground = list(_GROUNDS)[(number // len(_COLORS) + number + seed) % len(_GROUNDS)]
         path = folder / f"clip_{number:03d}.mp4"
         heights = disc_heights(frames, fps, number + seed)
-        write_clip(path, disc_frames(heights, width, height, color, ground), fps=fps, sound=ClipSound(samples=tone_of(heights, fps)))
+        write_clip(path, disc_frames(heights, width, height, color, ground), fps=fps, audio=ClipAudio(samples=tone_of(heights, fps)))
         caption = f"A {color} disc moves over a {ground} ground while a tone rises and falls with it."
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         paths.append(path)
@@ -69,14 +70,14 @@ def write_stills(folder: Path, *, count: int = 3, width: int = 96, height: int =
     return tuple(paths)
 
 
-def write_sounds(folder: Path, *, count: int = 3, seconds: float = 1.5) -> tuple[Path, ...]:
+def write_audio_files(folder: Path, *, count: int = 3, seconds: float = 1.5) -> tuple[Path, ...]:
     """`count` wav files with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):
         path = folder / f"sound_{number:03d}.wav"
         heights = disc_heights(round(seconds * 24), 24, number)
-        write_wav(path, Sound(samples=tone_of(heights, 24), rate=SOUND_RATE))
+        write_wav(path, Waveform(samples=tone_of(heights, 24), rate=SOUND_RATE))
         path.with_suffix(".txt").write_text(f"A tone that rises and falls, number {number}.\n", encoding="utf-8")
         paths.append(path)
     return tuple(paths)
@@ -88,7 +89,7 @@ def write_clip(
     *,
     fps: float = 24,
     times: Sequence[float] | None = None,
-    sound: ClipSound | None = None,
+    audio: ClipAudio | None = None,
     rotation: int = 0,
     pixel_format: str = "yuv420p",
     pixel_aspect: Fraction | None = None,
@@ -112,37 +113,37 @@ def write_clip(
             video.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation:
             video.set_display_rotation(rotation)
-        audio = None
-        if sound is not None:
-            codec = sound.codec or ("aac" if path.suffix == ".mp4" else "pcm_s16le")
-            audio = container.add_stream(codec, rate=sound.rate, layout=sound.layout)
+        stream = None
+        if audio is not None:
+            codec = audio.codec or ("aac" if path.suffix == ".mp4" else "pcm_s16le")
+            stream = container.add_stream(codec, rate=audio.rate, layout=audio.layout)
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
             frame.time_base = tick
             frame.pts = number if times is None else round(times[number] * _TICKS)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
-        if sound is not None:
-            _write_sound(container, audio, sound)
+        if audio is not None:
+            _write_audio(container, stream, audio)
 
 
-def _write_sound(container: Any, stream: Any, sound: ClipSound) -> None:
+def _write_audio(container: Any, stream: Any, audio: ClipAudio) -> None:
     import av
 
-    data = sound.samples.numpy()
+    data = audio.samples.numpy()
     block = 1024
     for start in range(0, data.shape[1], block):
         part = np.ascontiguousarray(data[:, start : start + block])
         if stream.codec_context.format.name == "s16":
             part = np.ascontiguousarray((part.clip(-1, 1) * 32767).round().astype(np.int16).T.reshape(1, -1))
-        frame = av.AudioFrame.from_ndarray(part, format=stream.codec_context.format.name, layout=sound.layout)
-        frame.sample_rate, frame.time_base = sound.rate, Fraction(1, sound.rate)
-        frame.pts = round(sound.start * sound.rate) + start
+        frame = av.AudioFrame.from_ndarray(part, format=stream.codec_context.format.name, layout=audio.layout)
+        frame.sample_rate, frame.time_base = audio.rate, Fraction(1, audio.rate)
+        frame.pts = round(audio.start * audio.rate) + start
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
 
-def break_sound(path: Path) -> None:
+def break_audio(path: Path) -> None:
     """Overwrite the data of a file's audio packets, so that its audio stream is there and does not decode."""
     import av
 

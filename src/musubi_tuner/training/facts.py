@@ -31,7 +31,7 @@ def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None)
     """Flags and facts that shape the result, as plain JSON values."""
     config = inputs.config
     values: dict[str, Any] = {}
-    sections = (config.mode, config.network, config.losses, config.sound, config.preservation, config.optimization, config.saving)
+    sections = (config.mode, config.network, config.losses, config.audio, config.preservation, config.optimization, config.saving)
     for section in sections:
         for field in dataclasses.fields(section):
             if field.name not in _WHERE_ONLY and not field.name.startswith("save_"):
@@ -81,11 +81,11 @@ def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dic
         "ltxv2_timestep_range": [config.losses.min_timestep, config.losses.max_timestep],
         "ltxv2_loss_type": config.losses.loss_type,
         "ltxv2_weighting_scheme": config.losses.weighting_scheme,
-        "ltxv2_audio_balance": config.sound.audio_balance,
+        "ltxv2_audio_balance": config.audio.audio_balance,
         "ltxv2_independent_audio_timestep": config.losses.independent_audio_timestep,
         "ltxv2_av_timestep_rule": config.losses.av_timestep_rule,
-        "ltxv2_video_loss_weight": config.sound.video_loss_weight,
-        "ltxv2_audio_loss_weight": config.sound.audio_loss_weight,
+        "ltxv2_video_loss_weight": config.audio.video_loss_weight,
+        "ltxv2_audio_loss_weight": config.audio.audio_loss_weight,
         "ltxv2_dop_prompt": "" if config.preservation.dop_prompt is None else config.preservation.dop_prompt,
         "ltxv2_dop_weight": config.preservation.dop_weight if config.preservation.dop_prompt is not None else 0.0,
         "ltxv2_audio_dop_weight": config.preservation.audio_dop_weight,

@@ -84,7 +84,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     optimization = config.optimization
     rules = draw_rules(inputs, "train", optimization.seed, _caption_dropout(inputs))
     prompt = _prompt_preservation(inputs, machine.device)
-    balance = AudioBalance(machine.device) if config.sound.audio_balance == "ema" else None
+    balance = AudioBalance(machine.device) if config.audio.audio_balance == "ema" else None
     loaded = _load_model(inputs, machine, rules, prompt)
     network = loaded.network
     schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
@@ -112,7 +112,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
             name, decay = optimization.optimizer_type, optimization.ema_decay
             raise UserError(f"--ema_decay {decay:g}: --optimizer_type {name} averages already; give one of them.")
         average = WeightAverage(network.named_parameters(), optimization.ema_decay)
-    supervision = AudioSupervision(config.sound)
+    supervision = AudioSupervision(config.audio)
     with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
     watched = {name: one for name, one in with_state.items() if one is not None}
     start_step = 0
@@ -181,7 +181,7 @@ def make_objective(
 
 def draw_rules(inputs: RunInputs, purpose: str, seed: int, dropped: CaptionDropout | None = None) -> DrawRules:
     """How the items of training, or of validation, are drawn."""
-    losses, sound, training = inputs.config.losses, inputs.config.sound, purpose == "train"
+    losses, sound, training = inputs.config.losses, inputs.config.audio, purpose == "train"
     return DrawRules(
         seed=seed,
         purpose=purpose,

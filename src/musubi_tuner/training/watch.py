@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from musubi_tuner.config.losses import SoundOptions
+from musubi_tuner.config.losses import AudioOptions
 from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.objective import ItemLosses
@@ -126,7 +126,7 @@ class Pace:
 class AudioSupervision:
     """Strict audio: counts on the host, from what batches know of themselves, whether the items that should have audio really have it."""
 
-    def __init__(self, options: SoundOptions) -> None:
+    def __init__(self, options: AudioOptions) -> None:
         self._options = options
         self.expected = 0
         self.supervised = 0
