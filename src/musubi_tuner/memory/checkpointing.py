@@ -16,17 +16,23 @@ policy the compiler's partitioner keeps 31.7 units.
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 States = tuple[Tensor | None, Tensor | None]
-"""What a block takes first and returns: (B, N, D) of two streams, None where a stream is absent."""
+"""What a block takes and returns: (B, N, D) of two streams, None where a stream is absent."""
 
-RunBlock = Callable[..., States]
-"""(block, *states, *inputs) -> the states after the block. Inputs are the same for all blocks; see memory/engine.py."""
+
+class RunBlock(Protocol):
+    """Runs a block. `inputs` is all that it reads beside its states, the same for all blocks of a pass; see memory/engine.py."""
+
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        """The states after the block."""
+        ...
+
 
 _aten = torch.ops.aten
 
@@ -90,12 +96,12 @@ def checkpointed(level: Recompute, max_rank: int) -> RunBlock:
         kept = keeps(level, max_rank, operation, arguments)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def run(block: Callable[..., States], *arguments: Any) -> States:
+    def run(block: nn.Module, states: States, inputs: Any) -> States:
         assert level and max_rank > 0  # read here so that compiled code is guarded by them: two levels never share a graph
         contexts = partial(create_selective_checkpoint_contexts, policy)
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def run_whole(block: Callable[..., States], *arguments: Any) -> States:
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    def run_whole(block: nn.Module, states: States, inputs: Any) -> States:
+        return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False)
 
     return run_whole if level == Recompute.EVERYTHING else run

@@ -2,15 +2,15 @@
 
 A diffusion transformer is a chain of equal blocks, and nearly all memory and time of a training step is theirs. What saves memory
 (activation checkpointing, weight streaming, activation offload) and what saves time (torch.compile) therefore works block by block, and
-from outside: the model states the maths and calls `run_block(block, ...)` where it would call `block(...)`; a `BlockEngine` takes the place
-of that function. Uncompiled, it gives the same bits as the plain model.
+from outside: the model states the maths and calls `run_block(block, states, inputs)` where it would call `block(states, inputs)`; a
+`BlockEngine` takes the place of that function. Uncompiled, it gives the same bits as the plain model.
 
 The contract of a block
-    `states = block(*states, *inputs)`. The first two arguments are its states, the tensors (B, N, D) of video and audio, None where a
-    stream is absent; it returns the next states. All other arguments are inputs (modulation, text, RoPE, masks), shared by the blocks of a
-    pass. So the states are the only thing that joins one block to the next: they are what a block on the level `everything` keeps, what
-    waits in host memory, and what passes through the gates. Inputs need no gradients as long as adapters sit inside blocks; with states on
-    the host they must not.
+    `states = block(states, inputs)`. The states are the tensors (B, N, D) of video and audio, None where a stream is absent. The inputs are
+    all else that a block reads (`BlockInputs` of the model: modulation, text, RoPE, masks), shared by the blocks of a pass. So the states
+    are the only thing that joins one block to the next: they are what a block on the level `everything` keeps, what waits in host memory,
+    and what passes through the gates. Inputs need no gradients as long as adapters sit inside blocks; with states on the host they must
+    not.
 
 A visit of a block, in training with streamed weights: forward goes down, backward comes up.
 
@@ -61,15 +61,14 @@ block is then recomputed as a whole just before its own backward, so the level o
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import Recompute, RunBlock, States, checkpointed
-from musubi_tuner.memory.offload import HostCheckpoint, HostStore, as_states
+from musubi_tuner.memory.offload import HostStore, as_states, run_from_host
 from musubi_tuner.memory.streaming import BlockStreamer
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,8 @@ _MOST_GRAPHS = 128
 """Kinds of blocks (level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has a few of
 them; torch's own limit of 8 would end it in the middle."""
 
-SequenceAxes = Callable[..., list[tuple[Tensor, int]]]
-"""Arguments of a block (states and inputs) -> its tensors whose length follows the clip, and which axis of theirs."""
+SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
+"""(states, inputs) of a block -> its tensors whose length follows the clip, and which axis of theirs."""
 
 
 class BlockEngine:
@@ -109,63 +108,35 @@ class BlockEngine:
         if inputs_on_host:
             levels = [Recompute.NOTHING if compiled else None] * len(blocks)
         self._store = HostStore() if inputs_on_host else None
-        functions = {level: _block_function(level, max_rank, backend if compiled else None) for level in set(levels)}
-        self._run_with_gradients: Mapping[nn.Module, RunBlock] = {
-            block: functions[level] for block, level in zip(blocks, levels, strict=True)
-        }
-        self._run_without_gradients = _block_function(None, max_rank, backend) if compiled else _call
-        self._compiled = compiled
-        self._axes = sequence_axes
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
-        self._in_compiled_block = False
+        runs: dict[Recompute | None, RunBlock] = {level: _call if level is None else checkpointed(level, max_rank) for level in set(levels)}
+        self._run_without_gradients: RunBlock = _call
         if compiled:
-            _log_compilation(self)
+            _allow_many_graphs()
+            runs = {level: _Compiled(run, backend, sequence_axes) for level, run in runs.items()}
+            self._run_without_gradients = _Compiled(_call, backend, sequence_axes)
+        self._run_with_gradients = {block: runs[level] for block, level in zip(blocks, levels, strict=True)}
 
-    def __call__(self, block: nn.Module, first: Tensor | None, second: Tensor | None, /, *inputs: Any) -> States:
-        """Visit one block.
-
-        Args:
-            first, second: its states, (B, N, D) or None.
-            inputs: its other arguments.
-
-        Returns:
-            The states after it.
-        """
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        """Visit one block: the states after it."""
         with_gradients = torch.is_grad_enabled()
+        run_without_gradients = self._run_without_gradients if block.training else _call
         if self._streamer is not None:
             self._streamer.before_forward(block)
         if with_gradients:
-            states = self._gate(block, (first, second), entering=True)
-            states = self._gate(block, self._with_gradients(block, states, inputs), entering=False)
+            run = self._run_with_gradients[block]
+            states = self._gate(block, states, entering=True)
+            if self._store is None:
+                states = run(block, states, inputs)
+            else:
+                states = run_from_host(self._store, run_without_gradients, run, block, states, inputs)
+            states = self._gate(block, states, entering=False)
         else:
-            states = self._without_gradients(block)(first, second, *inputs)
+            states = run_without_gradients(block, states, inputs)
         if self._streamer is not None:
             self._streamer.after_forward(block, last=not with_gradients)
         return states
-
-    def _with_gradients(self, block: nn.Module, states: States, inputs: tuple) -> States:
-        run = partial(self._run_marked if self._compiled else _call, self._run_with_gradients[block], block)
-        if self._store is None:
-            return run(*states, *inputs)
-        present = (states[0] is not None, states[1] is not None)
-        results = HostCheckpoint.apply(
-            self._store, self._without_gradients(block), run, present, inputs, *(state for state in states if state is not None)
-        )
-        return as_states(results, present)
-
-    def _without_gradients(self, block: nn.Module) -> Callable[..., States]:
-        return partial(self._run_marked, self._run_without_gradients, block) if self._compiled and block.training else block
-
-    def _run_marked(self, run: RunBlock, block: nn.Module, *arguments: Any) -> States:
-        """Run a compiled function with its lengths marked as dynamic."""
-        for tensor, axis in self._axes(*arguments) if self._axes else ():
-            torch._dynamo.mark_dynamic(tensor, axis)
-        self._in_compiled_block = True
-        try:
-            return run(block, *arguments)
-        finally:
-            self._in_compiled_block = False
 
     def _gate(self, block: nn.Module, states: States, *, entering: bool) -> States:
         """The states, through a node of autograd's graph that notifies the streamer of the block's backward pass."""
@@ -199,35 +170,50 @@ class _Gate(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _call(block: Callable[..., States], *arguments: Any) -> States:
-    return block(*arguments)
+def _call(block: nn.Module, states: States, inputs: Any) -> States:
+    return block(states, inputs)
 
 
-def _block_function(level: Recompute | None, max_rank: int, backend: str | None) -> RunBlock:
-    """How blocks of a level are run; compiled where there is a `backend`."""
-    run = _call if level is None else checkpointed(level, max_rank)
-    if backend is None:
-        return run
+class _Compiled:
+    """Runs blocks as one graph, with their lengths marked as dynamic."""
+
+    def __init__(self, run: RunBlock, backend: str, sequence_axes: SequenceAxes | None) -> None:
+        self._graph = torch.compile(run, fullgraph=True, backend=backend)
+        self._axes = sequence_axes
+        self.is_running = False
+        _log_compilation(self)
+
+    def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
+        for tensor, axis in self._axes(states, inputs) if self._axes else ():
+            torch._dynamo.mark_dynamic(tensor, axis)
+        self.is_running = True
+        try:
+            return self._graph(block, states, inputs)
+        finally:
+            self.is_running = False
+
+
+def _allow_many_graphs() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
     # Torch warns that a block with a policy must not work in place; ours does not.
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_policy_warning)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * _MOST_GRAPHS)
-    return torch.compile(run, fullgraph=True, backend=backend)
 
 
 def _is_no_policy_warning(record: logging.LogRecord) -> bool:
     return "context_fn is passed" not in record.getMessage()
 
 
-def _log_compilation(engine: BlockEngine) -> None:
+def _log_compilation(compiled: _Compiled) -> None:
     """Log whenever a block is compiled, so that a step of a minute has a reason that the user can read."""
     from torch._dynamo.callback import callback_handler
 
-    reference = weakref.ref(engine)
+    reference = weakref.ref(compiled)
 
     def on_start(_: object) -> None:
         running = reference()
-        if running is not None and running._in_compiled_block:
+        if running is not None and running.is_running:
             log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
 
     callback_handler.register_start_callback(on_start)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from musubi_tuner.memory.checkpointing import States
+from musubi_tuner.memory.checkpointing import RunBlock, States
 
 
 @dataclass(slots=True)
@@ -84,46 +84,53 @@ class HostStore:
         return one.back
 
 
-class HostCheckpoint(torch.autograd.Function):
-    """Runs a block without gradients, keeps its states in a store, and runs it again in the backward pass.
+def run_from_host(
+    store: HostStore, run_without_gradients: RunBlock, run: RunBlock, block: nn.Module, states: States, inputs: Any
+) -> States:
+    """The states after the block. Those before it wait in `store`, and the backward pass runs the block again from there.
 
-    `torch.utils.checkpoint` would keep the states on the device. Gradients of the block's parameters are accumulated by the backward pass
-    within this one; no gradient is passed to the block's other inputs.
+    `torch.utils.checkpoint` would keep them on the device. No gradient is passed to the inputs.
+
+    Args:
+        run_without_gradients, run: how the block is run now, and in the backward pass.
     """
+    present = (states[0] is not None, states[1] is not None)
+    results = _HostCheckpoint.apply(
+        store,
+        lambda own: run_without_gradients(block, own, inputs),
+        lambda own: run(block, own, inputs),
+        present,
+        *(state for state in states if state is not None),
+    )
+    return as_states(results, present)
+
+
+class _HostCheckpoint(torch.autograd.Function):
+    """Gradients of the block's parameters are accumulated by the backward pass within this one."""
 
     @staticmethod
     def forward(
         ctx: Any,
         store: HostStore,
-        run_without_gradients: Callable[..., States],
-        run: Callable[..., States],
+        run_without_gradients: Callable[[States], States],
+        run: Callable[[States], States],
         present: tuple[bool, bool],
-        inputs: tuple,
         *states: Tensor,
-    ) -> tuple:
-        """
-        Args:
-            run_without_gradients, run: (*states, *inputs) -> states; the block in the first and in the second run.
-            present, states: which of the two states there are, and those.
-            inputs: the block's other arguments.
-
-        Returns:
-            The next states, those that are present.
-        """
-        ctx.run, ctx.store, ctx.present, ctx.inputs = run, store, present, inputs
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.store, ctx.present = run, store, present
         ctx.kept = store.put(states)
         with torch.no_grad():
-            results = run_without_gradients(*as_states(states, present), *inputs)
+            results = run_without_gradients(as_states(states, present))
         return tuple(result for result in results if result is not None)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         states = [tensor.detach().requires_grad_() for tensor in ctx.store.take(ctx.kept)]
         with torch.enable_grad():
-            results = [one for one in ctx.run(*as_states(states, ctx.present), *ctx.inputs) if one is not None]
+            results = [one for one in ctx.run(as_states(states, ctx.present)) if one is not None]
         pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True) if gradient is not None]
         torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
-        return (None, None, None, None, None, *(state.grad for state in states))
+        return (None, None, None, None, *(state.grad for state in states))
 
 
 def as_states(tensors: Sequence[Tensor], present: Sequence[bool]) -> States:

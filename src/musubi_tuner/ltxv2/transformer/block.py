@@ -59,22 +59,33 @@ class BlockSkips(NamedTuple):
     video_to_audio: Skip = False
 
 
-def sequence_axes(
-    video: Tensor | None, audio: Tensor | None, v: StreamInputs | None, a: StreamInputs | None, skips: BlockSkips
-) -> list[tuple[Tensor, int]]:
+class BlockInputs(NamedTuple):
+    """What a block reads beside its states."""
+
+    video: StreamInputs | None
+    """None where the stream is absent, as is `audio`."""
+    audio: StreamInputs | None
+    skips: BlockSkips
+
+
+States = tuple[Tensor | None, Tensor | None]
+"""(B, N, D) of video and audio; None where the stream is absent. A block takes them and returns the next ones."""
+
+
+def sequence_axes(states: States, inputs: BlockInputs) -> list[tuple[Tensor, int]]:
     """Axes of a block's arguments whose length follows the clip: a compiled block takes any, without compiling again."""
-    found: list[tuple[Tensor | None, int]] = [(video, 1), (audio, 1)]
-    for inputs in (v, a):
-        if inputs is None:
+    found: list[tuple[Tensor | None, int]] = [(state, 1) for state in states]
+    for stream in (inputs.video, inputs.audio):
+        if stream is None:
             continue
-        cross = inputs.cross
-        for table in (inputs.rope,) if cross is None else (inputs.rope, cross.rope):
+        cross = stream.cross
+        for table in (stream.rope,) if cross is None else (stream.rope, cross.rope):
             found += [(table.cos, 2), (table.sin, 2)]
-        for modulation in (inputs.modulation,) if cross is None else (inputs.modulation, cross.modulation, cross.gate):
+        for modulation in (stream.modulation,) if cross is None else (stream.modulation, cross.modulation, cross.gate):
             found.append((modulation.index, 1))
-        found += [(inputs.self_mask, 3), (inputs.key_mask, 3)]
-        if inputs.self_mask is not None and inputs.self_mask.shape[2] > 1:
-            found.append((inputs.self_mask, 2))
+        found += [(stream.self_mask, 3), (stream.key_mask, 3)]
+        if stream.self_mask is not None and stream.self_mask.shape[2] > 1:
+            found.append((stream.self_mask, 2))
     return [(tensor, axis) for tensor, axis in found if tensor is not None]
 
 
@@ -165,37 +176,36 @@ class Block(nn.Module):
         text_table = self.audio_prompt_scale_shift_table if self.modulates_text else None
         return StreamLayers(self.audio_attn1, self.audio_attn2, self.audio_ff, self.audio_scale_shift_table, text_table)
 
-    def forward(
-        self, video: Tensor | None, audio: Tensor | None, v: StreamInputs | None, a: StreamInputs | None, skips: BlockSkips
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """States (B, N, D) of both streams in, the next states out; a stream that is absent is None.
+    def forward(self, states: States, inputs: BlockInputs) -> States:
+        """The next states.
 
         x += gate * self_attention(modulated norm of x), x += [gate *] text_attention(norm of x), then each stream attends to the other,
         then x += gate * feed_forward(modulated norm of x). A stream that is not enabled keeps its states.
         """
+        v, a, skips = inputs
         streams = ((self.video_layers, v, skips.video_self), (self.audio_layers, a, skips.audio_self))
-        states = [video, audio]
-        for place, (layers_of, inputs, skip) in enumerate(streams):
-            x = states[place]
-            if x is None or inputs is None or not inputs.enabled:
+        next_states = [*states]
+        for place, (layers_of, stream, skip) in enumerate(streams):
+            x = next_states[place]
+            if x is None or stream is None or not stream.enabled:
                 continue
             layers = layers_of()
-            rows = inputs.modulation.plus(layers.table)
+            rows = stream.modulation.plus(layers.table)
             h = modulate(self._rms(x), rows.row(0), rows.row(1))
             x = x + rows.row(2) * layers.self_attention(
-                h, h, query_rope=inputs.rope, key_rope=inputs.rope, mask=inputs.self_mask, skip=skip
+                h, h, query_rope=stream.rope, key_rope=stream.rope, mask=stream.self_mask, skip=skip
             )
-            states[place] = self._attend_to_text(x, inputs, layers, rows)
-        video, audio = states
+            next_states[place] = self._attend_to_text(x, stream, layers, rows)
+        video, audio = next_states
         if video is not None and audio is not None and v is not None and a is not None:
-            states = [*self._attend_across(video, audio, v, a, skips)]
-        for place, (layers_of, inputs, _) in enumerate(streams):
-            x = states[place]
-            if x is not None and inputs is not None and inputs.enabled:
+            next_states = [*self._attend_across(video, audio, v, a, skips)]
+        for place, (layers_of, stream, _) in enumerate(streams):
+            x = next_states[place]
+            if x is not None and stream is not None and stream.enabled:
                 layers = layers_of()
-                rows = inputs.modulation.plus(layers.table)
-                states[place] = x + rows.row(5) * layers.feed_forward(modulate(self._rms(x), rows.row(3), rows.row(4)))
-        return states[0], states[1]
+                rows = stream.modulation.plus(layers.table)
+                next_states[place] = x + rows.row(5) * layers.feed_forward(modulate(self._rms(x), rows.row(3), rows.row(4)))
+        return next_states[0], next_states[1]
 
     def _rms(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), eps=self.eps)

@@ -1,7 +1,6 @@
 """The LTX-2 transformer: tokens of one or two streams in, velocity out. Names are the official ones."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.adaln import AdaLN, Modulation, modulate
 from musubi_tuner.ltxv2.transformer.attention import RopeTable, attention_bias, key_bias, rope_table
-from musubi_tuner.ltxv2.transformer.block import Block, BlockSkips, CrossInputs, StreamInputs
+from musubi_tuner.ltxv2.transformer.block import Block, BlockInputs, BlockSkips, CrossInputs, States, StreamInputs
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Skip, Velocity
 
@@ -20,16 +19,18 @@ TIMESTEP_RULES = ("official", "cross", "own")
 `cross` (ltx-core 1.0.0): both from the other stream's sigma. `own`: both from the stream's own tokens.
 """
 
-States = tuple[Tensor | None, Tensor | None]
-"""(B, N, D) of video and audio; None where the stream is absent."""
 
-RunBlock = Callable[..., States]
-"""(block, its arguments) -> its next states. `memory` puts checkpointing, streaming and compiled blocks in its place."""
+class RunBlock(Protocol):
+    """How a model runs each of its blocks. `memory.engine` puts checkpointing, compiled graphs and streamed weights in its place."""
+
+    def __call__(self, block: nn.Module, states: States, inputs: BlockInputs) -> States:
+        """The block's next states."""
+        ...
 
 
-def run_plain(block: Block, *arguments: Any) -> States:
-    """How a block is run unless something else takes the place of `LTXModel.run_block`."""
-    return block(*arguments)
+def run_plain(block: nn.Module, states: States, inputs: BlockInputs) -> States:
+    """The block's own forward pass; autograd keeps what it likes."""
+    return block(states, inputs)
 
 
 class TextProjection(nn.Module):
@@ -140,7 +141,7 @@ class LTXModel(nn.Module):
             a, a_embedded = self._stream_inputs(self.audio_parts(), audio, video)
         for index, block in enumerate(self.transformer_blocks):
             block_skips = BlockSkips(skips.skip_video_self.get(index, False), skips.skip_audio_self.get(index, False), skip_a2v, skip_v2a)
-            states = self.run_block(block, *states, v, a, block_skips)
+            states = self.run_block(block, states, BlockInputs(v, a, block_skips))
         return Velocity(
             self._head(self.video_parts(), video, states[0], v_embedded) if video is not None and video.enabled else None,
             self._head(self.audio_parts(), audio, states[1], a_embedded) if audio is not None and audio.enabled else None,
