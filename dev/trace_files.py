@@ -2,7 +2,7 @@
 
 FOLDER is where `quickstart.py` has left its models, clips, dataset file and prompts. Three walks are printed, as in
 docs/development/architecture.md: a clip through caching, a batch through one training step, a sample prompt through a preview; and how many
-frames of ours lie between `train` and the first call of an attention kernel.
+frames of ours lie between `train` and the first call of an attention kernel in a training step (not in a validation pass).
 """
 
 import argparse
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 PACKAGE = "musubi_tuner/"
 AROUND = ("config/", "runtime/", "command.py", "ltxv2_")
@@ -32,7 +34,7 @@ class Trace:
         self.on_call: Callable[[str, FrameType], None] = lambda name, frame: None
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and getattr(argument, "__name__", "") == "scaled_dot_product_attention":
+        if event == "c_call" and getattr(argument, "__name__", "") == "scaled_dot_product_attention" and torch.is_grad_enabled():
             self.attention_frames = self.attention_frames or _frames_since_train(frame)
         if event != "call" or not frame.f_code.co_flags & inspect.CO_OPTIMIZED or (file := _file(frame)) is None:
             return  # neither a function nor one of ours; modules and class bodies are not optimized
