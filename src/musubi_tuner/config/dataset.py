@@ -210,7 +210,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     general, lists = values.get("general", {}), {name: values.get(name, []) for name in ("datasets", "validation_datasets")}
     for key in general:
         if key not in _keys(GeneralSettings) and key in _keys(_Entry):
-            raise UserError(f"{path}: general: unknown key '{key}'. It belongs into [[datasets]].")
+            raise UserError(f"{path}: general: unknown key '{key}'. It belongs in [[datasets]].")
     validated(GeneralSettings, general, where=f"{path}: general")
     specs = {name: tuple(_spec(path, f"{name}[{i}]", general, entry) for i, entry in enumerate(found)) for name, found in lists.items()}
     if not specs["datasets"]:

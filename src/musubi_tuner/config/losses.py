@@ -15,7 +15,7 @@ NoMinSnr = Annotated[
     float,
     Field(ge=0, le=0),
     Wording(
-        "left out: min-SNR weights by the signal-to-noise ratio of a diffusion schedule, which flow matching has not; "
+        "left out: min-SNR weights by the signal-to-noise ratio of a diffusion schedule, which flow matching does not have; "
         "give --weighting_scheme"
     ),
 ]
@@ -32,10 +32,10 @@ class LossOptions:
     min_timestep: NoiseLevel = flag("lowest noise level, of 1000", default=0.0)
     max_timestep: NoiseLevel = flag("highest noise level, of 1000", default=1000.0)
     independent_audio_timestep: bool = flag("draw the sound's noise level separately from the video's", default=True)
-    av_timestep_rule: Literal["official", "cross", "own"] = flag("who drives the cross attention between the streams", default="official")
+    av_timestep_rule: Literal["official", "cross", "own"] = flag("stream whose sigma drives the cross attention", default="official")
     loss_type: Literal["mse", "mae", "huber"] = flag("error of the predicted velocity", default="mse")
-    huber_delta: Positive = flag("where huber turns from squares to lines", default=1.0)
-    weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = flag("weight of the loss by noise level, 1 in the mean", default="none")
+    huber_delta: Positive = flag("error at which Huber loss becomes linear", default=1.0)
+    weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = flag("loss weight by noise level, averaging 1", default="none")
     min_snr_gamma: NoMinSnr = flag("refused unless 0: flow matching has no such quantity", default=0.0)
     noise_offset: NotNegative = flag("strength of an offset of the video's noise, the same for all cells of a channel", default=0.0)
     caption_dropout_rate: Share = flag("share of items whose caption is replaced by the empty one", default=0.0)

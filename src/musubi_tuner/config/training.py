@@ -58,7 +58,7 @@ class OptimizationOptions:
 class SavingOptions:
     """Saving and resuming."""
 
-    output_dir: AnyPath = flag("folder of everything the run leaves", default=Path("output"), common=True)
+    output_dir: AnyPath = flag("folder for everything the run writes", default=Path("output"), common=True)
     output_name: FileName = flag("name of the LoRA file", default="ltxv2_lora", common=True)
     save_every_n_steps: Count | None = flag("save the LoRA every N steps", default=None, common=True)
     save_every_n_epochs: Count | None = flag("save the LoRA every N epochs", default=None)
@@ -66,7 +66,7 @@ class SavingOptions:
     save_precision: Dtype = flag("dtype of the LoRA file", default="bfloat16")
     save_state: bool = flag("save the training state with every LoRA", default=False, common=True)
     save_last_n_states: Count = flag("how many states are kept; older ones are removed", default=2)
-    resume: AnyPath | None = flag("state folder to go on from, exactly", default=None)
+    resume: AnyPath | None = flag("state folder to resume from, exactly", default=None)
     autoresume: bool = flag(
         "go on from the newest state of this --output_name in --output_dir, where there is one", default=False, common=True
     )

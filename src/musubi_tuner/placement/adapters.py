@@ -108,7 +108,7 @@ def adapted_connectors(
         UserError: a type that adapts nothing.
     """
     if kind == "full":
-        raise UserError("--train_connectors: adapts the connectors by the network's type, and type=full is none that does; choose another.")
+        raise UserError("--train_connectors: connectors cannot be adapted with type=full; choose another type.")
     connectors = load_connectors(checkpoint, device=device, dtype=dtype)
     for stream in {"video", "audio"} - set(transformer.streams):
         delattr(connectors, f"{stream}_embeddings_connector")
