@@ -134,7 +134,7 @@ def test_settings_of_the_sampler_take_effect():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_snr_gamma": 5.0}, "signal-to-noise ratio.*flow matching has not.*weighting_scheme"),
+        ({"min_snr_gamma": 5.0}, "signal-to-noise ratio.*flow matching does not have.*weighting_scheme"),
         ({"min_timestep": 900.0, "max_timestep": 100.0}, "0 <= min < max <= 1000"),
         ({"caption_dropout_rate": 1.5}, "caption_dropout_rate = 1.5: must be a share"),
         ({"huber_delta": 0.0}, "huber_delta"),
