@@ -191,6 +191,7 @@ _KINDS = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text in quotes",
+    "string_unicode": "text in UTF-8",
     "tuple_type": "a list in [ ]",
     "is_instance_of": "a path in quotes",
     "greater_than": "above {gt}",
