@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.cache.index import index_path
+from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
@@ -120,6 +121,8 @@ def test_mirror_images_are_cached_from_flipped_frames(data) -> None:
         assert not torch.equal(frames, frames.flip(2))
         for item, seen in ((plain, frames), (mirrored, frames.flip(2))):
             assert torch.equal(load_file(item.paths[kind])[f"{key}_2x2x3_bfloat16"], encoded(data, seen)), (folder, item.key)
+        windows = [json.loads(read_metadata(item.paths[kind])["window"]) for item in (plain, mirrored)]
+        assert windows[1] == windows[0] | {"mirrored": True}, "or one would pass for the other"
     masks = [load_file(item.paths["mask"])["video_mask"] for item in (plain, mirrored)]
     assert masks[0][0].tolist() == [[1, 0, 0]] * 2 and masks[1][0].tolist() == [[0, 0, 1]] * 2
 

@@ -68,7 +68,8 @@ def test_references_are_cached_beside_the_latents_for_the_same_seconds(data):
     with safe_open(item.paths["reference"], framework="pt") as file:
         metadata = file.metadata()
     assert metadata["kind"] == "reference_latents" and metadata["source_fingerprint"] != item.clip.source_fingerprint
-    assert json.loads(metadata["window"])["start"] == item.clip.start_seconds == 0
+    assert item.clip.start_seconds == 0 and item.clip.fps == 24
+    assert json.loads(metadata["window"]) == {"start": 0, "fps": 24, "frames": 17, "width": 64, "height": 32}
 
 
 def test_caching_again_encodes_nothing_and_a_changed_reference_is_noticed(data, tmp_path):

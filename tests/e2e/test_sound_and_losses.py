@@ -14,12 +14,15 @@ from musubi_tuner.cache import store
 from musubi_tuner.cache.names import prompt_path
 from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import processes
 from musubi_tuner.tiny.clips import write_clip
+from musubi_tuner.training.objective import BatchObjective
 from tests import training_parts as parts
 
 
@@ -48,6 +51,25 @@ def test_a_balanced_run_is_logged_and_resumes_bit_for_bit(data, tmp_path):
     assert rows[-1]["audio_balance"] != rows[1]["audio_balance"]
     plain = run(data, tmp_path / "plain", "--max_train_steps", "6")
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_the_balance_leaves_datasets_out_whose_audio_weighs_nothing(data, tmp_path):
+    argv = data.arguments("--output_dir", str(tmp_path), "--audio_balance", "ema", "--max_train_steps", "1")
+    config = ltxv2_train_network.parse_arguments(argv)
+    with processes() as group:
+        built, inputs = parts.build(config, group)
+        batch = make_batch([Draw(inputs.items[0], epoch=0, repeat=0)], "av", built.rules)
+
+        silent = dataclasses.replace(batch, audio_weight=torch.zeros(1))
+
+        def gradients(objective: BatchObjective, batch: Batch) -> torch.Tensor:
+            built.optimizer.zero_grad(set_to_none=False)
+            objective.backward(batch)
+            return torch.cat([parameter.grad.flatten() for parameter in built.network.parameters()])
+
+        heard = gradients(built.objective, batch)
+        assert torch.equal(gradients(built.objective, silent), gradients(dataclasses.replace(built.objective, balance=None), silent))
+        assert not torch.equal(gradients(built.objective, silent), heard)
 
 
 def test_strict_sound_stops_a_run_that_is_half_silent(data, tiny_family, tmp_path):

@@ -1,5 +1,6 @@
 """Training from real caches on the tiny 2.3-style checkpoint: modes, resuming, errors that come before work is lost."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -135,9 +136,23 @@ def test_interrupt_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypat
 
     monkeypatch.setattr(StepLog, "write", interrupt_at_two)
     with caplog.at_level("INFO"):
-        assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "9")) == 0
+        flags = ["--output_dir", str(tmp_path), "--max_train_steps", "9", "--validate_every_n_steps", "1"]
+        assert ltxv2_train_network.main(data.arguments(*flags)) == 0
     assert (tmp_path / "ltxv2_lora-step00000002-state").is_dir()
+    validated = {row["step"]: row for row in parts.losses(tmp_path) if "validation/loss_video" in row}
+    assert set(validated) == {0, 1}, "nobody who stops a run waits for a validation"
+    first, last = (f"{validated[step]['validation/loss_video']:.4f}" for step in (0, 1))
+    assert re.search(rf"validation/loss_video +{first} -> {last}", caplog.text)
     assert "--resume" in caplog.text and "ltxv2_lora-step00000002-state" in caplog.text
+
+
+def test_validation_is_of_the_plain_loss_whatever_training_adds(data, tmp_path):
+    plain = ["--max_train_steps", "1", "--validate_every_n_steps", "9"]
+    run(data, tmp_path / "a", *plain)
+    run(data, tmp_path / "b", *plain, "--noise_offset", "0.5", "--weighting_scheme", "cosmap")
+    (first, second), (left, right) = (parts.losses(tmp_path / name)[:2] for name in "ab")
+    assert first == left and "validation/loss_audio" in first
+    assert second["loss_video"] != right["loss_video"]
 
 
 def test_warm_start_goes_on_from_a_lora(data, tmp_path):

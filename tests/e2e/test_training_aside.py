@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.cache.store import DiskFullError
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import clips
 from musubi_tuner.training.hooks import Saving, StepLog
@@ -162,6 +163,13 @@ def test_a_disk_that_fills_in_between_costs_a_save_and_never_the_run(data, tmp_p
     run(data, tmp_path / "b", "--max_train_steps", "2", "--save_state")
     assert "the state could not be written (PytorchStreamWriter failed" in caplog.text
     assert [path.name for path in (tmp_path / "b").iterdir() if "state" in path.name] == []
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(DiskFullError, match="disk is full"):
+        ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "1"))
+    assert not (tmp_path / "ltxv2_lora.safetensors").exists()
 
 
 def test_previews_without_prompts_are_told_of(data, tmp_path, caplog):

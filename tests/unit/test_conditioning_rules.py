@@ -68,6 +68,13 @@ def test_keyframes(at, count, expected):
     assert found == expected if expected is not None else (len(found) == 3 and {0, 4} < found)
 
 
+def test_random_keyframes_lie_anywhere():
+    recipe = Recipe(video=(rules.Keyframes(at=("random",), count=(2, 2)),))
+    found = [tuple(place for place, given in enumerate(frames_of(drawn(recipe, seed).video_clean)) if given) for seed in range(60)]
+    assert {len(places) for places in found} == {2}
+    assert len(set(found)) >= 9, "of ten pairs of five frames"
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_crop_gives_one_rectangle_of_every_frame(seed):
     cells = drawn(Recipe(video=(rules.Crop(size=(0.5, 0.5)),)), seed).video_clean

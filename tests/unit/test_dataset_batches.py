@@ -10,6 +10,7 @@ from musubi_tuner.cache import store
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.conditioning.recipe import Clean, Recipe, SoundPrefix
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
@@ -98,6 +99,15 @@ def test_sound_is_padded_and_keeps_its_place_in_the_batch(tmp_path):
     assert torch.equal(batch.audio_latents[1], merge_sources(list(items[1].paths.values()))["audio_latents"])
     assert not bool(batch.audio_latents[0].any()) and not bool(batch.audio_latents[3, :, 7:].any())
     assert batch.latents.shape == (4, 128, 2, 2, 3) and batch.text_mask is None
+
+
+def test_padding_is_clean_where_all_of_an_items_audio_is(tmp_path):
+    """Else a stream that is wholly given would be noised at its padding, and would not count as clean (`Modality.sigma`)."""
+    items = [make_item(tmp_path, "long", steps=12), make_item(tmp_path, "short", steps=7)]
+    whole = make_batch(draws(*items), "av", replace(RULES, recipe=Recipe(audio=(Clean(),)))).conditions.audio.clean
+    assert whole.shape == (2, 12) and bool(whole.all())
+    part = make_batch(draws(*items), "av", replace(RULES, recipe=Recipe(audio=(SoundPrefix(seconds=(0.04, 0.04)),)))).conditions.audio.clean
+    assert part.sum(1).tolist() == [1, 1]
 
 
 def test_a_batch_without_any_sound_has_no_audio_stream(tmp_path):

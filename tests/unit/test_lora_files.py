@@ -173,6 +173,9 @@ def test_loss_is_a_masked_mean_and_weights_multiply_it():
     losses = masked_mean(squared_error(prediction, target), weight)
     assert torch.allclose(losses[0], (prediction[0, :2] - target[0, :2]).pow(2).mean())
     assert losses[1] == 0, "an item whose tokens all weigh nothing"
+    assert torch.allclose(masked_mean(squared_error(prediction, target), 0.1 * weight), losses), (
+        "a mask of grey alone is as good as of white"
+    )
     changed = target.clone()
     changed[0, 2] = 1e6
     assert torch.equal(masked_mean(squared_error(prediction, changed), weight), losses)

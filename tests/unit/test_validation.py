@@ -33,6 +33,8 @@ class Example:
     def _check(self) -> "Example":
         if self.count == 7 and self.on:
             raise UserError("count 7 and on exclude each other.")
+        if self.on and self.path is not None:
+            raise UserError(f"on: {self.path} is in the way.")
         return self
 
 
@@ -97,3 +99,7 @@ def test_unknown_keys_get_the_nearest_and_every_error_a_line() -> None:
 
 def test_rules_over_several_fields_speak_for_themselves() -> None:
     assert refused(count=7, on=True) == "count 7 and on exclude each other."
+
+
+def test_a_message_may_quote_a_file_name_that_is_not_utf8() -> None:
+    assert refused(on=True, path="caf\udce9.toml") == r"on: caf\udce9.toml is in the way."

@@ -2,4 +2,10 @@
 
 
 class UserError(ValueError):
-    """Something that the user can fix: the text names the file, the value, the rule and the remedy."""
+    """Something that the user can fix: the text names the file, the value, the rule and the remedy.
+
+    Bytes of a file name that are not UTF-8 are written out (`\\udce9`), so that every screen, log and library takes the text.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())
