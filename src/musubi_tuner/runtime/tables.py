@@ -1,14 +1,60 @@
 """Plain text tables for reports."""
 
+import unicodedata
 from collections.abc import Sequence
 
+WIDTH = 100
+"""Columns of a terminal that tables fit into."""
+_NARROWEST = 8
 
-def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Left-aligned columns, two blanks apart, a rule under the headers."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in [list(headers), *cells]) for column in range(len(headers))]
 
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str], width: int = WIDTH) -> str:
+    """Left-aligned columns, two blanks apart, a rule under the headers; the longest cells are wrapped where `width` does not suffice."""
+    cells = [[str(cell).replace("\n", " ") for cell in row] for row in (headers, *rows)]
+    widths = [max(shown_width(row[column]) for row in cells) for column in range(len(headers))]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    first, *others = [_lines(row, widths) for row in cells]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([*first, rule, *(line for lines in others for line in lines)])
 
-    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+def shown_width(text: str) -> int:
+    """Columns that a terminal gives to a text: two to each wide letter of East Asia, none to combining marks."""
+    return sum(0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text)
+
+
+def names_of(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _lines(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Of one row of cells."""
+    wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+    lines = []
+    for place in range(max(len(cell) for cell in wrapped)):
+        parts = [cell[place] if place < len(cell) else "" for cell in wrapped]
+        lines.append("  ".join(part + " " * (width - shown_width(part)) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return lines
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """At blanks where there are any; at any letter of longer words."""
+    if shown_width(text) <= width:
+        return [text]
+    lines, line = [], ""
+    for word in text.split(" "):
+        joined = f"{line} {word}" if line else word
+        if shown_width(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        line = ""
+        for sign in word:
+            if shown_width(line + sign) > width:
+                lines.append(line)
+                line = ""
+            line += sign
+    return [*lines, line]
