@@ -223,12 +223,72 @@ def test_clips_without_a_stream_get_an_empty_sidecar(tmp_path: Path, tiny_family
     assert metadata["audio"] == "absent"
 
 
-def test_silence_in_a_stream_is_sound(tmp_path: Path, tiny_family) -> None:
-    (tmp_path / "clips").mkdir()
+def test_digital_silence_counts_as_no_sound_unless_it_is_asked_for(tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write_clips(tmp_path / "clips", count=1, frames=25)
     write_clip(tmp_path / "clips" / "quiet.mp4", numbered_frames(25), audio=ClipAudio(samples=torch.zeros(2, 50000)))
-    assert cache_sound(write_config(tmp_path, VIDEOS + "target_frames = [25]"), tiny_family.ltx23) == 0
-    tensors, metadata, _ = one(tmp_path / "cache", "*_audio.safetensors")
-    assert metadata["audio"] == "present" and int(tensors["audio_lengths"]) == 27
+
+    def cached(extra: str) -> tuple[int, str, str]:
+        caplog.clear()
+        assert cache_sound(write_config(tmp_path, VIDEOS + f"target_frames = [25]\n{extra}"), tiny_family.ltx23) == 0
+        tensors, metadata, _ = one(tmp_path / "cache", "quiet*_audio.safetensors")
+        return int(tensors["audio_lengths"]), metadata["audio"], caplog.text
+
+    steps, audio, said = cached("")
+    assert (steps, audio) == (0, "absent") and "datasets[0]/quiet.mp4:00000-025  silent (under -80 dBFS), not learned from" in said
+    assert "clip_000" not in said.split("its sound")[1], "nothing is said of sound that is whole"
+    heard = store.read_metadata(next((tmp_path / "cache").glob("clip_000*_audio.safetensors")))
+    assert "note" not in heard, "and its file is what it always was"
+    assert "silent" in cached("")[2], "a file that is kept is reported too"
+    steps, audio, said = cached("supervise_silence = true")
+    assert (steps, audio) == (27, "present") and "Audio latent caching: 1 encoded" in said and "learned from as the dataset asks" in said
+    assert cached("")[:2] == (0, "absent")
+
+
+def test_the_table_at_the_end_names_what_is_amiss_with_sound(tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clips = tmp_path / "clips"
+    write_clips(clips, count=1, frames=25)
+    square = torch.sign(torch.sin(torch.arange(60000) * 0.05)).expand(2, -1).contiguous()
+    sounds = {
+        "clipped.mov": ClipAudio(samples=square),
+        "early.mov": ClipAudio(samples=beep(0.5, 0.1)),
+        "late.mov": ClipAudio(samples=beep(1.0, 0.0), start=0.5),
+        "padded.mov": ClipAudio(samples=beep(25 / 24 - 0.03, 0.1)),
+        "none.mp4": None,
+        "silent.mov": ClipAudio(samples=torch.full((2, 60000), 5e-5)),
+    }
+    for name, sound in sounds.items():
+        write_clip(clips / name, numbered_frames(25), audio=sound)
+    config = write_config(tmp_path, VIDEOS + "target_frames = [25]")
+    assert cache_sound(config, tiny_family.ltx23) == 0
+    expected = {
+        "clipped.mov": "clipped (",
+        "early.mov": "ends early (0.54 s, not learned from)",
+        "late.mov": "starts late (0.50 s of silence first)",
+        "none.mp4": "no audio track",
+        "padded.mov": "padded (30 ms of silence at its end)",
+        "silent.mov": "silent (under -80 dBFS), not learned from",
+    }
+    for said in (caplog.text, (caplog.clear(), cache_sound(config, tiny_family.ltx23), caplog.text)[2]):
+        table = said.split("its sound")[1]
+        for name, words in expected.items():
+            assert f"datasets[0]/{name}:00000-025" in table and words in table, name
+        assert "clip_000" not in table and "no audio track                  1" in said
+    assert "Audio latent caching: 0 encoded, 0 failed" in said, "the second time all are kept"
+
+
+@pytest.mark.parametrize(("kind", "program", "words"), [("audio", "cache_video", "sound files, which have no pictures"),
+                                                        ("image", "cache_sound", "images, which have no sound")])  # fmt: skip
+def test_the_wrong_program_for_a_dataset_says_so(
+    tmp_path: Path, tiny_family, caplog: pytest.LogCaptureFixture, kind: str, program: str, words: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    write_audio_files(tmp_path / "media", count=1) if kind == "audio" else write_stills(tmp_path / "media", count=1)
+    config = write_config(tmp_path, f'[[datasets]]\n{kind}_directory = "media"\ncache_directory = "cache"\nresolution = [96, 64]')
+    assert globals()[program](config, tiny_family.ltx23) == 0
+    assert f"WARNING: nothing was encoded: the datasets hold {words}" in caplog.text and "ltxv2_cache_" in caplog.text
+    assert "0 encoded" not in caplog.text
 
 
 def test_sound_that_ends_early_is_cut_and_sound_that_never_comes_is_absent(tmp_path: Path, tiny_family) -> None:

@@ -1,8 +1,10 @@
 """Frames of real files: numbers, rates, orientation."""
 
+import io
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from PIL import Image
 
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.encoding.windows import video_windows
-from musubi_tuner.media.picture import cover_and_crop, picture_size, read_picture
+from musubi_tuner.generation.encode import still_crf
+from musubi_tuner.media.picture import as_video_frame, cover_and_crop, picture_size, read_picture
 from musubi_tuner.media.probe import probe_video
 from musubi_tuner.media.video import choose_frames, read_frames, sampled_length
 from musubi_tuner.runtime.errors import UserError
@@ -162,6 +165,34 @@ def test_animations_and_broken_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"cut\.png: cannot be read"):
         read_picture(tmp_path / "cut.png")
+
+
+def test_of_a_cameras_several_pictures_the_first_is_read(tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (96, 64), (200, 0, 0)), Image.new("RGB", (48, 32), (0, 0, 200))
+    first.save(tmp_path / "mpo.jpg", format="MPO", save_all=True, append_images=[second])
+    assert picture_size(tmp_path / "mpo.jpg") == (96, 64)
+    assert read_picture(tmp_path / "mpo.jpg").float().mean(dim=(0, 1))[0] > 190
+
+
+def test_stills_pass_through_h264_as_the_official_pipelines_do_it() -> None:
+    """By a real mp4 of one frame, and by the model's version."""
+    picture = torch.rand(9, 13, 3, generator=torch.Generator().manual_seed(0)).repeat_interleave(7, 0).repeat_interleave(7, 1)
+    picture = (picture * 255).to(torch.uint8)
+    for crf in (33, 18):
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
+            stream.width, stream.height = 90, 62
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture[:62, :90].contiguous().numpy(), format="rgb24")))
+            container.mux(stream.encode(None))
+        buffer.seek(0)
+        with av.open(buffer) as container:
+            expected = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert np.array_equal(as_video_frame(picture, crf).numpy(), expected)
+        assert not np.array_equal(expected, picture[:62, :90].numpy())
+    assert [still_crf(version) for version in ("2.0", "2.3", "2.4", "2.5")] == [33, 33, 18, 18]
+    with pytest.raises(ValueError, match="1x40 pixels"):
+        as_video_frame(torch.zeros(40, 1, 3, dtype=torch.uint8), 33)
 
 
 @pytest.mark.parametrize(("size", "target"), [((100, 60), (64, 64)), ((31, 200), (96, 64)), ((640, 480), (96, 64)), ((64, 64), (64, 64))])

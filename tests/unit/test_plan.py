@@ -111,4 +111,4 @@ def test_pictures_too_small_for_no_upscale_are_dropped(tmp_path: Path) -> None:
     (dataset,) = plan(tmp_path, '[[datasets]]\nimage_directory = "stills"\nresolution = [96, 64]\nbucket_no_upscale = true\n')
     row = next(row for row in dataset.rows if row.source == "sliver.png")
     assert row.outcome == "dropped" and "too small" in row.note
-    assert dataset.without_caption == 1
+    assert dataset.without_caption == ("sliver.png",)

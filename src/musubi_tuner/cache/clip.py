@@ -19,6 +19,8 @@ class Sidecar:
     fps: float = 0.0
     width: int = 0
     height: int = 0
+    colors: str = ""
+    """By which rule its pictures are read, where that is not their tags alone (`media.colors.Colors.rule`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class Clip:
     """By the names of their kinds (`cache.sidecars.KINDS`)."""
     mirrored: bool = False
     """Its pictures, with references and masks, are flipped left to right."""
+    colors: str = ""
+    """As of `Sidecar`, of the source itself."""
 
     @property
     def seconds(self) -> float:

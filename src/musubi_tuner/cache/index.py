@@ -95,14 +95,14 @@ def read_index(dataset: PlannedDataset, dataset_config: Path) -> DatasetIndex:
 
 def _to_json(clip: Clip) -> dict[str, Any]:
     """Flat: the kinds that every clip lists have empty values where it has no such sidecar; later kinds are listed where it has them, so
-    that indices of before stay as they are."""
+    that indices of before stay as they are. So are rules for colors."""
     value = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "sidecars"}
     for kind in KINDS.values():
         if kind.name in clip.sidecars:
             value |= {name: getattr(clip.sidecars[kind.name], field) for field, name in kind.index_fields.items()}
         elif kind.older_index_fields is not None:
             value |= {name: _NO_SIDECAR[field] for field, name in kind.older_index_fields.items()}
-    return value
+    return {name: entry for name, entry in value.items() if entry or not name.endswith("colors")}
 
 
 def _from_json(value: Mapping[str, Any]) -> Clip:

@@ -48,6 +48,12 @@ def index_name(digest: str) -> str:
     return f"ltxv2_index_{digest}{INDEX_ENDING}"
 
 
+def is_cache_name(name: str) -> bool:
+    """Whether a file or folder of such a name is ours."""
+    is_index = name.startswith("ltxv2_index_") and name.endswith(INDEX_ENDING)
+    return name == PROMPT_FOLDER or is_index or name.endswith(".safetensors") and "_ltxv2" in name
+
+
 def ending_of(name: str) -> str:
     """What tells the kind of a file, such as `_ltxv2_audio.safetensors`."""
     _, mark, rest = name.rpartition("_ltxv2")

@@ -91,6 +91,8 @@ class SidecarKind:
             sidecar = clip.sidecars[self.name]
             entries["source_fingerprint"] = sidecar.fingerprint or clip.source_fingerprint
             entries["window"] = canonical(self.window(clip, sidecar))
+            if colors := clip.colors if self.files is None else sidecar.colors:  # no entry otherwise, so that caches of before stay valid
+                entries["colors"] = colors
         return entries
 
     def name_beside(self, other: str) -> str:
@@ -184,7 +186,9 @@ KINDS: dict[str, SidecarKind] = {
             files=OwnFiles(
                 directory="reference_directory", path="reference_path", media="pictures", of=("video", "image"), what="reference"
             ),
-            older_index_fields=_index_fields("reference", "reference", "source", "fingerprint", "frames", "fps", "width", "height"),
+            older_index_fields=_index_fields(
+                "reference", "reference", "source", "fingerprint", "frames", "fps", "width", "height", "colors"
+            ),
         ),
         SidecarKind(
             name="mask",

@@ -14,8 +14,6 @@ from musubi_tuner.config.validation import (
     Count,
     FrameRate,
     Frames,
-    NotNegative,
-    Positive,
     Share,
     Wording,
     multiple_of_32,
@@ -71,24 +69,28 @@ _FrameCounts = Annotated[
     AfterValidator(lambda counts: tuple(sorted(set(counts)))),
 ]
 
+_Weight = Annotated[float, Field(ge=0, le=1e6)]
+
 
 @options
 class GeneralSettings:
     """What `[general]` may hold, and every dataset."""
 
-    caption_extension: Annotated[str, Field(pattern=r"^\."), Wording("text that begins with a dot, such as '.txt'")] = ".txt"
+    caption_extension: Annotated[
+        str, Field(pattern=r"^\.[^/\\\x00]*[^/\\\x00.]$", max_length=64), Wording("an ending that begins with a dot, such as '.txt'")
+    ] = ".txt"
     resolution: Annotated[tuple[int, int], BeforeValidator(_width_and_height)] = (768, 512)
     """(width, height): the area that buckets keep, or the exact size where buckets are off."""
     batch_size: Count = 1
-    num_repeats: Count = 1
+    num_repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     enable_bucket: bool = True
     bucket_no_upscale: bool = False
     target_frames: _FrameCounts = ()
-    target_seconds: Positive | None = None
+    target_seconds: Annotated[float, Field(ge=0.001, le=86_400)] | None = None
     frame_extraction: Literal["head", "chunk", "slide", "uniform", "full"] = "head"
     frame_stride: Count = 8
     """slide: frames from one window's start to the next one's."""
-    frame_sample: Count = 1
+    frame_sample: Annotated[int, Field(ge=1, le=10_000)] = 1
     """uniform: number of windows."""
     max_frames: Count = 129
     """full: longest window."""
@@ -96,11 +98,13 @@ class GeneralSettings:
     """Rate to assume of sources whose own is wrong."""
     target_fps: FrameRate | None = None
     """Rate to resample to by timestamp; None keeps each clip's own."""
-    video_loss_weight: NotNegative | None = None
-    audio_loss_weight: NotNegative | None = None
+    video_loss_weight: _Weight | None = None
+    audio_loss_weight: _Weight | None = None
     caption_dropout_rate: Share | None = None
     preserve_base: bool = False
     """Its items keep what the base model makes of them, in place of learning their content."""
+    supervise_silence: bool = False
+    """Digital silence is learned as sound; otherwise such a clip counts as one without sound."""
     flip_x: Annotated[bool | Literal["force"], Wording('true, false, or "force" (captions with left or right too)')] = False
     """Mirror images as further clips: of sources whose captions do not tell left from right, or `force`: of all."""
     reference_downscale: Count = 1
@@ -163,7 +167,7 @@ class DatasetSpec(_Companions):
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_later = field.name == "flip_x" or field.name.startswith(("reference_", "separate_", "mask_"))
+            is_later = field.name in ("flip_x", "supervise_silence") or field.name.startswith(("reference_", "separate_", "mask_"))
             if field.name not in _NO_PLAN and not (is_later and value == field.default):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)

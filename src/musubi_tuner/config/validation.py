@@ -94,7 +94,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1), Wording("a share between 0 and 1")]
-FrameRate = Annotated[float, Field(gt=0, le=1000)]
+FrameRate = Annotated[float, Field(ge=0.01, le=1000)]
 """Frames a second."""
 Side = Annotated[int, AfterValidator(multiple_of_32)]
 """Of a picture, in pixels, of which a latent cell takes 32."""

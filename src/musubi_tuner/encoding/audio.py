@@ -2,10 +2,11 @@
 
 Sound is supervised or it is absent. A clip gets exactly its own seconds. What a stream lacks at its end is padded with silence only
 up to one frame (clips are seldom cut to the sample); where more is missing the latents are as long as the sound, and training masks
-the rest.
+the rest. Silence, below -80 dBFS all along, counts as no sound unless the dataset says `supervise_silence`.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from musubi_tuner.encoding.plan import PlannedClip
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_LATENTS_PER_SECOND, AUDIO_MEL_BINS, AUDIO_SAMPLE_RATE
 from musubi_tuner.media.audio import read_audio, resample
-from musubi_tuner.media.probe import VideoInfo
+from musubi_tuner.media.probe import AudioInfo, VideoInfo
 from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
 
@@ -24,23 +25,71 @@ STORED_DTYPE = torch.bfloat16
 AUDIO_ENCODING = canonical({"stored": str(STORED_DTYPE).removeprefix("torch."), "computed": "float32"})
 _LEAST_SECONDS = 0.1
 """Less of a stream within a window counts as no sound."""
+_LEAST_SAMPLES = 513
+"""At 16 kHz: the first mel frame reflects half of its 1024 samples at the clip's start."""
+_SILENCE = 1e-4
+"""Peak, of 1: -80 dBFS."""
+_NOTED_PADDING = 0.01
+"""Seconds: encoders of sound round lengths by less."""
+_FULL_SCALE, _MOST_AT_FULL_SCALE = 0.999, 1e-3
+"""More of the samples at full scale count as clipped."""
+SILENT, SILENT_SOUND = "silent (under -80 dBFS), not learned from", "silent (under -80 dBFS), learned from as the dataset asks"
 
 
 def decode_audio(planned: PlannedClip) -> Tensor:
-    """(2, samples) at 16 kHz of the clip's seconds; (2, 0) where there is no sound in them."""
-    clip, file = planned.clip, planned.files.get("audio", planned.media)
-    info = file.video if isinstance(file.found, VideoInfo) else file.audio
-    stream = info.audio if isinstance(info, VideoInfo) else info
+    """(2, samples) at 16 kHz of the clip's seconds; (2, 0) where there is no sound in them.
+
+    Raises:
+        UserError: a clip that is too short for the encoder, or what `read_audio` raises.
+    """
+    clip, (path, origin, stream) = planned.clip, _sound_of(planned)
     if stream is None:
         return torch.zeros(2, 0)
-    heard = read_audio(file.path, stream, info.start + clip.start_seconds, info.start + clip.end_seconds)
-    samples = resample(heard.samples, heard.rate, AUDIO_SAMPLE_RATE)
     wanted = round(clip.seconds * AUDIO_SAMPLE_RATE)
+    if wanted < _LEAST_SAMPLES:
+        least = _LEAST_SAMPLES / AUDIO_SAMPLE_RATE
+        raise UserError(
+            f"{path}: clips of {clip.seconds * 1000:.3g} ms; the sound of less than {least * 1000:.0f} ms cannot be encoded. "
+            "Ask for longer clips, or give their true frame rate (source_fps)."
+        )
+    heard = read_audio(path, stream, origin + clip.start_seconds, origin + clip.end_seconds)
+    samples = resample(heard.samples, heard.rate, AUDIO_SAMPLE_RATE)
     samples = samples[:, :wanted]
     lacking = wanted - samples.shape[1]
     if lacking < AUDIO_SAMPLE_RATE / clip.fps:
         return torch.nn.functional.pad(samples, (0, lacking))
     return samples if samples.shape[1] >= _LEAST_SECONDS * AUDIO_SAMPLE_RATE else torch.zeros(2, 0)
+
+
+def judge_audio(planned: PlannedClip, samples: Tensor) -> tuple[Tensor, str]:
+    """What of a clip's decoded sound is encoded, and what is to be said of it; nothing of sound that is whole."""
+    clip, (_, origin, stream) = planned.clip, _sound_of(planned)
+    if stream is None:
+        return samples, "no audio track"
+    if not samples.shape[1]:
+        return samples, "no sound in its seconds"
+    peaks = samples.abs()
+    if float(peaks.max()) < _SILENCE:
+        return (samples, SILENT_SOUND) if planned.supervise_silence else (samples[:, :0], SILENT)
+    notes = []
+    share = float((peaks >= _FULL_SCALE).float().mean())
+    if share > _MOST_AT_FULL_SCALE:
+        notes.append(f"clipped ({share:.1%} of its samples at full scale)")
+    late, early = stream.start - origin - clip.start_seconds, origin + clip.end_seconds - stream.end
+    if late > 1 / clip.fps:
+        notes.append(f"starts late ({late:.2f} s of silence first)")
+    if early > 1 / clip.fps:
+        notes.append(f"ends early ({early:.2f} s, not learned from)")
+    elif early > _NOTED_PADDING:
+        notes.append(f"padded ({early * 1000:.0f} ms of silence at its end)")
+    return samples, "; ".join(notes)
+
+
+def _sound_of(planned: PlannedClip) -> tuple[Path, float, AudioInfo | None]:
+    """The file of a clip's sound, where the clip's own time begins on its clock, and its stream if there is one."""
+    file = planned.files.get("audio", planned.media)
+    info = file.video if isinstance(file.found, VideoInfo) else file.audio
+    return file.path, info.start, info.audio if isinstance(info, VideoInfo) else info
 
 
 def decode_reference_audio(planned: PlannedClip) -> Tensor:

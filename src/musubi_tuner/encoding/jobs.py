@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.runtime.errors import UserError
 
 Content = TypeVar("Content")
+
+NOTE = "note"
+"""Metadata entry of files that people should know something of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +30,8 @@ class Job(Generic[Content]):
     """Metadata that is only read by people."""
     size: int
     """About how many bytes it will have."""
+    unwanted_note: str = ""
+    """A file with this `NOTE` is made again, though it is what is expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,8 @@ def choose(jobs: Sequence[Job[Content]], required: Sequence[str], *, skip_existi
     found = []
     for job in jobs:
         reason = reason_to_rebuild(job.target, job.expected, required)
+        if reason is None and job.unwanted_note and read_metadata(job.target).get(NOTE) == job.unwanted_note:
+            reason = f"it was noted as {job.unwanted_note}"
         if reason is not None or not skip_existing:
             found.append(Todo(job, reason or "--no-skip_existing"))
     return found

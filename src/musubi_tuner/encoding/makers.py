@@ -5,14 +5,15 @@ media -> `Maker.decode` -> `Encoder.load` (where the kind has one) -> `SidecarKi
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.sidecars import SidecarKind
-from musubi_tuner.encoding.audio import audio_bytes, decode_audio, decode_reference_audio
-from musubi_tuner.encoding.jobs import Job, one_for_each_file
+from musubi_tuner.encoding.audio import SILENT, SILENT_SOUND, audio_bytes, decode_audio, decode_reference_audio, judge_audio
+from musubi_tuner.encoding.jobs import NOTE, Job, one_for_each_file
 from musubi_tuner.encoding.pictures import decode_frames, decode_mask, decode_reference, latent_bytes, mask_bytes
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan, PlannedClip
@@ -29,6 +30,8 @@ class Maker:
     """In a thread; a UserError fails this clip alone."""
     size: Callable[[Clip, str], int]
     """(clip, kind) -> about how many bytes the file has."""
+    judge: Callable[[PlannedClip, Tensor], tuple[Tensor, str]] | None = None
+    """(clip, decoded) -> what of it is encoded, and what people should know of it: the metadata entry `NOTE`, where there is anything."""
     described: Callable[[Tensor], Mapping[str, str]] = lambda encoded: {}
     """Metadata that only decoding tells."""
 
@@ -37,7 +40,12 @@ MAKERS: dict[str, Maker] = {
     "latents": Maker(decode=decode_frames, size=latent_bytes),
     "reference": Maker(decode=decode_reference, size=latent_bytes),
     "mask": Maker(decode=decode_mask, size=mask_bytes),
-    "audio": Maker(decode=decode_audio, size=audio_bytes, described=lambda latents: {"audio": "present" if latents.shape[1] else "absent"}),
+    "audio": Maker(
+        decode=decode_audio,
+        judge=judge_audio,
+        size=audio_bytes,
+        described=lambda latents: {"audio": "present" if latents.shape[1] else "absent"},
+    ),
     "reference_audio": Maker(decode=decode_reference_audio, size=audio_bytes),
 }
 
@@ -82,15 +90,31 @@ def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: En
         expected={**kind.expected(clip), **made_by},
         people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
         size=MAKERS[kind.name].size(clip, kind.name),
+        unwanted_note=(SILENT if planned.supervise_silence else SILENT_SOUND) if kind.name == "audio" else "",
     )
 
 
-def stages(kind: SidecarKind, encoder: Encoder, jobs: Sequence[ClipJob]) -> Stages[ClipJob, Tensor, HostCopy, Tensor]:
-    """Decode, encode and write the sidecars of one kind; loads the encoder where the kind has one."""
+def stages(
+    kind: SidecarKind, encoder: Encoder, jobs: Sequence[ClipJob], notes: dict[Path, str]
+) -> Stages[ClipJob, Tensor, HostCopy, Tensor]:
+    """Decode, encode and write the sidecars of one kind; loads the encoder where the kind has one.
+
+    Args:
+        notes: is filled while decoding, by the jobs' files.
+    """
     maker = MAKERS[kind.name]
     encode = encoder.load(jobs, kind.name) if kind.encoder is not None else lambda decoded: [to_host(value) for value in decoded]
 
-    def write(job: ClipJob, encoded: Tensor) -> None:
-        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded)})
+    def decode(job: ClipJob) -> Tensor:
+        value = maker.decode(job.content)
+        if maker.judge is not None:
+            value, note = maker.judge(job.content, value)
+            if note:
+                notes[job.target] = note
+        return value
 
-    return Stages(decode=lambda job: maker.decode(job.content), shape=lambda value: value.shape, encode=encode, settle=settled, write=write)
+    def write(job: ClipJob, encoded: Tensor) -> None:
+        note = {NOTE: notes[job.target]} if job.target in notes else {}
+        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded), **note})
+
+    return Stages(decode=decode, shape=lambda value: value.shape, encode=encode, settle=settled, write=write)

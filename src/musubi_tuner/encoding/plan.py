@@ -29,6 +29,13 @@ from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.sources.listing import EXTENSIONS, Source, is_mirrored, list_all_sources, side_named
 
 _STILL_FPS = 24.0
+_USUAL_FPS = 60.5
+"""Above it windows counted in frames are much shorter than people think."""
+_HIGHEST_FPS = 1000.0
+_THINNEST = 64
+"""How many times one side of a picture may be the other."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name, in all usual file systems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ class PlannedClip:
     caption: str
     media: MediaFile
     files: Mapping[str, MediaFile]
+    supervise_silence: bool = False
+    """Its dataset's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +105,12 @@ class PlanRow:
     """`kept`, `trimmed`, `dropped` or `failed`."""
     clips: int
     note: str
+    fps: float = 0.0
+    """Of the source, as the next two; 0 where it has none."""
+    frames: int = 0
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+    """What is likely not meant so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +120,8 @@ class DatasetPlan:
     spec: DatasetSpec
     clips: tuple[PlannedClip, ...]
     rows: tuple[PlanRow, ...]
-    without_caption: int
+    without_caption: tuple[str, ...]
+    """Names of sources."""
 
     @property
     def mirrored(self) -> int:
@@ -149,6 +165,7 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
 
 def _probe(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
     try:
+        _check_name(source)
         media = _look_into(source.path, spec.kind)
         if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
             times = tuple(i / spec.source_fps for i in range(len(media.found.stamps)))
@@ -163,9 +180,28 @@ def _probe(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
         return Unreadable(source, str(error))
 
 
+def _check_name(source: Source) -> None:
+    """
+    Raises:
+        UserError: a name that the index, which is UTF-8, cannot hold.
+    """
+    for path in (source.path, *source.files.values()):
+        if str(path) != _printable(str(path)):
+            raise UserError(f"{path}: its name is not UTF-8. Rename it.")
+
+
+def _printable(text: str) -> str:
+    """Bytes of names that are not UTF-8 as \\udcff and the like, which can be written anywhere."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _look_into(path: Path, kind: str) -> MediaFile:
     look = {"video": probe_video, "image": picture_size, "audio": probe_audio}[kind]
-    return MediaFile(path, look(path), file_fingerprint(path))
+    found = look(path)
+    try:
+        return MediaFile(path, found, file_fingerprint(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], still_fps: float) -> DatasetPlan:
@@ -173,10 +209,13 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], stil
     rows: list[PlanRow] = []
     for one in probed:
         if isinstance(one, Unreadable):
-            rows.append(PlanRow(source=one.source.name, outcome="failed", clips=0, note=one.problem))
+            rows.append(PlanRow(source=_printable(one.source.name), outcome="failed", clips=0, note=_printable(one.problem)))
             continue
         cut, row = _plan_source(spec, one, still_fps)
-        clips += [PlannedClip(clip=clip, caption=one.source.caption, media=one.media, files=one.files) for clip in cut]
+        clips += [
+            PlannedClip(clip=clip, caption=one.source.caption, media=one.media, files=one.files, supervise_silence=spec.supervise_silence)
+            for clip in cut
+        ]
         rows.append(row)
     if not clips:
         reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5]) + ("; ..." if len(rows) > 5 else "")
@@ -184,7 +223,7 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], stil
             f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}). "
             "Ask for shorter clips (target_frames, target_seconds), or give longer ones."
         )
-    lacking = sum(not one.source.caption.strip() for one in probed)
+    lacking = tuple(_printable(one.source.name) for one in probed if not one.source.caption.strip())
     return DatasetPlan(spec=spec, clips=tuple(clips), rows=tuple(rows), without_caption=lacking)
 
 
@@ -208,7 +247,33 @@ def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list
         if problem:
             clips, outcome, notes = [], "failed", [problem]
             break
-    return clips, PlanRow(source=one.source.name, outcome=outcome, clips=len(clips), note=", ".join(notes))
+    longest = max((name for clip in clips for name in (sidecar.file for sidecar in clip.sidecars.values())), key=_bytes_of, default="")
+    if (beyond := _bytes_of(longest) - _LONGEST_NAME) > 0:
+        clips, outcome, notes = [], "failed", [f"its name is too long for the names of cache files; make it {beyond} bytes shorter"]
+    found = one.media.found
+    row = PlanRow(source=one.source.name, outcome=outcome, clips=len(clips), note=", ".join(notes))
+    if isinstance(found, VideoInfo):
+        seconds, warnings = found.times[-1] + 1 / found.fps, _warnings(spec, found, clips)
+        row = dataclasses.replace(row, fps=found.fps, frames=len(found.stamps), seconds=seconds, warnings=warnings)
+    elif isinstance(found, AudioInfo):
+        row = dataclasses.replace(row, seconds=found.end - found.start)
+    return clips, row
+
+
+def _warnings(spec: DatasetSpec, info: VideoInfo, clips: Sequence[Clip]) -> tuple[str, ...]:
+    found = []
+    if info.stored_frames:
+        found.append(f"cut off: {len(info.stamps)} of the {info.stored_frames} frames that it lists are in it; copy or download it again")
+    if info.lost_frames:
+        found.append(f"begins between key frames: its first {info.lost_frames} frames cannot be decoded and are left out")
+    if clips and info.fps > _USUAL_FPS and not spec.target_fps and not spec.source_fps:
+        frames = max(clip.frames for clip in clips)
+        found.append(f"{info.fps:g} fps: {frames} frames are {frames / info.fps:.2g} s; set target_fps")
+    return tuple(found)
+
+
+def _bytes_of(name: str) -> int:
+    return len(name.encode("utf-8"))
 
 
 _Cut = tuple[list[Clip], str, list[str]]
@@ -217,6 +282,10 @@ _Cut = tuple[list[Clip], str, list[str]]
 
 def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
     fps = spec.target_fps or info.fps
+    if fps > _HIGHEST_FPS:
+        return [], "failed", [f"{info.fps:g} frames a second by its time stamps; set source_fps or target_fps"]
+    if problem := _too_thin(info.width, info.height):
+        return [], "failed", [problem]
     total = sampled_length(info, fps)
     windows = video_windows(spec, total, fps)
     size = bucket_for(spec, info.width, info.height)
@@ -244,6 +313,10 @@ def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
     notes = [f"{len(used)} of {total} frames"] if len(used) < total else []
     if info.is_variable:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
+    if info.colors.hdr:
+        notes.append(f"HDR ({info.colors.hdr}), tone-mapped")
+    elif info.colors.matrix:
+        notes.append("colors read as BT.709, as it has no tag for them")
     if info.audio is not None and info.audio.rate and "audio" not in one.files:
         lacking = max(clip.end_seconds for clip in clips) - (info.audio.end - info.start)
         if lacking > 1 / fps:
@@ -252,12 +325,18 @@ def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
 
 
 def _cut_image(spec: DatasetSpec, one: Probed, shown: tuple[int, int], fps: float) -> _Cut:
+    if problem := _too_thin(*shown):
+        return [], "failed", [problem]
     size = bucket_for(spec, *shown)
     if size is None:
         return [], "dropped", [f"{shown[0]}x{shown[1]} is too small for bucket_no_upscale"]
     names = {"latents": image_latent_name(one.source.stem, *size)}
     clip = _clip(spec, one, one.source.name, names, start_seconds=0.0, end_seconds=1 / fps, fps=fps, frames=1)
     return [_with_size(clip, size, shown)], "kept", []
+
+
+def _too_thin(width: int, height: int) -> str:
+    return f"{width}x{height}: one side is over {_THINNEST} times the other" if max(width, height) > _THINNEST * min(width, height) else ""
 
 
 def _cut_audio(spec: DatasetSpec, one: Probed, info: AudioInfo) -> _Cut:
@@ -308,6 +387,7 @@ def _clip(
         frames=frames,
         has_audio=isinstance(found, AudioInfo) or isinstance(found, VideoInfo) and found.audio is not None,
         sidecars={kind: Sidecar(file=file) for kind, file in {**names, "text": text_name(one.source.stem)}.items()},
+        colors=found.colors.rule if isinstance(found, VideoInfo) else "",
     )
 
 
@@ -337,6 +417,7 @@ def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaF
                 if (clip.frames - 1) % (8 * scale):
                     return [], f"{clip.frames} frames with reference_temporal_scale = {scale}: must be {8 * scale}n+1"
             width, height = clip.width // spec.reference_downscale, clip.height // spec.reference_downscale
-            own = dataclasses.replace(own, frames=frames, fps=fps, width=width, height=height)
+            colors = file.found.colors.rule if isinstance(file.found, VideoInfo) else ""
+            own = dataclasses.replace(own, frames=frames, fps=fps, width=width, height=height, colors=colors)
         planned.append(dataclasses.replace(clip, has_audio=clip.has_audio or name == "audio", sidecars={**clip.sidecars, name: own}))
     return planned, ""

@@ -12,8 +12,8 @@ from musubi_tuner.cache.names import INDEX_ENDING
 from musubi_tuner.cache.sidecars import KINDS, SidecarKind
 from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.encoding.jobs import Job, Todo, choose
-from musubi_tuner.encoding.makers import ClipJob, Encoder, sidecar_jobs, stages
+from musubi_tuner.encoding.jobs import NOTE, Job, Todo, choose
+from musubi_tuner.encoding.makers import MAKERS, ClipJob, Encoder, sidecar_jobs, stages
 from musubi_tuner.encoding.pipeline import run_pipeline
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets
 from musubi_tuner.encoding.report import (
@@ -23,11 +23,18 @@ from musubi_tuner.encoding.report import (
     describe_orphans,
     describe_outcome,
     describe_sources,
+    describe_warnings,
     outcome_of,
 )
 from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
+
+_NOTHING = {
+    "latents": "which have no pictures. Cache them with ltxv2_cache_audio_latents.py",
+    "audio": "which have no sound. Cache them with ltxv2_cache_latents.py",
+}
+"""Of the programs' main kinds."""
 
 
 def plan_and_index(
@@ -37,11 +44,8 @@ def plan_and_index(
     plans = plan_datasets(datasets, group, work.num_workers)
     if group.is_main:
         log.info("%s", describe_sources(plans))
-        for plan in plans:
-            if plan.without_caption:
-                log.warning(
-                    "WARNING: %s: %d source(s) have no caption yet; training needs one for each.", plan.spec.label, plan.without_caption
-                )
+        for line in describe_warnings(plans):
+            log.warning("WARNING: %s", line)
         if not data.dry_run:
             endings = [kind.ending for kind in KINDS.values() if kind.program == program]
             for plan in plans:
@@ -56,10 +60,14 @@ def cache_sidecars(
 ) -> int:
     """Make every kind of sidecar that is the program's; returns its exit code, 1 where anything failed."""
     code = 0
+    unread = any(row.outcome == "failed" for plan in plans for row in plan.rows)
     for place, kind in enumerate(kind for kind in KINDS.values() if kind.program == program):
         jobs = sidecar_jobs(plans, kind, encoder)
-        if jobs or place == 0:
+        if jobs or unread and place == 0:
             code = max(code, _cache_kind(plans, kind, jobs, encoder, data, work, group))
+        elif place == 0 and group.is_main:
+            what = " and ".join(sorted({"sound files" if plan.spec.kind == "audio" else f"{plan.spec.kind}s" for plan in plans}))
+            log.warning("WARNING: nothing was encoded: the datasets hold %s, %s.", what, _NOTHING[kind.name])
     return code
 
 
@@ -83,8 +91,16 @@ def _cache_kind(
         return 1 if unread else 0
 
     own = group.share(todo)
-    failures = _encode(kind, own, encoder, work, group) if own else []
-    outcome = Outcome.joined(group.gather(outcome_of(own, failures)))
+    notes: dict[Path, str] = {}
+    failures = _encode(kind, own, encoder, notes, work, group) if own else []
+    part = outcome_of(own, failures)
+    failed = {job.target for job, _ in failures}
+    part.noted = [(one.job.name, notes[one.job.target]) for one in own if one.job.target in notes and one.job.target not in failed]
+    if MAKERS[kind.name].judge is not None:
+        todo_files = {one.job.target for one in todo}
+        kept = [job for job in group.share(jobs) if job.target not in todo_files]
+        part.noted += [(job.name, note) for job in kept if (note := store.read_metadata(job.target).get(NOTE))]
+    outcome = Outcome.joined(group.gather(part))
     outcome.kept = len(jobs) - len(todo)
     outcome.failed += unread
     if kind.name == "latents":
@@ -92,9 +108,12 @@ def _cache_kind(
     return conclude(kind, outcome, jobs, [plan.spec.cache_directory for plan in plans], group)
 
 
-def _encode(kind: SidecarKind, todo: Sequence[Todo], encoder: Encoder, work: WorkOptions, group: Processes) -> list[tuple[Job, str]]:
+def _encode(
+    kind: SidecarKind, todo: Sequence[Todo], encoder: Encoder, notes: dict[Path, str], work: WorkOptions, group: Processes
+) -> list[tuple[Job, str]]:
+    """Does the work; returns what failed, and leaves in `notes` what is to be known of files, by path."""
     jobs = [one.job for one in todo]
-    made_by = stages(kind, encoder, jobs)
+    made_by = stages(kind, encoder, jobs, notes)
     with tqdm(total=len(todo), desc=kind.title, unit="clip", disable=not group.is_main) as bar:
         finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=bar.update)
     for job, reason in finished.failures:

@@ -9,9 +9,11 @@ from pathlib import Path
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.encoding.jobs import Job, Todo
 from musubi_tuner.encoding.plan import DatasetPlan
-from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.runtime.tables import format_table, names_of
+from musubi_tuner.sources.listing import left_out
 
 _MOST_ROWS = 40
+_MOST_WARNINGS = 10
 _NAMES_A_SIDE = "as their captions say left or right"
 
 
@@ -25,6 +27,8 @@ class Outcome:
     """(file, reason) of files that were encoded again; counted in `encoded` too."""
     failed: list[tuple[str, str]] = field(default_factory=list)
     """(clip or source, reason)"""
+    noted: list[tuple[str, str]] = field(default_factory=list)
+    """(clip, what is to be known of its sound)"""
     not_mirrored: int = 0
     """Clips without the mirror image that `flip_x` asks for."""
 
@@ -35,6 +39,7 @@ class Outcome:
             encoded=sum(part.encoded for part in parts),
             rebuilt=sorted(row for part in parts for row in part.rebuilt),
             failed=sorted(row for part in parts for row in part.failed),
+            noted=sorted(row for part in parts for row in part.noted),
         )
 
 
@@ -54,27 +59,69 @@ def outcome_of(todo: Sequence[Todo], failures: Sequence[tuple[Job, str]]) -> Out
 
 
 def describe_sources(plans: Sequence[DatasetPlan]) -> str:
-    """Sources and clips by dataset, and every source that was trimmed, dropped or could not be read, with the reason."""
+    """Sources and clips by dataset; then every video and sound with its rate and length, and every source that was trimmed, dropped or
+    could not be read, with the reason."""
+    outcomes = [
+        name for name in ("kept", "trimmed", "dropped", "failed") if any(row.outcome == name for plan in plans for row in plan.rows)
+    ]
     counts = []
-    rows = []
     for plan in plans:
         by_outcome = Counter(row.outcome for row in plan.rows)
-        counts.append(
-            (
-                plan.spec.label,
-                plan.spec.kind,
-                len(plan.rows),
-                *(by_outcome[name] for name in ("kept", "trimmed", "dropped", "failed")),
-                len(plan.clips),
-            )
-        )
-        rows += [(plan.spec.label, row.source, row.outcome, row.clips, row.note) for row in plan.rows if row.note]
-    text = format_table(counts, ("dataset", "kind", "sources", "kept", "trimmed", "dropped", "failed", "clips"))
+        counts.append((plan.spec.label, plan.spec.kind, len(plan.rows), *(by_outcome[name] for name in outcomes), len(plan.clips)))
+    text = format_table(counts, ("dataset", "kind", "sources", *outcomes, "clips"))
     for plan in plans:
         if plan.spec.flip_x:
             text += f"\n{plan.spec.label}: {plan.mirrored} of the clips are mirror images (flip_x)"
             text += f"; {plan.not_mirrored} have none, {_NAMES_A_SIDE}" if plan.not_mirrored else ""
-    return text + ("\n\n" + _table(rows, ("dataset", "source", "what", "clips", "why")) if rows else "")
+    listed = "".join(_describe_rows(plan) for plan in plans)
+    return text + listed
+
+
+def _describe_rows(plan: DatasetPlan) -> str:
+    """The table of one dataset's sources; where it would be too long, those with a reason first, and the rest as a list of rates."""
+    rows = [row for row in plan.rows if row.note or row.seconds]
+    if not rows:
+        return ""
+    if len(rows) > _MOST_ROWS:
+        chosen = {id(row) for row in sorted(rows, key=lambda row: not row.note)[:_MOST_ROWS]}
+        rows, others = [row for row in rows if id(row) in chosen], [row for row in rows if id(row) not in chosen]
+    else:
+        others = []
+    columns = {
+        "source": [row.source for row in rows],
+        "fps": [f"{row.fps:.6g}" if row.fps else "" for row in rows],
+        "frames": [str(row.frames or "") for row in rows],
+        "seconds": [f"{row.seconds:.2f}" if row.seconds else "" for row in rows],
+        "clips": [str(row.clips) for row in rows],
+        "what": [row.outcome for row in rows],
+        "why": [row.note for row in rows],
+    }
+    columns = {name: values for name, values in columns.items() if any(values)}
+    text = f"\n\n{plan.spec.label}: {plan.spec.root}\n" + format_table(list(zip(*columns.values(), strict=True)), tuple(columns))
+    if others:
+        text += f"\n... and {len(others)} more" + (":" if any(row.seconds for row in others) else "")
+    for fps in sorted({row.fps for row in others if row.seconds}):
+        seconds = [row.seconds for row in others if row.fps == fps and row.seconds]
+        what = f"at {fps:.6g} fps" if fps else "sound files"
+        text += f"\n  {len(seconds)} {what}, {min(seconds):.2f} to {max(seconds):.2f} s"
+    return text
+
+
+def describe_warnings(plans: Sequence[DatasetPlan]) -> list[str]:
+    """A line each: what is likely not meant so, what lies in the folders and is not used, and captions that are missing."""
+    lines = []
+    for plan in plans:
+        found = [f"{plan.spec.label}/{row.source}: {warning}" for row in plan.rows for warning in row.warnings]
+        lines += found[:_MOST_WARNINGS]
+        if len(found) > _MOST_WARNINGS:
+            lines.append(f"{plan.spec.label}: {len(found) - _MOST_WARNINGS} more such clips")
+        lines += [f"{plan.spec.label}: {len(names)} {what} not used: {names_of(names)}" for what, names in left_out(plan.spec).items()]
+        if plan.without_caption:
+            lines.append(
+                f"{plan.spec.label}: no caption yet for {len(plan.without_caption)} source(s), and training needs one for each: "
+                f"{names_of(plan.without_caption)}"
+            )
+    return lines
 
 
 def describe_buckets(plans: Sequence[DatasetPlan]) -> str:
@@ -95,7 +142,8 @@ def describe_forecast(title: str, jobs: Sequence[Job], *, kept: int, at_most: bo
         at_most: the size depends on what the encoder finds.
         further: rows for the table of counts.
     """
-    text = format_table([("kept", kept), ("to encode", len(jobs)), *further], ("files", ""))
+    kept_rows = [("kept", kept)] if kept else []
+    text = format_table([*kept_rows, ("to encode", len(jobs)), *further], ("files", ""))
     needed: Counter[Path] = Counter()
     for job in jobs:
         needed[job.target.parent] += job.size
@@ -108,15 +156,18 @@ def describe_forecast(title: str, jobs: Sequence[Job], *, kept: int, at_most: bo
 
 def describe_outcome(title: str, outcome: Outcome) -> str:
     """The table at the end, and the line that tools look for."""
+    kinds = Counter(part.split(" (")[0] for _, note in outcome.noted for part in note.split("; "))
     counts = [
         ("kept", outcome.kept),
         ("encoded", outcome.encoded),
         ("of these rebuilt", len(outcome.rebuilt)),
         ("failed", len(outcome.failed)),
+        (f"clips not mirrored, {_NAMES_A_SIDE}", outcome.not_mirrored),
+        *sorted(kinds.items()),
     ]
-    if outcome.not_mirrored:
-        counts.append((f"clips not mirrored, {_NAMES_A_SIDE}", outcome.not_mirrored))
-    parts = [format_table(counts, ("files", ""))]
+    parts = [format_table([(what, count) for what, count in counts if count or what == "encoded"], ("files", ""))]
+    if outcome.noted:
+        parts.append(_table(outcome.noted, ("clip", "its sound")))
     if outcome.rebuilt:
         parts.append(_table(outcome.rebuilt, ("rebuilt", "because")))
     if outcome.failed:

@@ -44,10 +44,21 @@ class ConditioningEncoders:
     """The VAEs' encoders, loaded at first use."""
 
     def __init__(
-        self, vae: Checkpoint, audio_vae: Checkpoint, device: torch.device, *, reference_factors: tuple[int, int] = (1, 1)
+        self,
+        vae: Checkpoint,
+        audio_vae: Checkpoint,
+        device: torch.device,
+        *,
+        reference_factors: tuple[int, int] = (1, 1),
+        still_crf: int | None = None,
     ) -> None:
+        """
+        Args:
+            still_crf: of the H.264 that stills go through first (`still_crf`); None = they are encoded as they are.
+        """
         self.device = device
         self.reference_factors = reference_factors
+        self.still_crf = still_crf
         self._vae, self._audio_vae = vae, audio_vae
         self._video: VideoVAE | None = None
         self._audio: AudioVAE | None = None
@@ -72,6 +83,15 @@ class ConditioningEncoders:
     def close(self) -> None:
         self._video, self._audio = None, None
         free_memory(self.device)
+
+
+def still_crf(version: str) -> int:
+    """The constant rate factor that official ltx-pipelines compress conditioning images with: 33 up to model 2.3, 18 from 2.4 on.
+
+    Args:
+        version: such as `2.3`.
+    """
+    return 33 if tuple(map(int, version.split("."))) <= (2, 3) else 18
 
 
 def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoders: ConditioningEncoders) -> ConditioningLatents:
@@ -172,9 +192,15 @@ def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: Co
 
 def _encode_still(path: Path, prompt: PreviewPrompt, encoders: ConditioningEncoders, *, first: bool) -> Tensor:
     """(1, 128, h, w) of the first latent frame, which is one picture, or of a later one, which is the picture standing still."""
-    from musubi_tuner.media.picture import cover_and_crop, read_picture
+    from musubi_tuner.media.picture import as_video_frame, cover_and_crop, read_picture
 
-    picture = cover_and_crop(read_picture(path), prompt.width, prompt.height)[None]
+    still = read_picture(path)
+    if encoders.still_crf is not None:
+        try:
+            still = as_video_frame(still, encoders.still_crf)
+        except ValueError as error:
+            raise UserError(f"{prompt.where}: {path}: {error}.") from error
+    picture = cover_and_crop(still, prompt.width, prompt.height)[None]
     return encoders.video(picture if first else picture.expand(_STILL_FRAMES, -1, -1, -1))[:, :, -1]
 
 

@@ -9,7 +9,7 @@ from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.generation.contexts import TextSource, load_contexts
 from musubi_tuner.generation.decode import try_decoders
 from musubi_tuner.generation.denoise import SampleInputs
-from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning
+from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditioning, still_crf
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
@@ -78,7 +78,7 @@ def prepare_samples(
     widths = (config.video_context_width, both) if mode == "video" else (both,)
     contexts = load_contexts(list(dict.fromkeys(needed)), texts, widths=widths)
     free_memory(device)
-    encoders = ConditioningEncoders(files.vae, files.audio_vae, device, reference_factors=reference_factors)
+    encoders = ConditioningEncoders(files.vae, files.audio_vae, device, reference_factors=reference_factors, still_crf=still_crf(version))
     samples = tuple(
         SampleInputs(
             prompt=prompt,

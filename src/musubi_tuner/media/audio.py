@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musubi_tuner.media.container import check_is_file, reason_of
 from musubi_tuner.media.probe import AudioInfo
 from musubi_tuner.runtime.errors import UserError
 
@@ -21,6 +22,7 @@ _NO_SEEK = ("mp3", "aac", "adts", "loas")
 _JUMP_SECONDS = 0.005
 """Stamps that are off by less are rounding, not gaps."""
 _REMEDY = "Repair the stream, or remove it, so that the clip counts as one without audio."
+_HIGHEST_RATE = 768_000
 _SIDE = 0.707
 _SURROUND = ("5.1", "7.1")
 _ZERO_CROSSINGS = 6
@@ -45,27 +47,31 @@ def read_audio(path: Path, sound: AudioInfo, start: float, end: float) -> Wavefo
     Where the stream begins later there is silence, as players have it; where it ends earlier the result is shorter.
 
     Raises:
-        UserError: the stream does not decode.
+        UserError: the file is gone, or the stream does not decode.
     """
     import av
 
     if not sound.rate:
         raise UserError(f"{path}: its audio stream holds nothing that decodes. {_REMEDY}")
+    if sound.rate > _HIGHEST_RATE:
+        raise UserError(f"{path}: its sound has {sound.rate} samples a second, at most {_HIGHEST_RATE} are read. Convert it to 48000.")
+    check_is_file(path)
     wanted = round((end - start) * sound.rate)
-    samples = np.zeros((2, wanted), dtype=np.float32)
-    filled = 0
+    parts: list[tuple[int, np.ndarray]] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             for place, block in _blocks(path, container, sound, start, end):
                 first, last = max(0, place), min(wanted, place + block.shape[1])
                 if last > first:
-                    samples[:, first:last] = block[:, first - place : last - place]
-                    filled = max(filled, last)
+                    parts.append((first, block[:, first - place : last - place]))
     except av.FFmpegError as error:
-        raise UserError(f"{path}: its audio stream does not decode ({error}). {_REMEDY}") from error
+        raise UserError(f"{path}: its audio stream does not decode ({reason_of(error)}). {_REMEDY}") from error
+    samples = np.zeros((2, max((first + block.shape[1] for first, block in parts), default=0)), dtype=np.float32)  # of what is there
+    for first, block in parts:
+        samples[:, first : first + block.shape[1]] = block
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: its audio stream decodes to NaN or infinity. {_REMEDY}")
-    return Waveform(torch.from_numpy(samples[:, :filled]), sound.rate)
+    return Waveform(torch.from_numpy(samples), sound.rate)
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:

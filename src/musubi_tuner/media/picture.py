@@ -1,15 +1,27 @@
 """Stills, and fitting pictures to a size."""
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from musubi_tuner.media.container import check_is_file
 from musubi_tuner.runtime.errors import UserError
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
+_LARGEST_SIDE = 16384
+"""That x264 takes."""
+_SEVERAL_STILLS = "MPO"
+"""Cameras' files of a picture with smaller or stereo ones behind it."""
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
+"""What PIL's readers raise for damaged files."""
 
 
 def cover_and_crop(picture: Tensor, width: int, height: int, aspect: float | None = None) -> Tensor:
@@ -35,45 +47,89 @@ def cover_and_crop(picture: Tensor, width: int, height: int, aspect: float | Non
     return picture[top : top + height, left : left + width].contiguous()
 
 
+def as_video_frame(picture: Tensor, crf: int) -> Tensor:
+    """What H.264 makes of a picture: encoded as the one frame of a video (yuv420p, x264's preset veryfast) and decoded again.
+
+    LTX-2 was trained on frames of videos; a still without their compression is animated less (official ltx-pipelines, which do the
+    same to every image that conditions a sample, before it is resized).
+
+    Args:
+        picture: (H, W, 3) uint8
+        crf: constant rate factor, the larger the stronger.
+
+    Returns:
+        (H, W, 3) uint8, an odd last row or column cut off.
+
+    Raises:
+        ValueError: a side is below 2 or above 16384 pixels, which H.264 cannot hold.
+    """
+    import av
+
+    height, width = (size // 2 * 2 for size in picture.shape[:2])
+    if not 2 <= min(height, width) <= max(height, width) <= _LARGEST_SIDE:
+        raise ValueError(f"{picture.shape[1]}x{picture.shape[0]} pixels; each side must have 2 to {_LARGEST_SIDE}")
+    encoder = av.CodecContext.create("libx264", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+    encoder.time_base, encoder.options = Fraction(1), {"crf": str(crf), "preset": "veryfast"}
+    frame = av.VideoFrame.from_ndarray(picture[:height, :width].contiguous().numpy(), format="rgb24").reformat(format="yuv420p")
+    decoder = av.CodecContext.create("h264", "r")
+    packets = [*encoder.encode(frame), *encoder.encode(None)]
+    (decoded,) = [frame for packet in (*packets, None) for frame in decoder.decode(packet)]
+    return torch.from_numpy(decoded.to_ndarray(format="rgb24"))
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of a still as displayed, from its header.
 
     Raises:
-        UserError: no picture, or an animated one.
+        UserError: no picture, an animated one, or one of too many pixels.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)  # of formats that can be animated alone
-            if frames > 1:
-                raise UserError(
-                    f"{path}: an animation of {frames} frames. Save it as mp4 into a video dataset, or one frame of it as a still."
-                )
-            turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
-            return (image.height, image.width) if turned else image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}). Replace or remove the file.") from error
+    with _open_picture(path) as image:
+        frames = 1 if image.format == _SEVERAL_STILLS else getattr(image, "n_frames", 1)  # of formats that can be animated alone
+        if frames > 1:
+            raise UserError(f"{path}: an animation of {frames} frames. Save it as mp4 into a video dataset, or one frame of it as a still.")
+        turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+        return (image.height, image.width) if turned else image.size
 
 
 def read_picture(path: Path) -> Tensor:
-    """(H, W, 3) uint8, upright by its EXIF tag; transparency lies on white.
+    """(H, W, 3) uint8, upright by its EXIF tag; transparency lies on white; of a camera's several pictures (MPO) the first.
 
     Raises:
-        UserError: damaged or truncated.
+        UserError: damaged or truncated, or of too many pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
+    with _open_picture(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            levels = np.asarray(image, dtype=np.float64) / 257
+            image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        return torch.from_numpy(np.array(image.convert("RGB")))
+
+
+@contextmanager
+def _open_picture(path: Path) -> Iterator[Any]:
+    """An image of PIL; whatever a file does to PIL's readers becomes a message for the user."""
+    from PIL import Image, UnidentifiedImageError
+
+    check_is_file(path)
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                levels = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                ground = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(ground, image)
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}). Replace or remove the file.") from error
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UserError(f"{path}: has more than {most} million pixels. Make it smaller; it is scaled down in caching anyway.") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: cannot be read as a picture (its kind is not known). Replace or remove the file.") from error
+    except _BROKEN as error:
+        if "MAX_TEXT" in str(error):
+            raise UserError(f"{path}: cannot be read: a text in it is too long. Save it again without metadata.") from error
+        reason = getattr(error, "strerror", None) or str(error).removesuffix(".") or "damaged"
+        raise UserError(f"{path}: cannot be read as a picture ({reason}). Replace or remove the file.") from error

@@ -1,16 +1,19 @@
 """What a media file holds: frame times, size as displayed, sound. Read from packets; one frame is decoded, to see that it can be."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.media.colors import Colors, colors_of
+from musubi_tuner.media.container import open_media
 from musubi_tuner.runtime.errors import UserError
 
 _JITTER_SECONDS = 0.0011
 """Containers that count in milliseconds round frame times by as much."""
+_LONGEST_GAP_SECONDS = 600.0
+"""Without any packet of a sound file; more is a broken clock, and would be read as so much silence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,11 @@ class VideoInfo:
     """Degrees counterclockwise that turn stored frames upright."""
     audio: AudioInfo | None
     """None: the file has no audio stream."""
+    colors: Colors = Colors()
+    stored_frames: int = 0
+    """Frames that the file's own table lists, where fewer of them are in it: it is cut off. 0: it is whole, or has no such table."""
+    lost_frames: int = 0
+    """Frames before the first key frame, which cannot be decoded; they do not count."""
 
     @property
     def start(self) -> float:
@@ -57,25 +65,33 @@ def probe_video(path: Path) -> VideoInfo:
     """Look into a video file.
 
     Raises:
-        UserError: no media file, no video stream, no frame, or a stream that does not decode.
+        UserError: no media file, no video stream, no frame or a stream that does not decode.
     """
-    import av
-
-    with reading(path), av.open(str(path)) as container:
+    with open_media(path) as container:
         if not container.streams.video:
             raise UserError(f"{path}: holds no video stream.")
         stream = container.streams.video[0]
-        stored, sound = _demux(container, stream)
+        if stream.codec_context is None:
+            raise UserError(f"{path}: its video is of a kind that is not known here. Convert it to H.264.")
+        audio = container.streams.audio[0] if container.streams.audio else None
+        packets = _packets(container, stream) if audio is None else _packets(container, stream, audio)
+        stored, is_mp4 = _decodable(packets[stream.index]), "mp4" in container.format.name
+        lost = sum(not packet.is_hidden for packet in packets[stream.index]) - len(stored)
+        listed = stream.frames if is_mp4 and len(packets[stream.index]) < stream.frames else 0
         stamps, tick, counted = sorted({stamp for stamp in stored if stamp is not None}), stream.time_base, False
         if container.format.name == "avi" or None in stored or tick is None:
             stamps, tick, counted = list(range(len(stored))), 1 / (stream.average_rate or Fraction(24)), True
-        container.seek(0)
-        first = next(container.decode(stream), None)
+        elif listed:
+            stamps = _up_to_the_first_hole(stamps, tick, stream.average_rate)
+        pixel_aspect, average_rate = stream.sample_aspect_ratio, stream.average_rate
+        sound = None if audio is None else _audio_info(audio, packets[audio.index])
+    with open_media(path) as container:  # anew, as not every file can be sought in
+        first = next(container.decode(container.streams.video[0]), None)
         if first is None or not stamps:
-            raise UserError(f"{path}: not one frame can be decoded. The file is damaged or empty; replace or remove the file.")
+            raise UserError(f"{path}: not one frame can be decoded. The file is damaged or empty; replace or remove it.")
         rotation = round(first.rotation / 90) * 90 % 360
-        width, height = _displayed_size(first.width, first.height, stream.sample_aspect_ratio, rotation)
-        times, fps, variable = _frame_times(stamps, tick, stream.average_rate)
+        width, height = _displayed_size(first.width, first.height, pixel_aspect, rotation)
+        times, fps, variable = _frame_times(stamps, tick, average_rate)
         return VideoInfo(
             path=path,
             stamps=tuple(stamps),
@@ -88,6 +104,9 @@ def probe_video(path: Path) -> VideoInfo:
             height=height,
             rotation=rotation,
             audio=sound,
+            colors=colors_of(first),
+            stored_frames=listed,
+            lost_frames=lost,
         )
 
 
@@ -95,65 +114,71 @@ def probe_audio(path: Path) -> AudioInfo:
     """The first audio stream of a sound file.
 
     Raises:
-        UserError: no media file, or no audio stream.
+        UserError: no media file, no audio stream, or one with an impossible clock.
     """
-    import av
-
-    with reading(path), av.open(str(path)) as container:
+    with open_media(path) as container:
         if not container.streams.audio:
             raise UserError(f"{path}: holds no audio stream. Remove it from the audio dataset.")
         stream = container.streams.audio[0]
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        packets = _packets(container, stream)[stream.index]
+        stamps = sorted(float(packet.pts * stream.time_base) for packet in packets if packet.pts is not None and not packet.is_hidden)
+        gap = max((later - earlier for earlier, later in pairwise(stamps)), default=0.0)
+        if gap > _LONGEST_GAP_SECONDS:
+            raise UserError(f"{path}: its sound stops for {gap:.0f} s, by its time stamps. Repair it by converting the file, or remove it.")
         return _audio_info(stream, packets)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what PyAV raises for a bad file into a message for the user."""
-    import av
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    try:
-        yield
-    except av.FFmpegError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}). The file is damaged, truncated or of an unknown kind; replace or remove the file."
-        ) from error
-
-
-def _demux(container: Any, stream: Any) -> tuple[list[int | None], AudioInfo | None]:
-    """Stamps of the video's frames in the order of decoding, and the sound, in one pass over the packets."""
-    audio = container.streams.audio[0] if container.streams.audio else None
-    wanted = [stream] if audio is None else [stream, audio]
-    packets: dict[int, list[Any]] = {one.index: [] for one in wanted}
-    for packet in container.demux(*wanted):
-        if packet.size and not packet.is_discard:
-            packets[packet.stream_index].append(_Stamps(packet.pts, packet.duration or 0))
-    stamps = [packet.pts for packet in packets[stream.index]]
-    return stamps, None if audio is None else _audio_info(audio, packets[audio.index])
-
-
 @dataclass(frozen=True, slots=True)
-class _Stamps:
+class _Packet:
     """What counts of a packet, so that its data can go."""
 
     pts: int | None
     duration: int
+    is_key: bool
+    is_hidden: bool
+    """By an edit list."""
 
 
-def _audio_info(stream: Any, packets: list[Any]) -> AudioInfo:
-    heard = [packet for packet in packets if packet.pts is not None]
-    if not stream.rate or not heard:
+def _packets(container: Any, *streams: Any) -> dict[int, list[_Packet]]:
+    """By stream, in the order of decoding, in one pass over the file."""
+    found: dict[int, list[_Packet]] = {stream.index: [] for stream in streams}
+    for packet in container.demux(*streams):
+        if packet.size and not packet.is_corrupt:
+            found[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+    return found
+
+
+def _decodable(packets: list[_Packet]) -> list[int | None]:
+    """Stamps of the frames, without those before the first key frame, which lean on what was cut away.
+
+    A stream without any mark of key frames is taken whole.
+    """
+    first = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
+    key = packets[first].pts if first else None
+    return [packet.pts for packet in packets[first:] if not packet.is_hidden and (key is None or packet.pts is None or packet.pts >= key)]
+
+
+def _up_to_the_first_hole(stamps: list[int], tick: Fraction, average_rate: Fraction | None) -> list[int]:
+    """The frames of a file that is cut off: near its end frames lack others that were to be decoded after them."""
+    if not average_rate:
+        return stamps
+    longest = 1.5 / (average_rate * tick)
+    last = next((place for place in range(1, len(stamps)) if stamps[place] - stamps[place - 1] > longest), len(stamps))
+    return stamps[:last]
+
+
+def _audio_info(stream: Any, packets: list[_Packet]) -> AudioInfo:
+    heard = [(packet.pts, packet.duration) for packet in packets if packet.pts is not None and not packet.is_hidden]
+    if stream.codec_context is None or not stream.rate or not heard:
         return AudioInfo(start=0.0, end=0.0, rate=0)
-    start = min(packet.pts for packet in heard)
-    end = max(packet.pts + (packet.duration or 0) for packet in heard)
+    start = min(pts for pts, _ in heard)
+    end = max(pts + duration for pts, duration in heard)
     return AudioInfo(start=float(start * stream.time_base), end=float(end * stream.time_base), rate=stream.rate)
 
 
 def _displayed_size(width: int, height: int, pixel_aspect: Fraction | None, rotation: int) -> tuple[int, int]:
     if pixel_aspect:
-        width = round(width * pixel_aspect)
+        width = max(1, round(width * pixel_aspect))
     return (height, width) if rotation % 180 else (width, height)
 
 

@@ -5,6 +5,7 @@ import wave
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from musubi_tuner.runtime.errors import UserError
 _H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
 """Without mbtree, which in x264's assembly code makes the same small pictures another file from one time to the next."""
 _AUDIO_BIT_RATE = 192_000
+_MATRIX_709, _LIMITED, _PRIMARIES_709, _TRANSFER_709 = 1, 1, 1, 1
+"""Numbers of ITU-T H.273 (the range: of libav)."""
 
 
 def fit_audio(audio: Waveform, seconds: float) -> Waveform:
@@ -26,7 +29,7 @@ def fit_audio(audio: Waveform, seconds: float) -> Waveform:
 
 
 def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None = None) -> None:
-    """An mp4 of H.264 (yuv420p), with AAC where there is `audio`, which is first fitted to the video's length.
+    """An mp4 of H.264 (yuv420p, BT.709 and tagged as that), with AAC where there is `audio`, which is first fitted to the video's length.
 
     Args:
         frames: (F, H, W, 3) uint8 with even H and W.
@@ -77,18 +80,35 @@ def _mux(path: Path, frames: Tensor, rate: Fraction, audio: Waveform | None) -> 
     with av.open(str(path), mode="w", format="mp4") as container:
         video = container.add_stream("libx264", rate=rate, options=_H264)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        colors = video.codec_context
+        colors.colorspace, colors.color_range, colors.color_primaries, colors.color_trc = (
+            _MATRIX_709,
+            _LIMITED,
+            _PRIMARIES_709,
+            _TRANSFER_709,
+        )
         stream = None
         if audio is not None:
             stream = container.add_stream("aac", rate=audio.rate, layout="stereo" if audio.samples.shape[0] == 2 else "mono")
             stream.bit_rate = _AUDIO_BIT_RATE
         for frame in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame.cpu().numpy(), format="rgb24")))
+            container.mux(video.encode(_as_yuv(frame)))
         container.mux(video.encode(None))
         if stream is not None and audio is not None:
             block = av.AudioFrame.from_ndarray(audio.samples.float().clamp(-1, 1).cpu().numpy(), format="fltp", layout=stream.layout.name)
             block.sample_rate, block.time_base, block.pts = audio.rate, Fraction(1, audio.rate), 0
             container.mux(stream.encode(block))
             container.mux(stream.encode(None))
+
+
+def _as_yuv(frame: Tensor) -> Any:
+    """A frame of yuv420p by the matrix and range of BT.709."""
+    import av
+
+    picture = av.VideoFrame.from_ndarray(frame.cpu().numpy(), format="rgb24")
+    return picture.reformat(
+        format="yuv420p", dst_colorspace=_MATRIX_709, dst_color_range=_LIMITED, dst_color_trc=None, dst_color_primaries=None
+    )
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:

@@ -1,11 +1,13 @@
 """Listing a dataset's source files and their captions, and which of them are mirrored."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from musubi_tuner.cache.names import is_cache_name
 from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.validation import AnyPath, options, validated
@@ -17,6 +19,8 @@ EXTENSIONS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
+_ANY_MEDIA = tuple(ending for endings in EXTENSIONS.values() for ending in endings)
+_NOT_MEDIA = ("Thumbs.db", "desktop.ini", ".jsonl", ".toml")
 _OF_MEDIA = {"pictures": EXTENSIONS["video"] + EXTENSIONS["image"], "sounds": EXTENSIONS["audio"] + EXTENSIONS["video"]}
 
 
@@ -73,7 +77,7 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
     for spec, sources in zip(specs, listed, strict=True):
         for source in sources:
             other, first = owners.setdefault((spec.cache_directory.resolve(), source.stem.casefold()), (spec, source))
-            if first.path.resolve() != source.path.resolve():
+            if os.path.realpath(first.path) != os.path.realpath(source.path):  # where `resolve` raises for links in a circle
                 raise UserError(
                     f"{other.label} {first.path} and {spec.label} {source.path} have the same stem and the cache directory "
                     f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each its own cache_directory."
@@ -88,14 +92,58 @@ def sources_exist(spec: DatasetSpec) -> bool:
 
 def _from_directory(spec: DatasetSpec) -> list[Source]:
     assert spec.directory is not None
-    if not spec.directory.is_dir():
-        raise UserError(f"{spec.label}: {spec.directory}: no such folder.")
     sources = []
-    for path in sorted(spec.directory.iterdir()):
-        if path.is_file() and path.suffix.lower() in EXTENSIONS[spec.kind]:
+    for path in _entries(spec, spec.directory):
+        if _is_source(spec, path):
             caption = path.with_suffix(spec.caption_extension)
-            sources.append(_source(spec, path, read_text(caption) if caption.is_file() else "", {}))
+            sources.append(_source(spec, path, read_text(caption) if _is_file(caption) else "", {}))
     return sources
+
+
+def left_out(spec: DatasetSpec) -> dict[str, tuple[str, ...]]:
+    """What lies in a dataset's folder and is not used: names by kind, such as `.gif files` or `folders`. Hidden files and the cache are
+    not counted."""
+    if spec.directory is None:
+        return {}
+    entries = _entries(spec, spec.directory)
+    used = {path.stem for path in entries if _is_source(spec, path)}
+    own = {
+        os.path.realpath(folder) for one in _own_files(spec).values() if (folder := getattr(spec, one.directory or "", None)) is not None
+    }
+    companions = os.path.realpath(spec.directory) in own
+    own.add(os.path.realpath(spec.cache_directory))
+    found: dict[str, list[str]] = {}
+    for path in entries:
+        ending, is_caption = path.suffix.lower(), path.suffix == spec.caption_extension
+        if path.name.startswith(".") or _is_source(spec, path) or is_caption and path.stem in used or os.path.realpath(path) in own:
+            continue
+        if path.name in _NOT_MEDIA or ending in _NOT_MEDIA or is_cache_name(path.name) or companions and ending in _ANY_MEDIA:
+            continue
+        what = "folders" if path.is_dir() else f"{ending} files without a source" if is_caption else f"{ending or 'other'} files"
+        found.setdefault(what, []).append(path.name)
+    return {what: tuple(names) for what, names in sorted(found.items())}
+
+
+def _entries(spec: DatasetSpec, folder: Path) -> list[Path]:
+    """Of a folder, sorted, without the files beside files (`._...`) in which macOS keeps what another file system cannot."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("._"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{spec.label}: {folder}: no such folder.") from error
+    except OSError as error:
+        raise UserError(f"{spec.label}: {folder}: cannot be read: {error.strerror}.") from error
+
+
+def _is_source(spec: DatasetSpec, path: Path) -> bool:
+    """Links that lead nowhere count: they are named when they are looked into."""
+    return path.suffix.lower() in EXTENSIONS[spec.kind] and not path.is_dir()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _source(spec: DatasetSpec, path: Path, caption: str, files: Mapping[str, Path]) -> Source:
@@ -116,7 +164,7 @@ def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
         if folder is not None:
             if not folder.is_dir():
                 raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder.")
-            found = {path.stem.casefold(): path for path in sorted(folder.iterdir()) if path.suffix.lower() in extensions}
+            found = {path.stem.casefold(): path for path in _entries(spec, folder) if path.suffix.lower() in extensions}
             by_stem = {source.name: {name: found[stem]} for source in sources if (stem := source.stem.casefold()) in found}
             sources = [dataclasses.replace(source, files={**by_stem.get(source.name, {}), **source.files}) for source in sources]
         lacking = [source.name for source in sources if name not in source.files]
@@ -132,7 +180,7 @@ def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
 
 def _others(spec: DatasetSpec) -> str:
     """What lies there instead."""
-    found = sorted(path.name for path in spec.directory.iterdir() if path.is_file()) if spec.directory is not None else []
+    found = [path.name for path in _entries(spec, spec.directory) if path.is_file()] if spec.directory is not None else []
     return f"; it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else ""
 
 
