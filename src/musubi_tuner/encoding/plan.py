@@ -209,7 +209,7 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], stil
     rows: list[PlanRow] = []
     for one in probed:
         if isinstance(one, Unreadable):
-            rows.append(PlanRow(source=_printable(one.source.name), outcome="failed", clips=0, note=_printable(one.problem)))
+            rows.append(PlanRow(source=_printable(one.source.name), outcome="failed", clips=0, note=one.problem))
             continue
         cut, row = _plan_source(spec, one, still_fps)
         clips += [
