@@ -232,11 +232,11 @@ def test_what_is_not_used_is_listed_by_kind_and_captions_by_name(tmp_path: Path)
     put(tmp_path / "clips" / "masks", "bare.mp4")
     plan = planned(tmp_path, VIDEOS + 'mask_directory = "clips/masks"\n')
     assert describe_warnings([plan]) == [
-        "datasets[0]: 2 .gif files not used: a.gif, b.GIF",
-        "datasets[0]: 1 .json files not used: good.json",
-        "datasets[0]: 1 .mp3 files not used: song.mp3",
-        "datasets[0]: 1 .txt files without a source not used: lonely.txt",
-        "datasets[0]: 1 folders not used: more",
+        "datasets[0]: not used, .gif files: a.gif, b.GIF (2)",
+        "datasets[0]: not used, .json files: good.json",
+        "datasets[0]: not used, .mp3 files: song.mp3",
+        "datasets[0]: not used, .txt files without a source: lonely.txt",
+        "datasets[0]: not used, folders: more",
         "datasets[0]: no caption yet for 1 source(s), and training needs one for each: bare.mp4",
     ]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.store import canonical
 from musubi_tuner.encoding.layout import ClipSize
-from musubi_tuner.encoding.plan import MediaFile, PlannedClip
+from musubi_tuner.encoding.look import MediaFile
+from musubi_tuner.encoding.plan import PlannedClip
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, SPATIAL_SCALE, TEMPORAL_SCALE, latent_frames, latent_size
 from musubi_tuner.media.picture import cover_and_crop, read_picture

@@ -12,21 +12,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.index import DatasetIndex
 from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
-from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
+from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into, printable
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
-from musubi_tuner.media.picture import picture_size
-from musubi_tuner.media.probe import AudioInfo, VideoInfo, probe_audio, probe_video
+from musubi_tuner.media.probe import AudioInfo, VideoInfo
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.sources.listing import EXTENSIONS, Source, is_mirrored, list_all_sources, side_named
+from musubi_tuner.sources.listing import is_mirrored, list_all_sources, side_named
 
 _STILL_FPS = 24.0
 _USUAL_FPS = 60.5
@@ -36,52 +34,6 @@ _THINNEST = 64
 """How many times one side of a picture may be the other."""
 _LONGEST_NAME = 255
 """Bytes of a file's name, in all usual file systems."""
-
-
-@dataclass(frozen=True, slots=True)
-class MediaFile:
-    """A file that was looked into."""
-
-    path: Path
-    found: VideoInfo | AudioInfo | tuple[int, int]
-    """A picture has its size as displayed."""
-    fingerprint: str
-
-    @property
-    def video(self) -> VideoInfo:
-        """`found` of a video."""
-        assert isinstance(self.found, VideoInfo)
-        return self.found
-
-    @property
-    def audio(self) -> AudioInfo:
-        """`found` of a sound file."""
-        assert isinstance(self.found, AudioInfo)
-        return self.found
-
-    @property
-    def shown(self) -> tuple[int, int]:
-        """`found` of a picture."""
-        assert isinstance(self.found, tuple)
-        return self.found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probed:
-    """A source and what was found in it."""
-
-    source: Source
-    media: MediaFile
-    files: Mapping[str, MediaFile]
-    """Those that belong to it, by kind of sidecar."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A source of which a file cannot be read, and why."""
-
-    source: Source
-    problem: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +100,7 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
     listed = list_all_sources(config.all, require_captions=False)
     places = [(which, source) for which, sources in enumerate(listed) for source in sources]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        own = list(pool.map(lambda place: _probe(config.all[place[0]], place[1]), group.share(places)))
+        own = list(pool.map(lambda place: look_into(config.all[place[0]], place[1]), group.share(places)))
     parts = group.gather(own)
     probed = [parts[place % group.count][place // group.count] for place in range(len(places))]  # dealt round robin by `share`
     by_dataset = [[one for (owner, _), one in zip(places, probed, strict=True) if owner == which] for which in range(len(listed))]
@@ -163,53 +115,12 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
     return tuple(_plan_dataset(spec, found, still_fps) for spec, found in zip(config.all, by_dataset, strict=True))
 
 
-def _probe(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
-    try:
-        _check_name(source)
-        media = _look_into(source.path, spec.kind)
-        if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
-            times = tuple(i / spec.source_fps for i in range(len(media.found.stamps)))
-            found = dataclasses.replace(media.found, times=times, fps=spec.source_fps, is_variable=False)
-            media = dataclasses.replace(media, found=found)
-        files = {}
-        for name, path in source.files.items():
-            is_picture = path.suffix.lower() in EXTENSIONS["image"]
-            files[name] = _look_into(path, "audio" if KINDS[name].own_files.media == "sounds" else "image" if is_picture else "video")
-        return Probed(source=source, media=media, files=files)
-    except UserError as error:
-        return Unreadable(source, str(error))
-
-
-def _check_name(source: Source) -> None:
-    """
-    Raises:
-        UserError: a name that the index, which is UTF-8, cannot hold.
-    """
-    for path in (source.path, *source.files.values()):
-        if str(path) != _printable(str(path)):
-            raise UserError(f"{path}: its name is not UTF-8. Rename it.")
-
-
-def _printable(text: str) -> str:
-    """Bytes of names that are not UTF-8 as \\udcff and the like, which can be written anywhere."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _look_into(path: Path, kind: str) -> MediaFile:
-    look = {"video": probe_video, "image": picture_size, "audio": probe_audio}[kind]
-    found = look(path)
-    try:
-        return MediaFile(path, found, file_fingerprint(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-
-
 def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], still_fps: float) -> DatasetPlan:
     clips: list[PlannedClip] = []
     rows: list[PlanRow] = []
     for one in probed:
         if isinstance(one, Unreadable):
-            rows.append(PlanRow(source=_printable(one.source.name), outcome="failed", clips=0, note=one.problem))
+            rows.append(PlanRow(source=printable(one.source.name), outcome="failed", clips=0, note=one.problem))
             continue
         cut, row = _plan_source(spec, one, still_fps)
         clips += [
@@ -223,7 +134,7 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], stil
             f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}). "
             "Ask for shorter clips (target_frames, target_seconds), or give longer ones."
         )
-    lacking = tuple(_printable(one.source.name) for one in probed if not one.source.caption.strip())
+    lacking = tuple(printable(one.source.name) for one in probed if not one.source.caption.strip())
     return DatasetPlan(spec=spec, clips=tuple(clips), rows=tuple(rows), without_caption=lacking)
 
 

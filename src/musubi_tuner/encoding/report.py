@@ -115,7 +115,8 @@ def describe_warnings(plans: Sequence[DatasetPlan]) -> list[str]:
         lines += found[:_MOST_WARNINGS]
         if len(found) > _MOST_WARNINGS:
             lines.append(f"{plan.spec.label}: {len(found) - _MOST_WARNINGS} more such clips")
-        lines += [f"{plan.spec.label}: {len(names)} {what} not used: {names_of(names)}" for what, names in left_out(plan.spec).items()]
+        for what, names in left_out(plan.spec).items():
+            lines.append(f"{plan.spec.label}: not used, {what}: {names_of(names)}" + (f" ({len(names)})" if len(names) > 1 else ""))
         if plan.without_caption:
             lines.append(
                 f"{plan.spec.label}: no caption yet for {len(plan.without_caption)} source(s), and training needs one for each: "

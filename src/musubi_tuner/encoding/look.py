@@ -1,0 +1,102 @@
+"""Looking into the files of a source: what they are, before anything is cut from them. What cannot be read is named, and no more."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import file_fingerprint
+from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.media.picture import picture_size
+from musubi_tuner.media.probe import AudioInfo, VideoInfo, probe_audio, probe_video
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.sources.listing import EXTENSIONS, Source
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A file that was looked into."""
+
+    path: Path
+    found: VideoInfo | AudioInfo | tuple[int, int]
+    """A picture has its size as displayed."""
+    fingerprint: str
+
+    @property
+    def video(self) -> VideoInfo:
+        """`found` of a video."""
+        assert isinstance(self.found, VideoInfo)
+        return self.found
+
+    @property
+    def audio(self) -> AudioInfo:
+        """`found` of a sound file."""
+        assert isinstance(self.found, AudioInfo)
+        return self.found
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """`found` of a picture."""
+        assert isinstance(self.found, tuple)
+        return self.found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """A source and what was found in it."""
+
+    source: Source
+    media: MediaFile
+    files: Mapping[str, MediaFile]
+    """Those that belong to it, by kind of sidecar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A source of which a file cannot be read, and why."""
+
+    source: Source
+    problem: str
+
+
+def look_into(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
+    """A source's own file and those that belong to it."""
+    try:
+        _check_name(source)
+        media = _media_file(source.path, spec.kind)
+        if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
+            times = tuple(i / spec.source_fps for i in range(len(media.found.stamps)))
+            found = dataclasses.replace(media.found, times=times, fps=spec.source_fps, is_variable=False)
+            media = dataclasses.replace(media, found=found)
+        files = {}
+        for name, path in source.files.items():
+            is_picture = path.suffix.lower() in EXTENSIONS["image"]
+            files[name] = _media_file(path, "audio" if KINDS[name].own_files.media == "sounds" else "image" if is_picture else "video")
+        return Probed(source=source, media=media, files=files)
+    except UserError as error:
+        return Unreadable(source, str(error))
+
+
+def _check_name(source: Source) -> None:
+    """
+    Raises:
+        UserError: a name that the index, which is UTF-8, cannot hold.
+    """
+    for path in (source.path, *source.files.values()):
+        if str(path) != printable(str(path)):
+            raise UserError(f"{path}: its name is not UTF-8. Rename it.")
+
+
+def printable(text: str) -> str:
+    """Bytes of names that are not UTF-8 as \\udcff and the like, which can be written anywhere."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _media_file(path: Path, kind: str) -> MediaFile:
+    look = {"video": probe_video, "image": picture_size, "audio": probe_audio}[kind]
+    found = look(path)
+    try:
+        return MediaFile(path, found, file_fingerprint(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
