@@ -187,7 +187,9 @@ def test_a_preview_builds_the_inputs_that_training_builds(data, wrapper, tiny_fa
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
-    conditioning = encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
+    conditioning = encode_conditioning(
+        prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu"), still_crf=None)
+    )
     context = preview_parts.context(wrapper)
     seen = spy(
         wrapper,
@@ -261,6 +263,6 @@ def test_files_that_do_not_fit_are_named_before_training(data, wrapper, tiny_fam
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=2)
     checkpoint = open_checkpoint(tiny_family.ltx23)
     with pytest.raises(UserError) as caught:
-        encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
+        encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu"), still_crf=None))
     for part in ("prompts.txt, line 1", *parts):
         assert part in str(caught.value)

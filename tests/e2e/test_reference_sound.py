@@ -122,7 +122,9 @@ def test_a_preview_plays_the_reference_as_training_does(data, tiny_family, tmp_p
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
-    conditioning = encode_conditioning(prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu")))
+    conditioning = encode_conditioning(
+        prompt, plan.streams, ConditioningEncoders(checkpoint, checkpoint, torch.device("cpu"), still_crf=None)
+    )
     context = preview_parts.context(wrapper)
     made = SampleInputs(prompt=prompt, plan=plan, positive=context, negative=context, conditioning=conditioning)
     seen = spy(wrapper, lambda: generate(wrapper, made))

@@ -127,7 +127,7 @@ def test_a_preview_shows_the_reference_as_training_does(data, tiny_family, tmp_p
     plan = make_plan(preview_parts.options(), prompt, mode="video", version="2.3", num_layers=wrapper.config.num_layers)
     checkpoint = open_checkpoint(tiny_family.ltx23)
     encoders = ConditioningEncoders(
-        checkpoint, checkpoint, torch.device("cpu"), reference_factors=load_dataset_config(data.toml).reference_factors
+        checkpoint, checkpoint, torch.device("cpu"), still_crf=None, reference_factors=load_dataset_config(data.toml).reference_factors
     )
     conditioning, context = encode_conditioning(prompt, plan.streams, encoders), preview_parts.context(wrapper)
     made = SampleInputs(prompt=prompt, plan=plan, positive=context, negative=context, conditioning=conditioning)

@@ -150,7 +150,7 @@ def cut_between_key_frames(source: Path, target: Path, seconds: float) -> None:
 
 @pytest.mark.parametrize("ending", [".mp4", ".mkv"])
 def test_a_clip_that_begins_between_key_frames_begins_at_the_first_one(tmp_path: Path, ending: str) -> None:
-    whole = put(tmp_path, f"whole{ending}", frames=40, fps=25)  # a key frame every 12
+    whole = put(tmp_path, f"whole{ending}", frames=40, fps=25, audio=ClipAudio(samples=beep(1.6, 0.5)))
     (tmp_path / "clips").mkdir()
     cut_between_key_frames(whole, tmp_path / "clips" / f"cut{ending}", 0.2)
     plan = planned(tmp_path, VIDEOS + 'frame_extraction = "chunk"\n')
@@ -162,22 +162,35 @@ def test_a_clip_that_begins_between_key_frames_begins_at_the_first_one(tmp_path:
     assert warning == f"begins between key frames: its first {info.lost_frames} frames cannot be decoded and are left out"
 
 
+def test_where_seeking_is_refused_decoding_begins_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = probe_video(put(tmp_path, frames=40))
+    monkeypatch.setattr("musubi_tuner.media.video._seek", lambda container, origin: False)
+    assert [number_of(picture) for picture in read_frames(info, range(20, 29), 96, 64)] == list(range(20, 29))
+
+
 def test_what_is_there_of_a_half_downloaded_clip_is_read_and_warned_of(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     path = tmp_path / "clips" / "half.mp4"
-    noise = torch.randint(0, 256, (60, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=24, options={"g": "12"})
+        stream = container.add_stream("libx264", rate=24, options={"g": "24", "bf": "3"})
         stream.width, stream.height = 96, 64
-        for picture in noise:
+        for number in range(60):  # a movement, which is coded with B-frames
+            picture = noise.roll(2 * number, 1).contiguous()
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
         container.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    plan = planned(tmp_path, VIDEOS.replace("[9]", "[9]\nframe_extraction = 'full'"))
-    (clip,), (row,) = plan.clips, plan.rows
-    assert clip.clip.fps == 24.0 and 15 < row.frames < 35
+    whole = path.read_bytes()
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    for end in [*ends[20:30], ends[25] - 3]:  # behind frames of all kinds, and within one
+        path.write_bytes(whole[:end])
+        info = probe_video(path)
+        assert (info.fps, info.is_variable, info.stored_frames) == (24.0, False, 60)
+        step = info.stamps[1] - info.stamps[0]
+        assert info.stamps == tuple(range(0, step * len(info.stamps), step)), "without holes"
+        assert len(read_frames(info, range(len(info.stamps)), 96, 64)) == len(info.stamps), "all that counts can be decoded"
+    (row,) = planned(tmp_path).rows
     assert row.warnings == (f"cut off: {row.frames} of the 60 frames that it lists are in it; copy or download it again",)
-    assert len(decode_frames(clip)) == clip.clip.frames
 
 
 def test_fast_clips_are_warned_of_in_seconds(tmp_path: Path) -> None:

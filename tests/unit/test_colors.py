@@ -7,6 +7,8 @@ import av
 import pytest
 import torch
 
+from musubi_tuner.cache.index import read_index, write_index
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.encoding.plan import plan_datasets
 from musubi_tuner.media.colors import sdr_of
@@ -141,3 +143,7 @@ def test_hdr_is_reported_and_the_rule_is_part_of_the_caches_identity(tmp_path: P
     assert [row.note for row in plan.rows] == ["HDR (HLG), tone-mapped", ""]
     hdr, sdr = (planned.clip for planned in plan.clips)
     assert "HLG" in hdr.colors and sdr.colors == ""
+    latents, audio = KINDS["latents"], KINDS["audio"]
+    assert latents.expected(hdr)["colors"] == hdr.colors and "colors" not in {**latents.expected(sdr), **audio.expected(hdr)}
+    path = write_index(plan.spec, plan.index)
+    assert read_index(plan.spec, toml).clips == (hdr, sdr) and path.read_text("utf-8").count('"colors"') == 1

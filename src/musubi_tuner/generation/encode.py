@@ -49,8 +49,8 @@ class ConditioningEncoders:
         audio_vae: Checkpoint,
         device: torch.device,
         *,
+        still_crf: int | None,
         reference_factors: tuple[int, int] = (1, 1),
-        still_crf: int | None = None,
     ) -> None:
         """
         Args:
