@@ -81,7 +81,7 @@ def test_texts_to_encode_hold_negatives_and_the_empty_prompt_once(tmp_path: Path
         ("a fox --d 1 --d 2", "--d is given twice"),
         ("a fox --s many", r"--s 'many': must be a whole number"),
         ("a fox --s 0", "--s '0': must be at least 1"),
-        ("a fox --fr 0", "--fr '0': must be above 0"),
+        ("a fox --fr 0", "--fr '0': must be at least 0.01"),
         ("a fox --l -1", "--l '-1': must be at least 0"),
         ("a fox --al nan", "--al 'nan': must be a finite number"),
         ("a fox --i nowhere.png", "--i 'nowhere.png'"),
