@@ -1,7 +1,7 @@
 """Decoded frames -> 8-bit R'G'B' of BT.709, whatever the source says of its colors.
 
 Matrix and range are those that the frames are tagged with. Frames without a tag for the matrix are BT.601 up to 576 lines and BT.709 above
-(or from 1280 columns on), as mpv and VLC take them: ITU-R BT.601 is the standard of pictures with 480 and 576 lines, BT.709 of HD.
+(or from 1280 columns on), as mpv takes them: ITU-R BT.601 is the standard of pictures with 480 and 576 lines, BT.709 of HD.
 
 High dynamic range (HLG and PQ of ITU-R BT.2100) is mapped to standard range by its light in cd/m^2:
 
