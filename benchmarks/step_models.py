@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.ltxv2.filling import set_tensor
 from musubi_tuner.ltxv2.geometry import audio_positions, video_positions
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.transformer.model import LTXModel
-from musubi_tuner.ltxv2.weights import set_tensor
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer

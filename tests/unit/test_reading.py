@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from musubi_tuner.ltxv2 import reading
+from musubi_tuner.ltxv2.filling import fill
 from musubi_tuner.ltxv2.reading import ReadAhead
-from musubi_tuner.ltxv2.weights import fill, open_checkpoint
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
 
 COUNT = 24

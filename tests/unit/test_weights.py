@@ -6,6 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE, find_vae
+from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
+from musubi_tuner.ltxv2.text.connectors import load_connectors
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
@@ -179,3 +183,62 @@ def test_real_sizes_have_the_released_counts(version):
     assert set(video.state_dict()) < set(model.state_dict())
     if video_only:
         assert sum(p.numel() for p in video.parameters()) == video_only
+
+
+def with_section(source, target, **changes):
+    metadata = config_metadata(source)
+    config = json.loads(metadata["config"])
+    for section, values in changes.items():
+        config[section] = config[section] | values if isinstance(values, dict) else values
+    save_file(load_file(source), target, metadata=metadata | {"config": json.dumps(config)})
+    return open_checkpoint(target)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_head_dim", None),
+        ("attention_head_dim", "64"),
+        ("num_layers", 1.5),
+        ("num_layers", True),
+        ("num_layers", -1),
+        ("num_layers", 10**9),
+        ("positional_embedding_theta", "x"),
+        ("positional_embedding_max_pos", [20, 2048]),
+        ("positional_embedding_max_pos", 20),
+        ("rope_type", None),
+        ("apply_gated_attention", "yes"),
+        ("qk_norm", ["rms_norm"]),
+    ],
+)
+def test_values_of_the_config_that_no_model_can_have_are_named(tiny_family, tmp_path, key, value):
+    checkpoint = with_section(tiny_family.ltx23, tmp_path / "m.safetensors", transformer={key: value})
+    with pytest.raises(UserError, match=rf"m.safetensors: checkpoint config: transformer.{key} is ") as error:
+        read_config(checkpoint)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "read"),
+    [
+        ("vae", {"encoder_blocks": 3}, lambda c: VideoVAE.load(c, device="cpu", dtype=torch.float32)),
+        ("vae", {"encoder_blocks": [["res_x", {}]]}, lambda c: VideoVAE.load(c, device="cpu", dtype=torch.float32)),
+        ("audio_vae", {"model": None}, lambda c: AudioVAE.load(c, device="cpu")),
+        ("vocoder", {"bwe": 1}, lambda c: Vocoder.load(c, device="cpu")),
+        ("transformer", {"connector_num_layers": "two"}, lambda c: load_connectors(c, device="cpu", dtype=torch.float32)),
+    ],
+)
+def test_sections_that_nothing_can_be_built_from_are_named(tiny_family, tmp_path, section, values, read):
+    checkpoint = with_section(tiny_family.ltx23, tmp_path / "m.safetensors", **{section: values})
+    with pytest.raises(UserError, match=f"m.safetensors: nothing can be built from the section '{section}' .*release's own file"):
+        read(checkpoint)
+
+
+def test_a_vae_alone_without_config_is_told_so(tiny_family, tmp_path):
+    bare = {name.removeprefix("vae."): value for name, value in load_file(tiny_family.ltx23).items() if name.startswith("vae.")}
+    save_file(bare, tmp_path / "vae.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="vae.safetensors: it has no 'config' metadata, and so no 'vae' section"):
+        find_vae(open_checkpoint(tmp_path / "vae.safetensors"))
+    save_file(bare, tmp_path / "vae.safetensors", metadata={"config": '{"vocoder": {}}'})
+    with pytest.raises(UserError, match="holds no video VAE"):
+        find_vae(open_checkpoint(tmp_path / "vae.safetensors"))

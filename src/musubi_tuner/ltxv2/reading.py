@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +40,11 @@ class TensorEntry:
     def size(self) -> int:
         """In bytes."""
         return self.end - self.start
+
+    @property
+    def count(self) -> int:
+        """Of its numbers."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

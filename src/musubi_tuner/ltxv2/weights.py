@@ -4,17 +4,19 @@ Only the tensors that are asked for are read: a 46 GB file costs its header plus
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.ltxv2.reading import ReadAhead, TensorEntry, read_tensor
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import parse_json, read_json
+from musubi_tuner.runtime.headers import GGUF, SUFFIXES, StoredTensor, read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -23,6 +25,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -31,7 +34,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _SAMPLE_BYTES = 4096
-_MAX_HEADER_BYTES = 100_000_000
+INDEX_ENDING = ".safetensors.index.json"
+SECTIONS = ("transformer", "vae", "audio_vae", "vocoder")
+"""Of the `config` metadata; each is an object."""
+_REWRITTEN = "The file is damaged or was rewritten by another tool: use the release's own file."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Checkpoint:
     path: Path
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
-    """The parsed `config` metadata: sections `transformer`, `vae`, `audio_vae`, `vocoder`; empty where the file has none."""
+    """The parsed `config` metadata, its `SECTIONS` among others; empty where the file has none."""
     entries: Mapping[str, TensorEntry]
 
     @property
@@ -105,31 +111,49 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint's header(s).
 
     Args:
-        path: a `.safetensors` file, or the folder of a split pack (searched with its sub-folders).
+        path: a `.safetensors` (or `.sft`) file, or the folder of a split pack (searched with its sub-folders).
 
     Raises:
-        UserError: a missing path, a URL, another format, a git-lfs pointer, a truncated file, or one tensor name in two files.
+        UserError: a missing path, a URL, another format, a shard that an index names and that is not there, and what `open_files` raises.
     """
     if "://" in str(path):
         raise UserError(f"{path}: a URL. Models are local .safetensors files: download it first and give its path.")
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.rglob("*.safetensors"))
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
+        for index in sorted(path.rglob(f"*{INDEX_ENDING}")):
+            shards_of(index)
         if not files:
             raise UserError(f"{path}: the folder holds no .safetensors file. Give a checkpoint file or the folder of a split pack.")
     elif path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() == ".gguf":
+            raise UserError(f"{path}: {GGUF}")
+        if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: not a .safetensors file. Pickled checkpoints (.pt, .ckpt) are never opened; convert it first.")
         files = [path]
     else:
         raise UserError(f"{path}: no such file or folder. Model paths must be local.")
+    return open_files(path, files)
+
+
+def open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
+    """Files that are one checkpoint together.
+
+    Args:
+        path: what messages call it.
+
+    Raises:
+        UserError: a header that `read_header` refuses, a dtype that torch lacks, `config` metadata that is no JSON object or has a
+            section that is none, or one tensor name in two files.
+    """
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        file_metadata, file_entries = _read_header(file)
-        metadata |= file_metadata
-        config |= _parse_config(file, file_metadata)
+        header = read_header(file)
+        metadata |= header.metadata
+        config |= _parse_config(file, header.metadata)
+        file_entries = {name: _entry(file, name, stored) for name, stored in header.tensors.items()}
         twice = entries.keys() & file_entries.keys()
         if twice:
             raise UserError(
@@ -140,113 +164,57 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path=path, metadata=metadata, config=config, entries=entries)
 
 
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index (`*.safetensors.index.json`) names, beside it.
+
+    Raises:
+        UserError: it is no index, or files that it names are not there.
+    """
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: no index of a checkpoint: 'weight_map' is to name the file of each tensor. Download it again.")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise UserError(
+            f"{index}: names {len(files)} files, of which {len(lacking)} are not in its folder, first {lacking[0]}. Download them too."
+        )
+    return files
+
+
+@contextmanager
+def building_from(checkpoint: Checkpoint, section: str) -> Iterator[None]:
+    """Around what builds a module from a section of the config: whatever a damaged section makes fail names the file and the section.
+
+    Raises:
+        UserError: in place of what is raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.path}: nothing can be built from the section '{section}' of its 'config' metadata "
+            f"({type(error).__name__}: {error}). {_REWRITTEN}"
+        ) from error
+
+
 def _parse_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "config" not in metadata:
         return {}
-    try:
-        config = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}: its 'config' metadata is not JSON ({error}). The file is damaged or was rewritten by another tool."
-        ) from error
+    where = f"{file}: its 'config' metadata"
+    config = parse_json(metadata["config"], where)
+    if not isinstance(config, dict):
+        raise UserError(f"{where} is no JSON object. {_REWRITTEN}")
+    for section in SECTIONS:
+        if not isinstance(config.get(section), dict | None):
+            raise UserError(f"{where} has a section '{section}' that is no JSON object. {_REWRITTEN}")
     return {key: value for key, value in config.items() if isinstance(value, dict)}
 
 
-def _read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        head = handle.read(64)
-        if head.startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{file}: a git-lfs pointer of {size} bytes, not the model. Run 'git lfs pull' in its folder, or download the file itself."
-            )
-        length = int.from_bytes(head[:8], "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise UserError(f"{file}: truncated, or no safetensors file ({size} bytes). Download it again and compare its size.")
-        handle.seek(8)
-        try:
-            header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: its safetensors header cannot be read ({error}). Download it again.") from error
-    metadata = header.pop("__metadata__", {})
-    entries = {}
-    for name, item in header.items():
-        if item["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: tensor '{name}' has the dtype {item['dtype']}, which is not supported.")
-        start, end = (8 + length + offset for offset in item["data_offsets"])
-        if end > size:
-            raise UserError(f"{file}: truncated: tensor '{name}' ends at byte {end}, the file at {size}. Download it again.")
-        entries[name] = TensorEntry(file=file, shape=tuple(item["shape"]), dtype=_DTYPES[item["dtype"]], start=start, end=end)
-    return metadata, entries
-
-
-def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move to the device, and to `dtype` where the tensor is of floating point."""
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-
-
-Place = Callable[[str, Tensor], Tensor]
-
-
-def fill(
-    module: nn.Module,
-    sources: Mapping[str, str],
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    place: Place | None = None,
-) -> None:
-    """Give a module that was built on the meta device its weights, strictly and in the order of `sources`.
-
-    Args:
-        module: parameters and persistent buffers are replaced in place.
-        sources: {name in the module: full name in the checkpoint}.
-        dtype: of floating point tensors.
-        place: called as `place(name, tensor)` instead of the plain move to `device` and `dtype`; keeps nothing of `tensor` but what
-            it returns.
-
-    Raises:
-        UserError: names missing from the checkpoint, names the module lacks, or shapes that differ.
-    """
-    device = torch.device(device)
-    expected = module.state_dict()
-    problems = _differences(expected, sources, checkpoint)
-    if problems:
-        raise UserError(f"{checkpoint.path}: its tensors do not fit {type(module).__name__}: " + "; ".join(problems) + ".")
-    with checkpoint.tensors(sources.values()) as tensors:
-        for name in sources:
-            # No name for the tensor itself: a large one has to be gone before the next one is read.
-            placed = place(name, next(tensors)) if place else cast(next(tensors), device, dtype)
-            set_tensor(module, name, tensors.own(placed))
-
-
-def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the parameter or buffer called `name`; a parameter stays frozen or trainable as it was."""
-    owner_path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    old = getattr(owner, leaf)
-    if isinstance(old, nn.Parameter):
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point()))
-    else:
-        owner.register_buffer(leaf, tensor)
-
-
-def _differences(expected: Mapping[str, Tensor], sources: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
-    problems = []
-    if missing := sorted(expected.keys() - sources.keys()):
-        problems.append(f"missing {_some(missing)}")
-    if unexpected := sorted(sources.keys() - expected.keys()):
-        problems.append(f"unexpected {_some(unexpected)}")
-    for name in sorted(expected.keys() & sources.keys()):
-        wanted, found = tuple(expected[name].shape), checkpoint.shape(sources[name])
-        if wanted != found:
-            problems.append(f"'{name}' has the shape {found}, expected {wanted}")
-        if len(problems) > 5:
-            break
-    return problems
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:most])
-    return f"{len(names)} tensor(s): {listed}" + (", ..." if len(names) > most else "")
+def _entry(file: Path, name: str, stored: StoredTensor) -> TensorEntry:
+    if stored.dtype not in _DTYPES:
+        raise UserError(f"{file}: tensor '{name}' has the dtype {stored.dtype}, which training does not read. Give a file in bf16 or fp8.")
+    return TensorEntry(file=file, shape=stored.shape, dtype=_DTYPES[stored.dtype], start=stored.start, end=stored.end)

@@ -39,7 +39,7 @@ def merge_weight(weight: Tensor, adapter: StoredAdapter, multiplier: float) -> T
 
 
 def merging_place(networks: Sequence[BaseNetwork], place: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
-    """A `place` for `ltxv2.weights.fill` that merges `networks`, in their order, and then does what `place` does.
+    """A `place` for `ltxv2.filling.fill` that merges `networks`, in their order, and then does what `place` does.
 
     Merged weights reach `place` in float32, the others as they are.
     """

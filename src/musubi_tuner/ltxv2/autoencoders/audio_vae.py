@@ -10,7 +10,7 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
 from musubi_tuner.ltxv2.geometry import AUDIO_HOP, AUDIO_SAMPLE_RATE, patchify_audio, unpatchify_audio
-from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "audio_vae."
@@ -33,7 +33,7 @@ class AudioVAE:
         from diffusers import AutoencoderKLLTX2Audio
 
         component = find_audio_vae(checkpoint)
-        with torch.device("meta"):
+        with building_from(checkpoint, "audio_vae"), torch.device("meta"):
             network = AutoencoderKLLTX2Audio(**diffusers_config(component.config))
         for part in ("encoder", "decoder"):
             if part not in parts:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from musubi_tuner.ltxv2.weights import Checkpoint, fill
+from musubi_tuner.ltxv2.filling import fill
+from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
 MEAN, STD = "per_channel_statistics.mean-of-means", "per_channel_statistics.std-of-means"
@@ -41,13 +42,15 @@ def find_component(checkpoint: Checkpoint, section: str, prefix: str, marks: tup
         UserError: the checkpoint lacks the component (the message names the flag that should point elsewhere), or its config.
     """
     config = checkpoint.config.get(section)
-    for names in (checkpoint.with_prefix(prefix), checkpoint.with_prefix("") if config is not None else {}):
+    bare = checkpoint.with_prefix("") if config is not None or "config" not in checkpoint.metadata else {}
+    for names in (checkpoint.with_prefix(prefix), bare):
         if not any(name.startswith(marks) for name in names):
             continue
         if config is None:
+            lacks = "its 'config' metadata has" if "config" in checkpoint.metadata else "it has no 'config' metadata, and so"
             raise UserError(
-                f"{checkpoint.path}: its 'config' metadata has no '{section}' section, so the {what} cannot be built. "
-                "Use an unmodified release file."
+                f"{checkpoint.path}: {lacks} no '{section}' section that the {what} could be built from. Tools that cut a file apart or "
+                "convert it lose this: use an unmodified release file."
             )
         return Component(config, names)
     raise UserError(f"{checkpoint.path}: holds no {what} ('{prefix}...'). Give {flag} a full checkpoint, or the file of the {what}.")

@@ -12,7 +12,7 @@ from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
-from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "vae."
@@ -83,10 +83,10 @@ class VideoVAE:
                 f"{checkpoint.path}: its video decoder is the diffusion decoder of 2.5, which previews do not run. "
                 "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
             )
-        config = encoder_section(component.config)
-        if "decoder" not in parts:
-            config["decoder_blocks"] = _ANY_DECODER
-        with torch.device("meta"):
+        with building_from(checkpoint, "vae"), torch.device("meta"):
+            config = encoder_section(component.config)
+            if "decoder" not in parts:
+                config["decoder_blocks"] = _ANY_DECODER
             network = AutoencoderKLLTX2Video(**diffusers_config(config))
         for part in ("encoder", "decoder"):
             if part not in parts:
@@ -188,7 +188,8 @@ def video_vae_fingerprint(checkpoint: Checkpoint) -> str:
     """Identity of what shapes latents: the encoder, the statistics and their config."""
     component = find_vae(checkpoint)
     names = {name: full for name, full in component.names.items() if name.startswith("encoder.") or name in (MEAN, STD)}
-    config = encoder_section(component.config)
+    with building_from(checkpoint, "vae"):
+        config = encoder_section(component.config)
     shaping = {key: config[key] for key in ("encoder_blocks", "patch_size", "norm_layer", "spatial_padding_mode") if key in config}
     return component.fingerprint(checkpoint, names, shaping)
 

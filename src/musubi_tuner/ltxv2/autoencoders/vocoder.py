@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.components import find_component, load_frozen
-from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 
 PREFIX = "vocoder."
 _MARKS = ("conv_pre.", "vocoder.conv_pre.")
@@ -41,14 +41,15 @@ class Vocoder:
         component = find_component(checkpoint, "vocoder", PREFIX, _MARKS, what="vocoder", flag="--audio_vae")
         config = component.config
         two_stages = "bwe" in config
-        # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
-        network: Any = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
+        with building_from(checkpoint, "vocoder"):
+            rate = config["bwe"]["output_sampling_rate"] if two_stages else config.get("output_sampling_rate", 24000)
+            # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
+            network: Any = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
         network = network.to(device)
         load_frozen(network, {to_diffusers_name(name): full for name, full in component.names.items()}, checkpoint, device, torch.float32)
         if two_stages:
             # The official first stage clamps its waveform; diffusers' leaves it as it is.
             network.vocoder.register_forward_hook(lambda module, inputs, output: output.clamp(-1, 1))
-        rate = config["bwe"]["output_sampling_rate"] if two_stages else config.get("output_sampling_rate", 24000)
         return cls(network, rate)
 
     @torch.inference_mode()

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musubi_tuner.ltxv2.filling import fill
 from musubi_tuner.ltxv2.transformer.attention import Attention, RopeTable, rope_table
 from musubi_tuner.ltxv2.transformer.block import FeedForward
 from musubi_tuner.ltxv2.versions import CONNECTORS, transformer_prefix
-from musubi_tuner.ltxv2.weights import Checkpoint, fill
+from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
 CONTEXT_TOKENS = 1024
@@ -127,7 +128,7 @@ def load_connectors(checkpoint: Checkpoint, *, device: torch.device | str, dtype
     registers = checkpoint.shape(names[f"{CONNECTORS[0]}learnable_registers"])[0]
     if CONTEXT_TOKENS % registers:
         raise UserError(f"{checkpoint.path}: {registers} connector registers do not divide the context of {CONTEXT_TOKENS} tokens.")
-    with torch.device("meta"):
+    with building_from(checkpoint, "transformer"), torch.device("meta"):
         connectors = Connectors(config, registers)
     fill(connectors, names, checkpoint, device=device, dtype=dtype)
     return connectors.requires_grad_(False).eval()

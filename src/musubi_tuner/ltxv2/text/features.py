@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.weights import Checkpoint, fill
+from musubi_tuner.ltxv2.filling import fill
+from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "text_embedding_projection."

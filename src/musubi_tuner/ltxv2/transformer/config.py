@@ -106,7 +106,7 @@ class TransformerConfig:
         """Read the `transformer` section of a checkpoint's `config`.
 
         Raises:
-            UserError: a constant of the architecture has a value that this code was not written for.
+            UserError: a constant of the architecture has a value that this code was not written for, or a value is of another type.
         """
         for key, value in _CONSTANTS.items():
             if section.get(key, value) != value:
@@ -115,11 +115,36 @@ class TransformerConfig:
             raise UserError(
                 "checkpoint config: caption_projection_*_linear and caption_proj_input_norm must be false where they are present."
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items() if key in names}
-        config = cls(**values)
+        fields = [field for field in dataclasses.fields(cls) if field.name in section]
+        config = cls(**{field.name: _checked(field.name, section[field.name], field.default) for field in fields})
         if config.num_attention_heads != config.audio_num_attention_heads:
             raise UserError("checkpoint config: num_attention_heads and audio_num_attention_heads must be equal.")
         if config.rope_type not in ("split", "interleaved"):
             raise UserError(f"checkpoint config: rope_type {config.rope_type!r}; only 'split' and 'interleaved' are supported.")
         return config
+
+
+_MOST = 2**20
+"""No width, count or position of a transformer is larger."""
+
+
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """A value of the type that its field's default has; lists as tuples."""
+    if isinstance(default, tuple):
+        good = isinstance(value, list) and len(value) == len(default) and all(_is_number(one, int) for one in value)
+        what = f"a list of {len(default)} whole numbers from 1"
+    elif isinstance(default, bool):
+        good, what = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        good, what = _is_number(value, int), "a whole number from 1"
+    elif isinstance(default, float):
+        good, what = _is_number(value, float), "a number over 0"
+    else:
+        good, what = isinstance(value, str) or value is default, "a text"
+    if not good:
+        raise UserError(f"checkpoint config: transformer.{key} is {value!r}, not {what}.")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_number(value: Any, kind: type[int] | type[float]) -> bool:
+    return type(value) in (int, kind) and 0 < value <= _MOST

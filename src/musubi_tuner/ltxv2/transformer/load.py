@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from musubi_tuner.ltxv2.filling import fill
+from musubi_tuner.ltxv2.quantization import weight_of
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, streams_of, transformer_names
-from musubi_tuner.ltxv2.weights import Checkpoint, cast, fill
+from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
 STREAMS = {"video": ("video",), "av": ("video", "audio"), "audio": ("audio",)}
 """Streams that a training mode builds."""
-
-_SCALES = (".weight_scale", ".input_scale")
 
 
 def load_transformer(
@@ -28,14 +28,14 @@ def load_transformer(
 ) -> LTXModel:
     """Build the subset of the transformer that `mode` needs and fill it, frozen.
 
-    Weights prequantized to fp8 (with `weight_scale`) are brought back to `dtype`.
+    Quantized weights are brought back to `dtype` (`quantization`).
 
     Args:
         mode: `video`, `av` or `audio`.
-        place: called as `place(name, tensor)`, with tensors in `dtype`, instead of the plain move to `device`; None = that move.
+        place: called as `place(name, tensor)` instead of the plain move to `device`; None = that move.
 
     Raises:
-        UserError: tensors missing, unexpected or of another shape; a stream that the checkpoint lacks; NVFP4 weights.
+        UserError: a stream that the checkpoint lacks, and what `fill` raises.
     """
     names = transformer_names(checkpoint)
     streams = STREAMS[mode]
@@ -45,24 +45,13 @@ def load_transformer(
             f"{checkpoint.path}: --ltx_mode {mode} needs the {' and '.join(sorted(lacking))} stream, which this file lacks. "
             "Give --ltxv2_model a checkpoint of the whole model."
         )
-    if any(name.endswith(".weight_scale_2") for name in names):
-        raise UserError(f"{checkpoint.path}: NVFP4 weights. Training reads bf16 and fp8 checkpoints; give one of those.")
     config = read_config(checkpoint)
     with torch.device("meta"):
         model = LTXModel(config, streams, timestep_rule=timestep_rule)
         whole = set(model.state_dict()) if len(streams) == 2 else set(LTXModel(config).state_dict())
-    needed = set(model.state_dict())
-    weights = {name: full for name, full in names.items() if not name.endswith(_SCALES) and (name in needed or name not in whole)}
-
-    scales = {name.removesuffix("_scale"): full for name, full in names.items() if name.endswith(".weight_scale")}
-    scale_of = {name: checkpoint.tensor(full).float() for name, full in scales.items()}
-
-    def dequantized(name: str, tensor: Tensor) -> Tensor:
-        if name in scale_of:
-            tensor = (tensor.to(device).float() * scale_of[name].to(device)).to(dtype)
-        return place(name, tensor) if place else cast(tensor, torch.device(device), dtype)
-
-    fill(model, weights, checkpoint, device=device, dtype=dtype, place=dequantized)
+    unused = whole - set(model.state_dict())
+    weights = {name: full for name, full in names.items() if weight_of(name) not in unused}
+    fill(model, weights, checkpoint, device=device, dtype=dtype, place=place)
     return model.requires_grad_(False).eval()
 
 
@@ -70,7 +59,8 @@ def read_config(checkpoint: Checkpoint) -> TransformerConfig:
     """The transformer's shape from the metadata, or from tensor shapes where the file has none."""
     section = checkpoint.config.get("transformer")
     if section is not None:
-        return TransformerConfig.from_checkpoint_config(section)
+        with building_from(checkpoint, "transformer"):
+            return TransformerConfig.from_checkpoint_config(section)
     return _config_from_shapes(checkpoint, transformer_names(checkpoint), detect_version(checkpoint))
 
 
