@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.ltxv2.text.loading import load_model
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json
 
 BACKENDS: dict[str, tuple[str, ...]] = {"gemma": ("gemma3", "gemma3_text"), "t5": ("t5",)}
 """{backend: model types of its config.json}."""
@@ -150,19 +152,27 @@ def load_encoder(options: EncoderOptions) -> TextEncoder:
     """Load encoder and tokenizer from a local folder, or from a hub id that is already in the local cache; never downloads.
 
     Raises:
-        UserError: neither is there, the model is of another type than the backend, or bitsandbytes is wanted and missing.
+        UserError: neither is there, the model is of another type than the backend, and what `load_model` raises.
     """
     config = _read_config(options)
-    return TextEncoder(_load_model(resolve_model(options.path, "--text_encoder"), config, options), load_tokenizer(options), options)
+    folder = Path(resolve_model(options.path, "--text_encoder"))
+    tokenizer = load_tokenizer(options)
+    bits = 8 if options.load_in_8bit else 4 if options.load_in_4bit else None
+    model = load_model(folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=bits)
+    return TextEncoder(model, tokenizer, options)
 
 
 def _read_config(options: EncoderOptions) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = resolve_model(options.path, "--text_encoder")
+    file = Path(path) / "config.json"
+    if file.is_file() and not isinstance(read_json(file), dict):
+        raise UserError(f"{file}: is no JSON object. Download the encoder's config.json again.")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"--text_encoder {options.path}: its config.json cannot be read ({error}). Give the folder of a model.") from error
     if config.model_type not in BACKENDS[options.backend]:
         raise UserError(
@@ -215,38 +225,3 @@ def resolve_model(name: str, flag: str) -> str:
             f"{flag} {name}: neither a local folder nor a model in the local Hugging Face cache. Nothing is downloaded here: "
             f"run 'hf download {name}' first, or give the folder."
         ) from error
-
-
-def _load_model(path: str, config: Any, options: EncoderOptions) -> Any:
-    extra: dict[str, Any] = {}
-    if options.load_in_8bit or options.load_in_4bit:
-        extra = {"quantization_config": _quantization(options), "device_map": {"": options.device}}
-    common: dict[str, Any] = {"local_files_only": True, "dtype": options.dtype, **extra}
-    model: Any
-    if options.backend == "t5":
-        from transformers import T5EncoderModel
-
-        model = T5EncoderModel.from_pretrained(path, **common)
-    elif config.model_type == "gemma3":
-        from transformers import Gemma3ForConditionalGeneration
-
-        model = Gemma3ForConditionalGeneration.from_pretrained(path, **common).model.language_model
-    else:
-        from transformers import Gemma3TextModel
-
-        model = Gemma3TextModel.from_pretrained(path, **common)
-    if not extra:
-        model = model.to(options.device)
-    return model.requires_grad_(False).eval()
-
-
-def _quantization(options: EncoderOptions) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401 - transformers needs it
-    except ImportError as error:
-        raise UserError("--gemma_load_in_8bit and --gemma_load_in_4bit need bitsandbytes: pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
-
-    if options.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options.dtype)

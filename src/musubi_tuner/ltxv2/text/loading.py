@@ -1,0 +1,237 @@
+"""From an encoder's folder to its language model, strictly: every tensor of it is in the files, and no other.
+
+Plain and 8-bit files (`ltxv2.quantization`) are read as checkpoints are, straight to the device, whatever prefix their names have. Only
+what bitsandbytes makes or has made, and pickled weights, are left to transformers, which is held to the same rule.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.ltxv2.filling import cast, fill
+from musubi_tuner.ltxv2.quantization import read_quantization
+from musubi_tuner.ltxv2.weights import INDEX_ENDING, Checkpoint, open_files, shards_of
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.headers import GGUF, SUFFIXES
+
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+"""Before the names of a language model: of transformers 5, of older ones (the hub's Gemma 3), of ComfyUI's single files, and bare."""
+
+_ASIDE = (
+    "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_projector.", "lm_head.", "decoder.", "spiece_model",
+    "tokenizer_json", "hf_asset__",
+)  # fmt: skip
+"""Beside a language model under its own prefix: towers, heads and packed files, which caching texts needs none of."""
+
+_SHARED, _EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+"""One tensor of T5 under two names, of which a file may hold either."""
+
+_BITSANDBYTES = (".quant_state.bitsandbytes", ".SCB")
+"""In the names of what bitsandbytes stores beside a weight of 4 or of 8 bits."""
+
+_REMEDY = "Download the whole encoder again, config.json and weights of the same model; nothing was encoded."
+
+
+def load_model(folder: Path, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype, bits: int | None) -> Any:
+    """The language model, frozen.
+
+    Args:
+        config: of transformers, of the whole model.
+        bits: 8 or 4: quantized by bitsandbytes while it is loaded.
+
+    Raises:
+        UserError: no weights, files that cannot be read, tensors that are missing, unexpected, of another shape or not finite, a
+            quantization that is not read, or bitsandbytes wanted and missing.
+    """
+    stored = _prequantized(folder, config)
+    if bits is not None or stored:
+        _import_bitsandbytes(f"{folder}: prequantized, it needs" if stored else "--gemma_load_in_8bit and --gemma_load_in_4bit need")
+    files = weight_files(folder)
+    checkpoint = open_files(folder, files) if files else None
+    if checkpoint is not None and bits is None and not stored:
+        return _filled(checkpoint, config, backend=backend, device=device, dtype=dtype)
+    if checkpoint is not None:
+        _check_for_transformers(checkpoint, stored=stored)
+    extra: dict[str, Any] = {}
+    if bits is not None or stored:
+        extra["device_map"] = {"": device}
+    if bits is not None and not stored:
+        extra["quantization_config"] = _quantization(bits, dtype)
+    return _loaded_by_transformers(folder, config, backend, {"dtype": dtype, **extra}, device)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an encoder: `model.safetensors`, those that its index names, or the only one or the shards that are there.
+
+    Returns:
+        Nothing where the folder has pickled weights alone.
+
+    Raises:
+        UserError: no weights, a shard that is missing, or several files none of which is the model's.
+    """
+    whole, index = folder / "model.safetensors", folder / f"model{INDEX_ENDING}"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return shards_of(index)
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    shards = [file for file in files if "-of-" in file.name]
+    if len(files) == 1 or (shards and shards == files):
+        return files
+    if files:
+        raise UserError(f"{folder}: holds {', '.join(file.name for file in files)}: which of them is the encoder? Keep one of them there.")
+    if any(folder.glob("pytorch_model*.bin")):
+        return []
+    if gguf := next(folder.glob("*.gguf"), None):
+        raise UserError(f"{gguf}: {GGUF}")
+    raise UserError(f"{folder}: the folder holds no weights (model.safetensors). Download the encoder's weights into it.")
+
+
+def language_names(checkpoint: Checkpoint, expected: Collection[str]) -> dict[str, str]:
+    """{name in the language model: full name} of what lies under its prefix, with the scales of quantized weights.
+
+    Args:
+        expected: names of the language model.
+    """
+    expected = set(expected)
+    found = [{name: full for name, full in checkpoint.with_prefix(prefix).items() if not name.startswith(_ASIDE)} for prefix in _PREFIXES]
+    names = max(found, key=lambda names: len(expected & names.keys()))
+    if not expected & names.keys():
+        some = ", ".join(f"'{name}'" for name in checkpoint.names()[:3])
+        raise UserError(
+            f"{checkpoint.path}: none of its {len(checkpoint.names())} tensors has a name of the encoder's; first {some}. {_REMEDY}"
+        )
+    for here, there in ((_SHARED, _EMBEDDING), (_EMBEDDING, _SHARED)):
+        if here in expected and here not in names and there in names:
+            names[here] = names[there]
+    return names
+
+
+def _filled(checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+
+    kind, own_config = _language_class(config, backend)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as transformers does: buffers that are computed take it
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = kind(own_config)
+    finally:
+        torch.set_default_dtype(usual)
+    names = language_names(checkpoint, model.state_dict())
+    fill(model, names, checkpoint, device=device, dtype=dtype, place=_placing(backend, device, dtype), remedy=_REMEDY)
+    model.tie_weights()
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _placing(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """The plain move; of T5 in float16, the last linear of each feed-forward stays float32, as its products overflow."""
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        whole = backend == "t5" and dtype == torch.float16 and name.endswith(".wo.weight")
+        return cast(tensor, device, torch.float32 if whole else dtype)
+
+    return place
+
+
+def _language_class(config: Any, backend: str) -> tuple[type, Any]:
+    if backend == "t5":
+        from transformers import T5EncoderModel
+
+        return T5EncoderModel, config
+    from transformers import Gemma3TextModel
+
+    return Gemma3TextModel, getattr(config, "text_config", config)
+
+
+def _loaded_by_transformers(folder: Path, config: Any, backend: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:
+    kind: Any = _language_class(config, backend)[0]
+    if config.model_type == "gemma3":
+        from transformers import Gemma3ForConditionalGeneration
+
+        kind = Gemma3ForConditionalGeneration
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: transformers cannot load the encoder ({error}). {_REMEDY}") from error
+    problems = []
+    for what in ("missing", "unexpected"):
+        names = sorted(name for name in info[f"{what}_keys"] if not any(part in f"{name}." for part in _ASIDE))
+        if names:
+            problems.append(f"{what} {len(names)} tensor(s), first '{names[0]}'")
+    if problems:
+        raise UserError(f"{folder}: its tensors do not fit {kind.__name__}: {'; '.join(problems)}. {_REMEDY}")
+    if config.model_type == "gemma3":
+        model = model.model.language_model
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its table of missing tensors, which the error says in words."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _prequantized(folder: Path, config: Any) -> bool:
+    """Whether the config says that bitsandbytes has made the weights."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method != "bitsandbytes":
+        raise UserError(f"{folder}: an encoder prequantized by {method!r}, which is not read. Give the bf16 folder of the same model.")
+    return True
+
+
+def _check_for_transformers(checkpoint: Checkpoint, *, stored: bool) -> None:
+    """Whether the tensors are what transformers takes them for.
+
+    Args:
+        stored: in the form of bitsandbytes, as the config says.
+    """
+    if stored:
+        if not any(mark in name for name in checkpoint.names() for mark in _BITSANDBYTES):
+            raise UserError(
+                f"{checkpoint.path}: its config.json says that the weights are prequantized by bitsandbytes, and they are not. Download "
+                "config.json and weights of the same model; of full weights, delete 'quantization_config' from config.json."
+            )
+        return
+    receipt = read_quantization(checkpoint, {name: name for name in checkpoint.names()}).receipt
+    if receipt:
+        raise UserError(
+            f"{checkpoint.path}: stored as {receipt}; --gemma_load_in_8bit and --gemma_load_in_4bit take a bf16 folder. Leave the flag out."
+        )
+
+
+def _import_bitsandbytes(who: str) -> None:
+    try:
+        import bitsandbytes  # noqa: F401 - transformers needs it
+    except ImportError as error:
+        raise UserError(f"{who} bitsandbytes: pip install bitsandbytes") from error
+
+
+def _quantization(bits: int, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
