@@ -48,6 +48,7 @@ SEARCHES = {
     "text encoder": "how-to/captions.md",
     "latent caching": "how-to/cache.md",
     "NaN": "how-to/troubleshooting.md",
+    "GGUF": "reference/model_files.md",
 }
 """What a user types into a search box -> the page whose first lines must hold it."""
 FIRST_LINES = 6
