@@ -98,7 +98,12 @@ def test_t5_is_read_with_either_name_of_its_embedding(tiny_family, tmp_path):
         embedding = load_file(folder / "model.safetensors")["shared.weight"]
         aside = {"decoder.a.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2), keep: embedding}
         rewrite(folder, lambda tensors, drop=drop, aside=aside: {k: v for k, v in tensors.items() if k != drop} | aside)
-        assert torch.equal(states(folder, "t5")[-1], wanted)
+        encoder = load_encoder(options(folder, "t5"))
+        assert torch.equal(encoder.encode(PROMPTS).layers[-1], wanted)
+        assert encoder._model.shared.weight is encoder._model.encoder.embed_tokens.weight
+    half = load_encoder(options(tiny_family.t5, "t5", dtype=torch.float16))._model.state_dict()
+    assert {value.dtype for name, value in half.items() if name.endswith(".wo.weight")} == {torch.float32}, "as transformers holds them"
+    assert {value.dtype for name, value in half.items() if not name.endswith(".wo.weight")} == {torch.float16}
 
 
 def drop_half(folder):

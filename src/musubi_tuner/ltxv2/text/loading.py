@@ -115,13 +115,8 @@ def _filled(checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.
     from accelerate import init_empty_weights
 
     kind, own_config = _language_class(config, backend)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as transformers does: buffers that are computed take it
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: Any = kind(own_config)
-    finally:
-        torch.set_default_dtype(usual)
+    with init_empty_weights(include_buffers=False):  # buffers lie in no file: they are computed when it is built
+        model: Any = kind(own_config)
     names = language_names(checkpoint, model.state_dict())
     fill(model, names, checkpoint, device=device, dtype=dtype, place=_placing(backend, device, dtype), remedy=_REMEDY)
     model.tie_weights()
