@@ -259,7 +259,8 @@ def _read(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description:
             _refuse(f"{name}: needs a value ({flag.help})", prog)
         found[flag.key] = name in named if flag.type is bool else values
     if unknown:
-        _refuse("\n".join(unknown), prog)
+        unneeded = [f"not needed here, and ignored: {', '.join(ignored)}"] if ignored else []
+        _refuse("\n".join(unneeded + unknown), prog)
     return found, ignored
 
 

@@ -102,7 +102,7 @@ def _recipe(config: TrainingConfig) -> str:
 def _start(config: TrainingConfig, checkpoint: Checkpoint) -> str:
     assert config.network.network_weights is not None
     path = newest_file(config.network.network_weights)
-    return read_network(path, stored_linears(checkpoint)).describe()
+    return f"{path}: {read_network(path, stored_linears(checkpoint)).describe()}"
 
 
 def _optimizer(config: TrainingConfig) -> str:
@@ -114,11 +114,11 @@ def _optimizer(config: TrainingConfig) -> str:
     return f"{type(made).__module__.partition('.')[0]}: {type(made).__name__}"
 
 
-def _prompts(config: TrainingConfig) -> str | Note:
+def _prompts(config: TrainingConfig) -> str:
     assert config.preview.sample_prompts is not None
     prompts = load_prompts(config.preview.sample_prompts)
     says = f"{config.preview.sample_prompts}: {len(prompts)} prompt(s)"
-    return says if config.preview.wanted else Note(f"{says}, but no flag says when: --sample_every_n_steps N or --sample_at_first")
+    return says if config.preview.wanted else f"{says}, at the end of the run: no flag says when else, such as --sample_every_n_steps N"
 
 
 def _output(config: TrainingConfig) -> str | Note:

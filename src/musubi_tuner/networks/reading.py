@@ -74,7 +74,7 @@ class NetworkFile:
         ranks = _range(adapter.rank for adapter in self.adapters.values() if adapter.rank)
         scales = _range(adapter.scale for adapter in self.adapters.values())
         return (
-            f"{self.path}: {types} on {len(self.adapters)} module(s) ({streams}), keys {self.form}, "
+            f"{types} on {len(self.adapters)} module(s) ({streams}), keys {self.form}, "
             f"{f'rank {ranks}, ' if ranks else ''}scale {scales} ({self.scale_from}), all values finite"
         )
 
@@ -116,7 +116,7 @@ def read_network(path: Path, linears: Linears, *, of_connectors: bool = False) -
         adapters,
         metadata,
         form=Counter(one.form for one in chosen.values() if one.leaf != ALPHA).most_common(1)[0][0] if chosen else "",
-        scale_from="alpha tensors" if with_alpha else said.where if said else "no alpha in the file",
+        scale_from="alpha tensors" if with_alpha else said.where.removeprefix(f"{path}, ") if said else "no alpha in the file",
         left_out=() if of_connectors else left_out,
     )
 

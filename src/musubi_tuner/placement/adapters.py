@@ -41,7 +41,7 @@ def with_base_networks(networks: Sequence[tuple[Path, float]], checkpoint: Check
     known = stored_linears(checkpoint)
     merged = [BaseNetwork(read_network(path, known), strength) for path, strength in networks]
     for network in merged:
-        log.info("merging x %g: %s", network.multiplier, network.file.describe())
+        log.info("merging %s x %g: %s", network.file.path.name, network.multiplier, network.file.describe())
         if left := network.file.left_out:
             log.warning("WARNING: its %d adapter(s) of the text connectors are left out, first '%s'", len(left), left[0])
     if mode != "av":
@@ -104,7 +104,7 @@ def make_network(
 def report_network(options: NetworkOptions, transformer: LTXModel, network: LoRANetwork, start: NetworkFile | None) -> None:
     """Say before the first step what a network was started from, and what is not as the flags may have been meant."""
     if start is not None:
-        log.info("starting from %s", start.describe())
+        log.info("starting from %s: %s", start.path, start.describe())
         if start.left_out and not options.train_connectors:
             log.warning(
                 "WARNING: its %d adapter(s) of the text connectors are left out, first '%s'. --train_connectors goes on with them.",
@@ -164,7 +164,7 @@ def _connectors_start(path: Path, connectors: Connectors) -> NetworkFile | None:
     beside = connectors_path(path)
     start = read_network(beside if beside.is_file() else path, linear_shapes(connectors), of_connectors=True)
     if start.adapters:
-        log.info("connectors start from %s", start.describe())
+        log.info("connectors start from %s: %s", start.path, start.describe())
         return start
     log.warning("WARNING: there is no %s, and %s has no adapters of them: the connectors start as the base model's", beside, path)
     return None
