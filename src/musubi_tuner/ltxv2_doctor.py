@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.config.flags import Flag, describe, parse, read_words
+from musubi_tuner.config.flags import Flag, describe, parse, read_config_file, read_words
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.runtime.files import read_toml
 from musubi_tuner.runtime.program import run_program
 
 PROG = "ltxv2 doctor"
@@ -57,7 +56,7 @@ def _with_stand_ins(argv: Sequence[str], prog: str) -> tuple[list[str], dict[str
     flags = describe(TrainingConfig)
     typed: dict[str, Any] = dict(read_words(argv, flags, prog=prog, description=DESCRIPTION))
     if "config_file" in typed:
-        typed |= read_toml(Path(typed["config_file"][0]), named="--config_file")
+        typed |= read_config_file(Path(typed["config_file"][0]), flags)[0]
     lacking = [flag for flag in flags if flag.is_required and flag.key not in typed]
     stand_ins = [word for flag in lacking for word in (flag.name, _stand_in(flag))]
     return [*argv, *stand_ins], {flag.name: flag.meaning for flag in lacking}

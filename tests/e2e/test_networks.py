@@ -149,20 +149,42 @@ def test_files_that_do_not_fit_are_refused(data, tmp_path):
     query = "transformer_blocks.0.attn1.to_q"
     foreign, wide = stored("a.safetensors", "blocks.0.attn1.to_q", 128), stored("b.safetensors", query, 64)
     old = stored("c.safetensors", query, 128, {"ss_base_model_version": "ltx-2.0"})
+    good, empty = stored("d.safetensors", query, 128), str(tmp_path / "e.safetensors")
+    save_file({}, empty)
     for flags, message in (
         (("--base_weights", foreign), "adapts 1 module"),
-        (("--base_weights", wide), "does not fit this model"),
+        (("--base_weights", wide), "made for another model: .* takes 64 values .* 128 and 128 in this model"),
+        (("--base_weights", empty), "holds no adapter"),
         (("--base_weights", wide, "--base_weights_multiplier", "1", "2"), "2 number"),
         (("--network_weights", foreign), "adapts 1 module"),
-        (("--network_weights", wide, "--network_dim", "2"), "in the file and"),
+        (("--network_weights", wide, "--network_dim", "2"), "made for another model"),
+        (("--network_weights", wide, "--dim_from_weights"), "made for another model"),
         (("--network_weights", old, "--network_dim", "2"), "trained on ltx-2.0"),
-        (("--network_weights", wide), "--network_dim 2"),
-        (("--network_weights", wide, "--network_args", "type=dora"), "type=lora"),
-        (("--network_weights", wide, "--network_args", "type=dora", "--dim_from_weights"), "takes over"),
+        (("--network_weights", good), "--network_dim 2"),
+        (("--network_weights", good, "--network_args", "type=dora"), "type=lora"),
+        (("--network_weights", good, "--network_args", "type=dora", "--dim_from_weights"), "takes over"),
         (("--dim_from_weights",), "needs --network_weights"),
+        (("--network_dim", "1000000000"), "a rank of 1000000000 for .* must be at most 256"),
     ):
         with pytest.raises(UserError, match=message):
             load(data, tmp_path, *flags)
+
+
+def test_a_start_is_described_and_what_is_left_out_is_named(data, tmp_path, caplog):
+    halves = {"lora_A": torch.ones(2, 128), "lora_B": torch.ones(128, 2)}
+    modules = ("transformer_blocks.0.attn1.to_q", "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q")
+    stored = {f"transformer.{name}.{leaf}.default.weight": value.clone() for name in modules for leaf, value in halves.items()}
+    save_file(stored, tmp_path / "a.safetensors", {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 8}'})
+    flags = ("--network_args", r"include_patterns=[r'blocks\.0\.attn1\.to_q$', r'nothing_of_it']", "exclude_patterns=neither")
+    with caplog.at_level(logging.INFO):
+        _, network = load(data, tmp_path, "--network_dim", "2", "--network_weights", str(tmp_path / "a.safetensors"), *flags)
+    assert network.names == ["transformer_blocks.0.attn1.to_q"]
+    (layer,) = network.layers.values()
+    assert torch.allclose(layer.file_tensors()["lora_B.weight"], 4 * halves["lora_B"])
+    assert "a.safetensors: lora on 1 module(s) (video 1), keys transformer.*.lora_A, rank 2, scale 4 (" in caplog.text
+    assert "its 1 adapter(s) of the text connectors are left out, first 'video_embeddings_connector" in caplog.text
+    assert "include_patterns: the pattern 'nothing_of_it' matches no linear" in caplog.text
+    assert "exclude_patterns: the pattern 'neither' matches no linear" in caplog.text and r"attn1\.to_q$' matches" not in caplog.text
 
 
 def test_the_audio_side_learns_at_its_own_rate(data, tmp_path):

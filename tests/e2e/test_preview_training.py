@@ -67,6 +67,13 @@ def test_the_first_preview_is_that_of_the_base_model(project: Path, tiny_family)
     assert (one / last).read_bytes() != (one / first).read_bytes()
 
 
+def test_prompts_alone_are_previewed_at_the_end(project: Path, tiny_family, caplog) -> None:
+    caplog.set_level("INFO")
+    folder = train(project, tiny_family.ltx23, "end", "--sample_prompts", str(project / "prompts.txt"), "--max_train_steps", "2")
+    assert sorted(path.name for path in (folder / "sample").iterdir()) == ["lora_s00000002_00_10.mp4", "lora_s00000002_01_10.png"]
+    assert "previews are made once, at the end of the run" in caplog.text
+
+
 def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_family) -> None:
     (project / "new.txt").write_text("Nobody cached this --w 64 --h 64 --f 9\n", encoding="utf-8")
     with pytest.raises(UserError, match="'Nobody cached this': missing"):

@@ -48,8 +48,10 @@ def test_a_balanced_run_is_logged_and_resumes_bit_for_bit(data, tmp_path):
     assert [row["audio_balance"] for row in rows] == [row["audio_balance"] for row in parts.losses(halves)]
     for row in rows[1:]:
         assert 0.05 <= row["audio_balance"] <= 20
+        assert row["loss_audio_scaled"] == pytest.approx(row["audio_balance"] * row["loss_audio"])
     assert rows[-1]["audio_balance"] != rows[1]["audio_balance"]
     plain = run(data, tmp_path / "plain", "--max_train_steps", "6")
+    assert not any("loss_audio_scaled" in row for row in parts.losses(tmp_path / "plain"))
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
 
 

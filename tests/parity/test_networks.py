@@ -132,6 +132,6 @@ def test_the_other_dora_key_reads_as_the_same_network(tmp_path):
         (2, 1, torch.float32)
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    read = read_network(tmp_path / "a.safetensors", network.names)
+    read = read_network(tmp_path / "a.safetensors", dict.fromkeys(network.names))
     for name, layer in network.layers.items():
         assert torch.equal(read.adapters[name].tensors["lora_magnitude_vector"], layer.magnitude)

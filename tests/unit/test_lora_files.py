@@ -21,6 +21,7 @@ from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_err
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
+LINEARS = dict.fromkeys(NAMES, (6, 8))
 SHAPES = {
     "lora": {DOWN: (4, 8), UP: (6, 4)},
     "dora": {DOWN: (4, 8), UP: (6, 4), MAGNITUDE: (6,)},
@@ -72,7 +73,7 @@ def diffusers(values, kind):
 def test_every_form_of_every_type_reads_as_the_same_tensors(tmp_path, form, kind):
     stored = form(contents(kind), kind)
     save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "a.safetensors")
-    read = read_network(tmp_path / "a.safetensors", NAMES)
+    read = read_network(tmp_path / "a.safetensors", LINEARS)
     assert read.kind == kind
     for name, own in contents(kind).items():
         assert own.keys() == read.adapters[name].tensors.keys()
@@ -82,7 +83,7 @@ def test_every_form_of_every_type_reads_as_the_same_tensors(tmp_path, form, kind
 def test_a_lokr_of_two_whole_halves_has_no_scale_as_in_lycoris(tmp_path):
     save_file({f"{NAMES[0]}.lokr_w1": torch.ones(2, 2), f"{NAMES[0]}.lokr_w2": torch.ones(3, 4), f"{NAMES[0]}.alpha": torch.tensor(7.0)},
               tmp_path / "a.safetensors")  # fmt: skip
-    read = read_network(tmp_path / "a.safetensors", NAMES)
+    read = read_network(tmp_path / "a.safetensors", LINEARS)
     assert torch.equal(read.adapters[NAMES[0]].tensors[W2], torch.ones(3, 4))
 
 
@@ -92,10 +93,10 @@ def test_the_newest_file_of_a_folder_is_read(tmp_path):
             formats.to_file({NAMES[0]: {DOWN: torch.full((1, 8), float(age)), UP: torch.zeros(6, 1)}}, torch.float32), tmp_path / name
         )
         os.utime(tmp_path / name, ns=(age, age))
-    assert read_network(tmp_path, NAMES).path.name == "a.safetensors"
+    assert read_network(tmp_path, LINEARS).path.name == "a.safetensors"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no .safetensors"):
-        read_network(tmp_path / "empty", NAMES)
+        read_network(tmp_path / "empty", LINEARS)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_the_newest_file_of_a_folder_is_read(tmp_path):
 def test_files_that_do_not_fit_are_named(tmp_path, change, message):
     save_file(change(ours(contents("lora"))), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
-        read_network(tmp_path / "a.safetensors", NAMES)
+        read_network(tmp_path / "a.safetensors", LINEARS)
 
 
 @pytest.mark.parametrize("kind", SHAPES)

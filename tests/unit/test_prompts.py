@@ -32,6 +32,17 @@ def test_flags_begin_only_after_a_double_dash(tmp_path: Path, text: str) -> None
     assert prompt.prompt == text and prompt.seed == 3 and prompt.width == 768
 
 
+def test_tabs_part_flags_as_blanks_do(tmp_path: Path) -> None:
+    (prompt,) = load_prompts(write(tmp_path, "A dog runs.\t--w 512\t--h\t320 --n dark\tstreet"))
+    assert (prompt.prompt, prompt.width, prompt.height, prompt.negative) == ("A dog runs.", 512, 320, "dark\tstreet")
+
+
+def test_a_picture_needs_more_than_one_frame(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="--i with 1 frame.*Raise --f"):
+        load_prompts(write(tmp_path, "a fox --f 1 --i a.png"))
+
+
 def test_what_a_prompt_leaves_out_comes_from_the_defaults(tmp_path: Path) -> None:
     defaults = PromptDefaults(width=64, height=96, frames=9, fps=16.0, steps=3)
     (prompt,) = load_prompts(write(tmp_path, "a fox"), defaults)
@@ -82,6 +93,18 @@ def test_texts_to_encode_hold_negatives_and_the_empty_prompt_once(tmp_path: Path
         ("a fox --s many", r"--s 'many': must be a whole number"),
         ("a fox --s 0", "--s '0': must be at least 1"),
         ("a fox --fr 0", "--fr '0': must be at least 0.01"),
+        ("a fox --fr 1e-320", "--fr '1e-320': must be at least 0.01"),
+        ("a fox --w 32000", "--w '32000': must be at most 16384"),
+        (f"a fox --w {2**63}", "must be at most 16384"),
+        ("a fox --s 1000000000", "--s '1000000000': must be at most 1000"),
+        ("a fox --l 1e300", "must be at most 1000"),
+        ("a fox --w 16384 --h 16384 --f 97", "latent cells; the most is"),
+        ("a fox --f", "--f '': must be a whole number"),
+        (f"a fox --i {'x' * 5000}", "must be a path"),
+        ("A dog.--w 512 --h 320", r"line 1: '--w' stands within the text\. Put a blank before it"),
+        ("a fox --n blurry--d 5", "'--d' stands within the text"),
+        ("a fox --fs 3.0", "--fs is not read here: leave it out.*--discrete_flow_shift"),
+        ("a fox --gl a.png", "--gl is not read here: give --i FILE"),
         ("a fox --l -1", "--l '-1': must be at least 0"),
         ("a fox --al nan", "--al 'nan': must be a finite number"),
         ("a fox --i nowhere.png", "--i 'nowhere.png'"),

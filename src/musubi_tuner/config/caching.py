@@ -21,7 +21,7 @@ class DataOptions:
     """Data."""
 
     dataset_config: AnyPath = flag("dataset TOML")
-    ltx_mode: Mode | None = flag("what will be trained; default: video", default=None, aliases=("--ltx2_mode",))
+    ltx_mode: Mode | None = flag("what will be trained; default: video", default=None)
     ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     skip_existing: bool = flag("keep files that are right; off = make all of them again", default=True)
     keep_cache: bool = flag("accepted for older scripts: files that belong to no clip are always left where they are", default=True)
@@ -81,8 +81,8 @@ class TextDataOptions:
 
     dataset_config: AnyPath = flag("dataset TOML")
     sample_prompts: AnyPath | None = flag("prompt file whose texts are cached too, so that training needs no encoder", default=None)
-    dop_prompt: str | None = flag("prompt of training's --dop_prompt, cached too", default=None)
-    ltx_mode: Mode | None = flag("what will be trained; default: video", default=None, aliases=("--ltx2_mode",))
+    dop_prompt: str | None = flag("prompt of training's --dop_prompt, cached too", default=None, may_be_empty=True)
+    ltx_mode: Mode | None = flag("what will be trained; default: video", default=None)
     ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     text_cache_stage: Literal["context", "features"] = flag(
         "context: what the transformer reads; features: before the connectors, smaller, to train them", default="context"
@@ -96,10 +96,8 @@ class TextDataOptions:
 class TextModelOptions:
     """Models."""
 
-    ltxv2_model: AnyPath = flag(
-        "full checkpoint, or transformer file with connectors and text projection", aliases=("--ltx2_checkpoint", "--dit")
-    )
-    text_encoder: str = flag("encoder folder, or a hub id that is in the local cache", aliases=("--gemma_root",))
+    ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
+    text_encoder: str = flag("encoder folder, or a hub id that is in the local cache")
     text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder; released models take gemma", default="gemma")
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
     max_length: TextTokens = flag("captions are cut to this many tokens; the context stays 1024", default=1024)

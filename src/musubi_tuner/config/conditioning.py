@@ -12,5 +12,4 @@ class ConditioningOptions:
     first_frame_conditioning_p: Share = flag(
         "share of items whose first frame is conditioning (image to video), added to the recipe",
         default=0.0,
-        aliases=("--ltx2_first_frame_conditioning_p",),
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from musubi_tuner.config.names import DATASET_KEYS
 from musubi_tuner.config.validation import (
     AnyPath,
     Count,
@@ -212,6 +213,9 @@ def load_dataset_config(path: Path) -> DatasetConfig:
         if type(value) is not type(sections[key]) or not all(isinstance(table, dict) for table in tables):
             raise UserError(f"{path}: {key} = {value!r}: must be written {written}.")
     general, lists = values.get("general", {}), {name: values.get(name, []) for name in ("datasets", "validation_datasets")}
+    foreign = [key for table in (general, *lists["datasets"], *lists["validation_datasets"]) for key in table if key in DATASET_KEYS]
+    if foreign:
+        raise UserError("\n".join(f"{path}: unknown key '{key}': {DATASET_KEYS[key]}." for key in dict.fromkeys(foreign)))
     for key in general:
         if key not in _keys(GeneralSettings) and key in _keys(_Entry):
             raise UserError(f"{path}: general: unknown key '{key}'. It belongs in [[datasets]].")

@@ -5,17 +5,23 @@ help; each of its fields, made by `flag`, is one flag of the same name.
 """
 
 import dataclasses
+import difflib
+import logging
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from musubi_tuner import __version__
-from musubi_tuner.config.validation import nearest, validated
+from musubi_tuner.config.names import ALIASES, IGNORED, OTHER_VALUES, PERCENTAGES, VALUES, answer, ours
+from musubi_tuner.config.validation import validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 
@@ -24,14 +30,15 @@ VERSION = f"musubi-tuner-ltxv2 {__version__}"
 _WIDTH, _INDENT = 120, 36
 
 
-def flag(help_text: str, *, default: Any = dataclasses.MISSING, aliases: tuple[str, ...] = (), common: bool = False) -> Any:
+def flag(help_text: str, *, default: Any = dataclasses.MISSING, common: bool = False, may_be_empty: bool = False) -> Any:
     """A field that is a command line flag.
 
     Args:
         default: without it the flag is required.
         common: shown in `--help`. A program of whose flags none is common shows them all.
+        may_be_empty: an empty text is a value of it.
     """
-    metadata = {"help": help_text, "aliases": aliases, "common": common}
+    metadata = {"help": help_text, "common": common, "may_be_empty": may_be_empty}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,9 +60,14 @@ class Flag:
     choices: tuple[str, ...]
     default: Any
     """`dataclasses.MISSING` where it is required."""
-    aliases: tuple[str, ...]
     help: str
     common: bool
+    may_be_empty: bool
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names that are taken for it."""
+        return tuple(f"--{name}" for name in ALIASES.get(self.key, ()))
 
     @property
     def name(self) -> str:
@@ -96,7 +108,7 @@ class Flag:
 
 
 _CONFIG_FILE = Flag(
-    section="", group="General", key="config_file", type=Path, is_list=False, choices=(), default=None, aliases=(), common=True,
+    section="", group="General", key="config_file", type=Path, is_list=False, choices=(), default=None, common=True, may_be_empty=False,
     help="TOML with flags by their names without dashes; the command line wins over it",
 )  # fmt: skip
 
@@ -109,15 +121,15 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
         SystemExit: after `--help`, `--help_all` or `--version`.
     """
     flags = describe(config_class)
-    typed = read_words(argv, flags, prog=prog, description=description)
+    typed, ignored = _read(argv, flags, prog=prog, description=description)
     by_key = {flag.key: flag for flag in flags}
     in_file: dict[str, Any] = {}
     if _CONFIG_FILE.key in typed:
         file = Path(_words(typed.pop(_CONFIG_FILE.key))[0])
-        in_file = read_toml(file, named="--config_file")
-        for key in in_file:
-            if key not in by_key:
-                raise UserError(f"{file}: unknown key '{key}'.{nearest(key, by_key)} Keys are the flags' names without dashes.")
+        in_file, unused = read_config_file(file, flags)
+        ignored += unused
+    if ignored:
+        log.info("not needed here, ignored: %s", ", ".join(dict.fromkeys(ignored)))
     values = in_file | {key: words if isinstance(words, bool) else _value(by_key[key], words) for key, words in typed.items()}
     if missing := [f"{flag.name}: {flag.meaning}" for flag in flags if flag.is_required and flag.key not in values]:
         _refuse(f"missing {'; '.join(missing)}", prog)
@@ -151,10 +163,51 @@ def describe(config_class: type) -> tuple[Flag, ...]:
             found.append(
                 Flag(
                     section=section, group=group, key=field.name, type=kind, is_list=is_list, choices=choices, default=field.default,
-                    aliases=field.metadata["aliases"], help=field.metadata["help"], common=field.metadata["common"],
+                    help=field.metadata["help"], common=field.metadata["common"], may_be_empty=field.metadata["may_be_empty"],
                 )
             )  # fmt: skip
     return tuple(found)
+
+
+def read_config_file(path: Path, flags: Sequence[Flag]) -> tuple[dict[str, Any], list[str]]:
+    """Values of a TOML by the keys of their flags, whose tables are for the eye alone; and its keys that nothing here needs.
+
+    An empty text is no value, as in files that interfaces write; `may_be_empty` flags aside.
+
+    Raises:
+        UserError: a key that is unknown, or given twice.
+    """
+    by_key = {flag.key: flag for flag in flags}
+    values: dict[str, Any] = {}
+    ignored, unknown = [], []
+    for key, value in _entries(read_toml(path, named="--config_file")):
+        flag = by_key.get(ours(key))
+        if flag is None:
+            is_off = value in (False, "", [])
+            if key in IGNORED or is_off and answer(key):
+                ignored.append(key)
+            else:
+                says = answer(key)
+                near = f"{_near(key, by_key)} Keys are the flags' names without dashes."
+                unknown.append(f"{path}: unknown key '{key}'{f': {says}.' if says else f'.{near}'}")
+        elif value == "" and not flag.may_be_empty:
+            ignored.append(f"{key} (empty)")
+        elif flag.key in values:
+            unknown.append(f"{path}: '{key}' is given twice, or is another name of a key that is given too.")
+        else:
+            values[flag.key] = _meant(flag, value) if isinstance(value, str) else value
+    if unknown:
+        raise UserError("\n".join(unknown))
+    return values, ignored
+
+
+def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, those of tables too."""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield key, value
 
 
 def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> dict[str, list[str] | bool]:
@@ -164,11 +217,24 @@ def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, descrip
         UserError: an unknown flag, or one that has no value or too many.
         SystemExit: after `--help`, `--help_all` or `--version`.
     """
+    return _read(argv, flags, prog=prog, description=description)[0]
+
+
+def _read(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> tuple[dict[str, list[str] | bool], list[str]]:
+    """What `read_words` gives, and the flags that are read over."""
     named = {name: flag for flag in (*flags, _CONFIG_FILE) for name in (flag.name, *flag.aliases)}
     switched_off = {f"--no-{name[2:]}": flag for name, flag in named.items() if flag.type is bool}
     answers = {"-h": False, "--help": False, "--help_all": True}
     found: dict[str, list[str] | bool] = {}
+    ignored, unknown = [], []
     words, name = list(argv), prog
+
+    def values_after(most: int) -> list[str]:
+        values = []
+        while len(values) < most and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        return values
+
     while words:
         before, (name, equals, value) = name, words.pop(0).partition("=")
         if name == "--version" or name in answers:
@@ -176,19 +242,32 @@ def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, descrip
             raise SystemExit(0)
         if not name.startswith("--"):
             _refuse(f"unexpected '{name}{equals}{value}' after {before}", prog)
-        flag = named.get(name) or switched_off.get(name)
+        flag, key = named.get(name) or switched_off.get(name), name[2:]
+        if flag is None and key in IGNORED:
+            values_after(0 if equals else IGNORED[key].values)
+            ignored.append(name)
+            continue
         if flag is None:
-            _refuse(f"unknown flag '{name}'.{nearest(name, [*named, *switched_off, *answers])}", prog)
+            values_after(len(words))
+            says = answer(key)
+            unknown.append(f"unknown flag '{name}'{f': {says}' if says else f'.{_near(name, [*named, *switched_off, *answers])}'}")
+            continue
         if flag.type is bool and equals:
             _refuse(f"{name}={value}: takes no value; {flag.name} is on, --no-{flag.key} is off", prog)
-        values = [value] if equals else []
-        most = 0 if equals or flag.type is bool else len(words) if flag.is_list else 1
-        while len(values) < most and words and not words[0].startswith("--"):
-            values.append(words.pop(0))
+        values = [value] if equals else values_after(0 if flag.type is bool else len(words) if flag.is_list else 1)
         if not values and flag.type is not bool and not flag.is_list:
             _refuse(f"{name}: needs a value ({flag.help})", prog)
         found[flag.key] = name in named if flag.type is bool else values
-    return found
+    if unknown:
+        unneeded = [f"not needed here, and ignored: {', '.join(ignored)}"] if ignored else []
+        _refuse("\n".join(unneeded + unknown), prog)
+    return found, ignored
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a slip of the pen; what only looks alike is none."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _refuse(text: str, prog: str) -> NoReturn:
@@ -203,12 +282,28 @@ def _value(flag: Flag, words: Sequence[str]) -> Any:
     """The words as the flag's type; a word that is none stays text, which the type then refuses."""
 
     def one(word: str) -> Any:
+        meant = _meant(flag, word)
         try:
-            return {int: int, float: float}.get(flag.type, str)(word)
+            return {int: int, float: float}.get(flag.type, str)(meant)
         except ValueError:
             return word
 
     return tuple(map(one, words)) if flag.is_list else one(words[0])
+
+
+def _meant(flag: Flag, word: str) -> Any:
+    """A word of musubi-tuner's or a percentage, as the flag takes it; any other as it is.
+
+    Raises:
+        UserError: a word that means something else here, or an empty one.
+    """
+    if word in OTHER_VALUES.get(flag.key, {}):
+        raise UserError(f"{flag.name} {word}: must be one of {', '.join(flag.choices)}; {OTHER_VALUES[flag.key][word]}.")
+    if not word and flag.type is str and not flag.is_list and not flag.may_be_empty:
+        raise UserError(f"{flag.name} '': needs a value ({flag.help}).")
+    if flag.key in PERCENTAGES and (percent := re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%", word, re.ASCII)):
+        return float(percent[1]) / 100
+    return VALUES.get(flag.key, {}).get(word, word)
 
 
 def _help(flags: Sequence[Flag], prog: str, description: str, *, everything: bool) -> Iterator[str]:

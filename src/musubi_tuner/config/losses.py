@@ -72,7 +72,9 @@ class PreservationOptions:
     """Keeping what the base model knows."""
 
     dop_prompt: str | None = flag(
-        "prompt, such as the class of what is trained, on which the adapter is held to the base model; '' = the empty one", default=None
+        "prompt, such as the class of what is trained, on which the adapter is held to the base model; '' = the empty one",
+        default=None,
+        may_be_empty=True,
     )
     dop_weight: NotNegative = flag("weight of that loss", default=1.0)
     audio_dop_weight: NotNegative = flag("weight of holding the sound of items without any to the base model's; 0 = off", default=0.0)

@@ -17,9 +17,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 class ModelOptions:
     """Model files."""
 
-    ltxv2_model: AnyPath = flag(
-        "transformer file, full checkpoint, or folder of a split pack", aliases=("--ltx2_checkpoint", "--dit"), common=True
-    )
+    ltxv2_model: AnyPath = flag("transformer file, full checkpoint, or folder of a split pack", common=True)
     vae: AnyPath | None = flag("video VAE for previews; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("audio VAE and vocoder for previews; default: --vae", default=None)
     text_encoder: str | None = flag(
@@ -37,9 +35,7 @@ class ModeOptions:
     """What is trained."""
 
     dataset_config: AnyPath = flag("dataset TOML", common=True)
-    ltx_mode: Mode | None = flag(
-        "video alone, video with sound, or sound alone; default: video", default=None, aliases=("--ltx2_mode",), common=True
-    )
+    ltx_mode: Mode | None = flag("video alone, video with sound, or sound alone; default: video", default=None, common=True)
     ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] = flag(
         "how noise levels are written down, which differs between tools: t = 1 + 999 sigma (musubi-tuner's habit; take it if unsure), "
@@ -76,7 +72,7 @@ class MemoryOptions:
     )
     compile: bool | None = flag("compile the blocks; default: on a GPU", default=None)
     attn_mode: Literal["auto", "cudnn", "flash", "efficient", "math"] = flag(
-        "attention kernel; auto measures them on the largest clip", default="auto", aliases=("--attention_backend",)
+        "attention kernel; auto measures them on the largest clip", default="auto"
     )
 
     @property

@@ -13,11 +13,10 @@ from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.doctor.findings import Finding, Note, look
-from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.networks.reading import newest_file, read_network
-from musubi_tuner.placement.adapters import network_module
+from musubi_tuner.placement.adapters import network_module, stored_linears
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
@@ -103,8 +102,7 @@ def _recipe(config: TrainingConfig) -> str:
 def _start(config: TrainingConfig, checkpoint: Checkpoint) -> str:
     assert config.network.network_weights is not None
     path = newest_file(config.network.network_weights)
-    names = [name.removesuffix(".weight") for name in transformer_names(checkpoint) if name.endswith(".weight")]
-    return f"{path}: {len(read_network(path, names).adapters)} adapted linears, all of which this model has"
+    return f"{path}: {read_network(path, stored_linears(checkpoint)).describe()}"
 
 
 def _optimizer(config: TrainingConfig) -> str:
@@ -116,11 +114,11 @@ def _optimizer(config: TrainingConfig) -> str:
     return f"{type(made).__module__.partition('.')[0]}: {type(made).__name__}"
 
 
-def _prompts(config: TrainingConfig) -> str | Note:
+def _prompts(config: TrainingConfig) -> str:
     assert config.preview.sample_prompts is not None
     prompts = load_prompts(config.preview.sample_prompts)
     says = f"{config.preview.sample_prompts}: {len(prompts)} prompt(s)"
-    return says if config.preview.wanted else Note(f"{says}, but no flag says when: --sample_every_n_steps N or --sample_at_first")
+    return says if config.preview.wanted else f"{says}, at the end of the run: no flag says when else, such as --sample_every_n_steps N"
 
 
 def _output(config: TrainingConfig) -> str | Note:

@@ -1,10 +1,12 @@
 """What `--network_args` says, and the shape of each module's adapter that follows from it."""
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from musubi_tuner.config.names import NETWORK_ARGS
 from musubi_tuner.networks.base import Dropout, LayerSpec
 from musubi_tuner.networks.targets import TargetChoice, compile_pattern, is_audio_side
 from musubi_tuner.networks.types import TYPES
@@ -61,10 +63,9 @@ def network_arguments(args: Mapping[str, str], *, dim: int, alpha: float) -> Net
     Raises:
         UserError: an unknown key, a value out of its range, or one that the type does not have.
     """
-    for key in args:
-        if key not in _KNOWN:
-            near = get_close_matches(key, _KNOWN, n=1)
-            raise UserError(f"--network_args {key}=...: unknown{f'; did you mean {near[0]}?' if near else '.'} Known: {', '.join(_KNOWN)}.")
+    unknown = [f"--network_args {key}={value}: {_answer(key, value)}" for key, value in args.items() if key not in _KNOWN]
+    if unknown:
+        raise UserError("\n".join(unknown))
     if dim < 1:
         raise UserError(f"--network_dim {dim}: a rank of 1 at least.")
     kind = args.get("type")
@@ -78,8 +79,8 @@ def network_arguments(args: Mapping[str, str], *, dim: int, alpha: float) -> Net
         kind=kind,
         targets=TargetChoice(
             preset=args.get("preset", "attention"),
-            include=_list(args.get("include_patterns", "")),
-            exclude=_list(args.get("exclude_patterns", "")),
+            include=_patterns(args, "include_patterns"),
+            exclude=_patterns(args, "exclude_patterns"),
         ),
         rank=dim,
         alpha=alpha,
@@ -88,7 +89,7 @@ def network_arguments(args: Mapping[str, str], *, dim: int, alpha: float) -> Net
         ranks=_rules(args, "ranks", whole=True),
         alphas=_rules(args, "alphas", whole=False),
         rank_stabilized=_switch(args, "rank_stabilized"),
-        factor=int(_number(args, "factor", -1, least=-1, whole=True)),
+        factor=_factor(args),
         dropout=Dropout(
             rank=_probability(args, "rank_dropout", RANK_DROPOUT if (kind or "lora") in ("lora", "dora") else 0.0),
             module=_probability(args, "module_dropout", 0.0),
@@ -123,6 +124,39 @@ def _set(rank: int, alpha: float, new_rank: float | None, new_alpha: float | Non
 
 def _first(rules: Rules, name: str) -> float | None:
     return next((value for pattern, value in rules if pattern.search(name)), None)
+
+
+def _answer(key: str, value: str) -> str:
+    if key in NETWORK_ARGS:
+        return NETWORK_ARGS[key].format(value=value)
+    near = get_close_matches(key, _KNOWN, n=1, cutoff=0.75)
+    return f"unknown{f'; did you mean {near[0]}?' if near else '.'} Known: {', '.join(_KNOWN)}."
+
+
+def _factor(args: Mapping[str, str]) -> int:
+    factor = int(_number(args, "factor", -1, least=-1, whole=True))
+    if not factor:
+        raise UserError("--network_args factor=0: must be 1 at least, or -1 for a factor near the square root.")
+    return factor
+
+
+def _patterns(args: Mapping[str, str], key: str) -> tuple[str, ...]:
+    """REGEX,REGEX,... or, as musubi-tuner's notes have it, a Python list of strings."""
+    text = args.get(key, "").strip()
+    form = f"must be REGEX,REGEX,... or a list, \"{key}=[r'REGEX', r'REGEX']\", with its quotes and in quotes of the shell"
+    if re.match(r"""\[\s*[rR]?['"]|\[\s*\]$""", text):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise UserError(f"--network_args {key}={text:.200}: {form}.") from error
+        if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+            raise UserError(f"--network_args {key}={text:.200}: {form}.")
+        return tuple(found)
+    found = _list(text)
+    for pattern in found:
+        if re.fullmatch(r"\[[^\]]*\]", pattern):
+            raise UserError(f"--network_args {key}={text}: {pattern} is a set of single characters, which nearly every name holds; {form}.")
+    return found
 
 
 def _list(text: str) -> tuple[str, ...]:

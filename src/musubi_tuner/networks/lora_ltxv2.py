@@ -22,6 +22,9 @@ from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
+_ALWAYS_ALLOWED = 256
+"""Rank that small linears take too, such as those of gates, so that one rank serves all of a network."""
+
 
 class OfficialLTXV2Wrapper(nn.Module):
     """Hides the official interface: text is split by width, noise levels come in the chosen format.
@@ -131,7 +134,23 @@ def create_network(
         owner = transformer.get_submodule(owner_name)
         target = owner.get_submodule(leaf)
         assert isinstance(target, FrozenLinear), "targets are linears"
+        if like is None:
+            _check_rank(kind, name, spec.rank, target)
         layer = layer_class(target, spec, generator_for(seed, "lora", name))
         owner.add_module(leaf, layer)
         layers[name] = layer
     return LoRANetwork(layers, arguments, kind)
+
+
+def _check_rank(kind: str, name: str, rank: int, linear: FrozenLinear) -> None:
+    """A LoKr of a large rank keeps its second factor whole, whatever the number; the others hold matrices of that size.
+
+    Raises:
+        UserError: a rank beyond both sides of the linear and of any use.
+    """
+    most = max(linear.in_features, linear.out_features, _ALWAYS_ALLOWED)
+    if kind in ("lora", "dora", "loha") and rank > most:
+        raise UserError(
+            f"--network_dim: a rank of {rank} for '{name}', whose weight is {linear.out_features} x {linear.in_features}: must be at most "
+            f"{most}. 16 to 128 are usual."
+        )

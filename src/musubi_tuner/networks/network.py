@@ -1,6 +1,7 @@
 """The adapters of one model: what is trained, saved, started from and switched off."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,19 @@ class LoRANetwork:
 
     def count_by_stream(self) -> dict[str, int]:
         return count_by_stream(self.names)
+
+    def idle_patterns(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """(argument, pattern) of those of `--network_args` that match none of the model's linears `names`."""
+        arguments = self.arguments
+        given = {
+            "include_patterns": arguments.targets.include,
+            "exclude_patterns": arguments.targets.exclude,
+            "ranks": [pattern.pattern for pattern, _ in arguments.ranks],
+            "alphas": [pattern.pattern for pattern, _ in arguments.alphas],
+        }
+        return [
+            (key, pattern) for key, patterns in given.items() for pattern in patterns if not any(re.search(pattern, name) for name in names)
+        ]
 
     def contents(self) -> Contents:
         """What a file of this network holds, in float32, scale folded in."""

@@ -1,7 +1,7 @@
-"""Files of trained networks, in every form that users have: ours, kohya's flattened names with alpha, and diffusers' names."""
+"""Files of trained networks: read in every form that users have, checked, and brought to our own form with the scale folded in."""
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,35 +9,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from musubi_tuner.networks.base import Tensors
-from musubi_tuner.networks.formats import CONNECTORS_ENDING, DORA_SCALE, PREFIX
+from musubi_tuner.networks.formats import CONNECTORS_ENDING
+from musubi_tuner.networks.keys import ALPHA, FLATTENED, PREFIXES, Key, is_text_side, read_key, unknown_prefix
 from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
 from musubi_tuner.networks.lycoris import LOHA, W1, W2, W2_DOWN, W2_UP
+from musubi_tuner.networks.scales import PEFT_FILE, PeftScale, peft_scale
+from musubi_tuner.networks.shapes import adapted_shape, broken_shape
+from musubi_tuner.networks.targets import count_by_stream
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 
-_ALPHA = "alpha"
-_FLATTENED = ("lora_unet_", "lycoris_")
-_LEAVES = {
-    DOWN: DOWN, UP: UP, "lora_down.weight": DOWN, "lora_up.weight": UP, MAGNITUDE: MAGNITUDE, f"{MAGNITUDE}.weight": MAGNITUDE,
-    DORA_SCALE: MAGNITUDE, DIFF: DIFF, _ALPHA: _ALPHA,
-    **{leaf: leaf for leaf in (*LOHA, W1, f"{W1}_a", f"{W1}_b", W2, W2_UP, W2_DOWN)},
-}  # fmt: skip
-"""Endings that are read, and what we call them."""
-_FOLDED = {"lora": (UP, DOWN, 0), "dora": (UP, DOWN, 0), "loha": ("hada_w2_a", "hada_w1_b", 0)}
-"""Type -> (tensor that takes the scale, tensor that tells the rank, which axis of it)."""
+Linears = Mapping[str, tuple[int, ...] | None]
+"""Official names of a model's linears, and the (out, in) of their weights; None where it is not known."""
 
-_FROM_DIFFUSERS = (
-    ("av_cross_attn_video_scale_shift.", "av_ca_video_scale_shift_adaln_single."),
-    ("av_cross_attn_audio_scale_shift.", "av_ca_audio_scale_shift_adaln_single."),
-    ("av_cross_attn_video_a2v_gate.", "av_ca_a2v_gate_adaln_single."),
-    ("av_cross_attn_audio_v2a_gate.", "av_ca_v2a_gate_adaln_single."),
-    ("audio_prompt_adaln.", "audio_prompt_adaln_single."),
-    ("prompt_adaln.", "prompt_adaln_single."),
-    ("audio_time_embed.", "audio_adaln_single."),
-    ("time_embed.", "adaln_single."),
-    ("audio_proj_in.", "audio_patchify_proj."),
-    ("proj_in.", "patchify_proj."),
-)
+_SCALED = {"lora": UP, "dora": UP, "loha": LOHA[2]}
+"""Type -> the tensor that takes the scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +34,10 @@ class StoredAdapter:
     """A type of `networks.types.TYPES`."""
     tensors: Tensors
     """float32 under our endings, scale folded in."""
+    rank: int = 0
+    """Of its tensors; 0 where they have none."""
+    scale: float = 1.0
+    """What was folded in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +48,12 @@ class NetworkFile:
     adapters: Mapping[str, StoredAdapter]
     """By official module name."""
     metadata: Mapping[str, str]
+    form: str = ""
+    """Whose naming its keys follow."""
+    scale_from: str = ""
+    """Where the scale was found, in words."""
+    left_out: tuple[str, ...] = ()
+    """Modules of the text connectors, which are no part of the transformer."""
 
     @property
     def kind(self) -> str:
@@ -71,55 +67,75 @@ class NetworkFile:
             raise UserError(f"{self.path}: holds adapters of {len(kinds)} types ({', '.join(kinds)}); a start needs one type.")
         return kinds[0]
 
+    def describe(self) -> str:
+        """What was read, in one line: form, modules by stream, ranks, scale."""
+        streams = ", ".join(f"{stream} {count}" for stream, count in count_by_stream(list(self.adapters)).items() if count)
+        types = ", ".join(sorted({adapter.kind for adapter in self.adapters.values()}))
+        ranks = _range(adapter.rank for adapter in self.adapters.values() if adapter.rank)
+        scales = _range(adapter.scale for adapter in self.adapters.values())
+        return (
+            f"{types} on {len(self.adapters)} module(s) ({streams}), keys {self.form}, "
+            f"{f'rank {ranks}, ' if ranks else ''}scale {scales} ({self.scale_from}), all values finite"
+        )
 
-def read_network(path: Path, model_names: Sequence[str]) -> NetworkFile:
+
+def read_network(path: Path, linears: Linears, *, of_connectors: bool = False) -> NetworkFile:
     """Read a network's file, or the newest one of a folder.
 
     Args:
-        model_names: official names of the model's linears, which flattened keys are looked up in.
+        linears: those of the model; flattened keys are looked up among them.
+        of_connectors: take the adapters of the text connectors, which `linears` are then of, and leave the transformer's alone; there
+            may be none.
 
     Raises:
-        UserError: an unreadable file, a key of no known form, an adapter that is not whole, or a module that the model lacks.
+        UserError: an unreadable file, a key of no known form, two keys for one tensor, an adapter that is not whole or not finite, a
+            module that the model lacks or has in another size, or no adapter at all.
     """
     path = newest_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such LoRA file.")
+    stored, metadata = _read_tensors(path)
+    keys = _read_keys(path, stored, linears)
+    chosen = {key: one for key, one in keys.items() if is_text_side(one.module) == of_connectors or one.module in linears}
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    stems: dict[str, str] = {}
+    for key, one in chosen.items():
+        modules[one.module][one.leaf] = _checked_values(path, key, stored[key], may_be_whole=one.leaf == ALPHA)
+        stems[one.module] = one.stem
+    _refuse_foreign(path, modules, linears)
+    said = peft_scale(path, metadata)
+    adapters = {name: _adapter(path, name, tensors, stems[name], said) for name, tensors in modules.items()}
+    for name, adapter in adapters.items():
+        _check_size(path, name, adapter, linears[name])
+    left_out = tuple(sorted({one.module for one in keys.values()} - set(modules)))
+    if not adapters and not of_connectors:
+        raise UserError(
+            f"{path}: holds no adapter{' but those of the text connectors' if left_out else ''}; give a trained network's file."
+        )
+    with_alpha = any(one.leaf == ALPHA for one in chosen.values())
+    return NetworkFile(
+        path,
+        adapters,
+        metadata,
+        form=Counter(one.form for one in chosen.values() if one.leaf != ALPHA).most_common(1)[0][0] if chosen else "",
+        scale_from="alpha tensors" if with_alpha else said.where.removeprefix(f"{path}, ") if said else "no alpha in the file",
+        left_out=() if of_connectors else left_out,
+    )
+
+
+def network_metadata(path: Path) -> dict[str, str]:
+    """What the header of a network's file says beside its tensors.
+
+    Raises:
+        UserError: an unreadable file.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}).") from error
-    flattened = {name.replace(".", "_"): name for name in model_names}
-    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored.items():
-        stem, leaf = _split(path, key)
-        modules[official_name(stem, flattened)][leaf] = tensor.float()
-    foreign = sorted(set(modules) - set(model_names))
-    if foreign:
-        raise UserError(
-            f"{path}: adapts {len(foreign)} module(s) that this model lacks, first '{foreign[0]}'. "
-            "It was made for another model or mode (an AV LoRA does not fit --ltx_mode video)."
-        )
-    return NetworkFile(path, {name: _adapter(path, name, tensors) for name, tensors in modules.items()}, metadata)
-
-
-def official_name(stem: str, flattened: Mapping[str, str]) -> str:
-    """The official module name behind a key without its ending."""
-    for prefix in _FLATTENED:
-        if stem.startswith(prefix):
-            key = stem.removeprefix(prefix)
-            return flattened.get(key, key)
-    for prefix in (PREFIX, "transformer.", "base_model.model."):
-        stem = stem.removeprefix(prefix)
-    for theirs, ours in _FROM_DIFFUSERS:
-        if stem.startswith(theirs):
-            return ours + stem.removeprefix(theirs)
-    return stem
+        raise _unreadable(path, error) from error
 
 
 def newest_file(path: Path) -> Path:
-    """The newest network in a folder, connectors' files aside; a file stands for itself.
+    """The newest network in a folder, connectors' files aside; a file stands for itself, and a folder of PEFT for its one file.
 
     Raises:
         UserError: a folder without any.
@@ -129,27 +145,101 @@ def newest_file(path: Path) -> Path:
     files = [one for one in path.glob("*.safetensors") if not one.name.endswith(CONNECTORS_ENDING)]
     if not files:
         raise UserError(f"{path}: no .safetensors file in this folder.")
-    return max(files, key=lambda one: (one.stat().st_mtime_ns, one.name))
+    return max(files, key=lambda one: (one.name == PEFT_FILE, one.stat().st_mtime_ns, one.name))
 
 
-def _split(path: Path, key: str) -> tuple[str, str]:
-    """(module, our ending) of one key."""
-    for ending, leaf in _LEAVES.items():
-        if key.endswith(f".{ending}"):
-            return key.removesuffix(f".{ending}"), leaf
-    raise UserError(
-        f"{path}: the key '{key}' is of no form that is read here (lora_A/lora_B, lora_down/lora_up, lokr_w1/lokr_w2, hada_w1_a..., diff)."
-    )
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such LoRA file.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
-def _adapter(path: Path, name: str, tensors: dict[str, Tensor]) -> StoredAdapter:
-    alpha = tensors.pop(_ALPHA, None)
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable safetensors file ({error}). Copy or download it again.")
+
+
+def _read_keys(path: Path, stored: Collection[str], linears: Linears) -> dict[str, Key]:
+    """
+    Raises:
+        UserError: a key of no known form, or two for one tensor.
+    """
+    flattened = {name.replace(".", "_"): name for name in linears}
+    keys: dict[str, Key] = {}
+    origin: dict[tuple[str, str], str] = {}
+    for key in stored:
+        one = read_key(key, flattened)
+        if one is None:
+            raise UserError(
+                f"{path}: the key '{key}' is of no form that is read here "
+                "(lora_A/lora_B, lora_down/lora_up, lokr_w1/lokr_w2, hada_w1_a..., diff)."
+            )
+        if (twice := origin.setdefault((one.module, one.leaf), key)) != key:
+            raise UserError(f"{path}: the keys '{twice}' and '{key}' are for one tensor of one module. Keep one of the two networks in it.")
+        keys[key] = one
+    return keys
+
+
+def _checked_values(path: Path, key: str, tensor: Tensor, *, may_be_whole: bool) -> Tensor:
+    """float32"""
+    if not tensor.is_floating_point() and not may_be_whole:
+        raise UserError(f"{path}: '{key}' is of dtype {str(tensor.dtype).removeprefix('torch.')}; an adapter's tensors are floating point.")
+    tensor = tensor.float()
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{path}: '{key}' holds NaN or infinity. Its training diverged; give an earlier file.")
+    return tensor
+
+
+def _refuse_foreign(path: Path, modules: Collection[str], linears: Linears) -> None:
+    """
+    Raises:
+        UserError: modules that the model lacks, and why as far as their names tell.
+    """
+    foreign = sorted(set(modules) - set(linears))
+    if not foreign:
+        return
+    what = f"{path}: adapts {len(foreign)} module(s) that this model lacks, first '{foreign[0]}'."
+    if prefix := unknown_prefix(foreign[0], linears):
+        raise UserError(f"{what} The prefix '{prefix}' is not known; read are {', '.join((*PREFIXES, *FLATTENED))} and none.")
+    for stream, lacks in (("audio", not any("audio" in name for name in linears)), ("video", all("audio" in name for name in linears))):
+        if lacks and all(("audio" in name) == (stream == "audio") for name in foreign):
+            raise UserError(f"{what} They are of the {stream} side, which this --ltx_mode does not build. Give --ltx_mode av.")
+    raise UserError(f"{what} It was made for another model, or with another network's names.")
+
+
+def _check_size(path: Path, name: str, adapter: StoredAdapter, shape: Sequence[int] | None) -> None:
+    found = adapted_shape(adapter.kind, adapter.tensors)
+    if shape is not None and found != tuple(shape):
+        raise UserError(
+            f"{path}: made for another model: '{name}' takes {found[1]} values and gives {found[0]} in the file, "
+            f"{shape[1]} and {shape[0]} in this model."
+        )
+
+
+def _adapter(path: Path, name: str, tensors: dict[str, Tensor], stem: str, said: PeftScale | None) -> StoredAdapter:
+    alpha = tensors.pop(ALPHA, None)
     kind = _kind(path, name, set(tensors))
     if MAGNITUDE in tensors:
         tensors[MAGNITUDE] = _magnitude(path, name, tensors)
+    if broken := broken_shape(kind, tensors):
+        raise UserError(f"{path}: '{name}': {broken}. The file is damaged, or of a network that is not read here.")
+    rank, scale = _rank(kind, tensors), 1.0
     if alpha is not None:
-        _fold(kind, tensors, float(alpha))
-    return StoredAdapter(kind, tensors)
+        if alpha.numel() != 1 or not float(alpha) > 0:
+            raise UserError(f"{path}: '{stem}.alpha' is {alpha.tolist()!r:.100}; it must be one number above 0.")
+        scale = float(alpha) / rank if rank else 1.0  # LyCORIS leaves alpha aside where both halves of a LoKr are whole
+    if said is not None and kind in ("lora", "dora"):
+        told = said.of(stem, rank)
+        if alpha is not None and abs(told - scale) > 1e-3 * told:
+            raise UserError(f"{path}: '{stem}.alpha' gives a scale of {scale:g}, {said.where} one of {told:g}. Remove one of the two.")
+        scale = told
+    if scale != 1.0:
+        leaf = _SCALED[kind] if kind in _SCALED else W2_UP if W2_UP in tensors else W2
+        tensors[leaf] = tensors[leaf] * scale
+    return StoredAdapter(kind, tensors, rank, scale)
 
 
 def _kind(path: Path, name: str, leaves: Collection[str]) -> str:
@@ -170,7 +260,7 @@ def _kind(path: Path, name: str, leaves: Collection[str]) -> str:
 
 def _magnitude(path: Path, name: str, tensors: Tensors) -> Tensor:
     """(out,) from either shape; one length for each input column is another method."""
-    magnitude, rows = tensors[MAGNITUDE], tensors[UP].shape[0]
+    magnitude, rows = tensors[MAGNITUDE], tensors[UP].shape[0] if tensors[UP].ndim else 0
     if magnitude.numel() != rows:
         raise UserError(
             f"{path}: the DoRA magnitude of '{name}' is {tuple(magnitude.shape)}; read are ({rows},) and ({rows}, 1), one for each output."
@@ -178,14 +268,15 @@ def _magnitude(path: Path, name: str, tensors: Tensors) -> Tensor:
     return magnitude.flatten()
 
 
-def _fold(kind: str, tensors: dict[str, Tensor], alpha: float) -> None:
-    """alpha / rank into one of the tensors. LyCORIS leaves alpha aside where both halves of a LoKr are whole."""
+def _rank(kind: str, tensors: Tensors) -> int:
+    """What alpha is divided by; 0 where nothing is scaled."""
     if kind == "full":
-        return
+        return 0
     if kind == "lokr":
-        rank = tensors[W2_DOWN].shape[0] if W2_DOWN in tensors else tensors[f"{W1}_b"].shape[0] if f"{W1}_b" in tensors else alpha
-        leaf = W2_UP if W2_UP in tensors else W2
-    else:
-        leaf, telling, axis = _FOLDED[kind]
-        rank = tensors[telling].shape[axis]
-    tensors[leaf] = tensors[leaf] * (alpha / rank)
+        return tensors[W2_DOWN].shape[0] if W2_DOWN in tensors else tensors[f"{W1}_b"].shape[0] if f"{W1}_b" in tensors else 0
+    return tensors[LOHA[1] if kind == "loha" else DOWN].shape[0]
+
+
+def _range(values: Iterable[float]) -> str:
+    found = sorted(set(values))
+    return "" if not found else f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"

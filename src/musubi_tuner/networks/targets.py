@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from musubi_tuner.networks.base import is_linear
+from musubi_tuner.networks.base import FrozenLinear, is_linear
 from musubi_tuner.runtime.errors import UserError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -82,6 +82,11 @@ def is_audio_side(name: str) -> bool:
 def linear_names(model: nn.Module) -> list[str]:
     """Official names of all linears, before any adapter is put on them."""
     return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each of them."""
+    return {name: (module.out_features, module.in_features) for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
 
 
 def count_by_stream(names: Sequence[str]) -> dict[str, int]:

@@ -19,10 +19,12 @@ from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.networks.merging import BaseNetwork, merging_place
 from musubi_tuner.networks.reading import NetworkFile, read_network
-from musubi_tuner.networks.targets import linear_names
+from musubi_tuner.networks.targets import linear_names, linear_shapes
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_WEIGHT = ".weight"
 
 Place = Callable[[str, Tensor], Tensor]
 """What is done with each weight as it is read: (name, tensor) -> the tensor that the model holds."""
@@ -36,13 +38,22 @@ def with_base_networks(networks: Sequence[tuple[Path, float]], checkpoint: Check
     """
     if not networks:
         return place
-    known = [name.removesuffix(".weight") for name in transformer_names(checkpoint) if name.endswith(".weight")]
+    known = stored_linears(checkpoint)
     merged = [BaseNetwork(read_network(path, known), strength) for path, strength in networks]
     for network in merged:
-        log.info("merging %s x %g: %d module(s)", network.file.path.name, network.multiplier, len(network.file.adapters))
+        log.info("merging %s x %g: %s", network.file.path.name, network.multiplier, network.file.describe())
+        if left := network.file.left_out:
+            log.warning("WARNING: its %d adapter(s) of the text connectors are left out, first '%s'", len(left), left[0])
     if mode != "av":
         log.info("their weights of streams that --ltx_mode %s does not build are ignored", mode)
     return merging_place(merged, place)
+
+
+def stored_linears(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
+    """Official names of the linears of a checkpoint's transformer, of all its streams, and their shapes where the file tells them: several
+    values may be packed into one byte."""
+    names = {name.removesuffix(_WEIGHT): full for name, full in transformer_names(checkpoint).items() if name.endswith(_WEIGHT)}
+    return {name: None if checkpoint.dtype(full) == torch.uint8 else checkpoint.shape(full) for name, full in names.items()}
 
 
 def read_start(options: NetworkOptions, checkpoint: Checkpoint, transformer: LTXModel) -> NetworkFile | None:
@@ -53,7 +64,7 @@ def read_start(options: NetworkOptions, checkpoint: Checkpoint, transformer: LTX
     """
     if options.network_weights is None:
         return None
-    start = read_network(options.network_weights, linear_names(transformer))
+    start = read_network(options.network_weights, linear_shapes(transformer))
     version, trained_on = detect_version(checkpoint), start.metadata.get("ss_base_model_version", "")
     if trained_on.startswith("ltx-") and trained_on != f"ltx-{version}":
         raise UserError(
@@ -90,6 +101,26 @@ def make_network(
     return network
 
 
+def report_network(options: NetworkOptions, transformer: LTXModel, network: LoRANetwork, start: NetworkFile | None) -> None:
+    """Say before the first step what a network was started from, and what is not as the flags may have been meant."""
+    if start is not None:
+        log.info("starting from %s: %s", start.path, start.describe())
+        if start.left_out and not options.train_connectors:
+            log.warning(
+                "WARNING: its %d adapter(s) of the text connectors are left out, first '%s'. --train_connectors goes on with them.",
+                len(start.left_out),
+                start.left_out[0],
+            )
+    if network.trains_base_weights:
+        log.info(
+            "type=full: the weights of the %d linears that include_patterns names are trained and all others stay as they are; the file "
+            "holds the difference to the base model's weights (keys 'diff'), each as large as its weight",
+            len(network.names),
+        )
+    for key, pattern in network.idle_patterns([name.removesuffix(".base") for name in linear_names(transformer)]):
+        log.warning("WARNING: --network_args %s: the pattern %r matches no linear of this model", key, pattern)
+
+
 def adapted_connectors(
     options: NetworkOptions,
     checkpoint: Checkpoint,
@@ -114,12 +145,7 @@ def adapted_connectors(
         delattr(connectors, f"{stream}_embeddings_connector")
     args = parse_pairs(options.network_args, "--network_args")
     args = {key: value for key, value in args.items() if key not in ("include_patterns", "exclude_patterns")}
-    start = None
-    if options.network_weights is not None and (path := connectors_path(options.network_weights)).is_file():
-        start = read_network(path, linear_names(connectors))
-        log.info("connectors start from %s", path)
-    elif options.network_weights is not None:
-        log.warning("WARNING: there is no %s: the connectors start as the base model's", connectors_path(options.network_weights))
+    start = None if options.network_weights is None else _connectors_start(options.network_weights, connectors)
     network = create_network(
         connectors,
         dim=options.network_dim,
@@ -131,6 +157,17 @@ def adapted_connectors(
     if start is not None:
         network.load(start)
     return connectors, network
+
+
+def _connectors_start(path: Path, connectors: Connectors) -> NetworkFile | None:
+    """The connectors' adapters beside a LoRA file, or within it; None where there are none."""
+    beside = connectors_path(path)
+    start = read_network(beside if beside.is_file() else path, linear_shapes(connectors), of_connectors=True)
+    if start.adapters:
+        log.info("connectors start from %s: %s", start.path, start.describe())
+        return start
+    log.warning("WARNING: there is no %s, and %s has no adapters of them: the connectors start as the base model's", beside, path)
+    return None
 
 
 def network_module(name: str) -> ModuleType:

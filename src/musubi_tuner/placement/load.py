@@ -21,7 +21,7 @@ from musubi_tuner.memory.regions import Gather, Region, share_regions
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, with_base_networks
+from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, report_network, with_base_networks
 from musubi_tuner.placement.planning import BatchTokens, Placement, place_by_hand
 from musubi_tuner.runtime.processes import Processes
 
@@ -180,7 +180,7 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
     network = make_network(options, transformer, start, seed=request.seed, shows_references=request.shows_references)
     if start is not None:
         network.load(start)
-        log.info("starting from %s: %s", start.path, network.describe())
+    report_network(options, transformer, network, start)
     for parameter in network.parameters():  # blocks that are streamed still lie on the host
         parameter.data = parameter.data.to(device)
     connectors = None

@@ -110,10 +110,7 @@ def make_previewer(
     """
     samples = prepare_samples(options, files, texts, mode=mode, device=device, reference_factors=reference_factors)
     if options.wanted is None:
-        log.warning(
-            "WARNING: --sample_prompts is given without --sample_at_first, --sample_every_n_steps or --sample_every_n_epochs: "
-            "there will be no previews."
-        )
+        log.info("previews are made once, at the end of the run: no --sample_at_first or --sample_every_n_steps says when else")
     prompts, plans = [sample.prompt for sample in samples], [sample.plan for sample in samples]
     log.info("%s", describe_plans(options, prompts, plans, training_sigma.kind, training_sigma.shift))
     return Previewer(samples=samples, files=files, folder=output_dir / FOLDER, name=output_name)

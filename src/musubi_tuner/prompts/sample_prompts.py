@@ -1,7 +1,8 @@
 """Sample prompts as musubi-tuner users write them: .txt with flags, .toml, .json.
 
-A line of text is a prompt; flags begin after its first ` --` and nowhere else, so that a prompt may begin with "I walk". The same
-values have longer names in .toml and .json. Besides text a prompt may have conditioning inputs: pictures, a clip, sound, references.
+A line of text is a prompt; flags begin after its first ` --` (a blank or a tab) and nowhere else, so that a prompt may begin with "I
+walk". The same values have longer names in .toml and .json. Besides text a prompt may have conditioning inputs: pictures, a clip, sound,
+references.
 """
 
 import re
@@ -12,7 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
-from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Frames, NotNegative, Seed, Side, as_path, options, validated
+from musubi_tuner.config.names import PROMPT_FLAGS
+from musubi_tuner.config.preview import Guidance, Steps
+from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Side, as_path, options, validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, read_text, read_toml
 
@@ -130,6 +133,10 @@ _FLAGS = {
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
 _WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
 _NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale")
+_GLUED = re.compile(rf"(?<=\S)--({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]")
+"""A flag with its number and no blank before it, as in `A dog.--w 512`."""
+_MOST_CELLS = 2**20
+"""Of a sample's latents; far beyond what any card samples."""
 
 
 def _from_text(read: Callable[[str], Any]) -> BeforeValidator:
@@ -177,12 +184,12 @@ class _Entry:
     height: Side | None = None
     frame_count: Frames | None = None
     seed: Seed | None = None
-    sample_steps: Count | None = None
+    sample_steps: Steps | None = None
     frame_rate: FrameRate | None = None
     negative_prompt: str = ""
-    cfg_scale: NotNegative | None = None
-    guidance_scale: NotNegative | None = None
-    audio_cfg_scale: NotNegative | None = None
+    cfg_scale: Guidance | None = None
+    guidance_scale: Guidance | None = None
+    audio_cfg_scale: Guidance | None = None
     image_path: AnyPath | None = None
     end_image_path: AnyPath | None = None
     keyframes: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
@@ -278,12 +285,16 @@ def split_line(where: str, line: str) -> tuple[str, dict[str, str]]:
     Raises:
         UserError: a line that begins with a flag, a flag that is unknown, or one given twice.
     """
-    prompt, *parts = line.strip().split(" --")
+    prompt, *parts = re.split(r"\s--", line.strip())
     if prompt.startswith("--"):
         raise UserError(f"{where}: begins with a flag. The prompt comes first, then its flags, each after ' --'.")
     values: dict[str, str] = {}
+    if glued := _GLUED.search(line):
+        raise UserError(f"{where}: '--{glued[1]}' stands within the text. Put a blank before it; '{line.strip():.80}'.")
     for part in parts:
-        flag, _, value = part.strip().partition(" ")
+        flag, value = (*part.split(maxsplit=1), "", "")[:2]
+        if flag in PROMPT_FLAGS:
+            raise UserError(f"{where}: --{flag} is not read here: {PROMPT_FLAGS[flag]}.")
         if flag not in _FLAGS:
             raise UserError(
                 f"{where}: unknown flag '--{flag}'. Known are {', '.join('--' + name for name in _FLAGS)}. "
@@ -316,6 +327,14 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
         if area is not None and (area.left + area.width > prompt.width or area.top + area.height > prompt.height):
             corners = f"{area.left},{area.top},{area.width},{area.height}"
             raise UserError(f"{where}: {flag} {corners}: not within {prompt.width}x{prompt.height}.")
+    cells = (prompt.width // 32) * (prompt.height // 32) * (1 + prompt.frames // 8)
+    if cells > _MOST_CELLS:
+        raise UserError(
+            f"{where}: {prompt.width}x{prompt.height} with {prompt.frames} frames are {cells} latent cells; the most is {_MOST_CELLS}."
+        )
+    pictures = {"--i": prompt.inputs.image, "--ei": prompt.inputs.end_image, "--k": prompt.inputs.keyframes}
+    if prompt.frames == 1 and (given := [flag for flag, value in pictures.items() if value]):
+        raise UserError(f"{where}: {given[0]} with 1 frame: the picture would be the whole sample. Raise --f, such as --f 49.")
     for frame, _ in prompt.inputs.keyframes:
         if frame >= prompt.frames:
             raise UserError(f"{where}: --k {frame}=...: the sample's frames are 0 to {prompt.frames - 1}.")

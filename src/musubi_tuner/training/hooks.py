@@ -54,9 +54,15 @@ class StepLog:
                 log.warning("WARNING: step %d: %s", step, message)
         values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
         bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
-        values |= self._levels.read(run.processes.count)
+        values |= self._levels.read(run.processes.count) | self._scaled_audio(values)
         self.report(step, values)
         return values
+
+    def _scaled_audio(self, values: dict[str, float]) -> dict[str, float]:
+        """What the audio loss counts for, where a balance or `--audio_loss_weight` sets its weight; a dataset's own weight aside."""
+        weight = values.get("audio_balance", self._run.config.audio.audio_loss_weight)
+        known = "loss_audio" in values and ("audio_balance" in values or weight != 1)
+        return {"loss_audio_scaled": weight * values["loss_audio"]} if known else {}
 
     def report(self, step: int, values: dict[str, float]) -> None:
         """A line of the loss file, and of the trackers."""
@@ -213,7 +219,8 @@ class Previews(Hook):
 
     def after_step(self, outcome: Outcome, seconds: float) -> None:
         schedule = self.run.schedule
-        if not outcome.interrupted and schedule.is_due(outcome.step, schedule.preview_every, schedule.preview_every_epochs):
+        at_end = outcome.step == schedule.total and self.run.config.preview.wanted is None
+        if not outcome.interrupted and (at_end or schedule.is_due(outcome.step, schedule.preview_every, schedule.preview_every_epochs)):
             self._make(outcome.step)
 
     def _make(self, step: int) -> None:

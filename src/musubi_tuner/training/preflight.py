@@ -12,7 +12,6 @@ import torch
 
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
-from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.config.training import TrainingConfig
@@ -24,7 +23,7 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
-from musubi_tuner.networks.reading import newest_file
+from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training.state import newest_state
@@ -205,7 +204,7 @@ def _check_reference_factors(path: Path, recipe: Recipe, datasets: DatasetConfig
     Raises:
         UserError: names both factors.
     """
-    metadata = read_metadata(path)
+    metadata = network_metadata(path)
     wanted = reference_facts(recipe, datasets)
     for key, setting in ((REFERENCE_DOWNSCALE, "reference_downscale"), (REFERENCE_TEMPORAL, "reference_temporal_scale")):
         if key in metadata and key in wanted and metadata[key] != wanted[key]:
