@@ -1,6 +1,5 @@
 """Looks at the machine, and at everything that a run would use: `ltxv2 doctor` with the flags of `ltxv2 train`, or with none."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from musubi_tuner.runtime.device import pick_device
     from musubi_tuner.runtime.errors import UserError
 
-    logging.getLogger("musubi_tuner").setLevel(logging.WARNING)
     try:
         device = pick_device(config.model.device)
     except UserError:

@@ -92,13 +92,13 @@ def describe_plans(
     timestep_sampling: str,
     training_shift: float | None = None,
 ) -> str:
-    """A table of what each preview does, with mu and shift beside those that training has at the same size.
+    """A table of what each preview does; under it mu and shift, beside those that training has at the same size.
 
     Args:
         training_shift: mu that training takes at every size; None = from the size.
     """
     fixed = {"uniform": "uniform noise levels", "logit_normal": "the same at every size"}.get(timestep_sampling)
-    rows = []
+    rows, levels = [], []
     for prompt, plan in zip(prompts, plans, strict=True):
         size = f"{prompt.width}x{prompt.height}x{prompt.frames} @{prompt.fps:g}"
         if plan.streams == ("audio",):
@@ -114,12 +114,11 @@ def describe_plans(
                 f"{_each(plan, 'stg')} at {','.join(map(str, plan.stg_blocks))}" if plan.needs_perturbed else "off",
                 _each(plan, "rescale"),
                 _each(plan, "modality") if len(plan.streams) == 2 else "off",
-                _preview_mu(options),
-                of_training,
             )
         )
+        levels.append(f"{prompt.index}: {_preview_mu(options)} in the preview; in training at this size {of_training}")
     headers = ("prompt", "size", "steps", "cfg", "stg", "rescale", "modality")
-    return format_table(rows, (*headers, "mu (shift) of preview", "mu (shift) of training at this size"))
+    return "\n".join([format_table(rows, headers), "", "mu (shift) of the noise levels, by prompt:", *levels])
 
 
 def _scales(options: PreviewOptions, defaults: GuidanceScales, of_prompt: float | None, of_options: float | None) -> GuidanceScales:

@@ -9,7 +9,10 @@ _NARROWEST = 8
 
 
 def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str], width: int = WIDTH) -> str:
-    """Left-aligned columns, two blanks apart, a rule under the headers; the longest cells are wrapped where `width` does not suffice."""
+    """Left-aligned columns, two blanks apart, a rule under the headers; the longest cells are wrapped where `width` does not suffice.
+
+    Words of the last column stay whole, whatever their length: paths and commands are copied from there.
+    """
     cells = [[str(cell).replace("\n", " ") for cell in row] for row in (headers, *rows)]
     widths = [max(shown_width(row[column]) for row in cells) for column in range(len(headers))]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
@@ -31,7 +34,8 @@ def names_of(names: Sequence[str], most: int = 10) -> str:
 
 def _lines(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     """Of one row of cells."""
-    wrapped = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+    wrapped = [_wrapped(cell, width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+    wrapped.append(_wrapped(row[-1], widths[-1], whole_words=True))
     lines = []
     for place in range(max(len(cell) for cell in wrapped)):
         parts = [cell[place] if place < len(cell) else "" for cell in wrapped]
@@ -39,8 +43,8 @@ def _lines(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return lines
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """At blanks where there are any; at any letter of longer words."""
+def _wrapped(text: str, width: int, *, whole_words: bool = False) -> list[str]:
+    """At blanks where there are any; at any letter of longer words, but for `whole_words`."""
     if shown_width(text) <= width:
         return [text]
     lines, line = [], ""
@@ -51,8 +55,8 @@ def _wrapped(text: str, width: int) -> list[str]:
             continue
         if line:
             lines.append(line)
-        line = ""
-        for sign in word:
+        line = word if whole_words else ""
+        for sign in "" if whole_words else word:
             if shown_width(line + sign) > width:
                 lines.append(line)
                 line = ""
