@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -136,6 +137,9 @@ class Outcome:
     """What a run did, for its last table."""
 
     step: int
+    """The last one that is whole."""
+    random_state: Tensor = field(default_factory=torch.get_rng_state)
+    """torch's, at the end of that step."""
     seconds: float = 0.0
     stepping: float = 0.0
     """Seconds of the steps alone, without what lies between them."""

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -29,13 +30,15 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
-from musubi_tuner.training.hooks import Hook, Preview, Previews, Saving, StepLog, Validation, Watching
+from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Validation, Watching
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
 from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler
 from musubi_tuner.training.preflight import RunInputs, cached_prompt
 from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
 from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
+from musubi_tuner.training.saving import Saving
+from musubi_tuner.training.space import SpaceWatch
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.watch import AudioSupervision
 
@@ -49,8 +52,11 @@ def make_machine(config: TrainingConfig, group: Processes) -> Machine:
     from accelerate import Accelerator
 
     saving, options = config.saving, config.logging
+    asked = config.optimization.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    weight_dtype(asked or launched, asked, torch.device("cpu"))  # refused here in words, which accelerate has not for all of them
     accelerator = Accelerator(
-        mixed_precision=config.optimization.mixed_precision,
+        mixed_precision=asked,
         log_with=options.log_with,
         project_dir=str(options.logging_dir or saving.output_dir / "logs") if options.log_with else None,
     )
@@ -58,7 +64,7 @@ def make_machine(config: TrainingConfig, group: Processes) -> Machine:
     return Machine(
         processes=group,
         device=device,
-        dtype=weight_dtype(accelerator.mixed_precision, config.optimization.mixed_precision, device),
+        dtype=weight_dtype(accelerator.mixed_precision, asked, device),
         trackers=Trackers(accelerator, options.log_with, saving.output_name, config.flat()),
     )
 
@@ -143,6 +149,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         watched=watched,
     )
     if machine.processes.is_main:
+        SpaceWatch(run).check_before()
         log.info(banner(inputs, machine, run, loaded))
         if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
             log.warning(
