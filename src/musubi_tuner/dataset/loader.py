@@ -4,6 +4,7 @@ import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import BatchPlan, Item
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.signals import ASKING
+
+_DYING_SECONDS = 2.0
 
 
 class _Batches(Dataset):
@@ -62,9 +65,18 @@ def iterate_batches(
         worker_init_fn=_ignore_interrupts if workers else None,
     )
     with _interrupts_held_back():
-        batches = iter(loader)
-    ahead: Batch | None = None  # its copy runs while the batch before it is trained on
-    for batch in _in_words(batches):
+        batches: Any = iter(loader)
+    try:
+        yield from _one_ahead(_in_words(batches), device)
+    finally:
+        if workers:
+            batches._shutdown_workers()  # an error's traceback holds them, and they ignore what else would end them
+
+
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """On the device; to a GPU the next one is copied while a batch is trained on."""
+    ahead: Batch | None = None
+    for batch in batches:
         moved = batch.to(device)
         if device.type != "cuda":
             yield moved
@@ -82,11 +94,12 @@ def _in_words(batches: Any) -> Iterator[Batch]:
         try:
             batch = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
-            dead = [worker for worker in getattr(batches, "_workers", ()) if not worker.is_alive()]
+            workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", ())}
+            dead = wait(workers, timeout=_DYING_SECONDS)  # its connection may break before the system calls it ended
             if not dead:
                 raise
             raise TemporaryFailure(
-                f"a loading worker (process {dead[0].pid}) was killed; usually the machine ran out of memory. Give "
+                f"a loading worker (process {workers[dead[0]].pid}) was killed; usually the machine ran out of memory. Give "
                 "--max_data_loader_n_workers 0, or fewer than now."
             ) from error
         if batch is None:

@@ -27,12 +27,12 @@ class Saving(Hook):
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._space = SpaceWatch(run)
+        self.space = SpaceWatch(run)
 
     def after_step(self, outcome: Outcome, seconds: float) -> None:
         run, step, schedule = self._run, outcome.step, self._run.schedule
         if run.processes.is_main:
-            self._space.check(step)
+            self.space.check(step)
         by_step = outcome.interrupted or schedule.is_due(step, schedule.save_every, None)
         if not (step == schedule.total or by_step or schedule.is_due(step, None, schedule.save_every_epochs)):
             return
@@ -83,13 +83,11 @@ class Saving(Hook):
                 write(step, folder / name)
             except OSError as error:
                 wrong[f"{folder}: {reason(error)}"] = None
-                self._full = error.errno in FULL or self._space.is_short()
+                self._full = error.errno in FULL or self.space.is_short()
                 continue
             outcome.files.append(folder / name)
             if folder != self._run.output_dir:
-                log.warning(
-                    "WARNING: step %d: %s was written to %s, as the run's own folder took it not: %s.", step, name, folder, "; ".join(wrong)
-                )
+                log.warning("WARNING: step %d: %s is in %s, as it could not be written here: %s.", step, name, folder, "; ".join(wrong))
             return folder / name, None
         goes_on = "" if last or outcome.interrupted else ", and training goes on, as a later save may find room"
         log.warning("WARNING: step %d: %s was not saved%s: %s.", step, name, goes_on, "; ".join(wrong))
