@@ -4,8 +4,8 @@
     python dev/kill_rounds.py        200 kills by SIGKILL, SIGTERM and SIGINT, about half an hour on two cores
 
 The same command, with --autoresume, is started until it ends with 0, and killed at random moments, from its first import to its last save.
-The LoRA must be the bytes of an undisturbed run's, every exit code one that is documented, and no temporary file may be left. A harness that
-is itself ended goes on from what lies in the folder of --work.
+The LoRA must be the bytes of an undisturbed run's, every exit code one that is documented, and no temporary file may be left. A harness
+that is itself ended goes on from what lies in the folder of --work.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounds[-1]) + "\n")
         print(f"{len(rounds):4} signal {number} exit code {code}", flush=True)
-    problems += [f"left behind: {path.name}" for path in killed.glob(".*")] + [
-        f"left behind: {path.name}" for path in killed.glob("*.lock")
-    ]
+    problems += [f"left behind: {path.name}" for pattern in (".*", "*.lock") for path in killed.glob(pattern)]
     if not problems and (killed / "t.safetensors").read_bytes() != (whole / "t.safetensors").read_bytes():
         problems.append("the LoRA is not that of the undisturbed run")
     print("\n".join(problems) or f"{len(rounds)} rounds: the LoRA is that of the undisturbed run, byte by byte")
@@ -68,18 +66,8 @@ def command(options: argparse.Namespace, output: Path) -> list[str]:
     flags += ["--ltxv2_model", options.quickstart / "models" / "ltx2_tiny_2.3.safetensors", "--ltxv2_timestep_format", "flowmatch_1_1000"]
     flags += ["--network_dim", "4", "--network_alpha", "4", "--device", "cpu", "--mixed_precision", "no", "--save_precision", "float32"]
     flags += ["--max_data_loader_n_workers", "1", "--max_train_steps", options.steps, "--validate_every_n_steps", options.steps]
-    flags += [
-        "--output_dir",
-        output,
-        "--output_name",
-        "t",
-        "--save_state",
-        "--save_every_n_steps",
-        "5",
-        "--save_last_n",
-        "2",
-        "--autoresume",
-    ]
+    flags += ["--output_dir", output, "--output_name", "t", "--autoresume"]
+    flags += ["--save_state", "--save_every_n_steps", "5", "--save_last_n", "2"]
     return [sys.executable, str(ROOT / "ltxv2_train_network.py"), *map(str, flags)]
 
 

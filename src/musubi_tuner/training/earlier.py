@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from musubi_tuner.config.training import SavingOptions, TrainingConfig
 from musubi_tuner.networks.reading import newest_file
@@ -15,7 +13,7 @@ from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training import checkpoint, state
 from musubi_tuner.training.metrics import loss_path
-from musubi_tuner.training.preflight import RunInputs
+from musubi_tuner.training.preflight import RunInputs, check_output_folder
 from musubi_tuner.training.run import make_schedule
 
 log = logging.getLogger(__name__)
@@ -32,7 +30,7 @@ def owned_output(saving: SavingOptions, group: Processes) -> Iterator[None]:
         yield
         return
     folder, name = saving.output_dir, saving.output_name
-    _check_output_folder(folder)
+    check_output_folder(folder)
     own = lock.held(
         folder / f"{name}.lock", what=f"'{name}' in {folder}", remedy="Give another --output_name or --output_dir, or wait for its end."
     )
@@ -105,16 +103,6 @@ def clear_earlier(saving: SavingOptions) -> None:
         loss_path(folder, name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--overwrite: {error.filename}: cannot be removed ({error.strerror}). Choose another --output_name.") from error
-
-
-def _check_output_folder(folder: Path) -> None:
-    """Write a byte there now, so that a folder that takes none is known before hours are spent."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written into ({error}). Choose another, or fix its permissions.") from error
 
 
 def _refuse_to_overwrite(saving: SavingOptions) -> None:

@@ -1,6 +1,7 @@
 """Everything that can go wrong without the transformer's weights goes wrong here: folders, files, items, caches, prompts, references."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,20 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
         validation_items=validation_items,
         wanted=wanted,
     )
+
+
+def check_output_folder(folder: Path) -> None:
+    """Write a byte there now, so that a folder that takes none is known before hours are spent.
+
+    Raises:
+        UserError: it takes none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written into ({error}). Choose another, or fix its permissions.") from error
 
 
 def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
