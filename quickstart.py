@@ -81,7 +81,7 @@ def commands(python: Path) -> list[tuple[str, list[object]]]:
         "--sample_every_n_steps",
         STEPS,
     ]
-    training += ["--output_dir", OUTPUT / "training", "--output_name", "quickstart", "--save_state"]
+    training += ["--output_dir", OUTPUT / "training", "--output_name", "quickstart", "--save_state", "--overwrite"]
     return [
         (
             "a tiny checkpoint of LTX-2.3 style, with its text encoder",

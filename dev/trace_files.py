@@ -130,7 +130,7 @@ def main() -> None:
     common = ["--dataset_config", str(folder / "dataset.toml"), "--ltx_mode", "av", "--device", "cpu"]
     with tempfile.TemporaryDirectory() as output:
         training = [*common, "--ltxv2_model", str(model), "--ltxv2_timestep_format", "flowmatch_1_1000", "--mixed_precision", "no"]
-        training += ["--network_dim", "4", "--output_dir", output]
+        training += ["--network_dim", "4", "--output_dir", output, "--overwrite"]
         batch = follow_a_batch(training)
         walks = {
             "a clip": follow_a_clip(common, model),

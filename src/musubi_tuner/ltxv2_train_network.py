@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.runtime.program import run_program
+from musubi_tuner.runtime.program import EXIT_INTERRUPTED, run_program
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.previewer import Previewer
@@ -24,25 +24,31 @@ DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captio
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse_arguments(argv, prog)
     from musubi_tuner.runtime.processes import processes
+    from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest
     from musubi_tuner.training.loop import train
-    from musubi_tuner.training.metrics import loss_path, read_losses
-    from musubi_tuner.training.preflight import check_inputs, check_output_folder, resolve_newest
-    from musubi_tuner.training.report import draw_loss_curve, summary
+    from musubi_tuner.training.preflight import check_inputs
+    from musubi_tuner.training.report import draw_losses, summary
+    from musubi_tuner.training.rescue import Restart, rescue
+    from musubi_tuner.training.run import Outcome
     from musubi_tuner.training.setup import build_run, make_hooks, make_machine
 
-    config = resolve_newest(config)
-    with processes() as group:
-        if group.is_main:
-            check_output_folder(config.saving.output_dir)
+    with processes() as group, owned_output(config.saving, group):
+        config = resolve_newest(config)
         inputs = check_inputs(config)
+        if nothing_left(inputs, group):
+            return 0
         preview = make_preview(inputs) if group.is_main else None
         run = build_run(inputs, make_machine(config, group))
-        outcome = train(run, *make_hooks(run, inputs, preview))
+        if group.is_main:
+            clear_earlier(config.saving)
+        outcome, restart = Outcome(step=run.start_step), Restart(prog, argv, config.saving.autoresume)
+        with rescue(run, outcome, restart):
+            train(run, outcome, *make_hooks(run, inputs, preview))
         run.trackers.close()
         if group.is_main:
-            draw_loss_curve(read_losses(loss_path(run.output_dir, run.name)), run.output_dir / f"{run.name}-loss.png")
-            log.info("\n%s", summary(run, outcome))
-    return 0
+            draw_losses(run)
+            log.info("\n%s", summary(run, outcome, restart))
+    return EXIT_INTERRUPTED if outcome.interrupted else 0
 
 
 def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:

@@ -87,13 +87,13 @@ def test_the_rule_gives_what_is_black(data, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[[video]]\nrule = 'mask'\n", encoding="utf-8")
     for extra in ((), ("--conditioning_config", str(recipe))):
-        assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "2", *extra)) == 0
+        assert ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "2", "--overwrite", *extra)) == 0
     plain = data.folder / "plain.toml"
     plain.write_text(TOML.replace('mask_directory = "masks"\n', ""), encoding="utf-8")
     unmasked = replace(data, toml=plain)
     training_parts.cache(unmasked)
     with pytest.raises(UserError, match="rule 'mask', but no dataset has masks"):
-        ltxv2_train_network.main(unmasked.arguments("--output_dir", str(tmp_path), "--conditioning_config", str(recipe)))
+        ltxv2_train_network.main(unmasked.arguments("--output_dir", str(tmp_path / "b"), "--conditioning_config", str(recipe)))
 
 
 def test_a_black_mask_is_a_failure_that_names_it(data, tmp_path, caplog):

@@ -113,7 +113,7 @@ def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monke
         run(data, tmp_path, "--vram_gb", "4")
         assert "blocks run uncompiled" in caplog.text and "C++ compiler" in caplog.text
         with pytest.raises(UserError, match=r"--compile: .*C\+\+ compiler"):
-            run(data, tmp_path, "--vram_gb", "4", "--compile")
+            run(data, tmp_path / "b", "--vram_gb", "4", "--compile")
 
 
 def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog):

@@ -17,6 +17,7 @@ from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
 from musubi_tuner.training.loop import train
+from musubi_tuner.training.run import Outcome
 from musubi_tuner.training.setup import make_hooks
 from tests import training_parts as parts
 from tests.conftest import REPOSITORY
@@ -65,7 +66,7 @@ def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_
     config = config_of(data, tmp_path, "--network_args", *ARGS[kind], "--learning_rate", "1e-2")
     with processes() as group:
         run, inputs = parts.build(config, group)
-        train(run, *make_hooks(run, inputs, None))
+        train(run, Outcome(step=0), *make_hooks(run, inputs, None))
     live = outputs(run.wrapper)
     path = tmp_path / "ltxv2_lora.safetensors"
     with run.network.disabled():

@@ -109,7 +109,7 @@ def test_training_on_reference_sounds(data, tmp_path, mode):
     assert ltxv2_train_network.main(flags) == 0
     assert all(row["loss_audio"] > 0 for row in training_parts.losses(tmp_path) if "grad_norm" in row)
     with pytest.raises(UserError, match="reference_audio_directory.*nothing shows them"):
-        ltxv2_train_network.main(run.arguments("--output_dir", str(tmp_path)))
+        ltxv2_train_network.main(run.arguments("--output_dir", str(tmp_path / "b")))
 
 
 def test_a_preview_plays_the_reference_as_training_does(data, tiny_family, tmp_path):

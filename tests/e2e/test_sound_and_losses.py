@@ -92,7 +92,7 @@ def test_strict_sound_stops_a_run_that_is_half_silent(data, tiny_family, tmp_pat
     flags = ["--max_train_steps", "12", "--audio_supervision_warmup_steps", "6"]
     with pytest.raises(UserError, match="items that should have sound had it.*audio_supervision_min_ratio is 0.9"):
         run(half, tmp_path / "out", *flags, "--audio_supervision_mode", "error")
-    run(half, tmp_path / "out", *flags, "--audio_supervision_mode", "error", "--audio_supervision_min_ratio", "0.2")
+    run(half, tmp_path / "out", *flags, "--audio_supervision_mode", "error", "--audio_supervision_min_ratio", "0.2", "--overwrite")
     rows = parts.losses(tmp_path / "out")
     assert {row["audio_supervised"] for row in rows} == {0.0, 1.0}, "each item keeps its own supervision"
 
@@ -178,7 +178,7 @@ def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
     empty = prompt_path(folder / "cache", "")
     store.write(empty, store.read(empty), read_metadata(empty) | {"widths": "128"})
     with pytest.raises(UserError, match="(?s)widths are not those.*ltxv2_cache_text_encoder_outputs.py"):
-        run(copy, tmp_path, "--caption_dropout_rate", "0.5")
+        run(copy, tmp_path / "b", "--caption_dropout_rate", "0.5")
     empty.unlink()
     with pytest.raises(UserError, match="(?s)the empty prompt is not cached.*missing.*ltxv2_cache_text_encoder_outputs.py"):
-        run(copy, tmp_path, "--caption_dropout_rate", "0.5")
+        run(copy, tmp_path / "b", "--caption_dropout_rate", "0.5")

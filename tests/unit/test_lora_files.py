@@ -18,7 +18,7 @@ from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
-from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler
+from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler, try_out
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
 LINEARS = dict.fromkeys(NAMES, (6, 8))
@@ -248,8 +248,29 @@ def test_adafactor_moves_a_zero_tensor_by_the_learning_rate():
 def test_an_optimizer_that_finds_its_own_rate_warns_of_another(caplog):
     pytest.importorskip("prodigyopt")
     for rate, warned in ((1.0, False), (1e-4, True)):
-        make_optimizer("Prodigy", [nn.Parameter(torch.zeros(1))], rate, {})
+        try_out("Prodigy", rate, {}, ScheduleOptions(name="constant", total_steps=2), torch.device("cpu"))
         assert ("finds its own rate" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "args", "schedule"),
+    [
+        ("--optimizer_type .", ".", {}, {}),
+        ("--optimizer_type torch.optim.LBFGS", "torch.optim.LBFGS", {}, {}),
+        ("--optimizer_type torch.optim.SparseAdam", "torch.optim.SparseAdam", {}, {}),
+        ("--optimizer_type AdamW", "AdamW", {"betas": "()"}, {}),
+        ("--optimizer_args relative_step=False.*torch's", "adafactor", {"relative_step": "False"}, {}),
+        ("--lr_scheduler_type ReduceLROnPlateau", "AdamW", {}, {"class_name": "ReduceLROnPlateau"}),
+        ("--lr_scheduler_type StepLR.*step_size=0", "AdamW", {}, {"class_name": "StepLR", "args": {"step_size": "0"}}),
+        ("--lr_scheduler_type ''", "AdamW", {}, {"class_name": ""}),
+        ("--lr_warmup_steps 0 ", "AdamW", {}, {"warmup": 9}),
+    ],
+)
+def test_what_cannot_train_is_found_out_before_a_model_is_loaded(flag, name, args, schedule):
+    """A class that wants more than step() fails in a trial step, in words."""
+    options = ScheduleOptions(**{"name": "constant", "total_steps": 4, **schedule})
+    with pytest.raises(UserError, match=flag):
+        try_out(name, 0.1, args, options, torch.device("cpu"))
 
 
 def run_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> list[float]:

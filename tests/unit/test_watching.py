@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.objective import ItemLosses
-from musubi_tuner.training.watch import FiniteCheck, Interrupt, Pace
+from musubi_tuner.training.watch import FiniteCheck, Pace
 
 
 def losses(value: float) -> ItemLosses:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from musubi_tuner.cache.names import ending_of
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 FORMAT_VERSION = "1"
 _TEMPORARY = ".tmp"
@@ -23,7 +23,7 @@ _BLOCK = 2**20
 _BLOCKS = 16
 
 
-class DiskFullError(UserError):
+class DiskFullError(TemporaryFailure):
     """No later write can succeed either, so a caching program stops here."""
 
 

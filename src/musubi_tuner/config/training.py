@@ -1,10 +1,11 @@
 """All options of `ltxv2_train_network.py`."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
@@ -12,12 +13,24 @@ from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOp
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
-from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Whole, Wording, options
+from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
-FileName = Annotated[
-    str, Field(pattern=r'^[^/\\:*?"<>|\x00]+$'), Wording('a file name without / \\ : * ? " < > |; the folder is --output_dir')
-]
+_LONGEST_NAME = 150
+"""Bytes; what is added to it, and to a temporary file's name, finds room in the 255 that file systems take."""
+
+
+def _as_file_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or any(sign in '/\\:*?"<>|\x00' for sign in value):
+        raise ValueError('must be a file name without / \\ : * ? " < > |; the folder is --output_dir')
+    if len(os.fsencode(value)) > _LONGEST_NAME:
+        raise ValueError(f"must be at most {_LONGEST_NAME} bytes long, as steps and endings are added to it")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_as_file_name)]
+Steps = Annotated[int, Field(ge=1, lt=10**8)]
+"""File names have eight digits for them."""
 
 
 @options
@@ -40,7 +53,7 @@ class OptimizationOptions:
     lr_scheduler_args: Annotated[tuple[str, ...], List] = flag("key=value: num_cycles, power, or arguments of the class", default=())
     lr_warmup_steps: NotNegative = flag("steps of linear warm-up, or a share of the run below 1", default=0.0, common=True)
     lr_decay_steps: NotNegative = flag("steps at the end over which a constant rate falls to 0, or a share below 1", default=0.0)
-    max_train_steps: Count = flag("optimizer steps", default=1600, common=True)
+    max_train_steps: Steps = flag("optimizer steps", default=1600, common=True)
     max_train_epochs: Count | None = flag("passes over the data; wins over --max_train_steps", default=None, common=True)
     gradient_accumulation_steps: Count = flag("batches of one optimizer step", default=1, common=True)
     ema_decay: Annotated[float, Field(ge=0, lt=1), Wording("a share of 0 or more and below 1, such as 0.999")] = flag(
@@ -51,7 +64,7 @@ class OptimizationOptions:
         "dtype of the frozen weights, no = float32; default: bf16 on a GPU, else what accelerate was launched with", default=None
     )
     seed: Seed = flag("seed of data order, noise and initial weights", default=42, common=True)
-    max_data_loader_n_workers: Whole = flag("processes that read caches ahead", default=2)
+    max_data_loader_n_workers: Annotated[int, Field(ge=0, le=256)] = flag("processes that read caches ahead", default=2)
 
 
 @options
@@ -70,6 +83,14 @@ class SavingOptions:
     autoresume: bool = flag(
         "go on from the newest state of this --output_name in --output_dir, where there is one", default=False, common=True
     )
+    overwrite: bool = flag("start anew where an earlier run of this --output_name has left LoRAs or states, and remove them", default=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SavingOptions":
+        if self.overwrite and (self.autoresume or self.resume is not None):
+            other = "--autoresume" if self.autoresume else f"--resume {self.resume}"
+            raise UserError(f"--overwrite with {other}: the first one starts anew, the other goes on; give one of them.")
+        return self
 
 
 @options

@@ -1,9 +1,11 @@
 """Batches ahead of the step, read by worker processes."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +14,10 @@ from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import BatchPlan, Item
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.signals import ASKING
+
+_DYING_SECONDS = 2.0
 
 
 class _Batches(Dataset):
@@ -26,18 +32,26 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: int) -> Batch:
-        return make_batch(self._plan.batch(self._numbers[index]), self._mode, self._rules)
+    def __getitem__(self, index: int) -> Batch | UserError:
+        """An error of the user's comes back as a value: a worker's exceptions are wrapped in its traceback."""
+        try:
+            return make_batch(self._plan.batch(self._numbers[index]), self._mode, self._rules)
+        except UserError as error:
+            return error
 
 
 def iterate_batches(
     items: Sequence[Item], *, mode: str, rules: DrawRules, numbers: range, workers: int, device: torch.device
-) -> Iterator[Batch]:
-    """Batches `numbers` of the plan, in order, on `device`.
+) -> Generator[Batch, None, None]:
+    """Batches `numbers` of the plan, in order, on `device`. Close it, so that its workers end.
 
     Args:
         numbers: this process's share, such as `range(start + rank, end, processes)`.
         workers: 0 reads in this process; the order and the values are the same for any number.
+
+    Raises:
+        UserError: a cache file has gone or is damaged.
+        TemporaryFailure: a worker was killed.
     """
     dataset = _Batches(items, rules.seed, mode, rules, numbers)
     workers = min(workers, len(numbers))
@@ -51,8 +65,17 @@ def iterate_batches(
         worker_init_fn=_ignore_interrupts if workers else None,
     )
     with _interrupts_held_back():
-        batches = iter(loader)
-    ahead: Batch | None = None  # its copy runs while the batch before it is trained on
+        batches: Any = iter(loader)
+    try:
+        yield from _one_ahead(_in_words(batches), device)
+    finally:
+        if workers:
+            batches._shutdown_workers()  # an error's traceback holds them, and they ignore what else would end them
+
+
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """On the device; to a GPU the next one is copied while a batch is trained on."""
+    ahead: Batch | None = None
     for batch in batches:
         moved = batch.to(device)
         if device.type != "cuda":
@@ -65,20 +88,48 @@ def iterate_batches(
         yield ahead
 
 
+def _in_words(batches: Any) -> Iterator[Batch]:
+    """What the loader gives; its errors as ours."""
+    while True:
+        try:
+            batch = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", ())}
+            dead = wait(workers, timeout=_DYING_SECONDS)  # its connection may break before the system calls it ended
+            if not dead:
+                raise
+            raise TemporaryFailure(
+                f"a loading worker (process {workers[dead[0]].pid}) was killed; usually the machine ran out of memory. Give "
+                "--max_data_loader_n_workers 0, or fewer than now."
+            ) from error
+        if batch is None:
+            return
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the step that it lets finish still needs its batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches every process of the terminal, and what ends a service or a container often every process of it; the step that is
+    finished then still needs its batches."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """While processes start: they take the mask over, so that they are safe before `_ignore_interrupts` runs in them. Not on Windows."""
+    """While processes start: they take the mask over, so that they are safe before `_ignore_interrupts` runs in them. Not on Windows.
+
+    What torch does on the end of a worker is undone: it raises an error wherever the program is at that moment, in the middle of an update
+    too. The loader finds out by itself when it is asked for the next batch.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()  # its own start would let interrupts through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before, on_end_of_child = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING), signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, on_end_of_child)

@@ -179,8 +179,10 @@ def network_module(name: str) -> ModuleType:
     name = NETWORK_MODULE if name in NETWORK_MODULE_ALIASES else name
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--network_module {name}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}.") from error
+    except Exception as error:  # a user's module raises what it likes, and a name that is none TypeError or ValueError
+        raise UserError(
+            f"--network_module {name or repr(name)}: cannot be imported ({error}). The built-in one is {NETWORK_MODULE}."
+        ) from error
     if not hasattr(module, "create_network"):
         raise UserError(f"--network_module {name}: has no function 'create_network'. The built-in one is {NETWORK_MODULE}.")
     return module

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +21,27 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best that is there.
 
     Raises:
-        UserError: `name` is CUDA and this torch cannot use it.
+        UserError: `name` is no device that this torch can use.
     """
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         warn_of_cpu_build()
         return torch.device("cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    found = re.fullmatch(r"(cpu|cuda|mps|xpu)(?::(\d{1,3}))?", name)
+    if found is None:
+        raise UserError(f"--device {name or repr(name)}: must be cpu, cuda, or cuda:N for the card of number N, the first being 0.")
+    kind, number = found[1], int(found[2] or 0)
+    if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device {name}: this torch ({torch.__version__}) sees no CUDA device. "
             "Install a CUDA build (README, 'A CUDA build of torch'), or leave --device out."
         )
-    return device
+    count = {"cpu": lambda: 1, "cuda": torch.cuda.device_count, "mps": torch.mps.device_count, "xpu": torch.xpu.device_count}[kind]()
+    if number >= count:
+        numbered = f"numbered from 0 to {count - 1}" if count else "none of this kind"
+        raise UserError(f"--device {name}: this torch ({torch.__version__}) sees {count} such device(s), {numbered}.")
+    return torch.device(name)
 
 
 def warn_of_cpu_build() -> None:

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the screen."""
+"""The exceptions that are meant for the person at the screen."""
 
 
 class UserError(ValueError):
@@ -9,3 +9,7 @@ class UserError(ValueError):
 
     def __init__(self, text: str) -> None:
         super().__init__(text.encode("utf-8", "backslashreplace").decode())
+
+
+class TemporaryFailure(UserError):
+    """What the same command may get over when it is run again: a full disk, memory that was taken, a process that was killed."""

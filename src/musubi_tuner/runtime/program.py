@@ -2,20 +2,27 @@
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.signals import end_as_ctrl_c, end_at_once, launcher_pid
 
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h."""
 EXIT_INTERRUPTED = 130
 
 
 def run_program(main: Callable[[Sequence[str]], int]) -> None:
     """Run `main(argv)` and exit with its code.
 
-    `UserError` becomes one line on stderr and exit code 2; everything else is our fault and keeps its traceback.
+    `UserError` becomes one line on stderr and exit code 2, `TemporaryFailure` the same and 75, each with the notes that were added on its
+    way; a signal that asks for the end gives 130. Everything else is our fault and keeps its traceback.
     """
+    end_as_ctrl_c()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -25,9 +32,10 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        code = EXIT_TRY_AGAIN if isinstance(error, TemporaryFailure) else EXIT_USER_ERROR
     except KeyboardInterrupt:
+        end_at_once(EXIT_INTERRUPTED)
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # what reads our output, such as head, has enough of it
@@ -40,3 +48,15 @@ def quoted(path: object) -> str:
     """A path as it is typed in a command, under Linux and Windows alike."""
     text = str(path)
     return f'"{text}"' if any(sign in text for sign in " '&()") else text
+
+
+def command_line(prog: str, argv: Sequence[str]) -> str:
+    """A command as it would be typed here: the script or the subcommand, with the launcher that has started this process."""
+    script = Path(sys.argv[0])
+    started = prog if not prog.endswith(".py") else quoted(script if script.name == prog else prog)
+    python = "python " if prog.endswith(".py") else ""
+    if launcher_pid() is not None:
+        count, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        several = f"--multi_gpu --num_processes {count}" if int(count) > 1 else "--num_processes 1"
+        python = f"accelerate launch {several} --mixed_precision {precision} "
+    return f"{python}{started} {' '.join(quoted(word) if os.name == 'nt' else shlex.quote(word) for word in argv)}"

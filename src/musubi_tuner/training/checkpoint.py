@@ -1,17 +1,21 @@
 """Writing LoRA files: checked, atomic, with the metadata that model sites and our own loader read."""
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from musubi_tuner.cache.store import serialize, write_bytes
+from musubi_tuner.cache.store import read_metadata, serialize
 from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.runtime.disk import write_whole
 from musubi_tuner.runtime.errors import UserError
 
+_TEMPORARY = ".tmp"
 SAVE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -24,11 +28,15 @@ def lora_path(folder: Path, name: str, *, step: int | None = None, epoch: int | 
     return folder / f"{name}.safetensors"
 
 
-def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dtype: torch.dtype, *, name: str) -> None:
     """Check the network and write it through a temporary file; adapters of the text connectors go to a file beside it.
 
+    Args:
+        name: of the run, whose leftovers `remove_leftovers` knows by it.
+
     Raises:
-        UserError: the network is not whole, not finite or all zero; or the disk is full.
+        UserError: the network is not whole, not finite or all zero.
+        OSError: the file could not be written; an older one stays as it is.
     """
     parts = {path: network.of_transformer(), connectors_path(path): network.of_connectors()}
     try:
@@ -36,7 +44,7 @@ def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dty
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for target, tensors in files.items():
-        write_bytes(target, serialize(tensors, metadata))
+        write_whole(target, serialize(tensors, metadata), target.with_name(f"{_temporary_stem(name)}{os.getpid()}{_TEMPORARY}"))
 
 
 def remove_old_loras(folder: Path, name: str, keep: int, *, step: int, epoch: int) -> None:
@@ -51,6 +59,33 @@ def remove_old_loras(folder: Path, name: str, keep: int, *, step: int, epoch: in
         for path in saved[:-keep]:
             path.unlink()
             connectors_path(path).unlink(missing_ok=True)
+
+
+def lora_files(folder: Path, name: str) -> list[Path]:
+    """The LoRAs of the run `name`: the final one, those of steps and of epochs, with what lies beside them."""
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(re.escape(name) + r"(-step\d{8}|-\d{6})?(\.connectors)?\.safetensors")
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+
+
+def steps_of(path: Path) -> int:
+    """Steps that a finished LoRA was trained for; 0 where there is no such file, or it does not say."""
+    try:
+        return int(read_metadata(path).get("ss_steps", "0")) if path.is_file() else 0
+    except (UserError, ValueError):
+        return 0
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """What killed runs of this name have begun to write; call it while the run's lock is held."""
+    for path in folder.glob(f"{_temporary_stem(name)}*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _temporary_stem(name: str) -> str:
+    """Short, as a long name has no room for more."""
+    return f".{hashlib.sha256(name.encode()).hexdigest()[:12]}-lora."
 
 
 def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ _WHERE_ONLY = {
     "log_with",
     "resume",
     "autoresume",
+    "overwrite",
     "device",
     "max_data_loader_n_workers",
     "network_weights",

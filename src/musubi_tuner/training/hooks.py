@@ -1,21 +1,20 @@
-"""What happens around the steps of a run: logging, warnings, saving, validation, previews."""
+"""What happens around the steps of a run: logging, warnings, validation, previews. Saving is in `training.saving`."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.cache.store import DiskFullError
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.training import checkpoint, state
+from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.disk import reason
 from musubi_tuner.training.balance import at_bound
 from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
 from musubi_tuner.training.objective import FlowMatching, ItemLosses
@@ -37,6 +36,7 @@ class StepLog:
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._losses, self._levels = LossMeter(run.device), NoiseLevelMeter(run.device)
+        self._warned = False
         self._file = LossFile(loss_path(run.output_dir, run.name), run.start_step) if run.processes.is_main else None
 
     def add(self, batch: Batch, losses: ItemLosses) -> None:
@@ -67,7 +67,12 @@ class StepLog:
     def report(self, step: int, values: dict[str, float]) -> None:
         """A line of the loss file, and of the trackers."""
         if self._file is not None:
-            self._file.write(step, values)
+            try:
+                self._file.write(step, values)
+            except OSError as error:  # the disk is full, the folder has gone
+                if not self._warned:
+                    log.warning("WARNING: step %d: %s: no line was added (%s); training goes on", step, self._file.path, reason(error))
+                self._warned = True
         self._run.trackers.log(values, step)
 
 
@@ -100,63 +105,6 @@ class Watching(Hook):
             log.warning("WARNING: step %d: %s", outcome.step, drifted)
         if unsupervised and run.processes.is_main:
             log.warning("WARNING: %s", unsupervised)
-
-
-class Saving(Hook):
-    """The LoRA, and the state where one is wanted. The last step and an interrupt always save."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
-
-    def after_step(self, outcome: Outcome, seconds: float) -> None:
-        run, step, schedule = self._run, outcome.step, self._run.schedule
-        by_step = outcome.interrupted or schedule.is_due(step, schedule.save_every, None)
-        if not (step == schedule.total or by_step or schedule.is_due(step, None, schedule.save_every_epochs)):
-            return
-        run.finite.settle()
-        if not run.processes.is_main:
-            return
-        if step == schedule.total:
-            path = checkpoint.lora_path(run.output_dir, run.name)
-        elif by_step:
-            path = checkpoint.lora_path(run.output_dir, run.name, step=step)
-        else:
-            path = checkpoint.lora_path(run.output_dir, run.name, epoch=schedule.epoch(step))
-        self.save(outcome, path)
-
-    def save(self, outcome: Outcome, path: Path) -> None:
-        """On a full disk training goes on, as a later save may find room; the last LoRA must be written."""
-        run, step, saving = self._run, outcome.step, self._run.config.saving
-        epoch = run.schedule.epoch(step)
-        try:
-            with run.evaluating():
-                metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=epoch)
-                checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision])
-            outcome.files.append(path)
-            if saving.save_state or outcome.interrupted:
-                outcome.files.append(self._save_state(step))
-        except (DiskFullError, state.StateNotSaved) as error:
-            if step == run.schedule.total and path not in outcome.files:
-                raise
-            log.warning("WARNING: step %d: not saved, and training goes on: %s", step, error)
-        if saving.save_last_n is not None:
-            checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n, step=step, epoch=epoch)
-        outcome.files = [file for file in outcome.files if file.exists()]
-
-    def _save_state(self, step: int) -> Path:
-        run = self._run
-        folder = state.state_path(run.output_dir, run.name, step)
-        state.save_state(
-            folder,
-            network=run.network,
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            step=step,
-            settings=run.settings,
-            watched=run.watched,
-        )
-        state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
-        return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +160,8 @@ class Previews(Hook):
 
     run: TrainingRun
     preview: Preview
+    failures: set[str] = field(default_factory=set)
+    """What has been warned of."""
 
     def before_training(self, outcome: Outcome) -> None:
         if self.run.schedule.preview_first:
@@ -224,5 +174,13 @@ class Previews(Hook):
             self._make(outcome.step)
 
     def _make(self, step: int) -> None:
-        with self.run.evaluating():
-            self.preview(self.run.wrapper, step, self.run.schedule.epoch(step))
+        """A preview is not worth a run: whatever hinders it costs a warning."""
+        try:
+            with self.run.evaluating():
+                self.preview(self.run.wrapper, step, self.run.schedule.epoch(step))
+        except Exception as error:  # of decoders, of media libraries, of the disk
+            free_memory(self.run.device)
+            text = f"{type(error).__name__}: {error}"
+            if text not in self.failures:
+                log.warning("WARNING: step %d: no previews, and training goes on without them: %s", step, text)
+            self.failures.add(text)

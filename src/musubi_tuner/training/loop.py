@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 
 import torch
 import torch.distributed
@@ -11,31 +12,30 @@ from tqdm import tqdm
 
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import iterate_batches
+from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
 from musubi_tuner.training.optimizer import average_gradients, clip
 from musubi_tuner.training.run import Outcome, TrainingRun
-from musubi_tuner.training.watch import Interrupt
 
 
-def train(run: TrainingRun, log: StepLog, hooks: Sequence[Hook]) -> Outcome:
-    """Run from `run.start_step` to the end, or to the first Ctrl-C.
+def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook]) -> None:
+    """Run from `run.start_step` to the end, or to the first signal that asks for the end.
 
     Args:
+        outcome: of this run so far; true after each step, so that a rescue knows what there is to save.
         log: reads the losses of each step; the only part of a step that waits for the device.
         hooks: called in this order before the first step of a new run, and after each step.
     """
-    outcome = Outcome(step=run.start_step)
-    batches = _batches(run)
     started, total = time.monotonic(), run.schedule.total
     bar = tqdm(total=total, initial=run.start_step, unit="step", desc="training", disable=not run.processes.is_main, file=sys.stderr)
-    with Interrupt() as interrupt, bar:
+    with Interrupt() as interrupt, bar, closing(_batches(run)) as batches:
         if run.start_step == 0:
             for hook in hooks:
                 hook.before_training(outcome)
         for step in range(run.start_step + 1, total + 1):
             begun = time.monotonic()
             norm = _optimizer_step(run, log, batches, step)
-            outcome.step = step
+            outcome.step, outcome.random_state = step, torch.get_rng_state()
             if step % run.schedule.log_every == 0 or step == total:
                 outcome.losses = log.write(step, norm, bar)
             bar.update()
@@ -47,10 +47,9 @@ def train(run: TrainingRun, log: StepLog, hooks: Sequence[Hook]) -> Outcome:
             if outcome.interrupted:
                 break
     outcome.seconds = time.monotonic() - started
-    return outcome
 
 
-def _batches(run: TrainingRun) -> Iterator[Batch]:
+def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
     """This process's batches from the first step to the last."""
     per_step = run.config.optimization.gradient_accumulation_steps * run.processes.count
     numbers = range(run.start_step * per_step + run.processes.index, run.schedule.total * per_step, run.processes.count)
@@ -61,18 +60,19 @@ def _batches(run: TrainingRun) -> Iterator[Batch]:
 def _optimizer_step(run: TrainingRun, log: StepLog, batches: Iterator[Batch], step: int) -> Tensor:
     """Accumulate, average over processes, clip, check, update. Returns the gradient norm, a scalar on the device."""
     accumulation = run.config.optimization.gradient_accumulation_steps
-    seen = []
+    seen, expected, supervised = [], 0, 0
     for _ in range(accumulation):
         batch, losses = run.objective.backward(next(batches), accumulation)
         log.add(batch, losses)
-        run.supervision.add(batch.audio_expected, batch.audio_supervised)
         if run.balance is not None:
             run.balance.add(losses, batch.video_weight, batch.audio_weight)
+        expected, supervised = expected + batch.audio_expected, supervised + batch.audio_supervised
         seen.append((batch.names, losses))
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
     run.finite.add(step, norm, seen)
+    run.supervision.add(expected, supervised)  # from here on the step counts; until here nothing that a state holds has changed
     if run.balance is not None:
         run.balance.step(run.processes.count)
     run.optimizer.step()

@@ -1,5 +1,6 @@
 """Losses on their way to the screen, the loss file and the trackers. They stay on the device until they are logged."""
 
+import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -105,14 +106,22 @@ class LossFile:
     """`{name}-loss.jsonl`: a line of numbers for each logged step, one object a line."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Lines from `first_step` on are dropped: a resumed run writes them again."""
+        """Lines after `first_step` are dropped, as a resumed run writes them again. A new run puts the file of an earlier one aside.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if first_step > 0 and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.startswith("{") and line.endswith("}") and json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
+            kept = [json.dumps(row) + "\n" for row in read_losses(path) if row["step"] <= first_step]
+        elif path.is_file() and path.stat().st_size:
+            aside = next(
+                name for number in itertools.count(1) if not (name := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists()
+            )
+            path.replace(aside)
+            log.warning("WARNING: %s is of an earlier run; it is now %s", path, aside.name)
         path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -125,8 +134,25 @@ def loss_path(folder: Path, name: str) -> Path:
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The rows of a loss file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a loss file; lines that are none, such as one that a power cut has torn, are left out with a warning.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    rows, odd = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        numbers = isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())
+        if numbers and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            odd += 1
+    if odd:
+        log.warning("WARNING: %s: %d line(s) are no losses of a step and are left out", path, odd)
+    return rows
 
 
 _REMEDIES = {

@@ -4,6 +4,7 @@ import ast
 import importlib
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ _KNOWN = {
 _DEFAULTS: dict[str, dict[str, Any]] = {"torch.optim.Adafactor": {"eps": (None, 1.0)}}
 """Adafactor's steps are in proportion to a tensor's own size, 0.001 at least by torch's default; a LoRA's B starts at zero and would
 hardly learn. With 1 a step is as large as the learning rate says."""
+_ADAFACTOR_OF_TRANSFORMERS = ("relative_step", "scale_parameter", "warmup_init")
 _FIND_THEIR_RATE, _LEAST_OF_THESE = ("prodigy", "prodigyplusschedulefree"), 0.1
 _PACKAGES = {
     "bitsandbytes": "pip install bitsandbytes",
@@ -58,20 +60,55 @@ def make_optimizer(
         UserError: an unknown name, a package that is not installed, or arguments that the class does not take.
     """
     dotted = _KNOWN.get(name.lower(), name)
-    if "." not in dotted:
+    if not re.fullmatch(r"\w+(\.\w+)+", dotted):
         raise UserError(
-            f"--optimizer_type {name}: one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as torch.optim.AdamW."
+            f"--optimizer_type {name or repr(name)}: must be one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as "
+            "torch.optim.AdamW."
         )
     optimizer_class = _import_class(name, dotted)
-    if name.lower() in _FIND_THEIR_RATE and learning_rate < _LEAST_OF_THESE:
-        log.warning("WARNING: --optimizer_type %s finds its own rate and hardly learns at --learning_rate %g; give 1", name, learning_rate)
+    if dotted == _KNOWN["adafactor"] and (odd := [key for key in _ADAFACTOR_OF_TRANSFORMERS if key in args]):
+        raise UserError(
+            f"--optimizer_args {' '.join(f'{key}={args[key]}' for key in odd)}: of the Adafactor of transformers. This one is "
+            "torch's, which needs none of them: it takes --learning_rate as it is, as the other does with all three False. Leave them out."
+        )
     arguments = _DEFAULTS.get(dotted, {}) | {key: _literal(value) for key, value in args.items()}
     try:
         optimizer = optimizer_class(parameters, lr=learning_rate, **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each has its own ways of refusing
         raise UserError(f"--optimizer_type {name} with --optimizer_args {dict(args)}: {error}.") from error
     with evaluating(optimizer):
         return optimizer
+
+
+def try_out(name: str, learning_rate: float, args: Mapping[str, str], schedule: "ScheduleOptions", device: torch.device) -> None:
+    """Take a step with optimizer and schedule on a weight that nobody needs, before a model is loaded for them.
+
+    Raises:
+        UserError: what `make_optimizer` and `make_scheduler` raise, or a step that cannot be taken.
+    """
+    if name.lower() in _FIND_THEIR_RATE and learning_rate < _LEAST_OF_THESE:
+        log.warning("WARNING: --optimizer_type %s finds its own rate and hardly learns at --learning_rate %g; give 1", name, learning_rate)
+    weight = nn.Parameter(torch.ones(8, 8, device=device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make_optimizer(name, [{"params": [weight], "lr": learning_rate}], learning_rate, args)
+    scheduler = make_scheduler(optimizer, schedule)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            optimizer.step()
+    except Exception as error:  # whatever the class raises that wants a closure, sparse gradients, other arguments
+        given = f" with --optimizer_args {' '.join(f'{key}={value}' for key, value in args.items())}" if args else ""
+        raise UserError(
+            f"--optimizer_type {name}{given}: cannot take a step here ({type(error).__name__}: {error}). An optimizer must take step() "
+            "alone, on dense gradients."
+        ) from error
+    try:
+        scheduler.step()
+    except Exception as error:  # as above
+        given = f" with --lr_scheduler_args {' '.join(f'{key}={value}' for key, value in schedule.args.items())}" if schedule.args else ""
+        raise UserError(
+            f"--lr_scheduler_type {schedule.class_name}{given}: cannot take a step here ({type(error).__name__}: {error}). A schedule must "
+            "take step() alone."
+        ) from error
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
@@ -199,17 +236,18 @@ def make_scheduler(optimizer: Optimizer, options: ScheduleOptions) -> lr_schedul
     warmup, decay = (_steps(value, options.total_steps) for value in (options.warmup, options.decay))
     if warmup + decay >= options.total_steps:
         raise UserError(
-            f"--lr_warmup_steps {options.warmup:g} and --lr_decay_steps {options.decay:g}: must be less than the {options.total_steps} "
-            "steps of the run."
+            f"--lr_warmup_steps {options.warmup:g} and --lr_decay_steps {options.decay:g}: together must be less than the "
+            f"{options.total_steps} steps of the run. For a short trial add --lr_warmup_steps 0 --lr_decay_steps 0; a share of the run, "
+            "such as --lr_warmup_steps 0.1, fits runs of any length."
         )
     rest = options.total_steps - warmup
     parts, milestones = [], []
     if warmup:
         parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup))
         milestones.append(warmup)
-    parts.append(_from_class(optimizer, options) if options.class_name else _named(optimizer, options, rest))
+    parts.append(_from_class(optimizer, options) if options.class_name is not None else _named(optimizer, options, rest))
     if decay:
-        if options.class_name or options.name not in ("constant", "constant_with_warmup"):
+        if options.class_name is not None or options.name not in ("constant", "constant_with_warmup"):
             raise UserError(f"--lr_decay_steps {options.decay:g}: is for a constant rate; --lr_scheduler {options.name} falls by itself.")
         parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=decay))
         milestones.append(options.total_steps - decay)
@@ -253,14 +291,14 @@ def _from_class(optimizer: Optimizer, options: ScheduleOptions) -> lr_scheduler.
     module_name, _, class_name = dotted.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name or "torch.optim.lr_scheduler"), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module raises what it likes, and a name that is none TypeError or ValueError
         raise UserError(
-            f"--lr_scheduler_type {dotted}: cannot be imported ({error}). Give a class by dotted name, such as "
+            f"--lr_scheduler_type {dotted or repr(dotted)}: cannot be imported ({error}). Give a class by dotted name, such as "
             "torch.optim.lr_scheduler.StepLR."
         ) from error
     try:
         made = found(optimizer, **{key: _literal(value) for key, value in options.args.items()})
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each has its own ways of refusing
         raise UserError(f"--lr_scheduler_type {dotted} with --lr_scheduler_args {dict(options.args)}: {error}.") from error
     if not isinstance(made, lr_scheduler.LRScheduler):
         raise UserError(f"--lr_scheduler_type {dotted}: is no scheduler of torch's kind.")
@@ -272,7 +310,7 @@ def _import_class(name: str, dotted: str) -> Any:
     package = module_name.partition(".")[0]
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # what a module raises that lacks something, of its own or of this machine
         remedy = _PACKAGES.get(package, f"install the package that holds {package}")
         raise UserError(f"--optimizer_type {name}: {module_name} cannot be imported ({error}). Remedy: {remedy}.") from error
     found = getattr(module, class_name, None)

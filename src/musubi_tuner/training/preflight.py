@@ -1,6 +1,5 @@
 """Everything that can go wrong without the transformer's weights goes wrong here: folders, files, items, caches, prompts, references."""
 
-import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -23,10 +22,9 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
-from musubi_tuner.networks.reading import network_metadata, newest_file
+from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import quoted
-from musubi_tuner.training.state import newest_state
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +50,6 @@ class RunInputs:
     def shows_references(self) -> bool:
         """Whether the recipe shows reference videos (IC-LoRA)."""
         return self.recipe.probability("video", Reference) > 0
-
-
-def resolve_newest(config: TrainingConfig) -> TrainingConfig:
-    """`--autoresume` and `--network_weights FOLDER` as the newest state and the newest file that they name.
-
-    Raises:
-        UserError: `--autoresume` beside `--resume`, or a folder without LoRA files.
-    """
-    saving, network = config.saving, config.network
-    newest = newest_state(saving.output_dir, saving.output_name)
-    if saving.autoresume:
-        if saving.resume is not None:
-            raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
-        if newest is None:
-            log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
-        saving = dataclasses.replace(saving, resume=newest)
-    elif newest is not None and saving.resume is None:
-        log.warning("WARNING: %s is of an earlier run of this --output_name, whose files this one may overwrite.", newest)
-    if network.network_weights is not None:
-        network = dataclasses.replace(network, network_weights=newest_file(network.network_weights))
-    return dataclasses.replace(config, saving=saving, network=network)
 
 
 def check_inputs(config: TrainingConfig) -> RunInputs:

@@ -1,13 +1,18 @@
 """The table at the end of a run, and the loss curve."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from musubi_tuner.runtime.program import quoted
+from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.metrics import loss_path, read_losses
+from musubi_tuner.training.rescue import Restart
 from musubi_tuner.training.run import Outcome, TrainingRun
+
+log = logging.getLogger(__name__)
 
 _WIDTH, _HEIGHT, _MARGIN = 900, 420, 56
 _COLORS = {
@@ -18,7 +23,7 @@ _COLORS = {
 }
 
 
-def summary(run: TrainingRun, outcome: Outcome) -> str:
+def summary(run: TrainingRun, outcome: Outcome, restart: Restart) -> str:
     """What the run did, in one table; with the command that goes on where it was interrupted."""
     steps = outcome.step - run.start_step
     rows = [("steps", f"{run.start_step} to {outcome.step} of {run.schedule.total}")]
@@ -32,9 +37,19 @@ def summary(run: TrainingRun, outcome: Outcome) -> str:
             rows.append((name, f"{outcome.first_validation[name]:.4f} -> {outcome.last_validation[name]:.4f}"))
     rows += [("written", str(path)) for path in outcome.files[-4:]]
     text = format_table(rows, ("done" if not outcome.interrupted else "interrupted", ""))
-    if outcome.interrupted and outcome.files and outcome.files[-1].is_dir():  # a state; none on a full disk
-        text += f"\n\nGo on with the same command and: --resume {quoted(outcome.files[-1])}"
+    state = next((path for path in reversed(outcome.files) if path.is_dir()), None)  # none where no place took it
+    if outcome.interrupted and state is not None:
+        text += f"\n\nGo on with:\n  {restart.resuming(state)}"
     return text
+
+
+def draw_losses(run: TrainingRun) -> None:
+    """`{name}-loss.png` from the loss file; a warning where the one cannot be read or the other written."""
+    path = run.output_dir / f"{run.name}-loss.png"
+    try:
+        draw_loss_curve(read_losses(loss_path(run.output_dir, run.name)), path)
+    except OSError as error:
+        log.warning("WARNING: %s: not drawn (%s)", path, reason(error))
 
 
 def draw_loss_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -14,12 +15,13 @@ from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import BatchPlan, Item
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective
 from musubi_tuner.training.optimizer import WeightAverage, evaluating
-from musubi_tuner.training.state import Watched
+from musubi_tuner.training.state import LAST_STEP, Watched
 from musubi_tuner.training.watch import AudioSupervision, FiniteCheck
 
 _VALIDATIONS_PER_RUN = 10
@@ -57,6 +59,8 @@ def make_schedule(config: TrainingConfig, items: Sequence[Item], processes: int,
     total = optimization.max_train_steps
     if optimization.max_train_epochs is not None:
         total = max(1, -(-optimization.max_train_epochs * batches // batches_per_step))
+        if total > LAST_STEP:
+            raise UserError(f"--max_train_epochs {optimization.max_train_epochs}: makes {total} steps; there may be {LAST_STEP}.")
     every = config.logging.validate_every_n_steps or max(1, total // _VALIDATIONS_PER_RUN)
     return Schedule(
         total=total,
@@ -136,6 +140,9 @@ class Outcome:
     """What a run did, for its last table."""
 
     step: int
+    """The last one that is whole."""
+    random_state: Tensor = field(default_factory=torch.get_rng_state)
+    """torch's, at the end of that step."""
     seconds: float = 0.0
     stepping: float = 0.0
     """Seconds of the steps alone, without what lies between them."""

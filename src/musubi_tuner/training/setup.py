@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.adapters import network_module
 from musubi_tuner.placement.load import LoadedModel, ModelRequest
 from musubi_tuner.placement.planning import BatchTokens, state_bytes
 from musubi_tuner.placement.prove import load_model
@@ -29,13 +31,14 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.facts import banner, file_facts, run_settings
-from musubi_tuner.training.hooks import Hook, Preview, Previews, Saving, StepLog, Validation, Watching
+from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Validation, Watching
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
-from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler
+from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler, try_out
 from musubi_tuner.training.preflight import RunInputs, cached_prompt
 from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
 from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
+from musubi_tuner.training.saving import Saving
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.watch import AudioSupervision
 
@@ -49,8 +52,11 @@ def make_machine(config: TrainingConfig, group: Processes) -> Machine:
     from accelerate import Accelerator
 
     saving, options = config.saving, config.logging
+    asked = config.optimization.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    weight_dtype(asked or launched, asked, torch.device("cpu"))  # refused here in words, which accelerate has not for all of them
     accelerator = Accelerator(
-        mixed_precision=config.optimization.mixed_precision,
+        mixed_precision=asked,
         log_with=options.log_with,
         project_dir=str(options.logging_dir or saving.output_dir / "logs") if options.log_with else None,
     )
@@ -58,7 +64,7 @@ def make_machine(config: TrainingConfig, group: Processes) -> Machine:
     return Machine(
         processes=group,
         device=device,
-        dtype=weight_dtype(accelerator.mixed_precision, config.optimization.mixed_precision, device),
+        dtype=weight_dtype(accelerator.mixed_precision, asked, device),
         trackers=Trackers(accelerator, options.log_with, saving.output_name, config.flat()),
     )
 
@@ -84,27 +90,28 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     optimization = config.optimization
     rules = draw_rules(inputs, "train", optimization.seed, _caption_dropout(inputs))
     prompt = _prompt_preservation(inputs, machine.device)
+    schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
+    optimizer_args = parse_pairs(optimization.optimizer_args, "--optimizer_args")
+    schedule_options = ScheduleOptions(
+        name=optimization.lr_scheduler,
+        total_steps=schedule.total,
+        warmup=optimization.lr_warmup_steps,
+        decay=optimization.lr_decay_steps,
+        class_name=optimization.lr_scheduler_type,
+        args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
+    )
+    try_out(optimization.optimizer_type, optimization.learning_rate, optimizer_args, schedule_options, machine.device)
+    network_module(config.network.network_module)
     balance = AudioBalance(machine.device) if config.audio.audio_balance == "ema" else None
     loaded = _load_model(inputs, machine, rules, prompt)
     network = loaded.network
-    schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
     optimizer = make_optimizer(
         optimization.optimizer_type,
         network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
         optimization.learning_rate,
-        parse_pairs(optimization.optimizer_args, "--optimizer_args"),
+        optimizer_args,
     )
-    scheduler = make_scheduler(
-        optimizer,
-        ScheduleOptions(
-            name=optimization.lr_scheduler,
-            total_steps=schedule.total,
-            warmup=optimization.lr_warmup_steps,
-            decay=optimization.lr_decay_steps,
-            class_name=optimization.lr_scheduler_type,
-            args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
-        ),
-    )
+    scheduler = make_scheduler(optimizer, schedule_options)
     settings = run_settings(inputs, machine, loaded.placement.weight_format)
     average = None
     if optimization.ema_decay:
@@ -154,9 +161,16 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
 
 
 def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> tuple[StepLog, list[Hook]]:
-    """The log of a run's steps, and what happens between them, in order."""
+    """The log of a run's steps, and what happens between them, in order.
+
+    Raises:
+        UserError: the disk has no room for the LoRA.
+    """
+    saving = Saving(run)
+    if run.processes.is_main:
+        saving.space.check_before()
     step_log = StepLog(run)
-    hooks: list[Hook] = [Watching(run), Saving(run)]
+    hooks: list[Hook] = [Watching(run), saving]
     if inputs.validation_items:
         items = run.processes.share(inputs.validation_items)
         hooks.append(Validation(run, items, draw_rules(inputs, "validation", 0), step_log.report))

@@ -1,11 +1,13 @@
 """Saving a run so that it can go on exactly: adapters, optimizer, schedule, step. Order and noise follow from the step."""
 
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +19,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.runtime.disk import remove_folder, write_folder
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json
+from musubi_tuner.runtime.program import quoted
 
+log = logging.getLogger(__name__)
+
+LAST_STEP = 10**8 - 1
+"""Names of files have eight digits for it."""
 _NETWORK, _OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progress.json"
-_SUFFIX = "-state"
+_SUFFIX, _TEMPORARY = "-state", ".tmp"
 _SCHEDULE_SETTINGS = {
     "learning_rate", "audio_learning_rate", "network_args", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps",
     "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "processes",
@@ -32,8 +41,19 @@ def state_path(folder: Path, name: str, step: int) -> Path:
     return folder / f"{name}-step{step:08d}{_SUFFIX}"
 
 
-class StateNotSaved(UserError):
-    """A later one may succeed, once there is room."""
+class DamagedState(UserError):
+    """Not a whole state; an older one may be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedState:
+    """What a state folder holds, read and checked as far as that goes without a run."""
+
+    step: int
+    settings: Mapping[str, Any]
+    network: Mapping[str, Tensor]
+    stored: Mapping[str, Any]
+    """Of optimizer, schedule and random numbers, and of what else has a state."""
 
 
 class Watched(Protocol):
@@ -57,23 +77,67 @@ def save_state(
     """Write the state folder, whole or not at all.
 
     Raises:
-        StateNotSaved: the disk is full, or the folder cannot be written; an older state stays as it is.
+        OSError: it could not be written; an older state stays as it is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
     stored |= {name: one.state_dict() for name, one in watched.items()}
     progress = {"step": step, "settings": dict(settings)}
+
+    def write(folder: Path) -> None:
+        try:
+            save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, folder / _NETWORK)
+            torch.save(stored, folder / _OPTIMIZER)
+        except (RuntimeError, SafetensorError) as error:  # words of their own for whatever the system says
+            raise OSError(f"the state could not be written ({error})") from error
+        (folder / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    write_folder(path, path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}"), write)
+
+
+def read_state(path: Path) -> SavedState:
+    """
+    Raises:
+        DamagedState: a file of it is missing, or does not hold what it should; names the file.
+    """
+    for name in (_NETWORK, _OPTIMIZER, _PROGRESS):
+        if not (path / name).is_file():
+            raise DamagedState(f"{path}: no training state (no {name}).")
+    progress = _read_progress(path / _PROGRESS)
+    file = path / _NETWORK
     try:
-        temporary.mkdir(parents=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, temporary / _NETWORK)
-        torch.save(stored, temporary / _OPTIMIZER)
-        (temporary / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch have words of their own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StateNotSaved(f"{path}: the state could not be written ({error})") from error
+        network = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedState(f"{file}: damaged ({error}).") from error
+    if odd := [name for name, tensor in network.items() if not bool(torch.isfinite(tensor.float()).all())]:
+        raise DamagedState(f"{file}: '{odd[0]}' holds NaN or infinity.")
+    file = path / _OPTIMIZER
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch have each their own
+        raise DamagedState(f"{file}: damaged, or no state of an optimizer ({_first_line(error)}).") from error
+    if not (isinstance(stored, dict) and all(isinstance(stored.get(key), dict) for key in ("optimizer", "scheduler"))):
+        raise DamagedState(f"{file}: must hold the states of an optimizer and a schedule.")
+    rng = stored.get("torch_rng")
+    if not (isinstance(rng, Tensor) and rng.dtype == torch.uint8 and rng.shape == torch.get_rng_state().shape):
+        raise DamagedState(f"{file}: must hold torch's random state.")
+    return SavedState(step=progress["step"], settings=progress["settings"], network=network, stored=stored)
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    try:
+        progress = read_json(path)
+    except UserError as error:
+        raise DamagedState(str(error)) from error
+    if not isinstance(progress, dict) or not isinstance(progress.get("settings"), dict):
+        raise DamagedState(f"{path}: must hold 'step' and 'settings'.")
+    step = progress.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= LAST_STEP:
+        raise DamagedState(f"{path}: step = {step!r:.100}: must be a whole number of at least 0.")
+    return progress
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_state(
@@ -91,52 +155,109 @@ def load_state(
         The step to go on from, and what differs from the settings that the state was saved with, a line each.
 
     Raises:
-        UserError: no state folder, or one of another network or optimizer.
+        UserError: no whole state, or one of another network or optimizer.
     """
-    for name in (_NETWORK, _OPTIMIZER, _PROGRESS):
-        if not (path / name).is_file():
-            raise UserError(f"--resume {path}: no training state (no {name}). Give a folder that ends in '{_SUFFIX}'.")
-    progress = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-    _check_optimizer(path, progress["settings"], settings)
-    saved = load_file(path / _NETWORK)
+    saved = read_state(path)
+    _check_optimizer(path, saved.settings, settings)
     current = network.named_parameters()
-    if odd := _first_difference(saved, current):
+    if odd := _first_difference(saved.network, current):
         raise UserError(
             f"--resume {path}: the state is of another network ({odd}). Resume with the same --ltx_mode, --network_dim and --network_args."
         )
     with torch.no_grad():
         for name, parameter in current.items():
-            parameter.copy_(saved[name])
-    stored = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+            parameter.copy_(saved.network[name])
     rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(stored["optimizer"])
-    except ValueError as error:
-        raise UserError(f"--resume {path}: the state is of another optimizer ({error}). Resume with the same --optimizer_type.") from error
-    if _changed(progress["settings"], settings) & _SCHEDULE_SETTINGS:
-        _replay(optimizer, scheduler, rates, progress["step"])
-    else:
-        scheduler.load_state_dict(stored["scheduler"])
-    torch.set_rng_state(stored["torch_rng"])
-    for name, one in watched.items():
-        if name in stored:  # what was switched on since then starts anew; the settings' difference is listed
-            one.load_state_dict(stored[name])
-    return progress["step"], _differences(progress["settings"], settings)
+        optimizer.load_state_dict(dict(saved.stored["optimizer"]))
+        if _changed(saved.settings, settings) & _SCHEDULE_SETTINGS:
+            _replay(optimizer, scheduler, rates, saved.step)
+        else:
+            scheduler.load_state_dict(saved.stored["scheduler"])
+        torch.set_rng_state(saved.stored["torch_rng"])
+        for name, one in watched.items():
+            if name in saved.stored:  # what was switched on since then starts anew; the settings' difference is listed
+                one.load_state_dict(saved.stored[name])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"--resume {path}: {_OPTIMIZER} is damaged, or of another optimizer ({type(error).__name__}: {_first_line(error)}). "
+            f"Resume with the same --optimizer_type.{_other_state(path)}"
+        ) from error
+    return saved.step, _differences(saved.settings, settings)
+
+
+def check_resumable(path: Path) -> None:
+    """
+    Raises:
+        UserError: no whole state; names the newest one beside it that is.
+    """
+    try:
+        read_state(path)
+    except DamagedState as error:
+        raise UserError(f"--resume {path}: {error}{_other_state(path)}") from error
+
+
+def _other_state(path: Path) -> str:
+    """What to resume from in place of `path`, in words."""
+    run, _, _ = path.name.rpartition("-step")
+    for other in reversed(states(path.parent, run)):
+        if other.name == path.name:
+            continue
+        try:
+            read_state(other)
+        except DamagedState:
+            continue
+        return f" A whole one is beside it: --resume {quoted(other)}"
+    return f" Give a folder that ends in '{_SUFFIX}' and is whole, or start from a saved LoRA with --network_weights."
 
 
 def remove_old_states(folder: Path, name: str, keep: int, step: int) -> None:
     """Keep the newest `keep` of the states up to `step`; those beyond it are an earlier run's, and not for this one to judge."""
     newest = state_path(folder, name, step).name
-    for path in [path for path in _states(folder, name) if path.name <= newest][:-keep]:
-        shutil.rmtree(path)
+    for path in [path for path in states(folder, name) if path.name <= newest][:-keep]:
+        remove_folder(path)
 
 
 def newest_state(folder: Path, name: str) -> Path | None:
-    """What `--autoresume` goes on from; None where this run has left no state."""
-    return next(reversed(_states(folder, name)), None)
+    """What `--autoresume` goes on from, with a warning for each newer one that is damaged; None where this run has left no state.
+
+    Raises:
+        UserError: there are states, and none is whole.
+    """
+    found = states(folder, name)
+    for path in reversed(found):
+        try:
+            read_state(path)
+        except DamagedState as error:
+            log.warning("WARNING: --autoresume: not from %s, which is damaged: %s", path, error)
+        else:
+            return path
+    if found:
+        raise UserError(
+            f"--autoresume: no state of '{name}' in {folder} is whole. Start from a saved LoRA with --network_weights FILE, another "
+            "--output_name and without --autoresume, or anew with --overwrite in place of --autoresume."
+        )
+    return None
 
 
-def _states(folder: Path, name: str) -> list[Path]:
+def remove_states(folder: Path, name: str) -> None:
+    """All of the run `name`.
+
+    Raises:
+        OSError: one could not be removed.
+    """
+    for path in states(folder, name):
+        remove_folder(path)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """What killed runs of this name have begun to write; call it while the run's lock is held."""
+    pattern = re.compile(rf"\.{re.escape(name)}-step\d{{8}}{_SUFFIX}\.\d+(\.old)?{re.escape(_TEMPORARY)}")
+    for path in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def states(folder: Path, name: str) -> list[Path]:
     """State folders of the run `name`, oldest first."""
     if not folder.is_dir():
         return []

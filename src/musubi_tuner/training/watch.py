@@ -1,11 +1,8 @@
-"""What is watched while a run trains: Ctrl-C, gradients that are not finite, the pace, and whether audio is really supervised."""
+"""What is watched while a run trains: gradients that are not finite, the pace, and whether audio is really supervised."""
 
 import math
-import os
-import signal
 import statistics
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
 import torch
 import torch.distributed
@@ -15,30 +12,6 @@ from musubi_tuner.config.losses import AudioOptions
 from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.objective import ItemLosses
-
-_STDERR = 2
-_CTRL_C = b"\nCtrl-C: this step (or preview) is finished and the run saved; Ctrl-C again ends at once and saves nothing\n"
-
-
-class Interrupt:
-    """While it is entered, the first Ctrl-C sets `requested`, so that the step is finished; the second one ends at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "Interrupt":
-        self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        os.write(_STDERR, _CTRL_C)  # print and logging may be in the middle of a line of their own
-
 
 SeenItems = Sequence[tuple[tuple[str, ...], ItemLosses]]
 """Names and losses of the items of each micro-batch."""
@@ -83,7 +56,7 @@ class FiniteCheck:
         items = ", ".join(name for names, _ in seen for name in names)
         where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
         raise UserError(
-            f"step {step}: not finite: {where}. Nothing of this step was saved; the last saved file is good. "
+            f"step {step}: not finite: {where}. Nothing of this step is saved. "
             "Check these items' caches, or lower --learning_rate, and resume from the last state."
         )
 

@@ -1,0 +1,78 @@
+"""Files and folders that are written whole or not at all, and that a power cut leaves whole."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+"""No room, or none left of what this user may have."""
+
+
+def write_whole(path: Path, data: bytes, temporary: Path) -> None:
+    """Replace `path` by `data`, written first to `temporary` in the same folder.
+
+    Raises:
+        OSError: it could not be written; the old file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
+    """Replace the folder `path` by what `write` puts into `temporary`, a folder beside it that is made for it.
+
+    Raises:
+        OSError: it could not be written; the old folder, if any, is untouched. Also what `write` raises.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        sync_folder(temporary)
+        remove_folder(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove it under another name, so that a kill in between leaves no half of it under its own.
+
+    Raises:
+        OSError: it could not be renamed.
+    """
+    if path.is_dir():
+        going = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        shutil.rmtree(going, ignore_errors=True)
+        path.replace(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in it last; Windows and some network drives open no folders."""
+    with contextlib.suppress(OSError):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def reason(error: BaseException) -> str:
+    """What the system says, without the number and the path."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,0 +1,118 @@
+"""What an earlier run of the same name has left: who owns the folder, what is gone on from, what must not be overwritten."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+from musubi_tuner.config.training import SavingOptions, TrainingConfig
+from musubi_tuner.networks.reading import newest_file
+from musubi_tuner.runtime import lock
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.runtime.program import quoted
+from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training.metrics import loss_path
+from musubi_tuner.training.preflight import RunInputs, check_output_folder
+from musubi_tuner.training.run import make_schedule
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def owned_output(saving: SavingOptions, group: Processes) -> Iterator[None]:
+    """Own `--output_name` in `--output_dir` to the end of the run, and remove what killed runs have begun to write there.
+
+    Raises:
+        UserError: the folder cannot be written into, or another process trains under this name.
+    """
+    if not group.is_main:
+        yield
+        return
+    folder, name = saving.output_dir, saving.output_name
+    check_output_folder(folder)
+    own = lock.held(
+        folder / f"{name}.lock", what=f"'{name}' in {folder}", remedy="Give another --output_name or --output_dir, or wait for its end."
+    )
+    with own:
+        state.remove_leftovers(folder, name)
+        checkpoint.remove_leftovers(folder, name)
+        yield
+
+
+def resolve_newest(config: TrainingConfig) -> TrainingConfig:
+    """`--autoresume` and `--network_weights FOLDER` as the newest state and the newest file that they name.
+
+    Raises:
+        UserError: nothing to go on from that is whole, a folder without LoRA files, or a new run under the name of an earlier one.
+    """
+    saving, network = config.saving, config.network
+    if saving.autoresume:
+        if saving.resume is not None:
+            raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
+        newest = state.newest_state(saving.output_dir, saving.output_name)
+        if newest is None:
+            log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
+        saving = dataclasses.replace(saving, resume=newest)
+    elif saving.resume is not None:
+        state.check_resumable(saving.resume)
+    elif not saving.overwrite:
+        _refuse_to_overwrite(saving)
+    if network.network_weights is not None:
+        network = dataclasses.replace(network, network_weights=newest_file(network.network_weights))
+    return dataclasses.replace(config, saving=saving, network=network)
+
+
+def nothing_left(inputs: RunInputs, group: Processes) -> bool:
+    """Whether `--autoresume` has nothing to do, as an earlier run has done all that is asked for, which is said.
+
+    Raises:
+        UserError: it has done less, and left no state to go on from.
+    """
+    saving = inputs.config.saving
+    lora = checkpoint.lora_path(saving.output_dir, saving.output_name)
+    if not (saving.autoresume and lora.is_file()):
+        return False
+    total = make_schedule(inputs.config, inputs.items, group.count, has_validation=bool(inputs.validation_items)).total
+    done = checkpoint.steps_of(lora)
+    if done >= total:
+        if group.is_main:
+            log.info("--autoresume: nothing is left to do: %s has been trained for %d of %d steps", lora, done, total)
+        return True
+    if saving.resume is None:
+        raise UserError(
+            f"--autoresume: {lora} has been trained for {done} of {total} steps, and there is no state to go on from. Give another "
+            f"--output_name, with --network_weights {quoted(lora)} where it is to start from this file, or --overwrite in place of "
+            "--autoresume."
+        )
+    return False
+
+
+def clear_earlier(saving: SavingOptions) -> None:
+    """With `--overwrite`, remove LoRAs, states and losses of an earlier run, so that nothing of it is taken for this one's."""
+    if not saving.overwrite:
+        return
+    folder, name = saving.output_dir, saving.output_name
+    found = checkpoint.lora_files(folder, name)
+    if found or state.states(folder, name):
+        log.warning("WARNING: --overwrite: LoRAs and states of an earlier run of '%s' in %s are removed", name, folder)
+    try:
+        for path in found:
+            path.unlink()
+        state.remove_states(folder, name)
+        loss_path(folder, name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--overwrite: {error.filename}: cannot be removed ({error.strerror}). Choose another --output_name.") from error
+
+
+def _refuse_to_overwrite(saving: SavingOptions) -> None:
+    folder, name = saving.output_dir, saving.output_name
+    states, loras = state.states(folder, name), checkpoint.lora_files(folder, name)
+    if not (states or loras):
+        return
+    found = ", ".join(path.name for path in [*loras, *states][-3:])
+    goes_on = "--autoresume goes on with it, " if states else ""
+    raise UserError(
+        f"{folder}: holds an earlier run of this --output_name: {found}. {goes_on}another --output_name leaves it as it is, "
+        "--overwrite removes it and starts anew."
+    )

@@ -1,0 +1,140 @@
+"""Where LoRA and state go: in between a save that fails costs that save; the last one tries every place that it may write to."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from musubi_tuner.runtime.disk import FULL, reason
+from musubi_tuner.runtime.errors import TemporaryFailure
+from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training.hooks import Hook
+from musubi_tuner.training.run import Outcome, TrainingRun
+from musubi_tuner.training.space import SpaceWatch
+
+log = logging.getLogger(__name__)
+
+
+class NotSaved(TemporaryFailure):
+    """What had to be written could be written nowhere."""
+
+
+class Saving(Hook):
+    """The LoRA, and the state where one is wanted. The last step and an interrupt always save."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self.space = SpaceWatch(run)
+
+    def after_step(self, outcome: Outcome, seconds: float) -> None:
+        run, step, schedule = self._run, outcome.step, self._run.schedule
+        if run.processes.is_main:
+            self.space.check(step)
+        by_step = outcome.interrupted or schedule.is_due(step, schedule.save_every, None)
+        if not (step == schedule.total or by_step or schedule.is_due(step, None, schedule.save_every_epochs)):
+            return
+        run.finite.settle()
+        if not run.processes.is_main:
+            return
+        if step == schedule.total:
+            path = checkpoint.lora_path(run.output_dir, run.name)
+        elif by_step:
+            path = checkpoint.lora_path(run.output_dir, run.name, step=step)
+        else:
+            path = checkpoint.lora_path(run.output_dir, run.name, epoch=schedule.epoch(step))
+        self.save(outcome, path)
+
+    def save(self, outcome: Outcome, path: Path) -> None:
+        """
+        Raises:
+            NotSaved: the last LoRA, or all of an interrupted run, could be written nowhere.
+            UserError: the network is not finite or all zero.
+        """
+        run, step, saving = self._run, outcome.step, self._run.config.saving
+        epoch, is_last = run.schedule.epoch(step), step == run.schedule.total
+        lora, error = self._written(outcome, path.name, self._save_lora, must=is_last or outcome.interrupted)
+        saved_state = None
+        if saving.save_state or outcome.interrupted:
+            name = state.state_path(run.output_dir, run.name, step).name
+            saved_state, failed = self._written(outcome, name, self._save_state, must=outcome.interrupted)
+            error = error or failed
+        if error is not None and lora is None and (is_last or (outcome.interrupted and saved_state is None)):
+            raise NotSaved(
+                f"step {step}: {path.name} could be written nowhere: {error}. Make room, or make the folder writable, and run the same "
+                "command again."
+            )
+        if saving.save_last_n is not None:
+            checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n, step=step, epoch=epoch)
+        outcome.files = [file for file in outcome.files if file.exists()]
+
+    def _written(self, outcome: Outcome, name: str, write: Callable[[int, Path], None], *, must: bool) -> tuple[Path | None, str | None]:
+        """Write `name` into the run's folder; where it `must` be, and that takes it not, into the next one that does.
+
+        Returns:
+            Where it is, and what was wrong on the way to it.
+        """
+        step, last = outcome.step, outcome.step == self._run.schedule.total
+        wrong: dict[str, None] = {}
+        for folder in self._places(must, step):
+            try:
+                write(step, folder / name)
+            except OSError as error:
+                wrong[f"{folder}: {reason(error)}"] = None
+                self._full = error.errno in FULL or self.space.is_short()
+                continue
+            outcome.files.append(folder / name)
+            if folder != self._run.output_dir:
+                log.warning("WARNING: step %d: %s is in %s, as it could not be written here: %s.", step, name, folder, "; ".join(wrong))
+            return folder / name, None
+        goes_on = "" if last or outcome.interrupted else ", and training goes on, as a later save may find room"
+        log.warning("WARNING: step %d: %s was not saved%s: %s.", step, name, goes_on, "; ".join(wrong))
+        return None, "; ".join(wrong)
+
+    def _places(self, must: bool, step: int) -> Iterator[Path]:
+        """Folders to write to, in this order: the run's own; the same, once what retention would remove after this save has gone before it;
+        the system's temporary folder; the current folder."""
+        run = self._run
+        self._full = False
+        yield run.output_dir
+        if not must:
+            return
+        if self._full and self._make_room(step):
+            yield run.output_dir
+        for find in (tempfile.gettempdir, os.getcwd):
+            with contextlib.suppress(OSError):  # neither may be there
+                folder = Path(find()) / f"{run.name}-saved-{os.getpid()}"
+                yield folder
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # what was made for a file that found no room there either
+
+    def _make_room(self, step: int) -> bool:
+        """Whether something was removed that would have gone after this save."""
+        run, saving = self._run, self._run.config.saving
+        before = shutil.disk_usage(run.output_dir).free
+        state.remove_old_states(run.output_dir, run.name, saving.save_last_n_states - 1, step)
+        if saving.save_last_n is not None:
+            checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n - 1, step=step, epoch=run.schedule.epoch(step))
+        return shutil.disk_usage(run.output_dir).free > before
+
+    def _save_lora(self, step: int, path: Path) -> None:
+        run, saving = self._run, self._run.config.saving
+        with run.evaluating():
+            metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
+            checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision], name=run.name)
+
+    def _save_state(self, step: int, path: Path) -> None:
+        run = self._run
+        state.save_state(
+            path,
+            network=run.network,
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            step=step,
+            settings=run.settings,
+            watched=run.watched,
+        )
+        if path.parent == run.output_dir:
+            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)

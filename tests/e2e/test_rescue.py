@@ -1,0 +1,267 @@
+"""Whatever ends a run, the last good step is on disk, and the message names it and the command that goes on."""
+
+import errno
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from musubi_tuner import ltxv2_train_network
+from musubi_tuner.runtime import lock
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.signals import Interrupt
+from musubi_tuner.training import checkpoint
+from musubi_tuner.training.hooks import Previews, StepLog
+from musubi_tuner.training.objective import BatchObjective
+from tests import training_parts as parts
+
+LORA, STEPS = "ltxv2_lora", 6
+
+
+@pytest.fixture(scope="module")
+def data(tiny_family, tmp_path_factory):
+    return parts.make_data(tmp_path_factory.mktemp("rescue"), tiny_family, "video", held_out=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train(data, folder) == 0
+    return load_file(folder / f"{LORA}.safetensors")
+
+
+def train(data: parts.Data, folder: Path, *extra: str) -> int:
+    flags = ["--output_dir", str(folder), "--max_train_steps", str(STEPS), "--save_precision", "float32", *extra]
+    return ltxv2_train_network.main(data.arguments(*flags))
+
+
+def at_step(monkeypatch, wanted: int, act) -> None:
+    """Call `act` while the losses of a step are logged, once."""
+    original, done = StepLog.write, []
+
+    def write(self, step, norm, bar):
+        if step == wanted and not done:
+            done.append(step)
+            act()
+        return original(self, step, norm, bar)
+
+    monkeypatch.setattr(StepLog, "write", write)
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_cache_that_vanishes_costs_no_step(data, undisturbed, tmp_path, monkeypatch, workers):
+    """The command of the message ends the run as if nothing had been; a worker's error is one line."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data.folder, folder)
+    moved = parts.Data(folder, folder / "dataset.toml", data.model, data.mode, data.encoder)
+    at_step(monkeypatch, 3, lambda: [path.rename(path.with_suffix(".away")) for path in (folder / "cache").glob("*_ltxv2.safetensors")])
+    with pytest.raises(UserError, match="missing or damaged") as error:
+        train(moved, out, "--max_data_loader_n_workers", workers)
+    assert "\n" not in str(error.value)
+    told, command = "\n".join(error.value.__notes__).split("Go on with:\n")
+    words = shlex.split(command)
+    state = Path(words[-1])
+    assert words[:1] == ["python"] and words[-2] == "--resume" and str(state) in told and state.parent == out
+    assert state.with_name(state.name.replace("-state", ".safetensors")).is_file()
+    for path in (folder / "cache").glob("*.away"):
+        path.rename(path.with_suffix(".safetensors"))
+    assert ltxv2_train_network.main(words[2:]) == 0
+    assert same(undisturbed, load_file(out / f"{LORA}.safetensors"))
+
+
+def test_a_killed_worker_is_named_and_costs_no_step(data, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: [child.kill() for child in multiprocessing.active_children()])
+    with pytest.raises(TemporaryFailure, match="a loading worker .* was killed.*--max_data_loader_n_workers 0") as error:
+        train(data, tmp_path, "--max_data_loader_n_workers", "1", "--max_train_steps", "50")
+    assert "--resume" in error.value.__notes__[-1] and list(tmp_path.glob("*-state"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            torch.OutOfMemoryError("no room"),
+            "cpu ran out of memory. Cheaper, in this order: --optimizer_type AdamW8bit; .*smaller resolution",
+        ),
+        (MemoryError(), "the machine ran out of memory"),
+        (OSError(errno.EIO, "Input/output error"), "step 3: Input/output error"),
+        (RuntimeError("a bug"), "a bug"),
+    ],
+)
+def test_an_error_in_a_step_leaves_the_state_of_the_step_before(data, undisturbed, tmp_path, monkeypatch, raised, told):
+    original, calls = BatchObjective.backward, []
+
+    def backward(self, batch, accumulation=1):
+        calls.append(batch)
+        result = original(self, batch, accumulation)
+        if len(calls) == 3:
+            torch.rand(1)  # the random numbers of the step that is lost are drawn again
+            raise raised
+        return result
+
+    monkeypatch.setattr(BatchObjective, "backward", backward)
+    with pytest.raises(RuntimeError if told == "a bug" else TemporaryFailure, match=told) as error:
+        train(data, tmp_path)
+    assert "Go on with:" in error.value.__notes__[-1]
+    monkeypatch.undo()
+    assert train(data, tmp_path, "--autoresume") == 0
+    assert same(undisturbed, load_file(tmp_path / f"{LORA}.safetensors"))
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_newest_good_file_is_named(data, tmp_path, monkeypatch):
+    def spoil(self, batch, accumulation=1):
+        if batch.names and len(list(tmp_path.glob("*-state"))) == 1:
+            with torch.no_grad():
+                self.network.parameters()[0].fill_(float("nan"))
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, batch, accumulation)
+
+    original = BatchObjective.backward
+    monkeypatch.setattr(BatchObjective, "backward", spoil)
+    with pytest.raises(TemporaryFailure) as error:
+        train(data, tmp_path, "--save_state", "--save_every_n_steps", "2")
+    state = tmp_path / f"{LORA}-step00000002-state"
+    notes = "\n".join(error.value.__notes__)
+    assert str(state) in notes
+    assert [path.name for path in tmp_path.glob("*-state")] == [state.name]
+
+
+def test_the_error_is_seen_though_nothing_can_be_saved(data, tmp_path, monkeypatch):
+    def act():
+        monkeypatch.setattr(os, "fsync", refuse)
+        raise ValueError("the first error")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_step(monkeypatch, 2, act)
+    with pytest.raises(ValueError, match="the first error") as error:
+        train(data, tmp_path)
+    assert "Step 2 could not be saved: NotSaved: " in error.value.__notes__[0]
+
+
+def test_the_last_lora_goes_to_another_folder_where_its_own_takes_nothing(data, tmp_path, monkeypatch, caplog):
+    real, elsewhere = checkpoint.write_whole, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def write(path: Path, content: bytes, temporary: Path) -> None:
+        if path.parent == tmp_path / "out":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        real(path, content, temporary)
+
+    monkeypatch.setattr(checkpoint, "write_whole", write)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    assert train(data, tmp_path / "out", "--save_every_n_steps", "4") == 0
+    assert "step 4: ltxv2_lora-step00000004.safetensors was not saved, and training goes on" in caplog.text
+    (lora,) = elsewhere.rglob("*.safetensors")
+    assert lora.name == f"{LORA}.safetensors" and f"is in {lora.parent}" in caplog.text
+
+
+def test_too_little_room_is_told_of_before_the_first_step(data, tmp_path, monkeypatch, caplog):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
+    assert train(data, tmp_path / "a", "--max_train_steps", "1") == 0
+    assert caplog.text.count("has 0.1 MB free; the next save takes about") == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 99, 99))
+    with pytest.raises(UserError, match="0.0 MB are free, and the LoRA alone takes"):
+        train(data, tmp_path / "b")
+
+
+def test_a_preview_or_a_loss_line_that_fails_costs_a_warning(data, tmp_path, monkeypatch, caplog):
+    def fail(wrapper, step, epoch):
+        raise FileExistsError(errno.EEXIST, "File exists", "sample")
+
+    def lose_folder():
+        shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(ltxv2_train_network, "make_preview", lambda inputs: fail)
+    monkeypatch.setattr(Previews, "before_training", lambda self, outcome: self._make(0))
+    at_step(monkeypatch, 2, lose_folder)
+    assert train(data, tmp_path / "out", "--sample_every_n_steps", "2") == 0
+    assert caplog.text.count("no previews, and training goes on without them: FileExistsError") == 1
+    assert caplog.text.count("no line was added (No such file or directory)") == 1
+    assert (tmp_path / "out" / f"{LORA}.safetensors").is_file()
+
+
+def test_a_finished_lora_is_not_overwritten_unless_asked_for(data, tmp_path, caplog):
+    assert train(data, tmp_path, "--save_state", "--save_every_n_steps", "3") == 0
+    before = (tmp_path / f"{LORA}.safetensors").read_bytes(), parts.losses(tmp_path)
+    with pytest.raises(UserError, match="holds an earlier run of this --output_name.*--autoresume goes on.*--overwrite"):
+        train(data, tmp_path, "--seed", "7")
+    assert before == ((tmp_path / f"{LORA}.safetensors").read_bytes(), parts.losses(tmp_path))
+    with caplog.at_level("INFO"):
+        assert train(data, tmp_path, "--autoresume") == 0
+    assert f"nothing is left to do: {tmp_path / LORA}.safetensors has been trained for 6 of 6 steps" in caplog.text
+    shutil.rmtree(tmp_path / f"{LORA}-step00000003-state")
+    shutil.rmtree(tmp_path / f"{LORA}-step00000006-state")
+    with pytest.raises(UserError, match="trained for 6 of 9 steps, and there is no state"):
+        train(data, tmp_path, "--autoresume", "--max_train_steps", "9")
+    assert train(data, tmp_path, "--overwrite", "--max_train_steps", "2") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"{LORA}.safetensors", f"{LORA}-loss.jsonl", f"{LORA}-loss.png"}
+    with pytest.raises(UserError, match="--overwrite with --autoresume"):
+        train(data, tmp_path, "--overwrite", "--autoresume")
+
+
+def test_two_runs_of_one_name_are_one_too_many(data, tmp_path):
+    with lock.held(tmp_path / f"{LORA}.lock", what="x", remedy=""):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* at work on '{LORA}' in .*another --output_name"):
+            train(data, tmp_path)
+        assert train(data, tmp_path, "--output_name", "other", "--max_train_steps", "1") == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", 0)])
+def test_a_signal_finishes_the_step_and_saves(data, undisturbed, tmp_path, monkeypatch, number):
+    at_step(monkeypatch, 2, lambda: [signal.raise_signal(number) for _ in range(2)])  # whoever sends it twice is not a person
+    assert train(data, tmp_path) == 130
+    assert (tmp_path / f"{LORA}-step00000002-state").is_dir()
+    assert train(data, tmp_path, "--autoresume") == 0
+    assert same(undisturbed, load_file(tmp_path / f"{LORA}.safetensors"))
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN) if hasattr(signal, "SIGHUP") else None
+    if previous is None:
+        pytest.skip("sends signals of POSIX")
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)  # nohup
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the launcher's child in /proc")
+def test_training_saves_itself_when_its_launcher_is_killed(data, tmp_path):
+    flags = data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "100000")
+    script = Path(ltxv2_train_network.__file__)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    command = [*launcher, "--dynamo_backend", "no", "--mixed_precision", "no", str(script), *flags]
+    with (tmp_path / "told.txt").open("w") as told, subprocess.Popen(command, stderr=told, stdout=told) as process:
+        path = tmp_path / f"{LORA}-loss.jsonl"
+        wait(lambda: path.is_file() and path.stat().st_size > 0)
+        process.kill()
+        process.wait()
+    wait(lambda: list(tmp_path.glob("*-state")) and not (tmp_path / f"{LORA}.lock").exists())
+    told = (tmp_path / "told.txt").read_text(encoding="utf-8")
+    assert "the launcher has gone" in told and "accelerate launch --num_processes 1" not in told.split("Go on with:")[0]
+
+
+def wait(condition) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.05)

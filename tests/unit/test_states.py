@@ -1,0 +1,180 @@
+"""State folders: written whole, read with care; a lock that outlives nobody; exit codes."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from musubi_tuner.runtime import lock
+from musubi_tuner.runtime.device import pick_device
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training import state
+from musubi_tuner.training.metrics import LossFile, read_losses
+
+
+class Network:
+    """The one thing that a state asks of a network."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+
+def parts(network: Network) -> dict:
+    optimizer = torch.optim.AdamW([network.weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    return {"network": network, "optimizer": optimizer, "scheduler": scheduler, "settings": {}, "watched": {}}
+
+
+def save(folder: Path, step: int) -> Path:
+    path = state.state_path(folder, "t", step)
+    made = parts(Network())
+    made["network"].weight.grad = torch.ones(2, 2)
+    made["optimizer"].step()
+    state.save_state(path, step=step, **made)
+    return path
+
+
+def write_progress(text: str):
+    return lambda path: (path / "progress.json").write_text(text)
+
+
+def replace_optimizer(change):
+    def damage(path: Path) -> None:
+        stored = torch.load(path / "optimizer.pt", weights_only=True)
+        torch.save(change(stored), path / "optimizer.pt")
+
+    return damage
+
+
+def truncate(name: str, size: int):
+    return lambda path: os.truncate(path / name, size)
+
+
+DAMAGE = {
+    **{f"{name} is missing": (name, lambda path, name=name: (path / name).unlink()) for name in ("progress.json", "network.safetensors")},
+    "no optimizer": ("optimizer.pt", lambda path: (path / "optimizer.pt").unlink()),
+    **{f"{name} of {size} bytes": (name, truncate(name, size)) for name in ("network.safetensors", "optimizer.pt") for size in (0, 7, 60)},
+    "empty progress": ("progress.json", write_progress("")),
+    "progress is no JSON": ("progress.json", write_progress("{")),
+    "progress is nested deeply": ("progress.json", write_progress("[" * 100000)),
+    "progress is a list": ("progress.json", write_progress("[]")),
+    "progress without step": ("progress.json", write_progress('{"settings": {}}')),
+    "step -1": ("progress.json", write_progress('{"step": -1, "settings": {}}')),
+    "step as text": ("progress.json", write_progress('{"step": "4", "settings": {}}')),
+    "step true": ("progress.json", write_progress('{"step": true, "settings": {}}')),
+    "step 1.5": ("progress.json", write_progress('{"step": 1.5, "settings": {}}')),
+    "settings as a list": ("progress.json", write_progress('{"step": 1, "settings": []}')),
+    "no finite weight": ("network.safetensors", lambda path: save_file({"weight": torch.tensor(torch.nan)}, path / "network.safetensors")),
+    "a pickle of code": ("optimizer.pt", lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(os.system))),
+    "optimizer is a list": ("optimizer.pt", replace_optimizer(lambda stored: [])),
+    "no schedule": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "scheduler": 3})),
+    "odd random state": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": torch.zeros(3)})),
+    "random state as text": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": "x"})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_state_is_named_and_an_older_one_taken(tmp_path, caplog, case):
+    file, damage = DAMAGE[case]
+    older, newest = save(tmp_path, 2), save(tmp_path, 4)
+    assert state.newest_state(tmp_path, "t") == newest
+    damage(newest)
+    with pytest.raises(UserError, match=rf"--resume .*{file}.*A whole one is beside it: --resume .*step00000002-state"):
+        state.check_resumable(newest)
+    assert state.newest_state(tmp_path, "t") == older
+    assert str(newest) in caplog.text
+    damage(older)
+    with pytest.raises(UserError, match="no state of 't' in .* is whole"):
+        state.newest_state(tmp_path, "t")
+
+
+@pytest.mark.parametrize("change", [lambda stored: {"state": {}}, lambda stored: {"state": [], "param_groups": stored["param_groups"]}])
+def test_an_optimizer_of_another_kind_is_an_error_in_words(tmp_path, change):
+    path = save(tmp_path, 2)
+    replace_optimizer(lambda stored: {**stored, "optimizer": change(stored["optimizer"])})(path)
+    with pytest.raises(UserError, match="optimizer.pt is damaged, or of another optimizer"):
+        state.load_state(path, **parts(Network()))
+
+
+def test_a_kill_while_a_state_is_removed_or_written_leaves_none_by_halves(tmp_path, monkeypatch):
+    path = save(tmp_path, 2)
+    with monkeypatch.context() as patched:  # what is renamed first is not a state any more, whatever is left of it
+        patched.setattr("shutil.rmtree", lambda *arguments, **named: None)
+        state.remove_old_states(tmp_path, "t", 1, 9)
+        save(tmp_path, 3)
+        state.remove_old_states(tmp_path, "t", 1, 9)
+    assert not path.exists() and state.states(tmp_path, "t") == [tmp_path / "t-step00000003-state"]
+    other = tmp_path / ".u-step00000001-state.7.tmp"
+    other.mkdir()
+    (tmp_path / ".t-step00000001-state.7.tmp").mkdir()
+    state.remove_leftovers(tmp_path, "t")
+    assert {path.name for path in tmp_path.iterdir()} == {"t-step00000003-state", other.name}
+
+
+def test_lines_that_are_no_losses_are_left_out_with_one_warning(tmp_path, caplog):
+    path = tmp_path / "t-loss.jsonl"
+    rows = ['{"step": 1, "loss_video": 2.0}', '{"a": 1}', "[]", '{"step": "1"}', '{"step": 2, "lo', '{"step": 9}']
+    path.write_text("\n".join(rows), encoding="utf-8")
+    LossFile(path, 3)
+    assert read_losses(path) == [{"step": 1, "loss_video": 2.0}]
+    assert caplog.text.count("WARNING: ") == 1 and "4 line(s)" in caplog.text
+    LossFile(path, 0)
+    assert path.read_text(encoding="utf-8") == "" and len(read_losses(tmp_path / "t-loss-1.jsonl")) == 1, "put aside, not lost"
+
+
+def test_a_lock_is_held_by_one_and_taken_over_from_the_dead(tmp_path, caplog):
+    path = tmp_path / "t.lock"
+    program = (
+        "import sys, time, pathlib\nfrom musubi_tuner.runtime import lock\n"
+        "with lock.held(pathlib.Path(sys.argv[1]), what='t', remedy='Wait.'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=rf"process {process.pid} on .* is at work on t. Wait."),
+            lock.held(path, what="t", remedy="Wait."),
+        ):
+            pass
+        process.kill()
+    with lock.held(path, what="t", remedy="Wait."):
+        assert f"process {process.pid} on" in caplog.text and "takes it over" in caplog.text
+        assert json.loads(path.read_text(encoding="utf-8"))["pid"] == os.getpid()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["abc", "CPU", "", "cuda:-1", "cpu:", "meta", "cpu:1", "cuda:99", "cuda:1e3"])
+def test_a_device_that_is_none_is_an_error_that_names_the_flag(name):
+    with pytest.raises(UserError, match="--device "):
+        pick_device(name)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        ("raise TemporaryFailure('full')", 75, "error: full\nsaved\n"),
+        ("raise UserError('odd')", 2, "error: odd\nsaved\n"),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 130, "interrupted\n"),
+        ("os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", 130, "interrupted\n"),
+    ],
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends signals of POSIX")
+def test_exit_codes_say_what_a_retry_is_worth(body, code, told):
+    program = (
+        "import os, signal, time\nfrom musubi_tuner.runtime.errors import *\nfrom musubi_tuner.runtime.program import run_program\n"
+        f"def main(argv):\n    try:\n        {body}\n    except Exception as error:\n        error.add_note('saved')\n        raise\n"
+        "run_program(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, told)
