@@ -228,6 +228,11 @@ def test_caches_of_another_model_are_refused(data, tmp_path, tiny_family):
         run(other, tmp_path)
 
 
+def test_captions_of_another_encoder_backend_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)backend.*ltxv2_cache_text_encoder_outputs\.py.*--text_encoder_backend t5"):
+        run(data, tmp_path, "--text_encoder_backend", "t5")
+
+
 def test_changed_settings_are_named(data, tmp_path):
     changed = copy_of(data, tmp_path / "data")
     changed.toml.write_text(changed.toml.read_text(encoding="utf-8").replace("[17]", "[9]"), encoding="utf-8")
