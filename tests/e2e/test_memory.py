@@ -6,10 +6,13 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.config.network import NetworkOptions
+from musubi_tuner.dataset.collate import make_batch
+from musubi_tuner.dataset.items import Draw
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.attention import use_default_attention
 from musubi_tuner.placement import planning, prove
@@ -17,6 +20,7 @@ from musubi_tuner.placement.load import ModelRequest
 from musubi_tuner.placement.planning import BatchTokens
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
+from musubi_tuner.training.objective import FlowMatching
 from tests import training_parts as parts
 
 
@@ -60,12 +64,38 @@ def test_flags_that_change_no_arithmetic_change_no_bit(data, plain, tmp_path, fl
     assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-def test_attention_kernels_differ_in_rounding_alone(data, plain, tmp_path):
+@pytest.mark.parametrize("planned", [(), ("--vram_gb", "4")], ids=["by hand", "planned"])
+def test_the_flag_decides_whether_blocks_are_recomputed(data, tmp_path, planned):
+    """A backward pass costs twice a forward pass; the adapters' part is small, so recomputing makes it three of two."""
+
+    def operations(flag: str) -> int:
+        config = ltxv2_train_network.parse_arguments(data.arguments("--output_dir", str(tmp_path), flag, *planned))
+        with processes() as group:
+            built, inputs = parts.build(config, group)
+            batch = make_batch([Draw(inputs.items[0], epoch=0, repeat=0)], "av", built.rules)
+            with FlopCounterMode(display=False) as counter:
+                built.objective.backward(batch)
+        return counter.get_total_flops()
+
+    assert operations("--gradient_checkpointing") > 1.25 * operations("--no-gradient_checkpointing")
+
+
+def test_attention_kernels_differ_in_rounding_alone(data, plain, tmp_path, monkeypatch):
     """ADP-18."""
+    enabled = []
+    noise = FlowMatching.noise
+
+    def watched(self, batch):
+        backends = torch.backends.cuda
+        enabled.append((backends.math_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()))
+        return noise(self, batch)
+
+    monkeypatch.setattr(FlowMatching, "noise", watched)
     try:
         ours = run(data, tmp_path, "--attn_mode", "math")
     finally:
         use_default_attention()
+    assert set(enabled) == {(True, False, False)}, "the kernel of the steps is the one that was asked for"
     assert max(float((ours[name] - plain[name]).abs().max()) for name in plain) < 1e-5
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.generation import decode
+from musubi_tuner.ltxv2.text import pipeline
 from musubi_tuner.preview import previewer
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
@@ -79,6 +80,17 @@ def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_f
     with pytest.raises(UserError, match="'Nobody cached this': missing"):
         train(project, tiny_family.ltx23, "stopped", "--sample_prompts", str(project / "new.txt"), "--sample_at_first")
     assert not (project / "stopped" / "lora-loss.jsonl").exists()
+
+
+def test_prompts_that_were_not_cached_are_encoded_once_for_all_previews(project: Path, tiny_family, monkeypatch) -> None:
+    prompts = project / "uncached.txt"
+    prompts.write_text("Nobody cached this one --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
+    calls, encode = [], pipeline.encode_prompts
+    monkeypatch.setattr(pipeline, "encode_prompts", lambda recipe, texts: calls.append(list(texts)) or encode(recipe, texts))
+    flags = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "1", "--text_encoder", str(tiny_family.gemma)]
+    made = train(project, tiny_family.ltx23, "uncached", *flags) / "sample"
+    assert len(list(made.glob("*.png"))) == STEPS + 1
+    assert len(calls) == 1, calls
 
 
 def test_a_card_without_room_costs_previews_and_never_the_run(project: Path, tiny_family, monkeypatch, caplog) -> None:

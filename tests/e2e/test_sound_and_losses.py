@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from musubi_tuner.dataset.items import Draw, list_items
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import processes
 from musubi_tuner.tiny.clips import write_clip
-from musubi_tuner.training.objective import BatchObjective
+from musubi_tuner.training import objective
+from musubi_tuner.training.objective import BatchObjective, ItemLosses, Objective, Prediction
 from tests import training_parts as parts
 
 
@@ -72,6 +74,8 @@ def test_the_balance_leaves_datasets_out_whose_audio_weighs_nothing(data, tmp_pa
         heard = gradients(built.objective, batch)
         assert torch.equal(gradients(built.objective, silent), gradients(dataclasses.replace(built.objective, balance=None), silent))
         assert not torch.equal(gradients(built.objective, silent), heard)
+        louder = dataclasses.replace(batch, audio_weight=torch.full((1,), 5.0))
+        assert torch.equal(gradients(built.objective, louder), heard), "the balance takes the place of --audio_loss_weight"
 
 
 def test_strict_sound_stops_a_run_that_is_half_silent(data, tiny_family, tmp_path):
@@ -182,3 +186,31 @@ def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
     empty.unlink()
     with pytest.raises(UserError, match="(?s)the empty prompt is not cached.*missing.*ltxv2_cache_text_encoder_outputs.py"):
         run(copy, tmp_path / "b", "--caption_dropout_rate", "0.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """An objective whose prediction can be looked for."""
+
+    inner: Objective
+    seen: list[weakref.ref] = dataclasses.field(default_factory=list)
+
+    def predict(self, batch: Batch) -> Prediction:
+        prediction = self.inner.predict(batch)
+        self.seen.append(weakref.ref(prediction.velocity.video))
+        return prediction
+
+    def loss(self, prediction: Prediction) -> ItemLosses:
+        return self.inner.loss(prediction)
+
+
+def test_nothing_but_the_losses_holds_the_prediction_while_it_is_differentiated(data, tmp_path, monkeypatch):
+    """A second copy of it would be kept through the backward pass of the largest batch."""
+    config = ltxv2_train_network.parse_arguments(data.arguments("--output_dir", str(tmp_path)))
+    with processes() as group:
+        built, inputs = parts.build(config, group)
+        watching, alive, backward = Watching(built.objective.objective), [], objective._backward
+        monkeypatch.setattr(objective, "_backward", lambda loss: alive.append(watching.seen[0]() is not None) or backward(loss))
+        batch = make_batch([Draw(inputs.items[0], epoch=0, repeat=0)], "av", built.rules)
+        dataclasses.replace(built.objective, objective=watching).backward(batch)
+    assert alive == [False]

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
@@ -31,3 +32,17 @@ def test_a_tracker_that_is_not_there_stops_before_the_run(data, tmp_path, monkey
     with pytest.raises(UserError, match="--log_with wandb.*pip install wandb"):
         ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path), "--log_with", "wandb"))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_tracker_that_fails_costs_its_numbers_and_never_the_run(data, tmp_path, monkeypatch, caplog):
+    """A full disk under the logs, or a service that does not answer."""
+
+    def broken(self, *arguments, **named):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
+    monkeypatch.setattr(SummaryWriter, "add_scalars", broken)
+    argv = data.arguments("--output_dir", str(tmp_path), "--max_train_steps", "3", "--log_with", "tensorboard")
+    assert ltxv2_train_network.main(argv) == 0
+    assert len([row for row in parts.losses(tmp_path) if "loss_video" in row]) == 3
+    assert sum("no space left" in record.getMessage() for record in caplog.records) == 1

@@ -183,7 +183,8 @@ def test_training_needs_no_media_and_imports_no_encoder(data, tmp_path):
     flags = moved.arguments("--output_dir", str(tmp_path / "out"), "--max_train_steps", "1")
     code = (
         "import sys; import musubi_tuner.ltxv2_train_network as t; "
-        "bad = lambda: [m for m in ('transformers', 'diffusers', 'av') if m in sys.modules]; "
+        "not_for_training = ('transformers', 'diffusers', 'av', 'bitsandbytes', 'musubi_tuner.encoding', 'musubi_tuner.preview'); "
+        "bad = lambda: [m for m in not_for_training if m in sys.modules]; "
         "assert not bad(), bad(); assert t.main(sys.argv[1:]) == 0; assert not bad(), bad()"
     )
     subprocess.run([sys.executable, "-c", code, *flags], check=True)
@@ -226,6 +227,11 @@ def test_caches_of_another_model_are_refused(data, tmp_path, tiny_family):
     other = parts.Data(data.folder, data.toml, tiny_family.ltx20, "av", data.encoder)
     with pytest.raises(UserError, match="another encoder|another model"):
         run(other, tmp_path)
+
+
+def test_captions_of_another_encoder_backend_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)backend.*ltxv2_cache_text_encoder_outputs\.py.*--text_encoder_backend t5"):
+        run(data, tmp_path, "--text_encoder_backend", "t5")
 
 
 def test_changed_settings_are_named(data, tmp_path):

@@ -13,6 +13,7 @@ from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE, audio_vae_finger
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, overlaps, ramp
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
+from musubi_tuner.ltxv2.text.connectors import load_connectors
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.audio import resample
 from musubi_tuner.runtime.errors import UserError
@@ -339,3 +340,15 @@ def test_real_size_vocoder_names_and_shapes_equal_ltx_core(version):
             else LTX2VocoderWithBWE(**vocoder.two_stage_config(section))
         )
     assert shapes(("", ours)) == {vocoder.to_diffusers_name(name): shape for name, shape in shapes(("", reference)).items()}
+
+
+def test_every_frozen_part_is_frozen_and_in_eval_mode(checkpoint):
+    """Else caching would keep graphs, and dropout or batch statistics would shape what is cached."""
+    common = {"device": "cpu", "dtype": torch.float32}
+    wrapped = (VideoVAE.load(checkpoint, **common), AudioVAE.load(checkpoint, device="cpu"), Vocoder.load(checkpoint, device="cpu"))
+    modules = [value for one in wrapped for value in vars(one).values() if isinstance(value, torch.nn.Module)]
+    modules.append(load_connectors(checkpoint, **common))
+    assert len(modules) >= 4
+    for module in modules:
+        assert list(module.parameters()) and not any(parameter.requires_grad for parameter in module.parameters()), type(module)
+        assert not any(part.training for part in module.modules()), type(module)

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from musubi_tuner.ltxv2 import reading
+from musubi_tuner.ltxv2.text import connectors
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS, load_connectors
 from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_options, load_encoder, load_tokenizer
 from musubi_tuner.ltxv2.text.features import load_feature_extractor
-from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts
+from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts, load_feature_stage, load_finish_stage
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -278,3 +280,26 @@ def test_connectors_must_divide_the_context(tiny_family, tmp_path):
     save_file(values, tmp_path / "m.safetensors", metadata={"config": json.dumps(dict(checkpoint.config))})
     with pytest.raises(UserError, match="100 connector registers"):
         load_connectors(open_checkpoint(tmp_path / "m.safetensors"), device="cpu", dtype=torch.float32)
+
+
+def test_the_feature_stage_reads_the_projection_alone(checkpoint, tiny_family, monkeypatch):
+    """Of a checkpoint of 46 GB, the text stages read what is theirs."""
+    read, whole = [], reading._read_into
+    monkeypatch.setattr(reading, "_read_into", lambda data, name, entry: read.append(name) or whole(data, name, entry))
+    load_feature_stage(recipe(checkpoint, gemma(tiny_family)))
+    assert read and all(name.startswith("text_embedding_projection.") for name in read)
+    read.clear()
+    load_finish_stage(recipe(checkpoint, gemma(tiny_family)))
+    assert read and all("_embeddings_connector." in name for name in read)
+
+
+def test_the_audio_connector_falls_back_to_the_keys_of_the_video(tiny_family):
+    """2.0 has one set of keys for both; where the audio's own are there, they win."""
+    checkpoint = open_checkpoint(tiny_family.ltx23)
+    section = {key: value for key, value in checkpoint.config["transformer"].items() if not key.startswith("audio_connector_")}
+    own = {"audio_connector_num_attention_heads": 2, "audio_connector_attention_head_dim": 24, "audio_connector_num_layers": 3}
+    shared, split = (connectors._build(config, "audio_", registers=8) for config in (section, section | own))
+    video = connectors._build(section, "", registers=8)
+    shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (video, shared, split)]
+    assert shapes[0] == shapes[1] != shapes[2]
+    assert max(int(name.split(".")[1]) for name in shapes[2] if name.startswith("transformer_1d_blocks.")) == 2

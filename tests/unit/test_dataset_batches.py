@@ -167,3 +167,14 @@ def test_an_epoch_covers_every_item_as_often_as_it_repeats_and_batches_stack(tmp
     again = [BatchPlan(items, seed=3).batch(i) for i in range(plan.batches_per_epoch)]
     assert epoch == again
     assert epoch != [plan.batch(plan.batches_per_epoch + i) for i in range(plan.batches_per_epoch)], "the next epoch has another order"
+
+
+def test_a_noise_offset_is_one_number_a_channel(tmp_path):
+    """As for pictures: the mean of each channel is moved, all tokens alike; 0 is the run without it."""
+    item = make_item(tmp_path, "long", steps=12, frames=17)
+    plain, moved, off = (make_batch(draws(item), "av", replace(RULES, noise_offset=offset)) for offset in (0.0, 0.5, 0.0))
+    difference = moved.video_noise - plain.video_noise
+    assert torch.allclose(difference, difference[:, :1].expand_as(difference), atol=1e-6)
+    assert 0.3 < float(difference[0, 0].std()) < 0.7, "128 draws of deviation 0.5"
+    assert torch.equal(off.video_noise, plain.video_noise) and torch.equal(moved.audio_noise, plain.audio_noise)
+    assert torch.equal(moved.video_sigma, plain.video_sigma)

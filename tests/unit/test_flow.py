@@ -1,5 +1,7 @@
 """Noise levels: formats, samplers, draws."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,12 @@ def test_draws_depend_on_names_alone():
     assert torch.equal(one, torch.randn(4, generator=generator_for(1, "train", 0, "a")))
     assert not torch.equal(one, torch.randn(4, generator=generator_for(1, "train", 1, "a")))
     assert not torch.equal(one, torch.randn(4, generator=generator_for(2, "train", 0, "a")))
+
+
+@pytest.mark.parametrize("normal", [-2.58, -2.6, -3.5, -8.0])
+def test_draws_below_eps_are_reflected(normal):
+    """Below the low percentile the ratio is negative or nearly 0; reflected, it is above eps, so no step learns at a level of 0."""
+    low, high = (1 / (1 + math.exp(-(1.5 + edge))) for edge in (-2.5758, 3.0902))
+    ratio = (1 / (1 + math.exp(-(1.5 + normal))) - low) / (high - low)
+    assert ratio < 1e-3
+    assert stretched(normal, 1.5) == pytest.approx(2e-3 - ratio, rel=1e-12) and stretched(normal, 1.5) > 1e-3

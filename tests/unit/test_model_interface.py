@@ -8,6 +8,7 @@ import torch
 from musubi_tuner.conditioning import apply as rules
 from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, model_input, noised, video_stream
 from musubi_tuner.ltxv2 import geometry
+from musubi_tuner.ltxv2.transformer import adaln
 from musubi_tuner.ltxv2.transformer.adaln import timestep_embedding
 from musubi_tuner.ltxv2.transformer.attention import Attention, attention_bias, key_bias
 from musubi_tuner.ltxv2.transformer.load import load_transformer
@@ -132,6 +133,21 @@ def test_sigma_stays_float32_until_the_embedding():
     close = timestep_embedding(torch.tensor([500.3, 500.4]))
     assert close.dtype == torch.float32
     assert float((close[0] - close[1]).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_a_bf16_model_gets_its_noise_levels_in_float32(tiny_family, monkeypatch):
+    """bfloat16 has 8 bits: 0.7012 and 0.7031 would be one level."""
+    seen = []
+    monkeypatch.setattr(adaln, "timestep_embedding", lambda timesteps: seen.append(timesteps) or timestep_embedding(timesteps))
+    video, audio, text = (one.bfloat16() for one in batch())
+    model = wrapper(tiny_family, dtype=torch.bfloat16)
+    sigma = torch.tensor([0.7012, 0.7031])
+    video_modality = model_input(video_stream(video, torch.full((2,), 24.0)), torch.zeros(2, 12, 128), sigma)
+    model(video_modality, model_input(audio_stream(audio, None), torch.zeros(2, 6, 128), sigma), text, None)
+    assert seen and {levels.dtype for levels in seen} == {torch.float32}
+    scales = {round(float(value), 2) for levels in seen for value in levels.flatten()}
+    assert {701.2, 703.1} <= scales, scales
 
 
 def test_masks_reach_attention_as_bool_or_in_the_dtype_of_the_query():

@@ -102,4 +102,4 @@ def _replace(root: nn.Module, kind: Any, make: Callable[[Any], nn.Module]) -> No
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
-                setattr(parent, name, make(child))
+                setattr(parent, name, make(child).train(child.training))
