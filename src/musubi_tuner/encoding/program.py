@@ -4,8 +4,6 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
 from musubi_tuner.cache.names import INDEX_ENDING
@@ -27,6 +25,7 @@ from musubi_tuner.encoding.report import (
     outcome_of,
 )
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +113,8 @@ def _encode(
     """Does the work; returns what failed, and leaves in `notes` what is to be known of files, by path."""
     jobs = [one.job for one in todo]
     made_by = stages(kind, encoder, jobs, notes)
-    with tqdm(total=len(todo), desc=kind.title, unit="clip", disable=not group.is_main) as bar:
-        finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=bar.update)
+    with Progress(kind.title, len(todo), unit="clip", shown=group.is_main) as bar:
+        finished = run_pipeline(jobs, made_by, batch_size=work.batch_size, workers=work.num_workers, on_done=bar.advance)
     for job, reason in finished.failures:
         log.warning("WARNING: %s: %s", job.name, reason)
     if group.is_main and (rates := finished.times.describe()):

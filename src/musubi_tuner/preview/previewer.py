@@ -2,7 +2,6 @@
 
 import logging
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from musubi_tuner.config.preview import PreviewOptions
 from musubi_tuner.flow.sigma import SigmaSettings
@@ -22,6 +20,7 @@ from musubi_tuner.generation.prepare import ModelFiles, prepare_samples
 from musubi_tuner.generation.sampling import describe_plans
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,8 @@ class Previewer:
         free_memory(device)
         total = sum(sample.plan.steps for sample in self.samples)
         try:
-            with tqdm(total=total, unit="step", desc=f"previews of step {step}", leave=False, file=sys.stderr) as bar:
-                return [generate(wrapper, sample, advance=bar.update) for sample in self.samples]
+            with Progress(f"previews of step {step}", total, unit="step", leave=False) as bar:
+                return [generate(wrapper, sample, advance=bar.advance) for sample in self.samples]
         except torch.OutOfMemoryError:
             log.warning(
                 "WARNING: step %d: no previews: the card ran out of memory, and training goes on without them. Give the prompts a smaller "

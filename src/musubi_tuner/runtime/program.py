@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import end_as_ctrl_c, end_at_once, launcher_pid
 
 EXIT_USER_ERROR = 2
@@ -23,7 +24,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     way; a signal that asks for the end gives 130. Everything else is our fault and keeps its traceback.
     """
     end_as_ctrl_c()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler(sys.stderr)], force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

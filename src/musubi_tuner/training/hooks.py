@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.disk import reason
+from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.training.balance import at_bound
 from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
 from musubi_tuner.training.objective import FlowMatching, ItemLosses
@@ -44,7 +44,7 @@ class StepLog:
         self._losses.add(losses, batch.size, batch.audio_supervised)
         self._levels.add(losses, batch.video_sigma, batch.audio_sigma)
 
-    def write(self, step: int, norm: Tensor, bar: Any) -> dict[str, float]:
+    def write(self, step: int, norm: Tensor, bar: Progress) -> dict[str, float]:
         """Read what was added, write a line of it everywhere, and return it."""
         run = self._run
         values = self._losses.read(run.config.ltx_mode, run.processes.count)
@@ -53,7 +53,7 @@ class StepLog:
             if (message := at_bound(values["audio_balance"])) and step % _BALANCE_WARNED_EVERY == 0:
                 log.warning("WARNING: step %d: %s", step, message)
         values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-        bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+        bar.show(**{key: f"{value:.4g}" for key, value in values.items()})
         values |= self._levels.read(run.processes.count) | self._scaled_audio(values)
         self.report(step, values)
         return values

@@ -1,6 +1,5 @@
 """The training loop. What else happens in a run (saving, validation, previews, warnings) is a hook."""
 
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -8,10 +7,10 @@ from contextlib import closing
 import torch
 import torch.distributed
 from torch import Tensor
-from tqdm import tqdm
 
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import iterate_batches
+from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
 from musubi_tuner.training.optimizer import average_gradients, clip
@@ -27,7 +26,7 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
         hooks: called in this order before the first step of a new run, and after each step.
     """
     started, total = time.monotonic(), run.schedule.total
-    bar = tqdm(total=total, initial=run.start_step, unit="step", desc="training", disable=not run.processes.is_main, file=sys.stderr)
+    bar = Progress("training", total, unit="step", done=run.start_step, shown=run.processes.is_main)
     with Interrupt() as interrupt, bar, closing(_batches(run)) as batches:
         if run.start_step == 0:
             for hook in hooks:
@@ -38,8 +37,8 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
             outcome.step, outcome.random_state = step, torch.get_rng_state()
             if step % run.schedule.log_every == 0 or step == total:
                 outcome.losses = log.write(step, norm, bar)
-            bar.update()
             seconds = time.monotonic() - begun
+            bar.advance(seconds=seconds)
             outcome.stepping += seconds
             outcome.interrupted = _in_any_process(run, interrupt.requested) and step < total  # the last step ends the run anyway
             for hook in hooks:
