@@ -12,13 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 from musubi_tuner import (
+    ltxv2_adopt_caches,
     ltxv2_cache_audio_latents,
     ltxv2_cache_latents,
     ltxv2_cache_text_encoder_outputs,
     ltxv2_import_precomputed,
     ltxv2_train_network,
 )
-from musubi_tuner.config.caching import AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
+from musubi_tuner.config.caching import AdoptConfig, AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
 from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.training import TrainingConfig
 
@@ -54,6 +55,7 @@ PROGRAMS = (
     Program(ltxv2_cache_text_encoder_outputs, TextCachingConfig),
     Program(ltxv2_train_network, TrainingConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
+    Program(ltxv2_adopt_caches, AdoptConfig),
 )
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "cache-text": "ltxv2_cache_text_encoder_outputs",
     "train": "ltxv2_train_network",
     "import-precomputed": "ltxv2_import_precomputed",
+    "adopt": "ltxv2_adopt_caches",
     "doctor": "ltxv2_doctor",
     "make-tiny": "make_tiny",
 }

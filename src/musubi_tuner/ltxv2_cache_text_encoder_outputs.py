@@ -36,12 +36,18 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
     recipe = _recipe(config)
     recipe.check()
-    jobs = list_text_jobs(datasets, prompts, recipe)
+    jobs, unread = list_text_jobs(datasets, prompts, recipe)
     with processes() as group:
-        return _run(config, recipe, jobs, group)
+        return _run(config, recipe, jobs, unread, group)
 
 
-def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob], group: Processes) -> int:
+def _run(
+    config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob], unread: Sequence[tuple[str, str]], group: Processes
+) -> int:
+    """
+    Args:
+        unread: (source, reason) of captions that cannot be read.
+    """
     from musubi_tuner.cache.sidecars import KINDS
     from musubi_tuner.cache.store import clean_temporaries
     from musubi_tuner.encoding.jobs import choose
@@ -61,10 +67,13 @@ def _run(config: TextCachingConfig, recipe: TextRecipe, jobs: Sequence[TextJob],
             texts = len({job.content for job in chosen})
             kept, at_most = len(jobs) - len(todo), recipe.stage == "features"
             log.info("%s", describe_forecast(kind.title, chosen, kept=kept, at_most=at_most, further=[("different texts", texts)]))
-        return 0
+            for name, reason in unread:
+                log.warning("WARNING: %s: %s", name, reason)
+        return 1 if unread else 0
     group.barrier()  # nobody writes while another still looks at what is there
     outcome = Outcome.joined(group.gather(encode_texts(todo, recipe, group, batch_size=config.work.batch_size)))
     outcome.kept = len(jobs) - len(todo)
+    outcome.failed += unread
     return conclude(kind, outcome, jobs, folders, group)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents
+from musubi_tuner.cache.record import RECORD_NAME
 from musubi_tuner.tiny.clips import write_clips
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -17,7 +18,9 @@ PROGRAMS = {"ltxv2_cache_latents": ltxv2_cache_latents, "ltxv2_cache_audio_laten
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    """All files but the record of when each was last looked at."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path.read_bytes() for path in paths if path.name != RECORD_NAME}
 
 
 def arguments(folder: Path, checkpoint: Path) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents
 from musubi_tuner.cache import store
 from musubi_tuner.cache.names import strip_key
+from musubi_tuner.cache.record import RECORD_NAME
 from musubi_tuner.encoding import audio as audio_module
 from musubi_tuner.encoding import layout as layout_module
 from musubi_tuner.encoding import pictures as pictures_module
@@ -55,7 +56,8 @@ def cache_sound(config: Path, checkpoint: Path, *flags: str) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All files but the record of when each was last looked at."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != RECORD_NAME}
 
 
 def one(folder: Path, pattern: str) -> tuple[dict[str, torch.Tensor], dict[str, str], list[str]]:

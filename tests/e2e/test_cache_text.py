@@ -169,7 +169,7 @@ def test_what_changed_is_rebuilt_and_listed_with_the_reason(dataset, tiny_family
     assert f"not trained on: {text_name('long')}" in caplog.text
     for flags, reason in (
         (("--max_length", "8"), "other settings"),
-        (("--max_length", "8", "--ltx_mode", "av"), "its widths are not those"),
+        (("--max_length", "8", "--ltx_mode", "av"), "it was cached with --ltx_mode video, and lacks"),
     ):
         caplog.clear()
         assert cache(dataset, tiny_family, *flags) == 0
@@ -282,3 +282,25 @@ def test_a_killed_run_is_completed_by_the_next_one(tmp_path, tiny_family):
     shutil.rmtree(folder / "cache")
     assert cache(folder, tiny_family, "--batch_size", "1") == 0
     assert files(folder) == completed and len(completed) == 41
+
+
+def test_a_caption_that_cannot_be_read_fails_by_name_and_alone(dataset, tiny_family, encoded, caplog):
+    (dataset / "pictures" / "rain.txt").write_bytes("Regen auf dem Dach für Stunden".encode("latin-1"))
+    caplog.set_level(logging.INFO)
+    assert cache(dataset, tiny_family, "--dry_run") == 1 and "rain.txt: not UTF-8 text" in caplog.text
+    caplog.clear()
+    assert cache(dataset, tiny_family) == 1
+    assert "Text caching: 5 encoded, 1 failed" in caplog.text and "datasets[0]/rain.png" in caplog.text and "not UTF-8 text" in caplog.text
+    assert CAPTIONS["rain"] not in encoded and not (dataset / "cache" / text_name("rain")).exists()
+
+
+def test_a_file_whose_bits_turned_is_made_again(dataset, tiny_family, encoded, caplog):
+    cache(dataset, tiny_family)
+    path = dataset / "cache" / text_name("rain")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2000] + bytes([whole[-2000] ^ 1]) + whole[-1999:])
+    encoded.clear()
+    caplog.set_level(logging.INFO)
+    assert cache(dataset, tiny_family, "--batch_size", "1") == 0
+    assert encoded == [CAPTIONS["rain"]] and "not those that were written" in caplog.text
+    assert store.read_metadata(path)["tokens"].isdecimal()

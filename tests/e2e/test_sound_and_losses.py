@@ -181,7 +181,7 @@ def test_dropping_captions_needs_the_empty_prompt(data, tmp_path):
     copy = parts.Data(folder, folder / "dataset.toml", data.model, "av", data.encoder)
     empty = prompt_path(folder / "cache", "")
     store.write(empty, store.read(empty), read_metadata(empty) | {"widths": "128"})
-    with pytest.raises(UserError, match="(?s)widths are not those.*ltxv2_cache_text_encoder_outputs.py"):
+    with pytest.raises(UserError, match="(?s)cached with --ltx_mode video.*ltxv2_cache_text_encoder_outputs.py"):
         run(copy, tmp_path / "b", "--caption_dropout_rate", "0.5")
     empty.unlink()
     with pytest.raises(UserError, match="(?s)the empty prompt is not cached.*missing.*ltxv2_cache_text_encoder_outputs.py"):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_train_network
+from musubi_tuner.dataset import verify
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
 from tests import training_parts as parts
@@ -195,7 +196,7 @@ def test_missing_sidecars_stop_an_av_run_with_the_command(video_data, tmp_path):
     av = parts.Data(video_data.folder, video_data.toml, video_data.model, "av", video_data.encoder)
     with pytest.raises(UserError, match=r"(?s)_ltxv2_audio.safetensors: missing.*ltxv2_cache_audio_latents.py --dataset_config") as error:
         run(av, tmp_path)
-    assert "widths" in str(error.value), "captions cached for video alone are named too"
+    assert "it was cached with --ltx_mode video" in str(error.value), "captions cached for video alone are named too"
     assert not (tmp_path / "ltxv2_lora.safetensors").exists()
 
 
@@ -257,7 +258,7 @@ def test_clip_whose_sound_is_absent_is_trained_on_pictures_alone(tiny_family, tm
     assert [row["audio_supervised"] for row in parts.losses(tmp_path / "out")] == [0.5, 0.5]
 
 
-def test_not_finite_stops_before_the_update_and_names_the_item(data, tmp_path):
+def test_not_finite_stops_before_the_update_and_names_the_item(data, tmp_path, monkeypatch):
     broken = copy_of(data, tmp_path / "data")
     for path in (broken.folder / "cache").glob("*_ltxv2.safetensors"):
         tensors = {name: torch.full_like(value, float("nan")) for name, value in load_file(path).items()}
@@ -265,6 +266,9 @@ def test_not_finite_stops_before_the_update_and_names_the_item(data, tmp_path):
     toml = broken.toml.read_text(encoding="utf-8").split("[[validation_datasets]]")[0]
     broken.toml.write_text(toml, encoding="utf-8")
     # the settings do not include validation datasets, so the index still fits
+    with pytest.raises(UserError, match=r"3 cache file(.|\n)*_ltxv2.safetensors: its tensors are not those that were written"):
+        run(broken, tmp_path / "out")
+    monkeypatch.setattr(verify, "content_faults", lambda files: {})
     with pytest.raises(UserError, match=r"step 1: not finite: video loss nan of datasets\[0\]/"):
         run(broken, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -1,6 +1,7 @@
 """The on-disk contract: names, keys, atomic files, fingerprints, audit, index."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -80,9 +81,10 @@ def test_files_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert read.keys() == tensors().keys()
     for key, tensor in tensors().items():
         assert read[key].dtype == tensor.dtype and torch.equal(read[key], tensor)
-    metadata, shapes = store.read_header(path)
+    metadata, headers = store.read_header(path)
     assert metadata == {"ltxv2_cache": "1", **METADATA}
-    assert shapes == {key: tuple(tensor.shape) for key, tensor in tensors().items()}
+    assert {key: header.shape for key, header in headers.items()} == {key: tuple(tensor.shape) for key, tensor in tensors().items()}
+    assert {key: header.dtype for key, header in headers.items()} == {"b_float32": "F32", "a_int32": "I32", "empty_bfloat16": "BF16"}
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -230,3 +232,72 @@ def test_a_missing_index_names_what_differs_and_the_command(tmp_path: Path) -> N
     index_path(dataset).write_text('{"clips": [{"key"', encoding="utf-8")
     with pytest.raises(UserError, match=r"damaged.*ltxv2_cache_latents\.py"):
         read_index(dataset, Path("d.toml"))
+
+
+def test_names_that_are_not_utf8_are_written_out(tmp_path: Path) -> None:
+    dataset = spec(tmp_path)
+    write_index(dataset, DatasetIndex(settings=dataset.settings(), clips=(clip(),), dropped=(("a\udcff.mp4", "its name is not UTF-8"),)))
+    assert read_index(dataset, Path("d.toml")).dropped == (("a\\udcff.mp4", "its name is not UTF-8"),)
+
+
+def change(value: object, path: tuple[object, ...], new: object) -> object:
+    """A copy of plain JSON values with one of them changed, or taken out where `new` is `...`."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if new is ... and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = change(copy.get(path[0]) if isinstance(copy, dict) else copy[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "words"),
+    [
+        ((), [], "'settings' must hold keys and values"),
+        (("settings",), 5, "'settings' must hold keys and values"),
+        (("settings",), ..., "'settings' must hold keys and values"),
+        (("clips",), None, "'clips' must hold a list"),
+        (("clips", 0), "a", r"clips\[0\]: must hold keys and values"),
+        (("dropped", 0), ["b.mp4"], r"dropped: \['b.mp4'\]: must be \[source, reason\]"),
+        (("dropped", 0), ["b.mp4", 5], r"must be \[source, reason\]"),
+        (("clips", 0, "latents"), 5, r"clips\[0\]: latents = 5: must be text"),
+        (("clips", 0, "latents"), "../l", r"clips\[0\]: latents = '../l': must be the name of a file"),
+        (("clips", 0, "audio"), "/etc/passwd", "must be the name of a file"),
+        (("clips", 0, "text"), "", "must be the name of a file"),
+        (("clips", 0, "text"), "..", "must be the name of a file"),
+        (("clips", 0, "text"), "a\0b", "must be the name of a file"),
+        (("clips", 0, "stem"), "a/b", "must be the name of a file"),
+        (("clips", 0, "sound_fingerprint"), -1, "sound_fingerprint = -1: must be text"),
+        (("clips", 0, "source"), [], r"source = \[\]: must be text"),
+        (("clips", 0, "has_audio"), None, "has_audio = None: must be true or false"),
+        (("clips", 0, "has_audio"), 1, "has_audio = 1: must be true or false"),
+        (("clips", 0, "frames"), 9.0, "frames = 9.0: must be a whole number"),
+        (("clips", 0, "frames"), True, "frames = True: must be a whole number"),
+        (("clips", 0, "frames"), -9, "frames = -9: must be at least 0"),
+        (("clips", 0, "fps"), "24", "fps = '24': must be a number"),
+        (("clips", 0, "fps"), 0, "fps = 0: must be a frame rate"),
+        (("clips", 0, "end_seconds"), 0, "must be above start_seconds"),
+        (("clips", 0, "kind"), "film", "must be video, image or audio"),
+        (("clips", 0, "frames"), ..., "'frames' is missing"),
+        (("clips", 0, "colour"), 1, "unknown key 'colour'"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_named_with_the_remedy(tmp_path: Path, place: tuple[object, ...], new: object, words: str) -> None:
+    dataset = spec(tmp_path)
+    path = write_index(dataset, DatasetIndex(settings=dataset.settings(), clips=(clip(),), dropped=(("b.mp4", "too short"),)))
+    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")), place, new)), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{path.name}: .*{words}.*Run: python ltxv2_cache_latents.py --dataset_config d.toml"):
+        read_index(dataset, Path("d.toml"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"clips": NaN}', '"\\ud800"', "\xff"])
+def test_an_index_that_is_no_json_is_named_too(tmp_path: Path, text: str) -> None:
+    dataset = spec(tmp_path)
+    index_path(dataset).parent.mkdir()
+    index_path(dataset).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{index_path(dataset).name}: not .*Run: python ltxv2_cache_latents.py"):
+        read_index(dataset, Path("d.toml"))
+    with pytest.raises(UserError, match="the index there cannot be read"):
+        read_index(spec(tmp_path, target_fps=12), Path("d.toml"))

@@ -81,14 +81,9 @@ def test_two_keys_of_one_name_are_an_error(tmp_path):
         merge_sources([tmp_path / "a"])
 
 
-def test_legacy_text_keys_are_read_with_one_warning(tmp_path, caplog, monkeypatch):
-    from musubi_tuner.dataset import merge
-
-    monkeypatch.setattr(merge, "_warned", set())
+def test_legacy_text_keys_are_read(tmp_path):
     store.write(tmp_path / "a", {"t5_bfloat16": torch.ones(2, 3), "t5_mask": torch.ones(2)}, {})
-    for _ in range(3):
-        assert set(merge_sources([tmp_path / "a"])) == {"text", "text_mask"}
-    assert caplog.text.count("older keys") == 1
+    assert set(merge_sources([tmp_path / "a"])) == {"text", "text_mask"}
 
 
 def test_sound_is_padded_and_keeps_its_place_in_the_batch(tmp_path):

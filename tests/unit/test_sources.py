@@ -1,6 +1,7 @@
 """Listing sources and captions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,10 @@ def test_bad_jsonl_lines_are_named_by_number(tmp_path: Path, line: str, words: s
 def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     put(tmp_path, "a.png", None)
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8.*Save the file as UTF-8"):
-        list_sources(spec(tmp_path))
+    put(tmp_path, "b.png", "a dog")
+    first, second = list_sources(spec(tmp_path))
+    assert re.search(r"a\.txt: not UTF-8.*Save the file as UTF-8", first.caption_problem) and first.caption == ""
+    assert (second.caption, second.caption_problem) == ("a dog", "")
     (tmp_path / "list.jsonl").write_bytes('{"image_path": "a.png", "caption": "grün"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"list\.jsonl: not UTF-8"):
         list_sources(spec(tmp_path, jsonl=tmp_path / "list.jsonl"))

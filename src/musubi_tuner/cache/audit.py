@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from musubi_tuner.cache.names import strip_key
+from musubi_tuner.cache.forms import Forms, header_fault
+from musubi_tuner.cache.names import training_key
 from musubi_tuner.cache.store import FORMAT_VERSION, read_header
 from musubi_tuner.runtime.errors import UserError
 
@@ -21,36 +22,78 @@ _WORDS = {
     "stage": "it was cached at another stage",
     "backend": "it was made with another text encoder backend",
     "model_version": "it was made with another model",
-    "widths": "its widths are not those of this model and mode",
+    "widths": "its widths are not those of this model",
+    "max_length": "its caption was cut at another --max_length",
 }
 
 
-def reason_to_rebuild(path: Path, expected: Mapping[str, str], required: Sequence[str]) -> str | None:
-    """Why the file at `path` cannot be used, in words; None where it can.
+def reason_to_rebuild(
+    path: Path, expected: Mapping[str, str], required: Sequence[str], forms: Forms | None = None, *, to_read: bool = False
+) -> str | None:
+    """Why the file at `path` cannot be used, in words, as far as its header tells; None where it can.
 
     Args:
         expected: metadata entries that must be equal.
         required: stripped keys that must be there.
+        forms: what its tensors must be; None: anything.
+        to_read: what holds more than is wanted, or comes out the same, will do.
     """
     if not path.is_file():
         return "missing"
     try:
-        metadata, shapes = read_header(path)
+        metadata, found = read_header(path)
     except UserError:
         return "damaged or truncated"
     if metadata.get("ltxv2_cache") != FORMAT_VERSION:
-        return "it is not a cache of this version of the trainer"
-    present = {strip_key(key) for key in shapes}
-    lacking = [key for key in required if key not in present]
+        return _not_ours(metadata)
+    headers = {training_key(key): header for key, header in found.items()}
+    lacking = [key for key in required if key not in headers]
     if lacking:
         return f"it lacks {', '.join(lacking)}"
+    if len(headers) < len(found):
+        return f"two of its tensors ({', '.join(sorted(found))}) are the same to training"
     for key, value in expected.items():
-        found = metadata.get(key)
-        if key == "model_version" and _same_release(found or "", value):
+        entry = metadata.get(key)
+        if entry == value or key == "model_version" and _same_release(entry or "", value):
             continue
-        if found != value:
-            return f"{_WORDS.get(key, key + ' differs')} ({key}: {_short(found)}, wanted {_short(value)})"
-    return None
+        if not (to_read and _serves(key, metadata, value)):
+            return _difference(key, metadata, value)
+    return None if forms is None else header_fault(headers, forms(metadata))
+
+
+def _not_ours(metadata: Mapping[str, str]) -> str:
+    if "ltxv2_cache" in metadata:
+        return f"it is a cache of another version of the trainer (format {_short(metadata['ltxv2_cache'])}, here {FORMAT_VERSION})"
+    return "it says nothing of how it was made (caches of other tools are taken over by tools/adopt_caches.py)"
+
+
+def _serves(key: str, metadata: Mapping[str, str], wanted: str) -> bool:
+    """Whether an entry of another value than the wanted one makes no difference to training."""
+    if key == "widths":  # the video's part of a text comes first, and is all that --ltx_mode video reads
+        return "+" not in wanted and metadata.get(key, "").startswith(f"{wanted}+")
+    return key == "max_length" and cut_alike(metadata, wanted) is not False
+
+
+def cut_alike(metadata: Mapping[str, str], wanted: str) -> bool | None:
+    """Whether a cached text is what a `--max_length` of `wanted` tokens makes of its caption; None where the file does not tell."""
+    found, tokens, limit = metadata.get("max_length", ""), metadata.get("tokens", ""), int(wanted)
+    if not found.isdecimal() or int(found) == limit:
+        return found == wanted or None
+    if tokens.isdecimal():
+        return int(tokens) <= limit and int(tokens) < int(found)
+    # no token is shorter than a byte, and the tokenizers add a beginning or an end
+    return True if len(metadata.get("caption", "").encode("utf-8", "replace")) + 2 <= min(limit, int(found)) else None
+
+
+def _difference(key: str, metadata: Mapping[str, str], wanted: str) -> str:
+    found = metadata.get(key)
+    if key == "max_length" and "tokens" in metadata:
+        return (
+            f"its caption, cached with --max_length {found}, has {metadata['tokens']} tokens there; --max_length {wanted} cuts it elsewhere"
+        )
+    if key == "widths" and found is not None and wanted.startswith(f"{found}+"):
+        return "it was cached with --ltx_mode video, and lacks the text of the sound, which --ltx_mode av and audio read"
+    return f"{_WORDS.get(key, key + ' differs')} ({key}: {_short(found)}, wanted {_short(wanted)})"
 
 
 def _same_release(found: str, wanted: str) -> bool:

@@ -15,6 +15,8 @@ TEXT_MASK_KEY = "text_mask"
 
 _DTYPE = re.compile(r"_(bfloat16|float16|float32|float64|float8_e4m3fn|float8_e5m2|u?int8|int16|int32|int64|bool)$")
 _SHAPE = re.compile(r"_\d+x\d+x\d+$")
+_LEGACY = {"t5": "text", "t5_mask": TEXT_MASK_KEY}
+"""Keys of older text caches: what they are called now."""
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:
@@ -78,6 +80,16 @@ def strip_key(key: str) -> str:
     if key.endswith("_mask"):
         return key
     return _SHAPE.sub("", _DTYPE.sub("", key))
+
+
+def training_key(key: str) -> str:
+    """As `strip_key`, with older names of text as they are now."""
+    name = strip_key(key)
+    return _LEGACY.get(name, name)
+
+
+def is_legacy_key(key: str) -> bool:
+    return strip_key(key) in _LEGACY
 
 
 def _name(dtype: torch.dtype) -> str:

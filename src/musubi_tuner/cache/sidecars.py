@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.forms import Forms, TensorForm, audio_forms, latent_form, mask_form, text_forms
 from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, TEXT_ENDING, TEXT_MASK_KEY, audio_latents_key, latents_key, text_key
 from musubi_tuner.cache.store import canonical
 
@@ -68,6 +69,8 @@ class SidecarKind:
     """Metadata entry `kind`."""
     window: Callable[[Clip, Sidecar], Mapping[str, Any]] | None = None
     """What the dataset decided about it, for the metadata entry `window`; None: it is not of a window."""
+    tensors: Callable[[Clip, Sidecar, Mapping[str, str]], Mapping[str, TensorForm]] | None = None
+    """(clip, sidecar, metadata of the file) -> what its tensors must be, by stripped key; None: anything."""
     files: OwnFiles | None = None
     """What it is made from, where that is not the clip's own source."""
     older_index_fields: Mapping[str, str] | None = None
@@ -95,10 +98,26 @@ class SidecarKind:
                 entries["colors"] = colors
         return entries
 
+    def forms(self, clip: Clip) -> Forms:
+        """What the tensors of its file must be, where the kind says so."""
+        return _FormsOf(self.name, clip)
+
     def name_beside(self, other: str) -> str:
         """Its file's name beside a file of the kind `beside`."""
         assert self.beside is not None
         return other.removesuffix(KINDS[self.beside].ending) + self.ending
+
+
+@dataclass(frozen=True, slots=True)
+class _FormsOf:
+    """The forms of a clip's file of a kind; goes from process to process."""
+
+    kind: str
+    clip: Clip
+
+    def __call__(self, metadata: Mapping[str, str]) -> Mapping[str, TensorForm]:
+        tensors = KINDS[self.kind].tensors
+        return {} if tensors is None else tensors(self.clip, self.clip.sidecars[self.kind], metadata)
 
 
 def _mirrored(clip: Clip) -> dict[str, Any]:
@@ -152,6 +171,7 @@ KINDS: dict[str, SidecarKind] = {
             encoder="video_vae",
             recorded=lambda clip: f"{clip.kind}_latents",
             window=clip_window,
+            tensors=lambda clip, sidecar, metadata: {"latents": latent_form(clip.frames, clip.height, clip.width)},
             older_index_fields={"file": "latents"},
         ),
         SidecarKind(
@@ -168,6 +188,7 @@ KINDS: dict[str, SidecarKind] = {
             # The rate says how much may be padded at a stream's end. The entry `audio` is not expected: it is `absent` too where a
             # stream ends before the window begins, which decoding tells.
             window=lambda clip, sidecar: {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps},
+            tensors=lambda clip, sidecar, metadata: audio_forms("", clip.seconds),
             files=OwnFiles(directory="separate_audio_directory", path="audio_path", media="sounds", of=("video",), what="sound file"),
             older_index_fields=_index_fields("audio", "sound", "source", "fingerprint"),
         ),
@@ -183,6 +204,7 @@ KINDS: dict[str, SidecarKind] = {
             encoder="video_vae",
             recorded=lambda clip: "reference_latents",
             window=_reference_window,
+            tensors=lambda clip, sidecar, metadata: {"ref_latents": latent_form(sidecar.frames, sidecar.height, sidecar.width)},
             files=OwnFiles(
                 directory="reference_directory", path="reference_path", media="pictures", of=("video", "image"), what="reference"
             ),
@@ -201,6 +223,7 @@ KINDS: dict[str, SidecarKind] = {
             program=LATENT_PROGRAM,
             recorded=lambda clip: "mask",
             window=clip_window,
+            tensors=lambda clip, sidecar, metadata: {"video_mask": mask_form(clip.frames, clip.height, clip.width)},
             files=OwnFiles(directory="mask_directory", path="mask_path", media="pictures", of=("video", "image"), what="mask"),
             older_index_fields=_index_fields("mask", "mask", "source", "fingerprint"),
         ),
@@ -215,6 +238,7 @@ KINDS: dict[str, SidecarKind] = {
             program=AUDIO_PROGRAM,
             encoder="audio_vae",
             recorded=lambda clip: "reference_audio_latents",
+            tensors=lambda clip, sidecar, metadata: audio_forms("ref_", clip.seconds),
             window=lambda clip, sidecar: {"longest": clip.seconds},  # from its own beginning, as long as the clip at most
             files=OwnFiles(
                 directory="reference_audio_directory",
@@ -235,6 +259,7 @@ KINDS: dict[str, SidecarKind] = {
             program=TEXT_PROGRAM,
             encoder="text",
             recorded=lambda clip: "text",
+            tensors=lambda clip, sidecar, metadata: text_forms(metadata),
             older_index_fields={"file": "text"},
         ),
     )

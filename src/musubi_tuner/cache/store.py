@@ -13,10 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from musubi_tuner.cache.names import ending_of
+from musubi_tuner.cache.forms import Forms, TensorHeader, value_fault
+from musubi_tuner.cache.names import ending_of, training_key
+from musubi_tuner.cache.record import note_checked
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 FORMAT_VERSION = "1"
+_AGAIN = "Run the caching program again; it makes this file again."
+_ENCODER_AT_FAULT = (
+    "The encoder or its dtype is at fault: try --vae_dtype float32 (--text_dtype float32), and check that the checkpoint is undamaged."
+)
 _TEMPORARY = ".tmp"
 _WHOLE_UP_TO = 16 * 2**20
 _BLOCK = 2**20
@@ -27,31 +33,72 @@ class DiskFullError(TemporaryFailure):
     """No later write can succeed either, so a caching program stops here."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], forms: Forms | None = None) -> None:
     """Write through a temporary file in the same folder.
 
+    Args:
+        forms: what the tensors must be; a file that was written with them counts as checked.
+
     Raises:
-        UserError: NaN or infinity in a tensor; the old file, if any, is untouched. Also what `write_bytes` raises.
+        UserError: NaN or infinity in a tensor, or values beyond its form's limits; the old file, if any, is untouched. Also what
+            `write_bytes` raises.
     """
+    if forms is not None and (fault := value_fault({training_key(key): tensor for key, tensor in tensors.items()}, forms(metadata))):
+        raise UserError(f"{path}: {fault}, so it was not written. {_ENCODER_AT_FAULT}")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(tensor.float()).all()):
-            raise UserError(
-                f"{path}: '{key}' holds NaN or infinity, so it was not written. The encoder or its dtype is at fault: "
-                "try --vae_dtype float32 (--text_dtype float32), and check that the checkpoint is undamaged."
-            )
-    write_bytes(path, serialize(tensors, {"ltxv2_cache": FORMAT_VERSION, **metadata}))
+            raise UserError(f"{path}: '{key}' holds NaN or infinity, so it was not written. {_ENCODER_AT_FAULT}")
+    header, body = _parts(save(_ordered(tensors)))
+    write_bytes(path, joined(header, body, {"ltxv2_cache": FORMAT_VERSION, **metadata}))
+    if forms is not None:
+        note_checked({path: tensors_fingerprint(header, body)})
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file, the same bytes for the same content: safetensors itself writes metadata in the order of a hash table."""
-    data = save({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}, metadata=dict(metadata))
-    length = int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    found = header.pop("__metadata__", {})
-    ordered = {"__metadata__": dict(sorted(found.items())), **header}
+    return joined(*_parts(save(_ordered(tensors))), metadata)
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+
+
+def joined(header: Mapping[str, Any], body: memoryview, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of its parts.
+
+    Args:
+        header: without metadata.
+        body: the tensors' bytes.
+    """
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return b"".join((len(text).to_bytes(8, "little"), text, body))
+
+
+def tensors_fingerprint(header: Mapping[str, Any], body: memoryview) -> str:
+    """32 hex digits of a file's tensors: their names, dtypes, shapes and bytes. Metadata do not count."""
+    digest = hashlib.sha256(canonical({key: entry for key, entry in header.items() if key != "__metadata__"}).encode())
+    digest.update(body)
+    return digest.hexdigest()[:32]
+
+
+def read_parts(path: Path) -> tuple[dict[str, str], dict[str, Any], memoryview]:
+    """Metadata, header without them, and the tensors' bytes of a file whose header is known to be sound (`read_header`).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        header, body = _parts(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
+    return header.pop("__metadata__", {}), header, body
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -95,18 +142,18 @@ def clean_temporaries(folder: Path, endings: Sequence[str]) -> int:
     return len(found)
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Metadata, and {key: shape}, without reading tensors.
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]]:
+    """Metadata, and shape and dtype of each tensor by key, without reading tensors.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return file.metadata() or {}, {name: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). {_AGAIN}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -123,7 +170,7 @@ def read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). Run the caching program again; it makes this file again.") from error
+        raise UserError(f"{path}: missing or damaged ({error}). {_AGAIN}") from error
 
 
 def file_fingerprint(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Options of the programs that write caches: the three caching programs and `tools/import_precomputed.py`."""
+"""Options of the programs that write caches: the three caching programs, and those in `tools/` that take caches over."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -191,6 +191,50 @@ class ImportConfig:
         if prompts is not None and self.model.text_encoder is None:
             raise UserError(f"--sample_prompts {prompts}: prompts are not in the tree; give --text_encoder, which encodes them.")
         return self
+
+
+@options
+class AdoptDataOptions:
+    """Data."""
+
+    dataset_config: AnyPath = flag("dataset TOML, whose cache directories hold the files")
+    ltx_mode: Mode = flag("what will be trained", default="video")
+    text_cache_stage: Literal["context", "features"] = flag(
+        "what the texts are: contexts, or features before connectors", default="context"
+    )
+    source_fps: FrameRate | None = flag("frame rate of clips whose media are gone, where the dataset gives none", default=None)
+    dry_run: bool = flag("check and report, and write nothing", default=False)
+
+
+@options
+class AdoptModelOptions:
+    """Models.
+
+    Those that the files were made with: nothing in the files tells, and training compares what is recorded with its own.
+    """
+
+    ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
+    vae: AnyPath | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
+    audio_vae: AnyPath | None = flag("full checkpoint or audio VAE file; default: --vae", default=None)
+    text_encoder: str | None = flag("encoder folder; needed where training is given one too", default=None)
+    text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder", default="gemma")
+    max_length: TextTokens | None = flag("captions were cut to this many tokens; default: 1024", default=None)
+
+
+@options
+class AdoptWorkOptions:
+    """Work."""
+
+    num_workers: Count = flag("threads that look into media", default=2)
+
+
+@options
+class AdoptConfig:
+    """All sections."""
+
+    data: AdoptDataOptions
+    model: AdoptModelOptions
+    work: AdoptWorkOptions
 
 
 def first_given(*candidates: tuple[str, Path | None]) -> Path:

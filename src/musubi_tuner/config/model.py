@@ -25,7 +25,7 @@ class ModelOptions:
     )
     text_encoder_backend: Literal["gemma", "t5"] | None = flag("must agree with the cached captions", default=None)
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
-    max_length: TextTokens | None = flag("cuts captions to this many tokens; must agree with the cache", default=None)
+    max_length: TextTokens | None = flag("cuts captions to this many tokens; must cut them where the cache does", default=None)
     ltxv2_backend: Literal["official"] = flag("implementation of the model", default="official")
     device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
 

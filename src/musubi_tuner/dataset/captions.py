@@ -38,7 +38,8 @@ class CaptionDropout:
         if not (both or video or audio):
             return tensors
         found = merge_sources([self.empty])
-        empty = found["text"].to(text.dtype)
+        width = min(text.shape[1], found["text"].shape[1])  # --ltx_mode video reads texts that were cached with those of the sound, too
+        text, empty = text[:, :width], found["text"][:, :width].to(text.dtype)
         alone = text.shape[1] <= self.video_width
         if both or (video and (audio or alone)):
             masks = {"text_mask": found["text_mask"]} if "text_mask" in tensors and "text_mask" in found else {}

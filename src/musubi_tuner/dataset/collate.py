@@ -57,6 +57,8 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     """
     items = [draw.item for draw in draws]
     merged = [_read(draw, rules) for draw in draws]
+    if mode == "video":
+        merged = _with_equal_texts(merged)
     latents = stack_equal(items, merged, "latents") if mode != "audio" else None
     text, text_mask = stack_text(items, merged, features=rules.text_features)
     real_steps, imagined_steps = _audio_steps(items, merged, mode, rules)
@@ -116,6 +118,12 @@ def _read(draw: Draw, rules: DrawRules) -> Mapping[str, Tensor]:
     if rules.dropped is None:
         return tensors
     return rules.dropped.apply(tensors, rules.generator(draw, "caption"), item.spec.caption_dropout_rate)
+
+
+def _with_equal_texts(merged: Merged) -> Merged:
+    """Texts (S, W) of the narrowest width: those that were cached with the sound's have the video's first."""
+    width = min(tensors["text"].shape[1] for tensors in merged)
+    return [tensors if tensors["text"].shape[1] == width else {**tensors, "text": tensors["text"][:, :width]} for tensors in merged]
 
 
 def _audio_steps(items: Sequence[Item], merged: Merged, mode: str, rules: DrawRules) -> tuple[list[int], list[int]]:

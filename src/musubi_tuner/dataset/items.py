@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.clip import Clip
-from musubi_tuner.cache.index import DatasetIndex, read_index
+from musubi_tuner.cache.index import DatasetIndex, printable, read_index
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
@@ -77,7 +77,7 @@ def _not_planned(spec: DatasetSpec, index: DatasetIndex) -> list[str]:
     if not sources_exist(spec):
         return []
     known = {clip.source for clip in index.clips} | {source for source, _ in index.dropped}
-    return [source.name for source in list_sources(spec, require_captions=False) if source.name not in known]
+    return [source.name for source in list_sources(spec, require_captions=False) if printable(source.name) not in known]
 
 
 _EMPTY_HINTS = {

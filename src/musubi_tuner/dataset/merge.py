@@ -1,25 +1,19 @@
 """An item's cache files -> one dict under the keys that training knows; such dicts -> stacked tensors."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.cache.names import strip_key
+from musubi_tuner.cache.names import training_key
 from musubi_tuner.cache.store import read
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
 
-log = logging.getLogger(__name__)
-
-_LEGACY = {"t5": "text", "t5_mask": "text_mask"}
-_warned: set[str] = set()
-
 
 def merge_sources(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Read the files in order (latents, sound, text) and strip dtype and shape from their keys.
+    """Read the files in order (latents, sound, text) and give their tensors the keys of training.
 
     Raises:
         UserError: two keys that strip to the same name.
@@ -28,7 +22,7 @@ def merge_sources(paths: Sequence[Path]) -> dict[str, Tensor]:
     origin: dict[str, str] = {}
     for path in paths:
         for key, tensor in read(path).items():
-            name = _current(strip_key(key))
+            name = training_key(key)
             if name in merged:
                 raise UserError(
                     f"{path}: the key '{key}' and '{origin[name]}' are both '{name}'. "
@@ -52,12 +46,3 @@ def stack_equal(items: Sequence[Item], merged: Sequence[Mapping[str, Tensor]], k
             f"'{key}' of one batch differ in shape: {listed}. The caches were made with different settings; run the caching programs again."
         )
     return torch.stack([tensors[key] for tensors in merged])
-
-
-def _current(name: str) -> str:
-    if name not in _LEGACY:
-        return name
-    if "t5" not in _warned:
-        _warned.add("t5")
-        log.warning("WARNING: the text caches use the older keys 't5' and 't5_mask'; they are read as 'text' and 'text_mask'.")
-    return _LEGACY[name]

@@ -66,7 +66,7 @@ def look_at_run(config: TrainingConfig, checkpoint: Checkpoint) -> Iterator[Find
 
 def _sources(spec: DatasetSpec) -> str | Note:
     if not sources_exist(spec):
-        return Note(f"{spec.root} is gone: training runs from the caches alone, and nothing can be cached anew")
+        return Note(f"no {spec.kind} file is in {spec.root}: training runs from the caches alone, and nothing can be cached anew")
     sources = list_sources(spec, require_captions=False)
     size = sum(source.path.stat().st_size for source in sources)
     says = f"{len(sources)} {spec.kind} file(s), {size / GIB:.2f} GiB, in {spec.root}"

@@ -1,4 +1,4 @@
-"""Which cache files there are to make, and which of them are right already: decided from headers and fingerprints, before decoding."""
+"""Which cache files there are to make, and which of them are right already: decided before anything is decoded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.contents import content_faults
+from musubi_tuner.cache.forms import Forms
 from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.runtime.errors import UserError
 
@@ -32,6 +34,8 @@ class Job(Generic[Content]):
     """About how many bytes it will have."""
     unwanted_note: str = ""
     """A file with this `NOTE` is made again, though it is what is expected."""
+    forms: Forms
+    """What the file's tensors must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +67,10 @@ def one_for_each_file(jobs: Iterable[Job[Content]]) -> list[Job[Content]]:
 
 def choose(jobs: Sequence[Job[Content]], required: Sequence[str], *, skip_existing: bool) -> list[Todo[Content]]:
     """The jobs whose file is missing or wrong; all of them where existing files are not to be kept."""
-    found = []
+    reasons = {job.target: reason_to_rebuild(job.target, job.expected, required, job.forms) for job in jobs}
     for job in jobs:
-        reason = reason_to_rebuild(job.target, job.expected, required)
-        if reason is None and job.unwanted_note and read_metadata(job.target).get(NOTE) == job.unwanted_note:
-            reason = f"it was noted as {job.unwanted_note}"
-        if reason is not None or not skip_existing:
-            found.append(Todo(job, reason or "--no-skip_existing"))
-    return found
+        if reasons[job.target] is None and job.unwanted_note and read_metadata(job.target).get(NOTE) == job.unwanted_note:
+            reasons[job.target] = f"it was noted as {job.unwanted_note}"
+    if skip_existing:
+        reasons |= content_faults({job.target: job.forms for job in jobs if reasons[job.target] is None})
+    return [Todo(job, reasons[job.target] or "--no-skip_existing") for job in jobs if reasons[job.target] is not None or not skip_existing]

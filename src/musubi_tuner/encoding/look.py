@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from musubi_tuner.cache.index import printable
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
@@ -86,11 +87,6 @@ def _check_name(source: Source) -> None:
     for path in (source.path, *source.files.values()):
         if str(path) != printable(str(path)):
             raise UserError(f"{path}: its name is not UTF-8. Rename it.")
-
-
-def printable(text: str) -> str:
-    """Bytes of names that are not UTF-8 as \\udcff and the like, which can be written anywhere."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _media_file(path: Path, kind: str) -> MediaFile:

@@ -91,6 +91,7 @@ def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: En
         people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
         size=MAKERS[kind.name].size(clip, kind.name),
         unwanted_note=(SILENT if planned.supervise_silence else SILENT_SOUND) if kind.name == "audio" else "",
+        forms=kind.forms(clip),
     )
 
 
@@ -115,6 +116,6 @@ def stages(
 
     def write(job: ClipJob, encoded: Tensor) -> None:
         note = {NOTE: notes[job.target]} if job.target in notes else {}
-        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded), **note})
+        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded), **note}, job.forms)
 
     return Stages(decode=decode, shape=lambda value: value.shape, encode=encode, settle=settled, write=write)

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.index import DatasetIndex
+from musubi_tuner.cache.index import DatasetIndex, printable
 from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
-from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into, printable
+from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into
 from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
 from musubi_tuner.media.probe import AudioInfo, VideoInfo
 from musubi_tuner.media.video import sampled_length

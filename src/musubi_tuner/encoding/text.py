@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from musubi_tuner.cache import store
+from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.names import PROMPT_FOLDER, prompt_path, text_name
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import canonical, text_fingerprint
@@ -44,8 +45,8 @@ _Waiting = tuple[str, list[Todo[str]]]
 """A text and all files of it."""
 
 
-def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], recipe: TextRecipe) -> list[TextJob]:
-    """A file for each caption of every dataset, and for each sample prompt.
+def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], recipe: TextRecipe) -> tuple[list[TextJob], list[tuple[str, str]]]:
+    """A file for each caption of every dataset, and for each sample prompt; and (source, reason) of captions that cannot be read.
 
     Args:
         prompts: texts of the sample prompts; the empty prompt is always added.
@@ -54,12 +55,16 @@ def list_text_jobs(config: DatasetConfig, prompts: Sequence[str], recipe: TextRe
         UserError: missing captions, or two captions that want the same file.
     """
     common, size = _common_metadata(recipe), _most_bytes(recipe)
-    jobs = one_for_each_file(
-        _job(f"{spec.label}/{source.name}", spec.cache_directory / text_name(source.stem), source.caption, source.name, common, size)
-        for spec, sources in zip(config.all, list_all_sources(config.all), strict=True)
-        for source in sources
-    )
-    return [*jobs, *list_prompt_jobs(config.datasets[0].cache_directory, prompts, recipe)]
+    jobs, unread = [], []
+    for spec, sources in zip(config.all, list_all_sources(config.all), strict=True):
+        for source in sources:
+            name = f"{spec.label}/{source.name}"
+            if source.caption_problem:
+                unread.append((name, source.caption_problem))
+            else:
+                jobs.append(_job(name, spec.cache_directory / text_name(source.stem), source.caption, source.name, common, size))
+    prompt_jobs = list_prompt_jobs(config.datasets[0].cache_directory, prompts, recipe)
+    return [*one_for_each_file(jobs), *prompt_jobs], unread
 
 
 def list_prompt_jobs(cache_directory: Path, prompts: Sequence[str], recipe: TextRecipe) -> list[TextJob]:
@@ -75,7 +80,7 @@ def _job(name: str, target: Path, text: str, source: str, common: Mapping[str, s
     last = {"model_version": common["model_version"]}  # the least telling reason
     own = {"caption": text, "kind": "text", "source_fingerprint": text_fingerprint(text)}
     expected = own | {key: value for key, value in common.items() if key not in last} | last
-    return Job(name=name, target=target, content=text, expected=expected, people={"source": source}, size=size)
+    return Job(name=name, target=target, content=text, expected=expected, people={"source": source}, size=size, forms=text_forms)
 
 
 def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
@@ -156,10 +161,11 @@ def _finish(
     failures = []
     with tqdm(total=len(chunk), unit="text", desc=KINDS["text"].title, disable=not show) as bar:
         for waiting, batch in zip(_batches(chunk, batch_size), _batches(features, batch_size), strict=True):
-            for (_, files), (text, mask) in zip(waiting, stage.finish(batch), strict=True):
+            for (_, files), found, (text, mask) in zip(waiting, batch, stage.finish(batch), strict=True):
+                tensors, tokens = KINDS["text"].pack(text.to(STORED_DTYPE), mask), {"tokens": str(len(found[0]))}
                 for job in (one.job for one in files):
                     try:
-                        store.write(job.target, KINDS["text"].pack(text.to(STORED_DTYPE), mask), {**job.expected, **job.people})
+                        store.write(job.target, tensors, {**job.expected, **job.people, **tokens}, job.forms)
                     except store.DiskFullError:
                         raise
                     except UserError as error:

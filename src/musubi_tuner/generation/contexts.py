@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.audit import reason_to_rebuild
-from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, strip_key
+from musubi_tuner.cache.forms import text_forms
+from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, training_key
 from musubi_tuner.cache.store import read
 from musubi_tuner.runtime.errors import UserError
 
@@ -55,7 +56,8 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
     """
     expected = {"kind": "text", "stage": "context", **source.expected}
     paths = {text: prompt_path(source.cache_directory, text) for text in texts}
-    reasons = {text: reason_to_rebuild(path, expected, ("text", TEXT_MASK_KEY)) for text, path in paths.items()}
+    needed = ("text", TEXT_MASK_KEY)
+    reasons = {text: reason_to_rebuild(path, expected, needed, text_forms, to_read=True) for text, path in paths.items()}
     missing = {text: reason for text, reason in reasons.items() if reason is not None}
     if missing and source.encode is None:
         rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
@@ -67,7 +69,7 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
     contexts = {}
     for text, path in paths.items():
         if text not in missing:
-            tensors = {strip_key(key): tensor for key, tensor in read(path).items()}
+            tensors = {training_key(key): tensor for key, tensor in read(path).items()}
             contexts[text] = _to_context(tensors["text"], tensors[TEXT_MASK_KEY])
     if missing and source.encode is not None:
         encoded = source.encode(list(missing))

@@ -12,7 +12,8 @@ from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.validation import AnyPath, options, validated
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import read_json_lines, read_text
+from musubi_tuner.runtime.files import read_json_lines
+from musubi_tuner.sources.captions import Caption, listed_captions, name_in, read_caption
 
 EXTENSIONS = {
     "video": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"),
@@ -35,6 +36,8 @@ class Source:
     """Names its cache files."""
     caption: str
     """Empty where captions were not asked for and there is none."""
+    caption_problem: str = ""
+    """Why it cannot be read; the caption is empty then."""
     files: Mapping[str, Path]
     """Those that belong to it, by the kind of sidecar that is made of them; all sources of a dataset have one of a kind, or none."""
 
@@ -46,8 +49,8 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         require_captions: False for the latent caching programs, which do not use them.
 
     Raises:
-        UserError: no usable file, missing or empty captions, a malformed jsonl line or one whose path leads nowhere, or two sources
-            with one stem.
+        UserError: no usable file, missing or empty captions (`Source.caption_problem` tells of unreadable ones), a malformed jsonl line
+            or one whose path leads nowhere, or two sources with one stem.
     """
     sources = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
     if not sources:
@@ -56,7 +59,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
     _refuse_same_stems(spec, sources)
     sources = _with_own_files(spec, sources)
     if require_captions:
-        lacking = [source.name for source in sources if not source.caption.strip()]
+        lacking = [source.name for source in sources if not source.caption and not source.caption_problem]
         if lacking:
             raise UserError(
                 f"{spec.label}: {len(lacking)} of {len(sources)} sources have a missing or empty caption: {', '.join(lacking[:10])}"
@@ -86,8 +89,10 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
 
 
 def sources_exist(spec: DatasetSpec) -> bool:
-    """Whether the media are there to be compared with; training goes on without them."""
-    return spec.directory.is_dir() if spec.directory is not None else spec.listing.is_file()
+    """Whether any of the media are there to be compared with; training goes on without them."""
+    if spec.directory is None:
+        return spec.listing.is_file() and any((spec.root / path).is_file() for path, _ in listed_captions(spec))
+    return spec.directory.is_dir() and any(_is_source(spec, path) for path in _entries(spec, spec.directory))
 
 
 def _from_directory(spec: DatasetSpec) -> list[Source]:
@@ -95,8 +100,7 @@ def _from_directory(spec: DatasetSpec) -> list[Source]:
     sources = []
     for path in _entries(spec, spec.directory):
         if _is_source(spec, path):
-            caption = path.with_suffix(spec.caption_extension)
-            sources.append(_source(spec, path, read_text(caption) if _is_file(caption) else "", {}))
+            sources.append(_source(spec, path, read_caption(path.with_suffix(spec.caption_extension)), {}))
     return sources
 
 
@@ -139,16 +143,9 @@ def _is_source(spec: DatasetSpec, path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS[spec.kind] and not path.is_dir()
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _source(spec: DatasetSpec, path: Path, caption: str, files: Mapping[str, Path]) -> Source:
-    name = path.relative_to(spec.root) if path.is_relative_to(spec.root) else path
-    return Source(path=path, name=name.as_posix(), stem=path.stem, caption=caption.strip(), files=files)
+def _source(spec: DatasetSpec, path: Path, caption: Caption, files: Mapping[str, Path]) -> Source:
+    name = name_in(spec, path)
+    return Source(path=path, name=name, stem=path.stem, caption=caption.text or "", caption_problem=caption.problem, files=files)
 
 
 def _own_files(spec: DatasetSpec) -> dict[str, OwnFiles]:
@@ -197,7 +194,7 @@ def _from_jsonl(spec: DatasetSpec) -> list[Source]:
             for name, files in own.items()
             if line[files.path] is not None
         }
-        sources.append(_source(spec, path, line["caption"] or "", named))
+        sources.append(_source(spec, path, Caption((line["caption"] or "").strip()), named))
     return sources
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 
 from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.contents import content_faults
+from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
@@ -157,7 +159,9 @@ def cached_prompt(datasets: DatasetConfig, prompt: str, wanted: Wanted, why: str
         UserError: it is not cached, or for another model; `why` it is needed, and the command with its `flags`.
     """
     path = prompt_path(datasets.datasets[0].cache_directory, prompt)  # the first dataset's folder holds all prompts
-    reason = reason_to_rebuild(path, {"kind": "text", **wanted.text}, ("text", TEXT_MASK_KEY))
+    reason = reason_to_rebuild(path, {"kind": "text", **wanted.text}, ("text", TEXT_MASK_KEY), text_forms, to_read=True)
+    if reason is None:
+        reason = content_faults({path: text_forms}).get(path)
     if reason is not None:
         name, program = f"the prompt '{prompt}'" if prompt else "the empty prompt", "ltxv2_cache_text_encoder_outputs.py"
         raise UserError(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import canonical, file_fingerprint
 from musubi_tuner.conversion.official_dataset.files import OfficialText, Sample, read_audio, read_mask, read_text, read_video
@@ -64,10 +65,10 @@ def import_tensors(items: Sequence[ImportedItem], cache: Path, mode: str, encode
             if name == "audio":
                 metadata["audio"] = "present" if clip.has_audio else "absent"
                 what = "audio" if clip.has_audio else "no audio"
-            if reason_to_rebuild(path, metadata, ()) is None:
+            if reason_to_rebuild(path, metadata, (), kind.forms(clip)) is None:
                 written.kept[what] += 1
             else:
-                store.write(path, kind.pack(read(item.sample)), metadata)
+                store.write(path, kind.pack(read(item.sample)), metadata, kind.forms(clip))
                 written.made[what] += 1
 
 
@@ -91,7 +92,7 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
     todo = []
     for item in items:
         metadata = common | {"source": item.clip.source, "source_fingerprint": file_fingerprint(item.sample.files["text"])}
-        if reason_to_rebuild(cache / item.clip.sidecars["text"].file, metadata, KINDS["text"].keys) is None:
+        if reason_to_rebuild(cache / item.clip.sidecars["text"].file, metadata, KINDS["text"].keys, text_forms) is None:
             written.kept["captions"] += 1
         else:
             todo.append((item, metadata))
@@ -104,7 +105,7 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
         features = [_features(item, text, recipe) for (item, _), text in zip(batch, texts, strict=True)]
         for (item, metadata), text, (tensor, mask) in zip(batch, texts, stage.finish(features), strict=True):
             tensors = KINDS["text"].pack(tensor.to(STORED_DTYPE), mask)
-            store.write(cache / item.clip.sidecars["text"].file, tensors, metadata | {"max_length": str(text.padded)})
+            store.write(cache / item.clip.sidecars["text"].file, tensors, metadata | {"max_length": str(text.padded)}, text_forms)
             written.made["captions"] += 1
 
 
