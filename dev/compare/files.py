@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-VERSION_KEYS = frozenset({"ltxv2_trainer_version"})
-"""Metadata that may differ: the version of this package. All other keys, those of the model's version among them, may not."""
+VERSION_KEYS = frozenset({"ltxv2_trainer_version", "tokens"})
+"""Metadata that may differ: the version of this package, and what only newer trees write. All other keys may not."""
+NEWER_FILES = frozenset({"ltxv2_checked.jsonl"})
+"""Files that only newer trees write: the record of checked caches."""
 STATE_SETTINGS_THAT_MAY_DIFFER: frozenset[str] = frozenset()
 """Of `settings` in a state's progress.json."""
 PLAN_WORDS: Mapping[str, str] = {}
@@ -82,7 +84,7 @@ class Comparison:
 
 def _files(folder: Path, leave_out: Sequence[str]) -> set[str]:
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in paths if path.parts[0] not in leave_out}
+    return {path.as_posix() for path in paths if path.parts[0] not in leave_out and path.name not in NEWER_FILES}
 
 
 def _load(path: Path) -> Any:
