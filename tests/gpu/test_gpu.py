@@ -18,7 +18,7 @@ from musubi_tuner.memory.streaming import BlockStreamer
 from tests import engine_parts
 from tests import training_parts as parts
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda")
 
 

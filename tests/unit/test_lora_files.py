@@ -1,6 +1,7 @@
 """LoRA files: forms that are read, checks before one is written; targets; losses and optimizers."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -206,10 +207,18 @@ def test_optimizers_descend(name):
         assert float(parameter.pow(2).mean()) < 0.5 * before
 
 
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(monkeypatch):
+    with pytest.raises(UserError, match=r"--optimizer_type AdamWW: must be one of AdamW, AdamW8bit, .*Did you mean 'adamw'\?"):
+        make_optimizer("AdamWW", [torch.nn.Parameter(torch.zeros(1))], 1e-3, {})
+    monkeypatch.setitem(sys.modules, "dadaptation", None)
+    with pytest.raises(UserError, match="--optimizer_type DAdaptation.*pip install dadaptation"):
+        make_optimizer("DAdaptation", [torch.nn.Parameter(torch.zeros(1))], 1.0, {})
+
+
 def test_optimizer_mistakes_are_named():
     parameter = [nn.Parameter(torch.zeros(1))]
     for name, args, message in (
-        ("adam_w", {}, "one of adafactor, adamw"), ("torch.optim.Nothing", {}, "no optimizer class"),
+        ("adam_w", {}, "one of AdamW, AdamW8bit"), ("torch.optim.Nothing", {}, "no optimizer class"),
         ("not_there.Optim", {}, "cannot be imported"), ("AdamW", {"beta": "3"}, "beta"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

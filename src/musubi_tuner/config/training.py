@@ -38,8 +38,8 @@ class OptimizationOptions:
     """Optimization."""
 
     optimizer_type: str = flag(
-        "AdamW, AdamW8bit, PagedAdamW8bit, Adafactor, Lion, Lion8bit, CAME, Prodigy, AdamWScheduleFree, ProdigyPlusScheduleFree, "
-        "or a class by dotted name",
+        "AdamW, AdamW8bit, PagedAdamW8bit, Adafactor, Lion, Lion8bit, CAME, DAdaptAdam, Prodigy, AdamWScheduleFree, "
+        "ProdigyPlusScheduleFree, or a class by dotted name",
         default="AdamW",
         common=True,
     )

@@ -15,32 +15,39 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from musubi_tuner.config.validation import nearest
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_KNOWN = {
-    "adamw": "torch.optim.AdamW",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
-    "adafactor": "torch.optim.Adafactor",
-    "lion": "bitsandbytes.optim.Lion",
-    "lion8bit": "bitsandbytes.optim.Lion8bit",
-    "came": "came_pytorch.CAME",
-    "prodigy": "prodigyopt.Prodigy",
-    "prodigyplusschedulefree": "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree",
-    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
-    "sgd": "torch.optim.SGD",
+_CLASSES = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "Adafactor": "torch.optim.Adafactor",
+    "Lion": "bitsandbytes.optim.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "CAME": "came_pytorch.CAME",
+    "DAdaptAdam": "dadaptation.DAdaptAdam",
+    "DAdaptLion": "dadaptation.DAdaptLion",
+    "Prodigy": "prodigyopt.Prodigy",
+    "ProdigyPlusScheduleFree": "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree",
+    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
+    "SGD": "torch.optim.SGD",
 }
+_KNOWN = {name.lower(): dotted for name, dotted in _CLASSES.items()} | {"dadaptation": "dadaptation.DAdaptAdam"}
+"""In any case; `DAdaptation` as musubi-tuner has it."""
 _DEFAULTS: dict[str, dict[str, Any]] = {"torch.optim.Adafactor": {"eps": (None, 1.0)}}
 """Adafactor's steps are in proportion to a tensor's own size, 0.001 at least by torch's default; a LoRA's B starts at zero and would
 hardly learn. With 1 a step is as large as the learning rate says."""
 _ADAFACTOR_OF_TRANSFORMERS = ("relative_step", "scale_parameter", "warmup_init")
-_FIND_THEIR_RATE, _LEAST_OF_THESE = ("prodigy", "prodigyplusschedulefree"), 0.1
+_FIND_THEIR_RATE = ("prodigy", "prodigyplusschedulefree", "dadaptadam", "dadaptlion", "dadaptation")
+_LEAST_OF_THESE = 0.1
 _PACKAGES = {
     "bitsandbytes": "pip install bitsandbytes",
     "prodigyopt": "pip install prodigyopt",
     "came_pytorch": "pip install came-pytorch",
+    "dadaptation": "pip install dadaptation",
     "prodigyplus": "pip install prodigy-plus-schedule-free",
     "schedulefree": "pip install schedulefree",
 }
@@ -62,8 +69,8 @@ def make_optimizer(
     dotted = _KNOWN.get(name.lower(), name)
     if not re.fullmatch(r"\w+(\.\w+)+", dotted):
         raise UserError(
-            f"--optimizer_type {name or repr(name)}: must be one of {', '.join(sorted(_KNOWN))}, or a class by dotted name such as "
-            "torch.optim.AdamW."
+            f"--optimizer_type {name or repr(name)}: must be one of {', '.join(_CLASSES)}, or a class by dotted name such as "
+            f"torch.optim.AdamW.{nearest(name.lower(), _KNOWN)}"
         )
     optimizer_class = _import_class(name, dotted)
     if dotted == _KNOWN["adafactor"] and (odd := [key for key in _ADAFACTOR_OF_TRANSFORMERS if key in args]):
