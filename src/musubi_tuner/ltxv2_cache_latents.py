@@ -33,7 +33,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 def _cache(config: LatentCachingConfig) -> int:
     from musubi_tuner.encoding.layout import use_fastest_layout
     from musubi_tuner.encoding.makers import Encoder
-    from musubi_tuner.encoding.pictures import frame_encoder, picture_encoding, sidecar_size
+    from musubi_tuner.encoding.pictures import frame_encoder, keyframe_encoder, picture_encoding, sidecar_size
     from musubi_tuner.encoding.program import cache_sidecars, plan_and_index
     from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, video_vae_fingerprint
     from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -56,7 +56,7 @@ def _cache(config: LatentCachingConfig) -> int:
             times = use_fastest_layout(vae, [sidecar_size(job.content.clip, kind) for job in jobs], config.work.batch_size)
             if times and group.is_main:
                 log.info("%s", times.describe())
-            return frame_encoder(vae)
+            return keyframe_encoder(vae) if kind == "keyframes" else frame_encoder(vae)
 
         plans = plan_and_index(datasets, PROG, config.data, config.work, group)
         encoder = Encoder(model_version=checkpoint.model_version, metadata=metadata, load=load)

@@ -40,6 +40,7 @@ resolution = [96, 64]
 video_directory = "clips"
 cache_directory = "cache"
 target_frames = [17]
+keyframes = "every 8"
 
 [[datasets]]
 image_directory = "stills"
@@ -73,8 +74,8 @@ def train(data: training_parts.Data, output: Path, *extra: str) -> dict[str, tor
 
 def test_there_is_a_recipe_for_each_intent():
     assert set(READY) >= {
-        "text_to_video_sound", "image_to_video", "extend_video", "inpaint", "outpaint", "keyframes", "audio_to_video", "video_to_audio",
-        "extend_sound",
+        "text_to_video_sound", "image_to_video", "extend_video", "inpaint", "outpaint", "keyframes", "keyframes_in_place", "audio_to_video",
+        "video_to_audio", "extend_sound",
     }  # fmt: skip
 
 
@@ -161,8 +162,12 @@ CASES = {
     "first frame": Case(Recipe(video=(rules.FirstFrame(),)), "--i {picture}"),
     "prefix": Case(Recipe(video=(rules.Prefix(latent_frames=(2, 2)),)), "--iv {clip} --vt 0.4-"),
     "suffix": Case(Recipe(video=(rules.Suffix(latent_frames=(1, 1)),)), "--iv {clip} --vt -0.37"),
-    "last frame": Case(Recipe(video=(rules.Keyframes(at=("last",)),)), "--ei {picture}", exact=False),
-    "keyframes": Case(Recipe(video=(rules.Keyframes(at=("first", "interior")),)), "--k 0={picture};5={picture}", exact=False),
+    "last frame": Case(Recipe(video=(rules.KeyframesBeside(at=("last",)),)), "--ei {last}"),
+    "keyframes": Case(Recipe(video=(rules.KeyframesBeside(at=("first", "interior")),)), "--k 0={picture};8={middle}"),
+    "first frame and keyframe": Case(
+        Recipe(video=(rules.FirstFrame(), rules.KeyframesBeside(at=("last",)))), "--i {picture} --k 16={last}"
+    ),
+    "keyframes in place": Case(Recipe(video=(rules.Keyframes(at=("first", "interior")),)), "--kp 0={picture};5={picture}", exact=False),
     "box": Case(Recipe(video=(rules.Box(size=(0.01, 0.01), duration=(0.3, 0.3)),)), "--iv {clip} --box {area} --vt {span}"),
     "crop": Case(Recipe(video=(rules.Crop(size=(0.3, 0.3)),)), "--iv {clip} --crop {area}", exact=False),
     "video to audio": Case(Recipe(video=(rules.Clean(),)), "--iv {clip}"),
@@ -181,8 +186,8 @@ def test_a_preview_builds_the_inputs_that_training_builds(data, wrapper, tiny_fa
     case, item = CASES[name], clips_of(data)[0]
     batch = make_batch([Draw(item, 0, 0)], "av", draw_rules(case.recipe))
     clip = data.folder / "clips" / item.clip.source
-    picture = write_first_frame(clip, tmp_path)
-    flags = case.flags.format(clip=clip.as_posix(), picture=picture.as_posix(), area=area_of(batch), span=span_of(batch))
+    pictures = {name: write_frame(clip, tmp_path, frame).as_posix() for name, frame in (("picture", 0), ("middle", 8), ("last", 16))}
+    flags = case.flags.format(clip=clip.as_posix(), area=area_of(batch), span=span_of(batch), **pictures)
     (tmp_path / "prompts.txt").write_text(f"a disc {SIZE} --fr {item.clip.fps} {flags}\n", encoding="utf-8")
     prompt = load_prompts(tmp_path / "prompts.txt")[0]
     plan = make_plan(preview_parts.options(), prompt, mode="av", version="2.3", num_layers=wrapper.config.num_layers)
@@ -215,14 +220,14 @@ def spy(wrapper: OfficialLTXV2Wrapper, run) -> tuple[Modality, Modality]:
     return seen[0].video, seen[0].audio
 
 
-def write_first_frame(clip: Path, folder: Path) -> Path:
+def write_frame(clip: Path, folder: Path, number: int) -> Path:
     from musubi_tuner.media.probe import probe_video
     from musubi_tuner.media.video import read_frames
     from musubi_tuner.media.write import write_image
 
     info = probe_video(clip)
-    path = folder / "first.png"
-    write_image(path, read_frames(info, [0], info.width, info.height)[0])
+    path = folder / f"frame {number}.png"
+    write_image(path, read_frames(info, [number], info.width, info.height)[0])
     return path
 
 

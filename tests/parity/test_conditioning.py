@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from musubi_tuner.conditioning.apply import condition
-from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
+from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
 from musubi_tuner.conditioning.tokens import model_input, video_stream
+from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Modality
 
 FRAMES, HEIGHT, WIDTH, FPS = 3, 4, 6, 16.0
@@ -62,3 +63,42 @@ def test_references_equal_ltx_core(frames: int, height: int, width: int, factor:
     ours = given(Conditions(video=StreamConditions(reference=reference)), torch.zeros(1, 128, FRAMES, HEIGHT, WIDTH))
     assert_same(ours, state)
     assert ours.latent.shape[1] == FRAMES * HEIGHT * WIDTH + frames * height * width
+
+
+def keyframes_at(frames: list[int], seed: int = 3) -> KeyframeLatents:
+    return KeyframeLatents(latents=latents(len(frames), HEIGHT, WIDTH, seed), frames=torch.tensor([frames]), fps=torch.tensor([FPS]))
+
+
+def test_keyframes_equal_ltx_core_but_for_the_end_of_their_time() -> None:
+    """ltx-core 1.0 lets a keyframe after the first last eight frames; from 1.1 on it is one, as `num_pixel_frames` = 1 says."""
+    from ltx_core.conditioning.types.keyframe_cond import VideoConditionByKeyframeIndex
+
+    keyframes, state = keyframes_at([0, 5, 16]), tools().create_initial_state("cpu", torch.float32)
+    for place, frame in enumerate((0, 5, 16)):
+        item = VideoConditionByKeyframeIndex(keyframes=keyframes.latents[:, :, place : place + 1], frame_idx=frame, strength=1.0)
+        state = item.apply_to(state, tools())
+    own, cells = FRAMES * HEIGHT * WIDTH, HEIGHT * WIDTH
+    ours = given(Conditions(video=StreamConditions(keyframes=keyframes)), torch.zeros(1, 128, FRAMES, HEIGHT, WIDTH))
+    assert ours.latent.shape[1] == own + 3 * cells
+    later = state.positions[:, 0, own + cells :]
+    later[..., 1] = later[..., 0] + 1 / FPS
+    assert_same(ours, state)
+
+
+def test_positions_of_keyframes_equal_diffusers() -> None:
+    from types import SimpleNamespace
+
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2ConditionPipeline
+
+    scale = SimpleNamespace(
+        transformer_spatial_patch_size=1,
+        transformer_temporal_patch_size=1,
+        vae_temporal_compression_ratio=8,
+        vae_spatial_compression_ratio=32,
+    )
+    frames = [0, 5, 16]
+    ours = geometry.keyframe_positions(torch.tensor([frames]), HEIGHT, WIDTH, torch.tensor([FPS]))
+    theirs = [
+        LTX2ConditionPipeline._prepare_keyframe_coords(scale, 1, HEIGHT, WIDTH, frame, 1, FPS, torch.device("cpu")) for frame in frames
+    ]
+    assert torch.allclose(ours, torch.cat(theirs, dim=2), rtol=1e-6, atol=0)

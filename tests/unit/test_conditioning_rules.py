@@ -1,6 +1,7 @@
 """Each rule: which cells it gives, that they reach the model clean without loss or gradient, and that nothing else changes them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.apply import condition
-from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Recipe, draw_conditions, load_recipe, make_recipe
+from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
+from musubi_tuner.conditioning.draw import ItemConditions, draw_conditions
+from musubi_tuner.conditioning.recipe import ItemShape, Recipe, load_recipe, make_recipe
 from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised, video_stream
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.validation import options
@@ -21,6 +23,8 @@ from tests import engine_parts
 from tests import preview_parts as parts
 
 SHAPE = ItemShape(video=(5, 4, 6), audio_steps=40)
+IN_PLACE = [[2, 3], [1, 4], [3], [3], [3, 4], [1, 2], [1, 3], [1, 2, 3]]
+"""Latent frames that the in-place rule of earlier versions drew in `test_keyframes_in_place_keep_their_draws_and_their_name`."""
 
 
 def drawn(recipe: Recipe, seed: int = 0, shape: ItemShape = SHAPE) -> ItemConditions:
@@ -73,6 +77,57 @@ def test_random_keyframes_lie_anywhere():
     found = [tuple(place for place, given in enumerate(frames_of(drawn(recipe, seed).video_clean)) if given) for seed in range(60)]
     assert {len(places) for places in found} == {2}
     assert len(set(found)) >= 9, "of ten pairs of five frames"
+
+
+WITH_KEYFRAMES = ItemShape(video=(5, 4, 6), audio_steps=40, keyframes=(0, 4, 8, 17, 32))
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "expected"),
+    [
+        (("first", "last"), (1, 1), {(0, 32)}),
+        (("interior",), (1, 1), {(4,), (8,), (17,)}),
+        (("last", "interior"), (9, 9), {(4, 8, 17, 32)}),
+        (("first", "random"), (1, 2), None),
+    ],
+)
+def test_keyframes_beside_the_clip_are_drawn_from_those_that_are_cached(at, count, expected):
+    rule = rules.KeyframesBeside(at=at, count=count)
+    found = {drawn(Recipe(video=(rule,)), seed, WITH_KEYFRAMES).keyframes for seed in range(80)}
+    assert expected is None or found == expected
+    assert all(0 in frames and set(frames) <= {0, 4, 8, 17, 32} for frames in found) or expected is not None
+    assert max(map(len, found)) == rule.most(WITH_KEYFRAMES.keyframes, 32)
+    assert drawn(Recipe(video=(rule,)), 0, WITH_KEYFRAMES).video_clean is None, "the clip's own cells stay as they are"
+
+
+def test_keyframes_beside_the_clip_are_shown_to_their_share_of_items_and_never_beside_a_given_video():
+    rule = rules.KeyframesBeside(probability=0.5)
+    found = [bool(drawn(Recipe(video=(rule,)), seed, WITH_KEYFRAMES).keyframes) for seed in range(400)]
+    assert 0.44 < sum(found) / 400 < 0.56
+    assert not drawn(Recipe(video=(rules.KeyframesBeside(), rules.Clean())), 0, WITH_KEYFRAMES).keyframes
+    assert not drawn(Recipe(video=(rules.KeyframesBeside(),)), 0, SHAPE).keyframes, "none are cached"
+    most = Recipe(video=(rules.KeyframesBeside(probability=0.1, at=("random",), count=(1, 3)), rules.FirstFrame(probability=0.1)))
+    assert {len(drawn(most.with_most_keyframes(), seed, WITH_KEYFRAMES).keyframes) for seed in range(20)} == {3}
+    assert most.with_most_keyframes().video[1] == most.video[1]
+
+
+def test_what_a_rule_asks_for_and_the_cache_lacks():
+    rule = rules.KeyframesBeside(at=("first", "last", "interior", "random"))
+    assert rule.lacking((0, 8), 8) == ["interior"] and rule.lacking((), 8) == ["first", "last", "interior", "random"]
+    assert rule.lacking((0, 3, 8), 8) == []
+
+
+def test_keyframes_in_place_keep_their_draws_and_their_name(tmp_path: Path):
+    """Of runs before there were keyframes beside the clip: resuming them, and what their metadata say."""
+    path = tmp_path / "recipe.toml"
+    settings = "at=['interior', 'random']\ncount=[1, 2]\n"
+    path.write_text(f"[[video]]\nrule='keyframes_in_place'\n{settings}", encoding="utf-8")
+    recipe = load_recipe(path)
+    assert recipe.describe()["video"] == [{"rule": "Keyframes", "probability": 1.0, "at": ["interior", "random"], "count": [1, 2]}]
+    found = [frames_of(drawn(recipe, seed).video_clean) for seed in range(len(IN_PLACE))]
+    assert [[place for place, given in enumerate(one) if given] for one in found] == IN_PLACE
+    path.write_text(f"[[video]]\nrule='keyframes'\n{settings}", encoding="utf-8")
+    assert load_recipe(path).describe()["video"][0]["rule"] == "KeyframesBeside"
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -206,6 +261,24 @@ def test_a_reference_is_behind_the_target_clean_at_its_own_positions():
         start, end = max(0, 8 * frame - 7), 8 * frame + 1
         expected = [[start / 16, end / 16], [row * 64, row * 64 + 64], [column * 64, column * 64 + 64]]
         assert torch.allclose(modality.positions[1, :, 24 + cell], torch.tensor(expected))
+
+
+def test_keyframes_are_behind_the_clip_clean_at_the_time_of_their_frames():
+    latents = torch.randn(2, 128, 2, 2, 4)
+    frames, real = torch.tensor([[0, 12], [7, 0]]), torch.tensor([[True, True], [True, False]])
+    keyframes = KeyframeLatents(latents=latents, frames=frames, fps=torch.tensor([24.0, 16.0]), real=real)
+    stream = condition(streams(), Conditions(video=StreamConditions(keyframes=keyframes)))["video"]
+    modality, target = noised(stream, torch.randn(2, 24, 128), torch.tensor([0.7, 0.2]))
+    assert modality.latent.shape == target.shape == (2, 24 + 16, 128)
+    assert torch.equal(modality.latent[:, 24:], geometry.patchify_video(latents))
+    assert not modality.timesteps[:, 24:].any() and not loss_weights(stream)[:, 24:].any() and loss_weights(stream)[:, :24].all()
+    assert modality.token_mask.tolist() == [[True] * 40, [True] * 32 + [False] * 8]
+    assert modality.keyframe_marker[:, :8].all() and not modality.keyframe_marker[:, 8:].any()
+    assert torch.equal(modality.positions[:, 1:, 24:32], modality.positions[:, 1:, :8]), "the places of the clip's own cells"
+    for item, place, start, end in ((0, 24, 0, 1 / 24), (0, 39, 12 / 24, 13 / 24), (1, 24, 7 / 16, 8 / 16)):
+        assert modality.positions[item, 0, place].tolist() == pytest.approx([start, end])
+    everyone = condition(streams(), Conditions(video=StreamConditions(keyframes=replace(keyframes, real=None))))["video"]
+    assert everyone.token_mask is None
 
 
 def test_reference_positions_cover_the_targets_span():

@@ -16,11 +16,13 @@ def read(folder: Path, flags: str) -> ConditioningInputs:
 
 
 def test_every_flag(tmp_path):
-    flags = "--i a.png --ei b c.png --k 8=a.png; 16=b c.png --iv clip.mp4 --vt .5-1 --box 32,0,64,32 --a song.wav --at 1.5- --v clip.mp4"
+    flags = "--i a.png --ei b c.png --k 8=a.png; 16=b c.png --kp 24=a.png --iv clip.mp4 --vt .5-1 --box 32,0,64,32"
+    flags += " --a song.wav --at 1.5- --v clip.mp4"
     assert read(tmp_path, flags) == ConditioningInputs(
         image=tmp_path / "a.png",
         end_image=tmp_path / "b c.png",
         keyframes=((8, tmp_path / "a.png"), (16, tmp_path / "b c.png")),
+        keyframes_in_place=((24, tmp_path / "a.png"),),
         video=tmp_path / "clip.mp4",
         video_span=Span(0.5, 1.0),
         box=Rectangle(32, 0, 64, 32),
@@ -48,7 +50,10 @@ def test_the_same_in_toml(tmp_path):
         ("--ra nowhere.wav", r"--ra 'nowhere.wav': no such file"),
         ("--ei nowhere.png", r"--ei 'nowhere.png': no such file"),
         ("--k a.png", r"must be FRAME=PICTURE"),
-        ("--k 25=a.png", r"frames are 0 to 24"),
+        ("--k 25=a.png", r"--k 25=...: the sample's frames are 0 to 24"),
+        ("--kp 25=a.png", r"--kp 25=...: the sample's frames are 0 to 24"),
+        ("--k 8=a.png;08=b c.png", r"two pictures of frame 8"),
+        ("--ei a.png --k 24=b c.png", r"--ei and --k 24=... both give the last frame"),
         ("--vt 1-", r"give the clip by --iv"),
         ("--at 1-", r"give the sound by --a"),
         ("--iv clip.mp4 --vt now", r"must be START-END"),

@@ -21,6 +21,8 @@ class Sidecar:
     height: int = 0
     colors: str = ""
     """By which rule its pictures are read, where that is not their tags alone (`media.colors.Colors.rule`)."""
+    at: tuple[int, ...] = ()
+    """Which of the clip's frames its pictures are, where each stands alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_origin
 
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, index_name
@@ -135,6 +135,8 @@ def _from_json(value: Any, where: str) -> Clip:
     for kind in KINDS.values():
         found = {field: rest.pop(name) for field, name in kind.index_fields.items() if name in rest}
         if found.get("file") is not None:
+            if isinstance(at := found.get("at"), list) and all(type(place) is int and place >= 0 for place in at):
+                found["at"] = tuple(at)
             sidecars[kind.name] = Sidecar(**_checked(Sidecar, found, where, kind.index_fields))
     clip = Clip(sidecars=sidecars, **_checked(Clip, rest, where, {}))
     if clip.kind not in ("video", "image", "audio"):
@@ -164,7 +166,7 @@ def _checked(cls: type, values: Mapping[str, Any], where: str, names: Mapping[st
             if field.default is dataclasses.MISSING:
                 raise UserError(f"{where}: '{key}' is missing.")
             continue
-        value, kinds = values[name], (int, float) if field.type is float else (field.type,)
+        value, kinds = values[name], (int, float) if field.type is float else (get_origin(field.type) or field.type,)
         if type(value) not in kinds:
             raise UserError(f"{where}: {key} = {value!r:.100}: must be {_TYPES[field.type]}.")
         if isinstance(value, int | float) and value < 0:
@@ -174,7 +176,13 @@ def _checked(cls: type, values: Mapping[str, Any], where: str, names: Mapping[st
     return dict(values)
 
 
-_TYPES: Mapping[object, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPES: Mapping[object, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[int, ...]: "a list of frames",
+}
 
 
 def _is_name(value: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.forms import Forms, TensorForm, audio_forms, latent_form, mask_form, text_forms
+from musubi_tuner.cache.forms import INTEGERS, Forms, TensorForm, audio_forms, latent_form, mask_form, text_forms
 from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, TEXT_ENDING, TEXT_MASK_KEY, audio_latents_key, latents_key, text_key
 from musubi_tuner.cache.store import canonical
 
@@ -139,6 +139,18 @@ def _reference_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
     return window | {"start": clip.start_seconds, "fps": sidecar.fps} | _mirrored(clip)
 
 
+def _keyframes_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
+    """The clip's window, and which of its frames."""
+    return clip_window(clip, sidecar) | {"keyframes": list(sidecar.at)}
+
+
+def _keyframes_forms(clip: Clip, sidecar: Sidecar, metadata: Mapping[str, str]) -> dict[str, TensorForm]:
+    return {
+        "keyframe_latents": latent_form(8 * len(sidecar.at) - 7, clip.height, clip.width),  # a cell in time for each of them
+        "keyframe_frames": TensorForm(shape=(len(sidecar.at),), dtypes=INTEGERS, limits=(0, clip.frames - 1)),
+    }
+
+
 def _latents(latents: Tensor) -> dict[str, Tensor]:
     _, frames, height, width = latents.shape
     return {latents_key(frames, height, width, latents.dtype): latents}
@@ -147,6 +159,10 @@ def _latents(latents: Tensor) -> dict[str, Tensor]:
 def _audio(latents: Tensor) -> dict[str, Tensor]:
     steps = latents.shape[1]
     return {audio_latents_key(steps, latents.dtype): latents, "audio_lengths_int32": torch.tensor(steps, dtype=torch.int32)}
+
+
+def _keyframes(latents: Tensor, frames: Tensor) -> dict[str, Tensor]:
+    return {f"keyframe_{key}": tensor for key, tensor in _latents(latents).items()} | {"keyframe_frames_int32": frames}
 
 
 def _reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -226,6 +242,20 @@ KINDS: dict[str, SidecarKind] = {
             tensors=lambda clip, sidecar, metadata: {"video_mask": mask_form(clip.frames, clip.height, clip.width)},
             files=OwnFiles(directory="mask_directory", path="mask_path", media="pictures", of=("video", "image"), what="mask"),
             older_index_fields=_index_fields("mask", "mask", "source", "fingerprint"),
+        ),
+        SidecarKind(
+            name="keyframes",
+            title="Keyframe caching",
+            ending="_ltxv2_keyframes.safetensors",
+            beside="latents",
+            keys=("keyframe_latents", "keyframe_frames"),
+            pack=_keyframes,
+            modes=("video", "av"),
+            program=LATENT_PROGRAM,
+            encoder="video_vae",
+            recorded=lambda clip: "keyframe_latents",
+            window=_keyframes_window,
+            tensors=_keyframes_forms,
         ),
         SidecarKind(
             name="reference_audio",

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import Conditions, Reference
-from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_reference
+from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_keyframes, video_reference
 
 
 def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dict[str, TokenStream]:
-    """The streams with their conditioning laid over them, and their references behind them.
+    """The streams with their conditioning laid over them, and their keyframes and references behind them.
 
     Args:
         streams: `video` and `audio`, or one of them.
@@ -23,6 +23,9 @@ def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dic
             stream = dataclasses.replace(stream, weight=own.weight if stream.weight is None else stream.weight * own.weight)
         if own.clean is not None:
             stream = keep_clean(stream, own.clean)
+        if (keyframes := own.keyframes) is not None:
+            beside = video_keyframes(keyframes.latents, keyframes.frames, keyframes.fps, keyframes.real)
+            stream = append_clean(stream, beside, chosen=None)
         if own.reference is not None:
             stream = append_clean(stream, _reference_stream(name, own.reference), own.reference.chosen)
         found[name] = stream

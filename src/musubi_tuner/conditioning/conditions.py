@@ -29,6 +29,20 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeyframeLatents:
+    """Single pictures that are shown beside the clip, clean, each at the time of its frame."""
+
+    latents: Tensor
+    """(B, 128, K, H, W) one-frame latents, each of its picture alone"""
+    frames: Tensor
+    """(B, K) int numbers of pixel frames of the clip"""
+    fps: Tensor
+    """(B,) frames per second of the clip"""
+    real: Tensor | None = None
+    """(B, K) bool, False = padding, as the item has fewer; None = all are real."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConditions:
     """Of one stream."""
 
@@ -37,6 +51,8 @@ class StreamConditions:
     weight: Tensor | None = None
     """(B, N) float32 loss weights of the tokens; None = 1."""
     reference: Reference | None = None
+    keyframes: KeyframeLatents | None = None
+    """Of video."""
 
 
 NO_STREAM_CONDITIONS = StreamConditions()

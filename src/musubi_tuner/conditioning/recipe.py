@@ -13,7 +13,7 @@ all drawn rules are merged:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ from torch import Tensor
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.validation import Between, Wording, nearest, options, validated
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
+from musubi_tuner.runtime.draws import uniform
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
 
@@ -49,6 +50,8 @@ class ItemShape:
     audio_steps: int
     mask: Tensor | None = None
     """(F, H, W) share of white in its mask; None = it has none."""
+    keyframes: tuple[int, ...] = ()
+    """Pixel frames whose one-frame latents are cached."""
 
 
 @options
@@ -98,31 +101,52 @@ class Suffix(CellRule):
         return _spans(shape, range(shape[0] - count, shape[0]))
 
 
+At = Annotated[
+    tuple[Literal["first", "last", "interior", "random"], ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value),
+    Wording("a list of first, last, interior, random"),
+    AfterValidator(lambda value: tuple(dict.fromkeys(value))),
+]
+"""`interior` is neither the first nor the last, `random` anywhere."""
+
+
 @options
 class Keyframes(CellRule):
-    """Single latent frames, and the clip passes through them."""
+    """`keyframes_in_place`: single latent frames, eight frames each but for the first, and the clip passes through them.
 
-    at: Annotated[
-        tuple[Literal["first", "last", "interior", "random"], ...],
-        Field(min_length=1),
-        BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value),
-        Wording("a list of first, last, interior, random"),
-        AfterValidator(lambda value: tuple(dict.fromkeys(value))),
-    ] = ("first", "last")
-    """`interior` is neither the first nor the last, `random` anywhere."""
+    Its draws and its name in the metadata are of before there was `KeyframesBeside`.
+    """
+
+    at: At = ("first", "last")
     count: Frames = (1, 1)
     """How many `interior` or `random` ones."""
 
     def cells(self, shape: Cells, generator: torch.Generator, item: ItemShape) -> Tensor:
-        frames = shape[0]
-        pools = {"first": range(1), "last": range(frames - 1, frames), "interior": range(1, frames - 1), "random": range(frames)}
-        chosen: list[int] = []
-        for name in self.at:
-            pool = pools[name]
-            count = _whole(self.count, generator) if name in ("interior", "random") else 1
-            order = torch.randperm(len(pool), generator=generator).tolist()
-            chosen += [pool[place] for place in order[:count]]
-        return _spans(shape, chosen)
+        return _spans(shape, _chosen(self.at, self.count, range(shape[0]), shape[0] - 1, generator))
+
+
+@options
+class KeyframesBeside(Rule):
+    """`keyframes`: single pictures beside the clip, each at the time of its frame, of those that the dataset caches."""
+
+    at: At = ("first", "last")
+    count: Frames = (1, 1)
+    """How many `interior` or `random` ones, as far as so many are cached."""
+
+    def frames(self, cached: Sequence[int], last: int, generator: torch.Generator) -> tuple[int, ...]:
+        """A draw from the pixel frames `cached`, in order; `last` is the number of the clip's last one."""
+        return tuple(sorted(set(_chosen(self.at, self.count, cached, last, generator))))
+
+    def lacking(self, cached: Sequence[int], last: int) -> list[str]:
+        """What of `at` the frames `cached` have none of."""
+        return [name for name in self.at if not _pool(name, cached, last)]
+
+    def most(self, cached: Sequence[int], last: int) -> int:
+        """How many it draws at most."""
+        counts = [1 if name in ("first", "last") else int(self.count[1]) for name in self.at]
+        pools = [len(_pool(name, cached, last)) for name in self.at]
+        return min(len(cached), sum(map(min, counts, pools)))
 
 
 @options
@@ -205,7 +229,8 @@ VIDEO_RULES: dict[str, type[Rule]] = {
     "first_frame": FirstFrame,
     "prefix": Prefix,
     "suffix": Suffix,
-    "keyframes": Keyframes,
+    "keyframes": KeyframesBeside,
+    "keyframes_in_place": Keyframes,
     "crop": Crop,
     "box": Box,
     "clean": Clean,
@@ -231,6 +256,21 @@ class Recipe:
     def probability(self, stream: str, kind: type[Rule]) -> float:
         """Of the stream's rule of that kind, 0 where it has none."""
         return next((rule.probability for rule in getattr(self, stream) if type(rule) is kind), 0.0)
+
+    @property
+    def keyframes(self) -> KeyframesBeside | None:
+        """Its rule for pictures beside the clip; None where it has none, or never draws it."""
+        return next((rule for rule in self.video if isinstance(rule, KeyframesBeside) and rule.probability), None)
+
+    def with_most_keyframes(self) -> "Recipe":
+        """Every item is shown as many as there may be."""
+
+        def most(rule: Rule) -> Rule:
+            if not isinstance(rule, KeyframesBeside) or not rule.probability:
+                return rule
+            return dataclasses.replace(rule, probability=1.0, count=(rule.count[1], rule.count[1]))
+
+        return dataclasses.replace(self, video=tuple(most(rule) for rule in self.video))
 
     def describe(self) -> dict[str, list[dict[str, Any]]]:
         """As plain JSON values, for metadata and for comparing a resumed run."""
@@ -306,59 +346,21 @@ def _rule(path: Path, stream: str, entry: Mapping[str, Any], kinds: Mapping[str,
     return validated(kinds[name], settings, where=f"{path}: [[{stream}]] rule '{name}'")
 
 
-Generators = Callable[..., torch.Generator]
-"""Names -> a generator that depends on the item and these names alone."""
+def _chosen(at: Sequence[str], count: Range, frames: Sequence[int], last: int, generator: torch.Generator) -> list[int]:
+    """Of the ascending `frames`, those of each name of `at`; the same frame may be in it twice."""
+    chosen: list[int] = []
+    for name in at:
+        pool = _pool(name, frames, last)
+        wanted = _whole(count, generator) if name in ("interior", "random") else 1
+        order = torch.randperm(len(pool), generator=generator).tolist()
+        chosen += [pool[place] for place in order[:wanted]]
+    return chosen
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemConditions:
-    """What is conditioning of an item."""
-
-    video_clean: Tensor | None
-    """(F, H, W) bool; None where the recipe has no rule for cells, or there is no video."""
-    audio_clean: Tensor | None
-    """(T,) bool"""
-    video_reference: bool
-    """Whether the item sees its reference."""
-    audio_reference: bool
-
-
-def draw_conditions(recipe: Recipe, shape: ItemShape, generators: Generators) -> ItemConditions:
-    """Apply a recipe to one item.
-
-    A rule that would leave nothing of the stream to be generated is passed over for this item: so stills take part in recipes
-    that are made for clips. Clean streams are drawn together, so that one of both is always generated.
-    """
-    lot = _uniform(generators("one stream"))
-    has_both = shape.video is not None and shape.audio_steps > 0
-    video = audio = None
-    if shape.video is not None and _has_cell_rules(recipe.video):
-        video = _merged(recipe.video, shape.video, generators, "video", shape)
-        video |= has_both and lot >= 1 - recipe.probability("video", Clean)
-    if shape.audio_steps and _has_cell_rules(recipe.audio):
-        audio = _merged(recipe.audio, (shape.audio_steps,), generators, "audio", shape)
-        audio |= has_both and lot < recipe.probability("audio", Clean)
-    return ItemConditions(
-        video_clean=video,
-        audio_clean=audio,
-        video_reference=_uniform(generators("video", "Reference")) < recipe.probability("video", Reference),
-        audio_reference=_uniform(generators("audio", "Reference")) < recipe.probability("audio", Reference),
-    )
-
-
-def _has_cell_rules(rules: Sequence[Rule]) -> bool:
-    return any(not isinstance(rule, Reference) for rule in rules)
-
-
-def _merged(rules: Sequence[Rule], cells: Cells, generators: Generators, stream: str, shape: ItemShape) -> Tensor:
-    clean = torch.zeros(cells, dtype=torch.bool)
-    for rule in rules:
-        if isinstance(rule, CellRule):
-            generator = generators(stream, type(rule).__name__)
-            if _uniform(generator) < rule.probability:
-                more = clean | rule.cells(cells, generator, shape)
-                clean = clean if bool(more.all()) else more
-    return clean
+def _pool(name: str, frames: Sequence[int], last: int) -> list[int]:
+    """Those of `frames` that are first (0), last, between them or, by `random`, any."""
+    fits = {"first": lambda frame: frame == 0, "last": lambda frame: frame == last, "interior": lambda frame: 0 < frame < last}
+    return [frame for frame in frames if name == "random" or fits[name](frame)]
 
 
 def _spans(cells: Cells, places: Sequence[int]) -> Tensor:
@@ -381,13 +383,13 @@ def _rectangle(cells: Cells, size: Range, generator: torch.Generator) -> Tensor:
 def _steps(seconds: Range, cells: Cells, generator: torch.Generator) -> int:
     """Latent steps of a drawn length; one less than all at most."""
     low, high = seconds
-    wanted = round((low + (high - low) * _uniform(generator)) * AUDIO_LATENTS_PER_SECOND)
+    wanted = round((low + (high - low) * uniform(generator)) * AUDIO_LATENTS_PER_SECOND)
     return min(max(1, wanted), cells[0] - 1)
 
 
 def _share(size: Range, cells: int, generator: torch.Generator) -> int:
     low, high = size
-    return max(1, round((low + (high - low) * _uniform(generator)) * cells))
+    return max(1, round((low + (high - low) * uniform(generator)) * cells))
 
 
 def _whole(found: Range, generator: torch.Generator) -> int:
@@ -396,7 +398,3 @@ def _whole(found: Range, generator: torch.Generator) -> int:
 
 def _place(room: int, generator: torch.Generator) -> int:
     return int(torch.randint(0, room + 1, (), generator=generator))
-
-
-def _uniform(generator: torch.Generator) -> float:
-    return torch.rand((), generator=generator, dtype=torch.float64).item()

@@ -58,6 +58,18 @@ def video_reference(latents: Tensor, fps: Tensor, *, spatial_factor: int = 1, te
     return TokenStream(clean=geometry.patchify_video(latents).float(), positions=positions)
 
 
+def video_keyframes(latents: Tensor, frames: Tensor, fps: Tensor, real: Tensor | None) -> TokenStream:
+    """(B, 128, K, H, W) one-frame latents of the pixel frames (B, K) of clips of (B,) frames per second: no keyframe marker.
+
+    Args:
+        real: (B, K) bool, False = padding; None = all are real.
+    """
+    _, _, _, height, width = latents.shape
+    positions = geometry.keyframe_positions(frames, height, width, fps)
+    mask = None if real is None else real.repeat_interleave(height * width, dim=1)
+    return TokenStream(clean=geometry.patchify_video(latents).float(), positions=positions, token_mask=mask)
+
+
 def audio_stream(latents: Tensor, lengths: Tensor | None) -> TokenStream:
     """(B, 8, T, 16) latents of which the first (B,) `lengths` steps are real; length 0 = the item has no sound.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ _FITTING = {
     "reference_audio_directory": ("video", "audio"),
     "separate_audio_directory": ("video",),
     "flip_x": ("video", "image"),
+    "keyframes": ("video",),
 }
 """Kinds of datasets that these keys are for."""
 _NO_PLAN = (
@@ -68,6 +70,19 @@ _FrameCounts = Annotated[
     tuple[Frames, ...],
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list | tuple) else (value,)),
     AfterValidator(lambda counts: tuple(sorted(set(counts)))),
+]
+
+
+def _keyframe(place: Any) -> Any:
+    known = type(place) is int and 0 <= place < 10**9 or isinstance(place, str) and re.fullmatch("first|last|every [1-9][0-9]{0,8}", place)
+    if not known:
+        raise ValueError('must be a list of "first", "last", numbers of frames from 0 on, and "every N"')
+    return place
+
+
+_Keyframes = Annotated[
+    tuple[int | str, ...],
+    BeforeValidator(lambda value: tuple(map(_keyframe, value if isinstance(value, list | tuple) else (value,)))),
 ]
 
 _Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -108,6 +123,8 @@ class GeneralSettings:
     """Digital silence is learned as sound; otherwise such a clip counts as one without sound."""
     flip_x: Annotated[bool | Literal["force"], Wording('true, false, or "force" (captions with left or right too)')] = False
     """Mirror images as further clips: of sources whose captions do not tell left from right, or `force`: of all."""
+    keyframes: _Keyframes = ()
+    """Frames of each clip that are cached as keyframes, of which training chooses: `first`, `last`, numbers from 0 on, `every N`."""
     reference_downscale: Count = 1
     """How many times smaller than the clips their references are cached."""
     reference_temporal_scale: Count = 1
@@ -168,7 +185,9 @@ class DatasetSpec(_Companions):
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_later = field.name in ("flip_x", "supervise_silence") or field.name.startswith(("reference_", "separate_", "mask_"))
+            is_later = field.name in ("flip_x", "keyframes", "supervise_silence") or field.name.startswith(
+                ("reference_", "separate_", "mask_")
+            )
             if field.name not in _NO_PLAN and not (is_later and value == field.default):
                 if isinstance(value, Path):
                     value = _from_cache(value, self.cache_directory)

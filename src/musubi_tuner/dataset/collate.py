@@ -10,6 +10,7 @@
 #   text           (S, W)                     ->      text           (B, S, W)            features: zeros behind the last token,
 #   text_mask      (S,)                       ->      text_mask      (B, S)                 and marked so
 #   ref_latents, ref_audio_latents            ->      conditions.*.reference              behind the tokens of the stream
+#   keyframe_latents (128, k, H, W)           ->      conditions.video.keyframes          those drawn, zeros behind the last
 #   video_mask     (F, H, W)                  ->      conditions.video.weight (B, F*H*W)  or a rule of the recipe
 #   any other kind of sidecar                 ->      further[key]   (B, ...)
 #   nothing: drawn                            ->      *_sigma (B,), *_noise (B, N, 128), dropout_seeds, conditions.*.clean (B, N)
@@ -30,19 +31,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.cache.sidecars import KINDS
-from musubi_tuner.conditioning.conditions import Conditions, Reference, StreamConditions
-from musubi_tuner.conditioning.recipe import ItemConditions, Mask
+from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
+from musubi_tuner.conditioning.draw import ItemConditions
+from musubi_tuner.conditioning.recipe import Mask
 from musubi_tuner.dataset.batch import Batch, Preserved
 from musubi_tuner.dataset.captions import stack_text
 from musubi_tuner.dataset.draws import Drawn, DrawRules, draw_item, draw_item_conditions
 from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.dataset.merge import merge_sources, stack_equal
-from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS, audio_latent_steps
+from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS, LATENT_CHANNELS, audio_latent_steps
 from musubi_tuner.runtime.errors import UserError
 
 _LEAST_IMAGINED_STEPS = 25
 """A second: what a still gets where the base model makes its audio."""
-_STACKED = ("latents", "audio", "reference", "mask", "reference_audio", "text")
+_STACKED = ("latents", "audio", "reference", "mask", "keyframes", "reference_audio", "text")
 """Kinds of sidecars that have fields of a batch of their own; tensors of others are stacked as they are."""
 
 Merged = Sequence[Mapping[str, Tensor]]
@@ -66,8 +68,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
     audio = _stack_audio(merged, lengths)
     drawn = [draw_item(draw, latents, steps, rules) for draw, steps in zip(draws, lengths, strict=True)]
     found = [
-        draw_item_conditions(draw, latents, steps, tensors.get("video_mask"), rules)
-        for draw, steps, tensors in zip(draws, real_steps, merged, strict=True)
+        draw_item_conditions(draw, latents, steps, tensors, rules) for draw, steps, tensors in zip(draws, real_steps, merged, strict=True)
     ]
     conditions = Conditions(
         video=_video_conditions(items, merged, found, masks_weigh=not rules.recipe.probability("video", Mask)),
@@ -173,6 +174,29 @@ def _video_conditions(items: Sequence[Item], merged: Merged, found: Sequence[Ite
         clean=torch.stack(clean) if clean else None,
         weight=stack_equal(items, merged, "video_mask").flatten(1) if weighs else None,
         reference=reference,
+        keyframes=_keyframes(items, merged, found),
+    )
+
+
+def _keyframes(items: Sequence[Item], merged: Merged, found: Sequence[ItemConditions]) -> KeyframeLatents | None:
+    """Those that were drawn, padded to the most of an item; None where nobody has any."""
+    counts = [len(one.keyframes) for one in found]
+    most = max(counts)
+    if not most:
+        return None
+    _, _, height, width = next(tensors["keyframe_latents"] for tensors in merged if "keyframe_latents" in tensors).shape
+    latents = torch.zeros(len(items), LATENT_CHANNELS, most, height, width)
+    frames = torch.zeros(len(items), most, dtype=torch.int32)
+    for row, (tensors, one) in enumerate(zip(merged, found, strict=True)):
+        if one.keyframes:
+            places = [tensors["keyframe_frames"].tolist().index(frame) for frame in one.keyframes]
+            latents[row, :, : len(places)] = tensors["keyframe_latents"][:, places]
+            frames[row, : len(places)] = tensors["keyframe_frames"][places]
+    return KeyframeLatents(
+        latents=latents,
+        frames=frames,
+        fps=torch.tensor([item.clip.fps for item in items], dtype=torch.float32),
+        real=None if min(counts) == most else torch.arange(most)[None] < torch.tensor(counts)[:, None],
     )
 
 

@@ -1,11 +1,13 @@
 """What is drawn for each item: noise levels, noise, what the network drops, and which cells are conditioning."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.recipe import ItemConditions, ItemShape, Recipe, draw_conditions
+from musubi_tuner.conditioning.draw import ItemConditions, draw_conditions
+from musubi_tuner.conditioning.recipe import ItemShape, Recipe
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.items import Draw
 from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, loss_weight
@@ -87,11 +89,14 @@ def draw_item(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawR
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed, *weights)
 
 
-def draw_item_conditions(draw: Draw, latents: Tensor | None, audio_steps: int, mask: Tensor | None, rules: DrawRules) -> ItemConditions:
+def draw_item_conditions(
+    draw: Draw, latents: Tensor | None, audio_steps: int, tensors: Mapping[str, Tensor], rules: DrawRules
+) -> ItemConditions:
     """
     Args:
-        mask: (F, H, W) share of white in its mask; None = it has none.
+        tensors: the item's own, by stripped key, of which its mask and the numbers of its keyframes are used.
     """
     video = None if latents is None else (latents.shape[2], latents.shape[3], latents.shape[4])
-    shape = ItemShape(video=video, audio_steps=audio_steps, mask=mask)
+    keyframes = tuple(tensors["keyframe_frames"].tolist()) if "keyframe_frames" in tensors else ()
+    shape = ItemShape(video=video, audio_steps=audio_steps, mask=tensors.get("video_mask"), keyframes=keyframes)
     return draw_conditions(rules.recipe, shape, lambda *names: rules.generator(draw, "conditioning", *names))

@@ -10,6 +10,7 @@ from pathlib import Path
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.index import DatasetIndex, printable, read_index
 from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.conditioning.recipe import KeyframesBeside
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.ltxv2.geometry import AUDIO_LATENTS_PER_SECOND
 from musubi_tuner.runtime.errors import UserError
@@ -87,12 +88,20 @@ _EMPTY_HINTS = {
 }
 
 
-def token_counts(item: Item, mode: str) -> tuple[int, int]:
-    """Video and audio tokens of a batch of items like this one, references included: 8 x 32 x 32 pixels or 1/25 s of sound each."""
+def token_counts(item: Item, mode: str, keyframes: KeyframesBeside | None = None) -> tuple[int, int]:
+    """Video and audio tokens of a batch of items like this one, references and as many keyframes as may be drawn included.
+
+    A token is of 8 x 32 x 32 pixels (of a keyframe 32 x 32) or of 1/25 s of sound.
+
+    Args:
+        keyframes: the recipe's rule; None = it has none.
+    """
     clip, clips = item.clip, item.spec.batch_size
     video = 0 if mode == "audio" else ((clip.frames - 1) // 8 + 1) * (clip.height // 32) * (clip.width // 32)
     if video and (reference := clip.sidecars.get("reference")):
         video += ((reference.frames - 1) // 8 + 1) * (reference.height // 32) * (reference.width // 32)
+    if video and keyframes is not None and (own := clip.sidecars.get("keyframes")):
+        video += keyframes.most(own.at, clip.frames - 1) * (own.height // 32) * (own.width // 32)
     has_audio = mode != "video" and clip.has_audio
     audio = round(clip.seconds * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
     if "reference_audio" in clip.sidecars:
@@ -100,9 +109,9 @@ def token_counts(item: Item, mode: str) -> tuple[int, int]:
     return video * clips, audio * clips
 
 
-def largest_item(items: Sequence[Item], mode: str) -> Item:
-    """The item whose batch has the most tokens."""
-    return max(items, key=lambda item: sum(token_counts(item, mode)))
+def largest_item(items: Sequence[Item], mode: str, keyframes: KeyframesBeside | None = None) -> Item:
+    """The item whose batch has the most tokens, as `token_counts` has them."""
+    return max(items, key=lambda item: sum(token_counts(item, mode, keyframes)))
 
 
 @dataclass(frozen=True, slots=True)

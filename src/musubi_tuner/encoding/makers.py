@@ -14,7 +14,16 @@ from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.sidecars import SidecarKind
 from musubi_tuner.encoding.audio import SILENT, SILENT_SOUND, audio_bytes, decode_audio, decode_reference_audio, judge_audio
 from musubi_tuner.encoding.jobs import NOTE, Job, one_for_each_file
-from musubi_tuner.encoding.pictures import decode_frames, decode_mask, decode_reference, latent_bytes, mask_bytes
+from musubi_tuner.encoding.pictures import (
+    decode_frames,
+    decode_keyframes,
+    decode_mask,
+    decode_reference,
+    keyframe_bytes,
+    keyframe_numbers,
+    latent_bytes,
+    mask_bytes,
+)
 from musubi_tuner.encoding.pipeline import Stages
 from musubi_tuner.encoding.plan import DatasetPlan, PlannedClip
 from musubi_tuner.runtime.device import HostCopy, settled, to_host
@@ -34,12 +43,15 @@ class Maker:
     """(clip, decoded) -> what of it is encoded, and what people should know of it: the metadata entry `NOTE`, where there is anything."""
     described: Callable[[Tensor], Mapping[str, str]] = lambda encoded: {}
     """Metadata that only decoding tells."""
+    planned: Callable[[PlannedClip], tuple[Tensor, ...]] = lambda planned: ()
+    """What of the plan `SidecarKind.pack` takes besides what is encoded."""
 
 
 MAKERS: dict[str, Maker] = {
     "latents": Maker(decode=decode_frames, size=latent_bytes),
     "reference": Maker(decode=decode_reference, size=latent_bytes),
     "mask": Maker(decode=decode_mask, size=mask_bytes),
+    "keyframes": Maker(decode=decode_keyframes, size=keyframe_bytes, planned=keyframe_numbers),
     "audio": Maker(
         decode=decode_audio,
         judge=judge_audio,
@@ -116,6 +128,7 @@ def stages(
 
     def write(job: ClipJob, encoded: Tensor) -> None:
         note = {NOTE: notes[job.target]} if job.target in notes else {}
-        store.write(job.target, kind.pack(encoded), {**job.expected, **job.people, **maker.described(encoded), **note}, job.forms)
+        tensors = kind.pack(encoded, *maker.planned(job.content))
+        store.write(job.target, tensors, {**job.expected, **job.people, **maker.described(encoded), **note}, job.forms)
 
     return Stages(decode=decode, shape=lambda value: value.shape, encode=encode, settle=settled, write=write)

@@ -34,6 +34,19 @@ def decode_reference(planned: PlannedClip) -> Tensor:
     return _frames(clip, planned.files["reference"], start, own.fps, ClipSize(own.frames, own.height, own.width))
 
 
+def decode_keyframes(planned: PlannedClip) -> Tensor:
+    """(K, H, W, 3) uint8: frames of the clip itself."""
+    clip = planned.clip
+    places = choose_frames(planned.media.video, clip.fps, clip.start_frame, clip.frames)
+    frames = read_frames(planned.media.video, [places[frame] for frame in clip.sidecars["keyframes"].at], clip.width, clip.height)
+    return frames.flip(2) if clip.mirrored else frames
+
+
+def keyframe_numbers(planned: PlannedClip) -> tuple[Tensor]:
+    """(K,) int32: which frames of the clip they are."""
+    return (torch.tensor(planned.clip.sidecars["keyframes"].at, dtype=torch.int32),)
+
+
 def decode_mask(planned: PlannedClip) -> Tensor:
     """(f, h, w) float32; a picture stands for all frames.
 
@@ -78,6 +91,19 @@ def frame_encoder(vae: VideoVAE) -> Callable[[Sequence[Tensor]], list[HostCopy]]
     return encode
 
 
+def keyframe_encoder(vae: VideoVAE) -> Callable[[Sequence[Tensor]], list[HostCopy]]:
+    """(K, H, W, 3) pictures of clips of one size -> (128, K, h, w) latents, on the way to the host: each picture encoded alone."""
+
+    def encode(pictures: Sequence[Tensor]) -> list[HostCopy]:
+        found = []
+        for clip in pictures:
+            alone = [vae.encode_frames(picture[None, None]) for picture in stacked_on_device(list(clip), vae.device)]
+            found.append(to_host(torch.cat(alone, dim=2)[0].to(STORED_DTYPE)))
+        return found
+
+    return encode
+
+
 def sidecar_size(clip: Clip, kind: str) -> ClipSize:
     """Of the pictures that a sidecar is made of: its own where it has one, else the clip's."""
     own = clip.sidecars[kind]
@@ -102,6 +128,10 @@ def picture_encoding(size: ClipSize, dtype: torch.dtype, tiles: TileSizes) -> st
 
 def latent_bytes(clip: Clip, kind: str) -> int:
     return LATENT_CHANNELS * STORED_DTYPE.itemsize * _cells(sidecar_size(clip, kind))
+
+
+def keyframe_bytes(clip: Clip, kind: str) -> int:
+    return latent_bytes(clip, kind) * len(clip.sidecars[kind].at)
 
 
 def mask_bytes(clip: Clip, kind: str) -> int:

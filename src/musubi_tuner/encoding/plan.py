@@ -19,7 +19,14 @@ from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrore
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into
-from musubi_tuner.encoding.windows import AUDIO_UNITS_PER_SECOND, audio_windows, bucket_for, target_lengths, video_windows
+from musubi_tuner.encoding.windows import (
+    AUDIO_UNITS_PER_SECOND,
+    audio_windows,
+    bucket_for,
+    keyframe_places,
+    target_lengths,
+    video_windows,
+)
 from musubi_tuner.media.probe import AudioInfo, VideoInfo
 from musubi_tuner.media.video import sampled_length
 from musubi_tuner.runtime.errors import UserError
@@ -153,6 +160,10 @@ def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list
                 clips.append(dataclasses.replace(clip, key=f"{clip.key}:mirrored", mirrored=True, sidecars=sidecars))
         else:
             notes = [*notes, f"not mirrored, as its caption says '{side_named(one.source.caption)}'"]
+    if spec.keyframes and clips:
+        clips, problem = _with_keyframes(spec, clips)
+        if problem:
+            clips, outcome, notes = [], "failed", [problem]
     for name, file in one.files.items() if clips else ():
         clips, problem = _with_file(spec, clips, name, file)
         if problem:
@@ -304,6 +315,21 @@ def _clip(
 
 def _with_size(clip: Clip, size: tuple[int, int], shown: tuple[int, int]) -> Clip:
     return dataclasses.replace(clip, width=size[0], height=size[1], original_width=shown[0], original_height=shown[1])
+
+
+def _with_keyframes(spec: DatasetSpec, clips: Sequence[Clip]) -> tuple[list[Clip], str]:
+    """The clips with their keyframes, clips of one frame without any; or the reason why the dataset's do not fit them."""
+    kind, planned = KINDS["keyframes"], []
+    for clip in clips:
+        places = keyframe_places(spec, clip.frames) if clip.frames > 1 else ()
+        if places and places[-1] >= clip.frames:
+            return [], f"keyframes asks for frame {places[-1]}, and the frames of its clips of {clip.frames} are 0 to {clip.frames - 1}"
+        if places:
+            file = kind.name_beside(clip.sidecars["latents"].file)
+            own = Sidecar(file=file, frames=1, fps=clip.fps, width=clip.width, height=clip.height, at=places)
+            clip = dataclasses.replace(clip, sidecars={**clip.sidecars, kind.name: own})
+        planned.append(clip)
+    return planned, ""
 
 
 def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaFile) -> tuple[list[Clip], str]:

@@ -47,6 +47,19 @@ def target_lengths(spec: DatasetSpec, total: int, fps: float) -> tuple[int, ...]
     return (nearest,)
 
 
+def keyframe_places(spec: DatasetSpec, frames: int) -> tuple[int, ...]:
+    """Which frames of a clip of `frames` the dataset asks for as keyframes, in order; a number may lie behind the clip's end."""
+    found: set[int] = set()
+    for place in spec.keyframes:
+        if isinstance(place, int):
+            found.add(place)
+        elif place in ("first", "last"):
+            found.add(0 if place == "first" else frames - 1)
+        else:
+            found |= set(range(0, frames, int(place.removeprefix("every "))))
+    return tuple(sorted(found))
+
+
 def audio_windows(spec: DatasetSpec, seconds: float) -> tuple[Window, ...]:
     """Windows of sound alone, in units of 1 / 25 second; the whole file where no length is asked for."""
     total = int(seconds * AUDIO_UNITS_PER_SECOND + 1e-6)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, Reference, StreamConditions
+from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, KeyframeLatents, Reference, StreamConditions
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt, Span
@@ -104,9 +104,10 @@ def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoder
     video, clean_video = _video(prompt, encoders) if "video" in streams else (None, None)
     audio, clean_audio = _audio(prompt, encoders) if "audio" in streams else (None, None)
     reference, reference_audio = _reference(prompt, encoders), None
+    keyframes = _keyframes(prompt, encoders) if "video" in streams else None
     if prompt.inputs.reference_audio is not None:
         reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.inputs.reference_audio)))
-    if all(one is None for one in (video, audio, reference, reference_audio)):
+    if all(one is None for one in (video, audio, reference, reference_audio, keyframes)):
         return TEXT_ALONE
     clean = [tokens for tokens in (clean_video, clean_audio) if tokens is not None]
     if len(clean) == len(streams) and all(bool(tokens.all()) for tokens in clean):
@@ -117,7 +118,9 @@ def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoder
         video=video,
         audio=audio,
         conditions=Conditions(
-            video=StreamConditions(clean=None if clean_video is None else clean_video.flatten()[None], reference=reference),
+            video=StreamConditions(
+                clean=None if clean_video is None else clean_video.flatten()[None], reference=reference, keyframes=keyframes
+            ),
             audio=StreamConditions(clean=None if clean_audio is None else clean_audio[None], reference=reference_audio),
         ),
     )
@@ -135,13 +138,20 @@ def audio_steps(prompt: PreviewPrompt) -> int:
 
 
 def token_count(prompt: PreviewPrompt, stream: str) -> int:
-    """Tokens of the sample itself; a reference's come behind them."""
+    """Tokens of the sample itself; those of keyframes and of a reference come behind them."""
     return audio_steps(prompt) if stream == "audio" else math.prod(video_cells(prompt))
 
 
 def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
     inputs = prompt.inputs
-    pictures = {"--i": inputs.image, "--ei": inputs.end_image, "--k": inputs.keyframes, "--iv": inputs.video, "--v": inputs.reference}
+    pictures = {
+        "--i": inputs.image,
+        "--ei": inputs.end_image,
+        "--k": inputs.keyframes,
+        "--kp": inputs.keyframes_in_place,
+        "--iv": inputs.video,
+        "--v": inputs.reference,
+    }
     sounds = {"--a": inputs.audio, "--ra": inputs.reference_audio}
     for stream, flags in (("video", pictures), ("audio", sounds)):
         named = [flag for flag, value in flags.items() if value]
@@ -153,11 +163,9 @@ def _check_streams(prompt: PreviewPrompt, streams: tuple[str, ...]) -> None:
 def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tensor | None, Tensor | None]:
     """Latents with the conditioning in its place, and which (F, h, w) cells are conditioning."""
     inputs, cells = prompt.inputs, video_cells(prompt)
-    pictures = dict(inputs.keyframes)
+    pictures = dict(inputs.keyframes_in_place)
     if inputs.image is not None:
         pictures[0] = inputs.image
-    if inputs.end_image is not None:
-        pictures[prompt.frames - 1] = inputs.end_image
     if inputs.video is None and not pictures:
         return None, None
     latents = torch.zeros(1, geometry.LATENT_CHANNELS, *cells)
@@ -169,6 +177,20 @@ def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
         latents[:, :, cell] = _encode_still(path, prompt, encoders, first=cell == 0)
         clean[cell] = True
     return latents, clean
+
+
+def _keyframes(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> KeyframeLatents | None:
+    """Pictures beside the sample, each encoded alone: all that the prompt names but for the first image, which is in place."""
+    pictures = dict(prompt.inputs.keyframes)
+    if prompt.inputs.end_image is not None:
+        pictures[prompt.frames - 1] = prompt.inputs.end_image
+    if not pictures:
+        return None
+    return KeyframeLatents(
+        latents=torch.stack([_encode_still(path, prompt, encoders, first=True) for path in pictures.values()], dim=2),
+        frames=torch.tensor([[*pictures]], dtype=torch.int32),
+        fps=torch.tensor([prompt.fps]),
+    )
 
 
 def _lay_clip(prompt: PreviewPrompt, latents: Tensor, kept: Tensor, encoders: ConditioningEncoders) -> None:

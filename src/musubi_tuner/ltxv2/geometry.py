@@ -82,10 +82,30 @@ def video_positions(frames: int, height: int, width: int, fps: Tensor) -> Tensor
         (B, 3, F*H*W, 2) float32 [start, end): seconds, pixel row, pixel column.
     """
     fps = fps.float()
-    device = fps.device
-    times = frame_bounds(frames).to(device)[None] / fps[:, None, None]
-    rows, columns = (_cells(count, device) for count in (height, width))
-    batch = fps.shape[0]
+    return _positions(frame_bounds(frames).to(fps.device)[None] / fps[:, None, None], height, width)
+
+
+def keyframe_positions(frames: Tensor, height: int, width: int, fps: Tensor) -> Tensor:
+    """Positions of keyframes' tokens: pixel frame f alone lasts [f, f + 1) / fps seconds, the first one too.
+
+    As ltx-core's `VideoConditionByKeyframeIndex` (from 1.1 on; 1.0 has [f, f + 8) for f > 0), ComfyUI's guides and diffusers'
+    condition pipeline have it.
+
+    Args:
+        frames: (B, K) numbers of pixel frames.
+        height, width: in latent cells.
+        fps: (B,) frame rate of each clip.
+
+    Returns:
+        (B, 3, K*H*W, 2) as `video_positions`.
+    """
+    return _positions(torch.stack([frames, frames + 1], dim=-1).float() / fps.float()[:, None, None], height, width)
+
+
+def _positions(times: Tensor, height: int, width: int) -> Tensor:
+    """(B, F, 2) seconds of each latent frame -> (B, 3, F*H*W, 2)."""
+    batch, frames, _ = times.shape
+    rows, columns = (_cells(count, times.device) for count in (height, width))
     grid = (batch, frames, height, width, 2)
     bounds = torch.stack(
         [

@@ -56,11 +56,13 @@ class ConditioningInputs:
     """Files of one prompt that its sample starts from or is shown."""
 
     image: Path | None = None
-    """First frame."""
+    """First frame, in its place."""
     end_image: Path | None = None
-    """Last frame."""
+    """Last frame, beside the sample."""
     keyframes: tuple[tuple[int, Path], ...] = ()
-    """(frame, picture)"""
+    """(frame, picture) beside the sample"""
+    keyframes_in_place: tuple[tuple[int, Path], ...] = ()
+    """(frame, picture) in place of the latent frames that they lie in"""
     video: Path | None = None
     """A clip that is kept but for what `video_span`, `box` and `crop` leave to be generated; all of it where there are none."""
     video_span: Span | None = None
@@ -108,6 +110,7 @@ INPUT_FLAGS = {
     "i": "image_path",
     "ei": "end_image_path",
     "k": "keyframes",
+    "kp": "keyframes_in_place",
     "iv": "input_video_path",
     "vt": "generate_seconds",
     "box": "inpaint_box",
@@ -152,7 +155,10 @@ def _read_keyframes(text: str) -> tuple[tuple[int, Path], ...]:
     pairs = [part.strip().partition("=") for part in text.split(";")]
     if not all(sign and re.fullmatch("[0-9]{1,9} *", number) for number, sign, _ in pairs):
         raise ValueError("must be FRAME=PICTURE, several parted by ';', such as 24=door.png;48=street.png")
-    return tuple((int(number), as_path(name.strip())) for number, _, name in pairs)
+    numbers = [int(number) for number, _, _ in pairs]
+    if twice := [number for number in numbers if numbers.count(number) > 1]:
+        raise ValueError(f"has two pictures of frame {twice[0]}; keep one")
+    return tuple((number, as_path(name.strip())) for number, (_, _, name) in zip(numbers, pairs, strict=True))
 
 
 def _read_span(text: str) -> Span:
@@ -193,6 +199,7 @@ class _Entry:
     image_path: AnyPath | None = None
     end_image_path: AnyPath | None = None
     keyframes: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
+    keyframes_in_place: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
     input_video_path: AnyPath | None = None
     generate_seconds: Annotated[Span | None, _from_text(_read_span)] = None
     inpaint_box: Annotated[Rectangle | None, _from_text(_read_rectangle)] = None
@@ -332,13 +339,21 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
         raise UserError(
             f"{where}: {prompt.width}x{prompt.height} with {prompt.frames} frames are {cells} latent cells; the most is {_MOST_CELLS}."
         )
-    pictures = {"--i": prompt.inputs.image, "--ei": prompt.inputs.end_image, "--k": prompt.inputs.keyframes}
-    if prompt.frames == 1 and (given := [flag for flag, value in pictures.items() if value]):
-        raise UserError(f"{where}: {given[0]} with 1 frame: the picture would be the whole sample. Raise --f, such as --f 49.")
-    for frame, _ in prompt.inputs.keyframes:
-        if frame >= prompt.frames:
-            raise UserError(f"{where}: --k {frame}=...: the sample's frames are 0 to {prompt.frames - 1}.")
+    _check_pictures(where, prompt)
     return prompt
+
+
+def _check_pictures(where: str, prompt: PreviewPrompt) -> None:
+    inputs, last = prompt.inputs, prompt.frames - 1
+    keyframes = {"--k": inputs.keyframes, "--kp": inputs.keyframes_in_place}
+    given = [flag for flag, value in {"--i": inputs.image, "--ei": inputs.end_image, **keyframes}.items() if value]
+    if prompt.frames == 1 and given:
+        raise UserError(f"{where}: {given[0]} with 1 frame: the picture would be the whole sample. Raise --f, such as --f 49.")
+    for flag, pictures in keyframes.items():
+        if outside := [frame for frame, _ in pictures if frame > last]:
+            raise UserError(f"{where}: {flag} {outside[0]}=...: the sample's frames are 0 to {last}.")
+    if inputs.end_image is not None and last in dict(inputs.keyframes):
+        raise UserError(f"{where}: --ei and --k {last}=... both give the last frame; keep one.")
 
 
 def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
@@ -357,6 +372,7 @@ def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
         image=find("i", entry.image_path),
         end_image=find("ei", entry.end_image_path),
         keyframes=tuple((frame, find_file(f"k {frame}=", path)) for frame, path in entry.keyframes),
+        keyframes_in_place=tuple((frame, find_file(f"kp {frame}=", path)) for frame, path in entry.keyframes_in_place),
         video=find("iv", entry.input_video_path),
         video_span=entry.generate_seconds,
         box=entry.inpaint_box,

@@ -13,3 +13,8 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
     text = "|".join(map(str, (seed, *names)))
     number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little")
     return torch.Generator().manual_seed(number & (2**63 - 1))
+
+
+def uniform(generator: torch.Generator) -> float:
+    """A number from 0 up to, but not including, 1."""
+    return torch.rand((), generator=generator, dtype=torch.float64).item()

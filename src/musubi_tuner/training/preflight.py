@@ -1,5 +1,7 @@
 """Everything that can go wrong without the transformer's weights goes wrong here: folders, files, items, caches, prompts, references."""
 
+import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -71,6 +73,9 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
     if config.preview.wanted and config.preview.sample_prompts is None:
         log.warning("WARNING: no previews: %s is given without --sample_prompts FILE", config.preview.wanted)
     _check_references(recipe, items, path)
+    _check_keyframes(recipe, (*items, *validation_items), path)
+    if recipe.keyframes is None:
+        items, validation_items = _without_keyframes(items, path), _without_keyframes(validation_items, path)
     network_weights = config.network.network_weights
     if network_weights is not None and network_weights.is_file():
         _check_reference_factors(network_weights, recipe, datasets)
@@ -223,6 +228,49 @@ def _check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Pat
                 f"{dataset_config}: has references (reference_{infix}directory), but nothing shows them. Give --conditioning_config "
                 f"conditioning_recipes/{ready}.toml (its rule is 'reference'), or take reference_{infix}directory out."
             )
+
+
+def _check_keyframes(recipe: Recipe, items: Sequence[Item], dataset_config: Path) -> None:
+    """A recipe that lays keyframes beside the clips needs those that it may choose, of every clip; stills have none.
+
+    Raises:
+        UserError: names the dataset and what it lacks.
+    """
+    rule = recipe.keyframes
+    if rule is None:
+        return
+    clips = [item for item in items if item.clip.frames > 1]
+    for item in clips:
+        spec, last = item.spec, item.clip.frames - 1
+        if "keyframes" not in item.paths:
+            places = json.dumps([*dict.fromkeys(name if name in ("first", "last") else "every 8" for name in rule.at)])
+            remedy = f'Add keyframes = {places} (also numbers of frames, and "every N") and run ltxv2_cache_latents.py.'
+            if spec.keyframes:
+                remedy = "Run ltxv2_cache_latents.py on its videos; imported caches have none."
+            raise UserError(
+                f"{dataset_config}: {spec.label}: the recipe's rule 'keyframes' shows single pictures beside the clips, and no keyframes "
+                f"of this dataset are cached. {remedy} To make latent frames of the clip itself conditioning (eight frames each), as "
+                "'keyframes' did before, write rule = \"keyframes_in_place\"."
+            )
+        cached = item.clip.sidecars["keyframes"].at
+        if lacking := rule.lacking(cached, last):
+            raise UserError(
+                f"{dataset_config}: {spec.label}: the recipe's rule 'keyframes' has at = {json.dumps([*rule.at])}, and of its clips of "
+                f"{last + 1} frames no {lacking[0]} one is cached, but {', '.join(map(str, cached))}. Add it to keyframes and run "
+                "ltxv2_cache_latents.py, or leave it out of the rule."
+            )
+    if not clips:
+        raise UserError(f"{dataset_config}: the recipe has the rule 'keyframes', but all items are stills, which have none.")
+
+
+def _without_keyframes(items: tuple[Item, ...], dataset_config: Path) -> tuple[Item, ...]:
+    """Items whose keyframes are not read, as no rule shows them."""
+    labels = dict.fromkeys(item.spec.label for item in items if "keyframes" in item.paths)
+    if labels:
+        log.warning("WARNING: %s: %s has keyframes, which no rule shows. They are not read.", dataset_config, ", ".join(labels))
+    return tuple(
+        dataclasses.replace(item, paths={name: path for name, path in item.paths.items() if name != "keyframes"}) for item in items
+    )
 
 
 def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:

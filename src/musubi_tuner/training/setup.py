@@ -266,9 +266,10 @@ def _prompt_preservation(inputs: RunInputs, device: torch.device) -> PromptPrese
 
 def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None) -> LoadedModel:
     config = inputs.config
-    largest = largest_item(inputs.items, config.ltx_mode)
+    largest = largest_item(inputs.items, config.ltx_mode, rules.recipe.keyframes)
     draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]
-    batch = make_batch(draws, config.ltx_mode, dataclasses.replace(rules, purpose="trial"))  # its draws are nobody else's
+    trial_rules = dataclasses.replace(rules, purpose="trial", recipe=rules.recipe.with_most_keyframes())  # its draws are nobody else's
+    batch = make_batch(draws, config.ltx_mode, trial_rules)
 
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
         started = time.perf_counter()
@@ -279,7 +280,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             torch.cuda.synchronize(machine.device)
         return time.perf_counter() - started
 
-    video_tokens, audio_tokens = token_counts(largest, config.ltx_mode)
+    video_tokens, audio_tokens = token_counts(largest, config.ltx_mode, rules.recipe.keyframes)
     request = ModelRequest(
         checkpoint=inputs.checkpoint,
         mode=config.ltx_mode,
