@@ -70,7 +70,7 @@ def keyframes_at(frames: list[int], seed: int = 3) -> KeyframeLatents:
 
 
 def test_keyframes_equal_ltx_core_but_for_the_end_of_their_time() -> None:
-    """ltx-core 1.0 lets a keyframe after the first last eight frames; from 1.1 on it is one, as `num_pixel_frames` = 1 says."""
+    """ltx-core 1.0 lets a keyframe after the first last eight frames; in v1.2 it is one, as `num_pixel_frames` = 1 says."""
     from ltx_core.conditioning.types.keyframe_cond import VideoConditionByKeyframeIndex
 
     keyframes, state = keyframes_at([0, 5, 16]), tools().create_initial_state("cpu", torch.float32)

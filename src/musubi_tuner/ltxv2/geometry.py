@@ -88,7 +88,7 @@ def video_positions(frames: int, height: int, width: int, fps: Tensor) -> Tensor
 def keyframe_positions(frames: Tensor, height: int, width: int, fps: Tensor) -> Tensor:
     """Positions of keyframes' tokens: pixel frame f alone lasts [f, f + 1) / fps seconds, the first one too.
 
-    As ltx-core's `VideoConditionByKeyframeIndex` (from 1.1 on; 1.0 has [f, f + 8) for f > 0), ComfyUI's guides and diffusers'
+    As the official `VideoConditionByKeyframeIndex` of v1.2 (ltx-core 1.0 has [f, f + 8) for f > 0), ComfyUI's guides and diffusers'
     condition pipeline have it.
 
     Args:
