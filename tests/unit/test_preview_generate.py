@@ -189,7 +189,7 @@ def test_a_model_can_be_loaded_to_generate_without_network_plan_or_trial(tiny_fa
 
 def test_a_lora_that_is_merged_for_generation_samples_as_the_trained_network(tiny_family, tmp_path: Path) -> None:
     trained = parts.load_wrapper(tiny_family.ltx23)
-    save_lora(parts.add_lora(trained, random_b=True), tmp_path / "lora.safetensors", {}, torch.float32)
+    save_lora(parts.add_lora(trained, random_b=True), tmp_path / "lora.safetensors", {}, torch.float32, name="lora")
     expected = generate(trained, parts.sample(trained))
     merged = load_to_generate(tiny_family.ltx23, loras=[(tmp_path / "lora.safetensors", 1.0)])
     plain = load_to_generate(tiny_family.ltx23)
