@@ -57,7 +57,7 @@ def systematic() -> Iterator[Malformed]:
 def changed(
     family: str, pattern: str, label: str, program: str, more: tuple[str, ...], change: Change, expect: str, names: tuple[str, ...] = ()
 ) -> Malformed:
-    """An input whose file, the first that fits the pattern, is changed."""
+    """An input whose file, the first that fits the pattern, is changed; a message names the file, or what comes of it."""
 
     def prepare(folder: Path) -> None:
         path = min(folder.glob(pattern))
@@ -66,10 +66,10 @@ def changed(
     words = " ".join(more).replace("lora.safetensors", "").replace("--", "")
     short = f"{family}/{Path(pattern).name} {label} in {program} {words}".strip()
     stem = pattern.rpartition("/")[2].partition("*")[0]
-    told = names or ((stem,) if family != "cache" or program == TRAIN else ())
-    if family == "cache" and program != TRAIN and expect == "refused":
-        expect = "any"  # what is wrong with a cache file is made again
-    if program == DOCTOR and family == "checkpoint" and "audio" not in pattern and expect == "refused":
+    told = names or (Path(stem).stem[:8], "not finite", *(("state",) if family == "state" else ()))
+    if family in ("cache", "index") and program != TRAIN:
+        expect, told = "any", ()  # what is wrong with a file of the cache is made again
+    if program == DOCTOR and expect == "refused":
         expect = "told"
     return Malformed(id=short, program=program, more=more, prepare=prepare, expect=expect, names=told)
 

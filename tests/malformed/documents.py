@@ -70,7 +70,7 @@ def _no_documents() -> Iterator[Malformed]:
                 fine = name == "prompts.txt" or label in ("empty", "a blank", "only a mark") and family in ("recipe", "config")
                 yield Malformed(
                     id=f"{family}/{program}/{name} is {label}", program=program, more=more, prepare=writes(name, data),
-                    expect="any" if fine else "refused", names=(name, "jsonl.toml"),
+                    expect="any" if fine else "refused", names=() if fine else (name, "jsonl.toml"),
                 )  # fmt: skip
             for label, other in (("missing", "nothing.toml"), ("a folder", "clips"), ("a loop", "loop"), ("a device", "/dev/null")):
                 words = tuple(other if word == name else word for word in more)
@@ -99,7 +99,7 @@ def _dataset() -> Iterator[Malformed]:
         program, more = programs[place % len(programs)]
         return Malformed(
             id=f"dataset/{where}: {key} = {value.label}", program=program, more=more, prepare=writes("dataset.toml", text),
-            expect=expect, names=(key, "dataset.toml"),
+            expect=expect, names=(key, "dataset.toml") if expect == "refused" else (),
         )  # fmt: skip
 
     # pyrefly: ignore[private-usage]
@@ -170,7 +170,8 @@ def _recipe() -> Iterator[Malformed]:
 def _of_recipe(label: str, text: str, expect: str, key: str) -> Malformed:
     more = ("--conditioning_config", "recipe.toml")
     prepare = writes("recipe.toml", text)
-    return Malformed(id=f"recipe/{label}", program=TRAIN, more=more, prepare=prepare, expect=expect, names=(key, "recipe.toml"))
+    names = (key, "recipe.toml") if expect == "refused" else ()
+    return Malformed(id=f"recipe/{label}", program=TRAIN, more=more, prepare=prepare, expect=expect, names=names)
 
 
 def _prompts_by_key() -> Iterator[Malformed]:
@@ -202,7 +203,7 @@ def _prompts_by_key() -> Iterator[Malformed]:
             yield _of_prompts("prompt", value, "toml", f"prompt = {value.toml}\n", "refused", 0, "whole ")
             yield _of_prompts("subset", value, "toml", f"[prompt]\nsubset = {value.toml}\n", "refused", 0, "whole ")
         if value.json is not None:
-            yield _of_prompts("list", value, "json", f"[{value.json}]", "any" if value.label in ("table",) else "refused", 0, "whole ")
+            yield _of_prompts("list", value, "json", f"[{value.json}]", "any" if value.json.startswith('"') else "refused", 0, "whole ")
 
 
 def _of_prompts(key: str, value: Value, ending: str, text: str, expect: str, number: int, prefix: str = "") -> Malformed:
@@ -210,7 +211,7 @@ def _of_prompts(key: str, value: Value, ending: str, text: str, expect: str, num
     program, more = users(name)[number % 2]
     return Malformed(
         id=f"prompts/{name} {prefix}{key} = {value.label}", program=program, more=more, prepare=writes(name, text), expect=expect,
-        names=(name,),
+        names=(name,) if expect == "refused" else (),
     )  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def _prompt_lines() -> Iterator[Malformed]:
             sizes = "".join(f" --{k} {v}" for k, v in (("w", 64), ("h", 32), ("f", 9), ("s", 1)) if k != flag)
             yield Malformed(
                 id=f"prompts/line --{flag} {shown!a}", program=program, more=more, expect="refused" if refused else "any",
-                prepare=writes("prompts.txt", f"A disc.{sizes}{inputs} --{flag} {word}\n"), names=("prompts.txt",),
+                prepare=writes("prompts.txt", f"A disc.{sizes}{inputs} --{flag} {word}\n"), names=("prompts.txt",) if refused else (),
             )  # fmt: skip
     for label, line in (("unknown", "A --zz 1"), ("twice", "A --w 64 --w 64"), ("no prompt", " --w 64"), ("l and g", "A --l 1 --g 1")):
         yield Malformed(

@@ -94,7 +94,7 @@ def _as_words(program: str, flag: Flag) -> Iterator[Malformed]:
         shown = word if len(word) < 40 else f"{word[:10]} x {len(word)}"
         return Malformed(
             id=f"flags/{program}/{flag.name} {shown!a}", program=program, more=(*_short(program), f"{flag.name}={word}"),
-            expect=expect, names=names_of(flag.key, word) if expect == "refused" or flag.type not in (int, float) else (),
+            expect=expect, names=names_of(flag.key, word) if expect == "refused" else (),
         )  # fmt: skip
 
     if flag.type is bool:
@@ -151,7 +151,7 @@ def _file_with(program: str, key: str, value: Value, expect: str) -> Malformed:
     text = f"{key} = {value.toml}\n"
     dropped = {place for place, word in enumerate(words) if word == f"--{key}" for place in (place, place + 1)}
     written = (value.json or "").startswith('"')
-    names = (*names_of(key, json.loads(value.json or '""') if written else ""), "flags.toml") if written or expect == "refused" else ()
+    names = (*names_of(key, json.loads(value.json or '""') if written else ""), "flags.toml") if expect == "refused" else ()
     return Malformed(
         id=f"config/{program}/{key} = {value.label}", program=program, base=tuple(w for i, w in enumerate(words) if i not in dropped),
         more=(*(word for word in _short(program) if word != f"--{key}"), "--config_file", "flags.toml"),

@@ -61,7 +61,7 @@ def _json_file(family: str, pattern: str, program: str, more: tuple[str, ...], m
             made = list(variants(json.loads(file), most=40))
             return made[place * 7919 % len(made)][1].encode("utf-8", "surrogatepass")
 
-        yield changed(family, pattern, f"variant {place}", program, more, change, "any")
+        yield changed(family, pattern, f"variant {place}", program, more, change, "any", ("cache", "state", "models/gemma3"))
     for label, data in (("empty", b""), ("not UTF-8", b'{"a": "\xff"}'), ("UTF-16", "{}".encode("utf-16")), ("zeros", bytes(20))):
         yield changed(family, pattern, label, program, more, lambda file, data=data: data, "refused")
 

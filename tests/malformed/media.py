@@ -151,7 +151,7 @@ def _wav(
 
 def _sounds() -> Mapping[str, Make]:
     nan, inf, huge = (struct.pack("<f", value) * 20_000 for value in (float("nan"), float("inf"), 3e38))
-    makes = {f"rate {rate}": _wav(rate=rate, data=bytes(400)) for rate in (0, 1, 7, 384_000, 2**31 - 1, 2**32 - 1)}
+    makes = {f"rate {rate}": _wav(rate=rate, data=bytes(40)) for rate in (0, 1, 7, 384_000, 2**31 - 1, 2**32 - 1)}
     makes |= {f"channels {count}": _wav(channels=count) for count in (0, 1, 3, 8, 255, 65535)}
     makes |= {f"bits {bits}": _wav(bits=bits) for bits in (0, 1, 7, 8, 24, 64, 65535)}
     makes |= {f"codec {kind}": _wav(kind=kind) for kind in (0, 2, 85, 65534, 65535)}

@@ -24,7 +24,7 @@ from musubi_tuner.runtime.errors import UserError
 
 Options = TypeVar("Options")
 
-_LONGEST_SIDE = 16384
+_LONGEST_SIDE, _LONGEST_SHOWN = 16384, 100
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -152,9 +152,13 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def shortened(text: str) -> str:
+    """The text, or its beginning where a message would be hard to read."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."
+
+
 def _key_and_value(key: str, value: Any) -> str:
-    text = repr(value)
-    return f"{key} = {text if len(text) <= 100 else text[:100] + ' ...'}"
+    return f"{key} = {shortened(repr(value))}"
 
 
 def _line(details: ErrorDetails, known: list[str], naming: Callable[[str, Any], str]) -> str:
