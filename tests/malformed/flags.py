@@ -27,6 +27,8 @@ _TAKES_LONG = {
     "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "max_data_loader_n_workers", "sample_steps", "sample_frames",
 }  # fmt: skip
 """Of which a large number is a long run, which nothing is wrong with."""
+_NOT_GIVEN = '""'
+"""An empty text in a file is no value, as interfaces write it for what was left out."""
 _DEVICES = (
     "foo",
     "CPU",
@@ -126,7 +128,7 @@ def _in_file(program: str, config: type) -> Iterator[Malformed]:
     for section in get_type_hints(config).values():
         for key, kinds in fields_of(section).items():
             for value in wrong_for(kinds):
-                yield _file_with(program, key, value, "refused")
+                yield _file_with(program, key, value, "any" if value.toml == _NOT_GIVEN else "refused")
             if program != TINY:
                 yield from (_file_with(program, key, value, "any") for value in odd_for(kinds) if not _is_long(key, value))
     for label, text in (
