@@ -1,7 +1,7 @@
 """Runs one malformed input through a program's `main`, in this process, and says what came of it.
 
 An outcome is `refused` (a `UserError`), `code N`, `exit`, `TRACEBACK Type at file:line` or `HANG at file:line`. A hang is ended after
-`SECONDS`; memory is bounded, so that an absurd allocation is a traceback and not a dead machine.
+`SECONDS` of work; memory is bounded, so that an absurd allocation is a traceback and not a dead machine.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ import torch
 from musubi_tuner.runtime.errors import UserError
 from tests.malformed.base import MAINS, Malformed, furnish
 
-SECONDS = 20
-"""More than any accepted input takes by far."""
+SECONDS, WAITING_SECONDS = 20, 120
+"""Of the processor's time, and on the clock: more than any accepted input takes by far, on a busy machine too."""
 _MEMORY = 6 * 2**30
 """Bytes of address space beside those of the libraries."""
 _KEPT = 4000
@@ -129,13 +129,16 @@ def _alarm() -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
         raise _TooLong
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, WAITING_SECONDS))
+    before = [signal.signal(number, ring) for _, number, _ in timers]
+    for timer, _, seconds in timers:
+        signal.setitimer(timer, seconds, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def _place(error: BaseException) -> str:

@@ -46,7 +46,7 @@ def hangs(argv: list[str]) -> int:
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, main, **values) -> runner.Result:
     monkeypatch.setitem(base.MAINS, "made", main)
     monkeypatch.setitem(base.ARGUMENTS, "made", ("--a", "b"))
-    monkeypatch.setattr(runner, "SECONDS", 0.2)
+    monkeypatch.setattr(runner, "WAITING_SECONDS", 0.2)
     (folder / "world").mkdir()
     return run_one(Malformed(id="made/one", program="made", **values), folder / "world")
 
