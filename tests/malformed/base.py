@@ -33,7 +33,7 @@ CONFIGS |= {ltxv2_doctor: TrainingConfig, make_tiny: make_tiny.TinyConfig}
 MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".")[2]: module.main for module in CONFIGS}
 
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
-TRAIN, IMPORT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_doctor", "make_tiny"
+TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
 
 _DATASET = """\
 [general]
@@ -104,6 +104,10 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     IMPORT: (
         "--precomputed_directory", "precomputed", "--output_dir", "imported", "--ltx_mode", "av", "--device", "cpu", *_MODEL,
         "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors",
+    ),
+    ADOPT: (
+        "--dataset_config", "dataset.toml", "--ltx_mode", "av", *_MODEL, "--vae", "models/vae.safetensors",
+        "--audio_vae", "models/audio_vae.safetensors",
     ),
     TINY: ("--output_dir", "tiny"),
 }  # fmt: skip

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import get_type_hints
 
 from musubi_tuner.config.flags import Flag, describe
-from tests.malformed.base import ARGUMENTS, CONFIGS, DOCTOR, DRY, LATENTS, SOUND, TEXT, TINY, Malformed, writes
+from tests.malformed.base import ADOPT, ARGUMENTS, CONFIGS, DOCTOR, DRY, LATENTS, SOUND, TEXT, TINY, Malformed, writes
 from tests.malformed.values import Value, fields_of, odd_for, wrong_for
 
 PROGRAMS = {module.__name__.rpartition(".")[2]: config for module, config in CONFIGS.items()}
-_PLANNING = (LATENTS, SOUND, TEXT)
+_PLANNING = (LATENTS, SOUND, TEXT, ADOPT)
 
 WRONG_WORDS = {
     int: ("nan", "inf", "five", "", " ", "1e999", "1e3", "1.5", "0x10", "100000000000000000000", "1" * 5000, "true", "[1]"),
