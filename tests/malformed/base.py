@@ -157,25 +157,30 @@ def put(folder: Path, name: str, data: bytes | str) -> None:
 
 
 def make_world(folder: Path) -> Path:
-    """The world, made where it is not there yet, or another one is."""
+    """The world, made where it is not there yet, or another one is; several processes may ask for it at once."""
     done = folder / "complete"
     made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    if not done.is_file() or done.read_text(encoding="utf-8") != made_by:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write_models(folder)
-        write_clips(folder / "clips", count=2, frames=9)
-        write_stills(folder / "stills", count=1)
-        write_audio_files(folder / "sounds", count=1, seconds=0.4)
-        _write_documents(folder)
-        before = Path.cwd()
-        os.chdir(folder)
-        try:
-            _run_programs()
-        finally:
-            os.chdir(before)
-        _write_precomputed(folder)
-        done.write_text(made_by, encoding="utf-8")
+    if done.is_file() and done.read_text(encoding="utf-8") == made_by:
+        return folder
+    making, before = folder.with_name(f"{folder.name} {os.getpid()}"), Path.cwd()
+    making.mkdir(parents=True)
+    _write_models(making)
+    write_clips(making / "clips", count=2, frames=9)
+    write_stills(making / "stills", count=1)
+    write_audio_files(making / "sounds", count=1, seconds=0.4)
+    _write_documents(making)
+    os.chdir(making)
+    try:
+        _run_programs()
+    finally:
+        os.chdir(before)
+    _write_precomputed(making)
+    (making / "complete").write_text(made_by, encoding="utf-8")
+    if done.is_file() and done.read_text(encoding="utf-8") == made_by:
+        shutil.rmtree(making)  # another process was faster
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    making.rename(folder)
     return folder
 
 
