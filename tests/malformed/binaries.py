@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.malformed.base import DOCTOR, IMPORT, LATENTS, SOUND, TEXT, TRAIN, Malformed, put
+from tests.malformed.base import ADOPT, DOCTOR, IMPORT, LATENTS, SOUND, TEXT, TRAIN, Malformed, put
 from tests.malformed.structure import variants
 
 USERS: Mapping[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
@@ -29,9 +29,9 @@ USERS: Mapping[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
             (DOCTOR, ("--network_weights", "lora.safetensors")),
         ),
     ),
-    "cache/clip_000*_ltxv2.safetensors": ("cache", ((TRAIN, ()), (LATENTS, ()), (DOCTOR, ()))),
-    "cache/clip_000*_audio.safetensors": ("cache", ((TRAIN, ()), (SOUND, ()))),
-    "cache/clip_000_ltxv2_te.safetensors": ("cache", ((TRAIN, ()), (TEXT, ()))),
+    "cache/clip_000*_ltxv2.safetensors": ("cache", ((TRAIN, ()), (LATENTS, ()), (ADOPT, ()), (DOCTOR, ()))),
+    "cache/clip_000*_audio.safetensors": ("cache", ((TRAIN, ()), (SOUND, ()), (ADOPT, ()))),
+    "cache/clip_000_ltxv2_te.safetensors": ("cache", ((TRAIN, ()), (TEXT, ()), (ADOPT, ()))),
     "models/gemma3/model.safetensors": ("encoder", ((TEXT, ("--no-skip_existing",)),)),
     "state/network.safetensors": ("state", ((TRAIN, ("--resume", "state", "--max_train_steps", "3")),)),
 }
