@@ -60,6 +60,12 @@ def as_path(value: Any) -> Any:
     return path
 
 
+def _in_utf8(value: str) -> str:
+    if value.encode("utf-8", "replace").decode() != value:
+        raise ValueError("must be text in UTF-8")
+    return value
+
+
 def multiple_of_32(value: int) -> int:
     """The value, where it is one.
 
@@ -83,6 +89,8 @@ def _8n_plus_1(value: int) -> int:
 
 AnyPath = Annotated[Path, BeforeValidator(as_path)]
 """A path, or text that is one."""
+Text = Annotated[str, AfterValidator(_in_utf8)]
+"""Words for an encoder or a file: a command line may hold bytes that are none."""
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
 
