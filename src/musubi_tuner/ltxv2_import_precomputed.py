@@ -107,8 +107,9 @@ def _write_dataset(plan: ImportPlan, toml: Path, root: Path, dropped: Sequence[t
     from musubi_tuner.cache.index import DatasetIndex, write_index
     from musubi_tuner.cache.store import write_bytes
     from musubi_tuner.conversion.official_dataset.plan import dataset_toml
+    from musubi_tuner.runtime.files import real_path
 
-    text = dataset_toml(plan, root.resolve()).encode("utf-8")
+    text = dataset_toml(plan, real_path(root)).encode("utf-8")
     if not toml.is_file():
         write_bytes(toml, text)
     elif toml.read_bytes() != text:

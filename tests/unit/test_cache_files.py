@@ -180,6 +180,13 @@ def test_fingerprints_follow_content_and_not_names(tmp_path: Path) -> None:
     assert file_fingerprint(tmp_path / "large renamed") != first[1]
 
 
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "circle.mp4").symlink_to("circle.mp4")
+    for name in ("circle.mp4", "gone.mp4", "."):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            file_fingerprint(tmp_path / name)
+
+
 def test_canonical_json_is_one_text_for_equal_values() -> None:
     assert canonical({"b": [1, 2.5, None], "a": "é"}) == canonical({"a": "é", "b": [1, 2.5, None]}) == '{"a":"é","b":[1,2.5,null]}'
 

@@ -54,6 +54,11 @@ def test_relative_paths_start_at_the_toml(tmp_path: Path, monkeypatch: pytest.Mo
     assert spec.cache_directory == spec.directory
 
 
+def test_a_link_to_itself_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert "video_directory = 'loop': no such folder" in refused(tmp_path, '[[datasets]]\nvideo_directory = "loop"\ntarget_frames = [9]\n')
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_load(tmp_path: Path, example: Path) -> None:
     copy = Path(shutil.copy(example, tmp_path))

@@ -51,6 +51,21 @@ def whole_model_config(folder):
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda value: value | {"added_tokens": [{"id": True}]}),
+        ("tokenizer.json", lambda value: value | {"model": value["model"] | {"vocab": {}}}),
+        ("tokenizer_config.json", lambda value: value | {"bos_token": 5}),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder, name, change):
+    path = folder / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match="--text_encoder .*gemma: holds no tokenizer that transformers can read"):
+        load_encoder(options(folder))
+
+
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", "language_model.", ""])
 @pytest.mark.parametrize("whole", [True, False])
 def test_names_of_every_layout_give_the_same_states(tiny_family, folder, prefix, whole):

@@ -63,6 +63,20 @@ def test_config_file_supplies_flags_and_the_command_line_wins(tmp_path):
     assert section == Section(count=7, kind="a", pairs=("x=1",), file=Path("f"))
 
 
+def test_bytes_that_are_no_text_are_no_prompt():
+    with pytest.raises(UserError, match=r"--dop_prompt a\\udcff: must be text in UTF-8"):
+        training("--ltxv2_timestep_format", "sd3_0_1", "--dop_prompt", "a\udcff")
+
+
+def test_a_message_shows_the_beginning_of_a_long_value(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f'file = "{"n" * 5000}"\n', encoding="utf-8")
+    for argv in (["--count", "9" * 5000], ["--file", "n" * 5000], ["--config_file", str(path)]):
+        with pytest.raises(UserError, match="(?:9|n){99} ...: must be ") as caught:
+            read(*argv)
+        assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

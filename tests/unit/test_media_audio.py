@@ -1,6 +1,7 @@
 """Waveform of real files: on time, to the sample, in stereo."""
 
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,15 @@ def test_resampling_keeps_tones_in_place(rate: int) -> None:
     assert out.shape == (2, 16000)
     expected = torch.sin(2 * math.pi * 1000 * torch.arange(16000, dtype=torch.float64) / 16000).float()
     assert (out[0, 100:-100] - expected[100:-100]).abs().max() < 2e-3
+
+
+def test_whole_numbers_of_64_bits_are_refused_in_words(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.wav", bytes(16 * 4800)
+    head = struct.pack("<HHIIHH", 1, 2, 48000, 48000 * 16, 16, 64)
+    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", len(data)) + data
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    with pytest.raises(UserError, match=r"a\.wav: its samples are whole numbers of 64 bits.*Convert it to 16, 24 or 32 bits"):
+        read_audio(path, probe_audio(path), 0.0, 0.1)
 
 
 def test_resampling_removes_what_the_new_rate_cannot_hold() -> None:

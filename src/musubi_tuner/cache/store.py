@@ -178,16 +178,22 @@ def file_fingerprint(path: Path) -> str:
 
     Files up to 16 MiB are hashed whole; of larger ones the head, the tail and evenly spaced blocks, 16 MiB in all.
     Renaming or copying a file does not change it.
+
+    Raises:
+        UserError: it cannot be read.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _WHOLE_UP_TO:
-            digest.update(file.read())
-        else:
-            for block in range(_BLOCKS):
-                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
+            if size <= _WHOLE_UP_TO:
+                digest.update(file.read())
+            else:
+                for block in range(_BLOCKS):
+                    file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                    digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Repair the file, or remove it.") from error
     return digest.hexdigest()[:32]
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.model import Dtype, Mode, TextTokens, chosen_mode
-from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Wording, options
+from musubi_tuner.config.validation import AnyPath, Count, FrameRate, Text, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
 SpatialTile = Annotated[int, Field(ge=256, le=2**16, multiple_of=32), Wording("a multiple of 32, at least 256")]
@@ -81,7 +81,7 @@ class TextDataOptions:
 
     dataset_config: AnyPath = flag("dataset TOML")
     sample_prompts: AnyPath | None = flag("prompt file whose texts are cached too, so that training needs no encoder", default=None)
-    dop_prompt: str | None = flag("prompt of training's --dop_prompt, cached too", default=None, may_be_empty=True)
+    dop_prompt: Text | None = flag("prompt of training's --dop_prompt, cached too", default=None, may_be_empty=True)
     ltx_mode: Mode | None = flag("what will be trained; default: video", default=None)
     ltxv2_audio_video: bool = flag("older form of --ltx_mode av", default=False)
     text_cache_stage: Literal["context", "features"] = flag(

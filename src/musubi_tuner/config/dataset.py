@@ -24,7 +24,7 @@ from musubi_tuner.config.validation import (
     validated,
 )
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import read_toml
+from musubi_tuner.runtime.files import read_toml, real_path
 
 _SOURCES: dict[str, tuple[Literal["video", "image", "audio"], bool]] = {
     "video_directory": ("video", True),
@@ -259,7 +259,7 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], table: Mapping[str
         raise UserError(f"{path}: {label}: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(named) or 'none'}.")
     kind, is_directory = _SOURCES[named[0]]
     paths = {
-        key: (path.parent / value).resolve() if not value.is_absolute() else value
+        key: real_path(path.parent / value) if not value.is_absolute() else value
         for key in _keys(_Entry)
         if isinstance(value := getattr(entry, key), Path)
     }

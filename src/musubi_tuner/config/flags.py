@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from musubi_tuner import __version__
 from musubi_tuner.config.names import ALIASES, IGNORED, OTHER_VALUES, PERCENTAGES, VALUES, answer, ours
-from musubi_tuner.config.validation import validated
+from musubi_tuner.config.validation import shortened, validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
 
@@ -136,7 +136,9 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
-        return f"--{key} {' '.join(word or repr(word) for word in _words(typed[key]))}" if key in typed else f"{file}: {place} = {value!r}"
+        if key not in typed:
+            return f"{file}: {place} = {shortened(repr(value))}"
+        return f"--{key} {shortened(' '.join(word or repr(word) for word in _words(typed[key])))}"
 
     sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}
     for flag in flags:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.validation import List, NotNegative, Positive, Share, Whole, Wording, options
+from musubi_tuner.config.validation import List, NotNegative, Positive, Share, Text, Whole, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1000)]
@@ -71,7 +71,7 @@ class AudioOptions:
 class PreservationOptions:
     """Keeping what the base model knows."""
 
-    dop_prompt: str | None = flag(
+    dop_prompt: Text | None = flag(
         "prompt, such as the class of what is trained, on which the adapter is held to the base model; '' = the empty one",
         default=None,
         may_be_empty=True,

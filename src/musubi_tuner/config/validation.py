@@ -24,7 +24,7 @@ from musubi_tuner.runtime.errors import UserError
 
 Options = TypeVar("Options")
 
-_LONGEST_SIDE = 16384
+_LONGEST_SIDE, _LONGEST_SHOWN = 16384, 100
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -60,6 +60,12 @@ def as_path(value: Any) -> Any:
     return path
 
 
+def _in_utf8(value: str) -> str:
+    if value.encode("utf-8", "replace").decode() != value:
+        raise ValueError("must be text in UTF-8")
+    return value
+
+
 def multiple_of_32(value: int) -> int:
     """The value, where it is one.
 
@@ -83,6 +89,8 @@ def _8n_plus_1(value: int) -> int:
 
 AnyPath = Annotated[Path, BeforeValidator(as_path)]
 """A path, or text that is one."""
+Text = Annotated[str, AfterValidator(_in_utf8)]
+"""Words for an encoder or a file: a command line may hold bytes that are none."""
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
 
@@ -152,9 +160,13 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def shortened(text: str) -> str:
+    """The text, or its beginning where a message would be hard to read."""
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."
+
+
 def _key_and_value(key: str, value: Any) -> str:
-    text = repr(value)
-    return f"{key} = {text if len(text) <= 100 else text[:100] + ' ...'}"
+    return f"{key} = {shortened(repr(value))}"
 
 
 def _line(details: ErrorDetails, known: list[str], naming: Callable[[str, Any], str]) -> str:

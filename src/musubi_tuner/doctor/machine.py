@@ -17,6 +17,7 @@ from musubi_tuner.doctor.findings import Finding, Note, look
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.compiling import obstacle_to_compiling
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import real_path
 
 _DISTRIBUTION = "musubi-tuner-ltxv2"
 _TIGHT_RAM, _TIGHT_DISK = 12 * GIB, 5 * GIB
@@ -141,7 +142,7 @@ def _ram() -> str | Note:
 
 
 def _disk(folder: Path) -> str | Note:
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (folder, *real_path(folder).parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     says = f"{free / GIB:.1f} GiB free for {folder}"
     return Note(f"{says}; a LoRA with its state takes up to 2 GiB each time it is saved") if free < _TIGHT_DISK else says

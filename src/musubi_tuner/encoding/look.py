@@ -91,8 +91,4 @@ def _check_name(source: Source) -> None:
 
 def _media_file(path: Path, kind: str) -> MediaFile:
     look = {"video": probe_video, "image": picture_size, "audio": probe_audio}[kind]
-    found = look(path)
-    try:
-        return MediaFile(path, found, file_fingerprint(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
+    return MediaFile(path, look(path), file_fingerprint(path))

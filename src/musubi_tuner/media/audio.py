@@ -112,8 +112,14 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 
 def _blocks(path: Path, container: Any, sound: AudioInfo, start: float, end: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Decoded blocks as (place of the first sample counted from `start`, (2, n) samples)."""
+    """Decoded blocks as (place of the first sample counted from `start`, (2, n) samples).
+
+    Raises:
+        UserError: a rate that changes, or samples that PyAV has no arrays for.
+    """
     stream = container.streams.audio[0]
+    if str(stream.codec_context.format and stream.codec_context.format.name).startswith("s64"):
+        raise UserError(f"{path}: its samples are whole numbers of 64 bits, which cannot be read. Convert it to 16, 24 or 32 bits.")
     if start - sound.start > _SEEK_FROM_SECONDS and container.format.name not in _NO_SEEK:
         container.seek(int((start - _PREROLL_SECONDS) / stream.time_base), stream=stream)
     expected: int | None = None

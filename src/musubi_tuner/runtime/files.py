@@ -5,6 +5,7 @@ Every reader takes `named`, the flag or key that the path comes from, and `remed
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from musubi_tuner.runtime.errors import UserError
 
 _LARGEST = 2**64
 """No number of ours needs more bits; tensors and other readers of JSON hold no larger ones."""
+
+
+def real_path(path: Path) -> Path:
+    """Absolute, with links followed as far as they lead; a link to itself stays, and whoever opens it says so."""
+    return Path(os.path.realpath(path))
 
 
 def read_text(path: Path, *, named: str = "", remedy: str = "") -> str:

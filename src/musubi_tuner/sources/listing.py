@@ -12,7 +12,7 @@ from musubi_tuner.cache.sidecars import KINDS, OwnFiles
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.validation import AnyPath, options, validated
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import read_json_lines
+from musubi_tuner.runtime.files import read_json_lines, real_path
 from musubi_tuner.sources.captions import Caption, listed_captions, name_in, read_caption
 
 EXTENSIONS = {
@@ -79,8 +79,8 @@ def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = T
     owners: dict[tuple[Path, str], tuple[DatasetSpec, Source]] = {}
     for spec, sources in zip(specs, listed, strict=True):
         for source in sources:
-            other, first = owners.setdefault((spec.cache_directory.resolve(), source.stem.casefold()), (spec, source))
-            if os.path.realpath(first.path) != os.path.realpath(source.path):  # where `resolve` raises for links in a circle
+            other, first = owners.setdefault((real_path(spec.cache_directory), source.stem.casefold()), (spec, source))
+            if real_path(first.path) != real_path(source.path):
                 raise UserError(
                     f"{other.label} {first.path} and {spec.label} {source.path} have the same stem and the cache directory "
                     f"{spec.cache_directory}, and would overwrite each other's cache. Rename one, or give each its own cache_directory."

@@ -5,7 +5,6 @@ One `.pt` file an item and folder, at the same relative path in each folder. The
 """
 
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,12 +177,13 @@ def read_text(path: Path) -> OfficialText:
     value = _load(path, "prompt_attention_mask")
     older = value.get("prompt_embeds")
     video, audio = value.get("video_prompt_embeds", older), value.get("audio_prompt_embeds", older)
-    mask = value["prompt_attention_mask"].bool()
+    mask = value["prompt_attention_mask"]
     for features in (video, audio):
         if features is not None and (not isinstance(features, Tensor) or features.ndim != 2 or mask.shape != features.shape[:1]):
             raise UserError(f"{path}: features are (tokens, width) with a mask of (tokens,); found {_shape(features)} and {_shape(mask)}.")
     if video is None:
         raise UserError(f"{path}: holds neither 'video_prompt_embeds' nor 'prompt_embeds', but {', '.join(map(str, value))}.")
+    mask = mask.bool()
     if not bool(mask.any()):
         raise UserError(f"{path}: its prompt_attention_mask has no real token. Make this file again.")
     return OfficialText(video[mask], None if audio is None else audio[mask], len(mask))
@@ -205,7 +205,7 @@ def _load(path: Path, key: str) -> dict[str, Any]:
     """A file's dict, which has a tensor under `key`; its tensors are mapped and not read, where the file allows it."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes may end in any error of unpickling, struct.error and KeyError among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: torch.load(weights_only=True) does not read it ({reason}). Files that hold more than tensors and plain values are "

@@ -135,11 +135,13 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     name = options.tokenizer or options.path
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(name, flag), local_files_only=True)
-    except (OSError, ValueError) as error:
+        start = tokenizer("")["input_ids"]
+    except UserError:
+        raise
+    except Exception as error:  # of tokenizers, which has no narrower class for what is wrong with a file
         raise UserError(
             f"{flag} {name}: holds no tokenizer that transformers can read ({error}). Give its folder with --tokenizer."
         ) from error
-    start = tokenizer("")["input_ids"]
     if options.backend == "gemma" and start != [tokenizer.bos_token_id]:
         raise UserError(
             f"{flag} {name}: its tokenizer makes {start} of an empty prompt; a Gemma tokenizer puts BOS first and adds no EOS. "
