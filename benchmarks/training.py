@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         write_checkpoint(model, toy=toy, blocks=2 if toy else options.blocks)
         toml = Path(folder) / "dataset.toml"
         toml.write_text(_TOML.format(width=width, height=height, frames=frames), encoding="utf-8")
-        write_caches(toml, open_checkpoint(model), frames=frames, width=width, height=height, tokens=32 if toy else TEXT_TOKENS)
+        write_caches(toml, open_checkpoint(model), frames=frames, width=width, height=height, tokens=TEXT_TOKENS)
         if options.cold:
             _drop_from_cache(model)
         flags = ["--dataset_config", str(toml), "--ltxv2_model", str(model), "--output_dir", str(Path(folder) / "out"), "--ltx_mode", "av"]

@@ -160,6 +160,11 @@ def test_a_device_that_is_none_is_an_error_that_names_the_flag(name):
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def heed_hangups() -> None:
+    """Under nohup the tests' own process ignores them, and would hand that down."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
@@ -176,5 +181,5 @@ def test_exit_codes_say_what_a_retry_is_worth(body, code, told):
         f"def main(argv):\n    try:\n        {body}\n    except Exception as error:\n        error.add_note('saved')\n        raise\n"
         "run_program(main)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=heed_hangups)
     assert (done.returncode, done.stderr) == (code, told)

@@ -111,8 +111,8 @@ def _refuse_to_overwrite(saving: SavingOptions) -> None:
     if not (states or loras):
         return
     found = ", ".join(path.name for path in [*loras, *states][-3:])
-    goes_on = "--autoresume goes on with it, " if states else ""
+    goes_on = "--autoresume goes on with it, another" if states else "Another"
     raise UserError(
-        f"{folder}: holds an earlier run of this --output_name: {found}. {goes_on}another --output_name leaves it as it is, "
+        f"{folder}: holds an earlier run of this --output_name: {found}. {goes_on} --output_name leaves it as it is, "
         "--overwrite removes it and starts anew."
     )
