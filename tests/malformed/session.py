@@ -1,6 +1,7 @@
 """Which inputs are run, in which order, and the results on disk."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import shlex
@@ -19,6 +20,8 @@ SHARES = {
     "index": 4, "lora": 4, "state": 5, "precomputed": 5, "classes": 6, "places": 2, "picture": 4, "sound": 4, "video": 6,
 }  # fmt: skip
 """Inputs of each family in every round: of 122, 14 are media, and about a third go through the trainer."""
+_FREEZE_EVERY = 40
+"""The programs collect garbage often; what the libraries hold is left out of it, or most of the time would be spent there."""
 _EVERY = 4
 """One input in so many is a mutation, until the systematic ones are used up."""
 
@@ -64,7 +67,10 @@ def run_all(work: Path, *, count: int, only: Sequence[str], seed: int, part: int
         _append(file, done[died])
     bound_memory()
     found = []
-    for malformed in islice(inputs(seed, only), part, count, parts):
+    for number, malformed in enumerate(islice(inputs(seed, only), part, count, parts)):
+        if number % _FREEZE_EVERY == 0:
+            gc.collect()
+            gc.freeze()
         if malformed.id not in done:
             running.write_text(json.dumps(malformed.id), encoding="utf-8")
             done[malformed.id] = run_one(malformed, world)

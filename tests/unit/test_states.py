@@ -57,6 +57,11 @@ def replace_optimizer(change):
     return damage
 
 
+def with_step(stored: dict, step: torch.Tensor) -> dict:
+    stored["optimizer"]["state"][0]["step"] = step
+    return stored
+
+
 def truncate(name: str, size: int):
     return lambda path: os.truncate(path / name, size)
 
@@ -78,6 +83,8 @@ DAMAGE = {
     "no finite weight": ("network.safetensors", lambda path: save_file({"weight": torch.tensor(torch.nan)}, path / "network.safetensors")),
     "a pickle of code": ("optimizer.pt", lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(os.system))),
     "optimizer is a list": ("optimizer.pt", replace_optimizer(lambda stored: [])),
+    "a sparse step": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.eye(1).to_sparse()))),
+    "a step without value": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.empty((), device="meta")))),
     "no schedule": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "scheduler": 3})),
     "odd random state": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": torch.zeros(3)})),
     "random state as text": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": "x"})),

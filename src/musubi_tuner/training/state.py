@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,10 +117,21 @@ def read_state(path: Path) -> SavedState:
         raise DamagedState(f"{file}: damaged, or no state of an optimizer ({_first_line(error)}).") from error
     if not (isinstance(stored, dict) and all(isinstance(stored.get(key), dict) for key in ("optimizer", "scheduler"))):
         raise DamagedState(f"{file}: must hold the states of an optimizer and a schedule.")
+    if not all(tensor.layout == torch.strided and tensor.device.type == "cpu" for tensor in _tensors_in(stored)):
+        raise DamagedState(f"{file}: holds a sparse tensor or one without values, which no optimizer leaves.")
     rng = stored.get("torch_rng")
     if not (isinstance(rng, Tensor) and rng.dtype == torch.uint8 and rng.shape == torch.get_rng_state().shape):
         raise DamagedState(f"{file}: must hold torch's random state.")
     return SavedState(step=progress["step"], settings=progress["settings"], network=network, stored=stored)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors anywhere in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry)
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
