@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.forms import text_forms
@@ -32,6 +31,7 @@ from musubi_tuner.ltxv2.text.pipeline import (
 )
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
+from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.sources.listing import list_all_sources
 
 STORED_DTYPE = torch.bfloat16
@@ -144,10 +144,10 @@ def _encode(chunk: Sequence[_Waiting], recipe: TextRecipe, batch_size: int, *, s
     """Features of a chunk; the encoder is gone when this returns."""
     stage = load_feature_stage(recipe)
     features: list[Features] = []
-    with tqdm(total=len(chunk), unit="text", desc="Text encoder", disable=not show) as bar:
+    with Progress("Text encoder", len(chunk), unit="text", shown=show) as bar:
         for batch in _batches(chunk, batch_size):
             features += stage.encode([text for text, _ in batch])
-            bar.update(len(batch))
+            bar.advance(len(batch))
     del stage
     free_memory(recipe.options.device)
     return features
@@ -159,7 +159,7 @@ def _finish(
     """Write a chunk's files, and return those that failed; the connectors are gone when this returns."""
     stage = load_finish_stage(recipe)
     failures = []
-    with tqdm(total=len(chunk), unit="text", desc=KINDS["text"].title, disable=not show) as bar:
+    with Progress(KINDS["text"].title, len(chunk), unit="text", shown=show) as bar:
         for waiting, batch in zip(_batches(chunk, batch_size), _batches(features, batch_size), strict=True):
             for (_, files), found, (text, mask) in zip(waiting, batch, stage.finish(batch), strict=True):
                 tensors, tokens = KINDS["text"].pack(text.to(STORED_DTYPE), mask), {"tokens": str(len(found[0]))}
@@ -170,7 +170,7 @@ def _finish(
                         raise
                     except UserError as error:
                         failures.append((job, str(error)))
-            bar.update(len(batch))
+            bar.advance(len(batch))
     del stage
     free_memory(recipe.options.device)
     return failures

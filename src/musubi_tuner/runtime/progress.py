@@ -8,10 +8,13 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 _FIXED_WIDTH = 22
@@ -107,6 +110,14 @@ class Progress:
         self._said, self._said_count = time.monotonic(), self._count
         share = 100 * self._count // self._total if self._total else 100
         print(f"{self._title}: {self._count} of {self._total} {self._unit}s ({share} %), {self._text()}", file=sys.stderr, flush=True)
+
+
+def counted(items: Sequence[Item], title: str, *, unit: str) -> Iterator[Item]:
+    """The items, with a bar over them."""
+    with Progress(title, len(items), unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 def _clock(seconds: float) -> str:

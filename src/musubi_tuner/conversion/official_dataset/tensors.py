@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import reason_to_rebuild
@@ -19,6 +18,7 @@ from musubi_tuner.conversion.official_dataset.plan import ImportedItem
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
 from musubi_tuner.ltxv2.text.pipeline import Features, TextRecipe, load_finish_stage, text_widths
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.progress import counted
 
 STORED_DTYPE = torch.bfloat16
 _ENCODING = canonical({"imported": "official .precomputed", "stored": str(STORED_DTYPE).removeprefix("torch.")})
@@ -53,7 +53,7 @@ def import_tensors(items: Sequence[ImportedItem], cache: Path, mode: str, encode
         UserError: a file that cannot be taken over, by name; what was written before stays good.
     """
     made_by = {"video_vae": {"encoder_fingerprint": encoders.latents}, "audio_vae": {"encoder_fingerprint": encoders.audio}, None: {}}
-    for item in tqdm(items, desc="Import", unit="item"):
+    for item in counted(items, "Import", unit="item"):
         clip = item.clip
         for name, read in _READERS.items():
             kind = KINDS[name]
@@ -99,7 +99,7 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
     if not todo:
         return
     stage = load_finish_stage(recipe)
-    for start in tqdm(range(0, len(todo), _TEXTS_TOGETHER), desc="Captions", unit="batch"):
+    for start in counted(range(0, len(todo), _TEXTS_TOGETHER), "Captions", unit="batch"):
         batch = todo[start : start + _TEXTS_TOGETHER]
         texts = [read_text(item.sample.files["text"]) for item, _ in batch]
         features = [_features(item, text, recipe) for (item, _), text in zip(batch, texts, strict=True)]
