@@ -41,6 +41,14 @@ def test_a_run_that_is_right_is_called_right_without_reading_a_weight(data, tmp_
     assert "LTX-2.3, 2 blocks" in found["transformer"][1] and "3 item(s), 3 with sound" in found["planned"][1]
 
 
+def test_an_earlier_run_of_the_name_is_found_as_training_finds_it(data, tmp_path, capsys):
+    (tmp_path / "ltxv2_lora.safetensors").write_bytes(b"of yesterday")
+    argv = data.arguments("--output_dir", str(tmp_path), "--text_encoder", str(data.encoder))
+    assert ltxv2_doctor.main(argv) == 1
+    mark, says = rows(capsys.readouterr().out)["output"]
+    assert mark == "WRONG" and "holds an earlier run of this --output_name" in says and "--overwrite" in says
+
+
 def test_the_machine_alone_needs_no_flags(capsys):
     assert ltxv2_doctor.main([]) == 0
     found = rows(capsys.readouterr().out)

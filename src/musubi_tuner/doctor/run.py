@@ -20,9 +20,9 @@ from musubi_tuner.placement.adapters import network_module, stored_linears
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
+from musubi_tuner.training.earlier import resolve_newest
 from musubi_tuner.training.optimizer import make_optimizer
 from musubi_tuner.training.preflight import check_inputs, check_output_folder
-from musubi_tuner.training.state import newest_state
 
 _SHOWN = 5
 
@@ -121,13 +121,10 @@ def _prompts(config: TrainingConfig) -> str:
     return says if config.preview.wanted else f"{says}, at the end of the run: no flag says when else, such as --sample_every_n_steps N"
 
 
-def _output(config: TrainingConfig) -> str | Note:
-    saving = config.saving
-    check_output_folder(saving.output_dir)
-    newest = newest_state(saving.output_dir, saving.output_name)
-    if newest is not None and saving.resume is None and not saving.autoresume:
-        return Note(f"{newest} is of an earlier run of this name; --autoresume goes on from it")
-    return f"{saving.output_dir} can be written into"
+def _output(config: TrainingConfig) -> str:
+    check_output_folder(config.saving.output_dir)
+    resumed = resolve_newest(config).saving.resume
+    return f"{config.saving.output_dir} can be written into" + ("" if resumed is None else f"; the run goes on from {resumed.name}")
 
 
 @contextmanager

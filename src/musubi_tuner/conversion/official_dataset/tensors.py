@@ -99,7 +99,7 @@ def import_texts(items: Sequence[ImportedItem], cache: Path, recipe: TextRecipe,
     if not todo:
         return
     stage = load_finish_stage(recipe)
-    for start in counted(range(0, len(todo), _TEXTS_TOGETHER), "Captions", unit="batch"):
+    for start in counted(range(0, len(todo), _TEXTS_TOGETHER), "Captions", unit="round"):
         batch = todo[start : start + _TEXTS_TOGETHER]
         texts = [read_text(item.sample.files["text"]) for item, _ in batch]
         features = [_features(item, text, recipe) for (item, _), text in zip(batch, texts, strict=True)]
