@@ -16,7 +16,7 @@ from musubi_tuner.flow.path import (
     x0_to_velocity,
 )
 from musubi_tuner.flow.schedule import mu_for_tokens
-from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, stretched
+from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, loss_weight, stretched
 from musubi_tuner.runtime.draws import generator_for
 
 
@@ -75,3 +75,18 @@ def test_draws_below_eps_are_reflected(normal):
     ratio = (1 / (1 + math.exp(-(1.5 + normal))) - low) / (high - low)
     assert ratio < 1e-3
     assert stretched(normal, 1.5) == pytest.approx(2e-3 - ratio, rel=1e-12) and stretched(normal, 1.5) > 1e-3
+
+
+def test_the_deviation_of_the_sampler_stretches_draws_and_percentiles_alike():
+    edges = [1 / (1 + math.exp(-(0.7 + 2.5 * edge))) for edge in (-2.5758, 3.0902)]
+    for normal in (-1.2, 0.0, 0.9):
+        ratio = (1 / (1 + math.exp(-(0.7 + 2.5 * normal))) - edges[0]) / (edges[1] - edges[0])
+        assert stretched(normal, 0.7, std=2.5) == pytest.approx(ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize(("scheme", "wanted"), [("sigma_sqrt", 0.4**2 / 0.2**2), ("cosmap", (1 - 0.8 + 0.32) / (1 - 0.4 + 0.08))])
+def test_weights_by_noise_level_have_the_ratios_of_their_formulas(scheme, wanted):
+    first, second = (loss_weight(scheme, sigma, SigmaSettings(), 1000) for sigma in (0.2, 0.4))
+    assert first / second == pytest.approx(wanted, rel=1e-9)
+    least, below = (loss_weight("sigma_sqrt", sigma, SigmaSettings(), 1000) for sigma in (0.05, 0.01))
+    assert least == below, "no weight is above that of 0.05"
