@@ -1,8 +1,8 @@
 """Run the tests on Windows' Python under Wine: python dev/windows_suite.py FOLDER [unit e2e parity | tests/unit/test_flow.py ...]
 
 FOLDER is an environment as `docs/development/windows.md` makes it: ROOT, py, prefix and proj. Each test file runs in a process of its own
-and leaves its result and its log in FOLDER/results; a file that has a result there is not run again, unless `--again` is given. The table is
-printed and written to FOLDER/results/table.md.
+and leaves its result and its log in FOLDER/results; a file that has a result there is not run again without `--again`. The table is printed
+and written to FOLDER/results/table.md.
 """
 
 import argparse
@@ -25,6 +25,7 @@ WINE = {
     "WINEDEBUG": "-all",
     "OMP_NUM_THREADS": "1",
 }
+WHOLE_FILE = "the whole file"
 REASONS: dict[str, str] = {}
 """Tests that cannot pass under Wine although the program is right, and why."""
 
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     results.mkdir(exist_ok=True)
     for file in test_files(options.tests):
         path = results / f"{file.parent.name}-{file.stem}.json"
-        if options.again or not path.is_file():
+        if options.again or not is_done(path):
             result = run_file(folder, options.prefix, file, results, options.timeout)
             path.write_text(json.dumps(result, indent=1), encoding="utf-8")
             print(row(result), flush=True)
@@ -61,6 +62,11 @@ def test_files(names: list[str]) -> list[Path]:
     return found
 
 
+def is_done(path: Path) -> bool:
+    """Whether there is a result of a process that came to its end."""
+    return path.is_file() and WHOLE_FILE not in json.loads(path.read_text(encoding="utf-8"))["failed"]
+
+
 def run_file(folder: Path, prefix: str, file: Path, results: Path, timeout: float) -> dict[str, object]:
     """Counts, seconds, and what failed and was skipped, with the first line of its message."""
     report = results / f"{file.parent.name}-{file.stem}.xml"
@@ -76,7 +82,7 @@ def run_file(folder: Path, prefix: str, file: Path, results: Path, timeout: floa
         "passed": 0,
     }
     if not report.is_file():
-        result["failed"] = {"the whole file": "no report: " + ("the process ended early" if ended else f"stopped after {timeout:g} s")}
+        result["failed"] = {WHOLE_FILE: "no report: " + ("the process ended early" if ended else f"stopped after {timeout:g} s")}
         return result
     passed, failed, skipped = 0, {}, {}
     for case in ElementTree.parse(report).iter("testcase"):

@@ -93,7 +93,7 @@ def test_the_newest_file_of_a_folder_is_read(tmp_path):
         save_file(
             formats.to_file({NAMES[0]: {DOWN: torch.full((1, 8), float(age)), UP: torch.zeros(6, 1)}}, torch.float32), tmp_path / name
         )
-        os.utime(tmp_path / name, ns=(age, age))
+        os.utime(tmp_path / name, (age, age))
     assert read_network(tmp_path, LINEARS).path.name == "a.safetensors"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no .safetensors"):
