@@ -18,6 +18,7 @@ from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.checkpoint import remove_old_loras
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler, try_out
 
@@ -309,3 +310,13 @@ def test_schedules_take_shares_decay_and_classes():
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             rates(**wrong)
+
+
+def test_an_old_lora_that_cannot_be_removed_is_told_of_and_costs_no_run(tmp_path, caplog):
+    """Windows removes no file that another program has open; a folder stands for it here."""
+    (tmp_path / "a-step00000001.safetensors").mkdir()
+    for step in (2, 3):
+        (tmp_path / f"a-step{step:08d}.safetensors").write_bytes(b"")
+    remove_old_loras(tmp_path, "a", 1, step=3, epoch=0)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a-step00000001.safetensors", "a-step00000003.safetensors"]
+    assert "a-step00000001.safetensors: an old LoRA that could not be removed" in caplog.text
