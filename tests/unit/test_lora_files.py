@@ -1,7 +1,9 @@
 """LoRA files: forms that are read, checks before one is written; targets; losses and optimizers."""
 
+import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.checkpoint import remove_old_loras
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler, try_out
+from musubi_tuner.training.state import remove_old_states, state_path
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
 LINEARS = dict.fromkeys(NAMES, (6, 8))
@@ -320,3 +323,11 @@ def test_an_old_lora_that_cannot_be_removed_is_told_of_and_costs_no_run(tmp_path
     remove_old_loras(tmp_path, "a", 1, step=3, epoch=0)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a-step00000001.safetensors", "a-step00000003.safetensors"]
     assert "a-step00000001.safetensors: an old LoRA that could not be removed" in caplog.text
+
+
+def test_an_old_state_that_cannot_be_removed_is_told_of_and_costs_no_run(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        state_path(tmp_path, "a", step).mkdir()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "in use")))
+    remove_old_states(tmp_path, "a", 1, step=2)
+    assert "a-step00000001-state: an old state that could not be removed (in use)" in caplog.text
