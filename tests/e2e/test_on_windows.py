@@ -23,7 +23,7 @@ import json, os, pathlib, signal, subprocess, sys, time
 
 report, losses, *command = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 path = pathlib.Path(losses)
 while process.poll() is None and not (path.is_file() and path.read_bytes()):
     time.sleep(0.05)
