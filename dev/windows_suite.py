@@ -31,7 +31,7 @@ REASONS = {
     "tests/unit/test_states.py::test_a_lock_is_held_by_one_and_taken_over_from_the_dead": _LOCKS,
     "tests/e2e/test_rescue.py::test_two_runs_of_one_name_are_one_too_many": _LOCKS,
     "tests/unit/test_bad_sources.py::test_names_that_no_cache_can_have_fail_by_name": (
-        "Wine: `realpath` of a path of over 260 characters fails with error 234, which Windows has only for a buffer that is asked for again"
+        "Wine: `realpath` of a path of over 260 characters fails with error 234, where Windows tells the size to ask with"
     ),
     "tests/unit/test_bad_sources.py::test_rates_lengths_and_reasons_are_shown_within_a_hundred_columns": (
         "the heading of a dataset holds its path, and that of the temporary folder is longer there than on Linux"

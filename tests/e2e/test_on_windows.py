@@ -14,6 +14,7 @@ import pytest
 from musubi_tuner import ltxv2_cache_latents, ltxv2_train_network
 from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.tiny import clips
+from musubi_tuner.training.hooks import StepLog
 from tests import training_parts as parts
 
 pytestmark = pytest.mark.skipif(sys.platform != "win32", reason="of Windows")
@@ -46,7 +47,7 @@ def test_ctrl_c_in_a_console_still_finishes_the_step(data, tmp_path):
     words = [sys.executable, "-c", IN_A_CONSOLE, str(tmp_path / "report.json"), str(tmp_path / "ltxv2_lora-loss.jsonl"), *command]
     subprocess.run(words, creationflags=subprocess.CREATE_NEW_CONSOLE, check=True, timeout=600)
     code, told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert code == 0, told
+    assert code == 130, told
     (state,) = tmp_path.glob("*-state")
     assert str(state) in told and "--resume" in told
 
@@ -72,12 +73,20 @@ def test_a_cache_file_that_another_program_has_open_is_named(data, tmp_path):
     assert held.read_bytes() == before
 
 
-def test_a_lora_that_another_program_has_open_costs_no_run(data, tmp_path, caplog):
-    flags = ["--save_every_n_steps", "1", "--save_last_n", "1", "--output_dir", str(tmp_path)]
-    ltxv2_train_network.main(data.arguments(*flags, "--max_train_steps", "2"))
-    with (tmp_path / "ltxv2_lora-step00000001.safetensors").open("rb"):
-        assert ltxv2_train_network.main(data.arguments(*flags, "--max_train_steps", "4")) == 0
-    assert "ltxv2_lora-step00000001.safetensors" in caplog.text
+def test_a_lora_that_another_program_has_open_costs_no_run(data, tmp_path, monkeypatch, caplog):
+    old, held, original = tmp_path / "ltxv2_lora-step00000001.safetensors", [], StepLog.write
+
+    def open_at_two(self, step, norm, bar):
+        if step == 2:
+            held.append(old.open("rb"))
+        return original(self, step, norm, bar)
+
+    monkeypatch.setattr(StepLog, "write", open_at_two)
+    flags = ["--save_every_n_steps", "1", "--save_last_n", "1", "--max_train_steps", "3", "--output_dir", str(tmp_path)]
+    assert ltxv2_train_network.main(data.arguments(*flags)) == 0
+    held[0].close()
+    assert f"{old}: an old LoRA that could not be removed (" in caplog.text
+    assert old.is_file() and (tmp_path / "ltxv2_lora.safetensors").is_file()
 
 
 def test_text_of_pipes_is_utf_8_whatever_the_code_page(tmp_path):
