@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 _FOLDER = ROOT / ".venv"
 _STAMP = "musubi_installed.json"
 _OLDEST_TORCH = (2, 11)
-_VENV_ADVICE = "On Debian and Ubuntu, 'apt install python3-venv' provides what is missing; then delete .venv and run this again."
+_VENV_ADVICE = (
+    "Python's embeddable package has no venv: install Python with the installer from python.org, then delete .venv and run this again."
+    if os.name == "nt"
+    else "On Debian and Ubuntu, 'apt install python3-venv' provides what is missing; then delete .venv and run this again."
+)
 _PIP_ADVICE = "Check the network and the free disk space, then run this again."
 
 

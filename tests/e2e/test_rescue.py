@@ -72,7 +72,7 @@ def test_a_cache_that_vanishes_costs_no_step(data, undisturbed, tmp_path, monkey
         train(moved, out, "--max_data_loader_n_workers", workers)
     assert "\n" not in str(error.value)
     told, command = "\n".join(error.value.__notes__).split("Go on with:\n")
-    words = shlex.split(command)
+    words = [word.strip('"') for word in shlex.split(command, posix=os.name != "nt")]
     state = Path(words[-1])
     assert words[:1] == ["python"] and words[-2] == "--resume" and str(state) in told and state.parent == out
     assert state.with_name(state.name.replace("-state", ".safetensors")).is_file()
@@ -180,6 +180,7 @@ def test_too_little_room_is_told_of_before_the_first_step(data, tmp_path, monkey
         train(data, tmp_path / "b")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder in which a file is open")
 def test_a_preview_or_a_loss_line_that_fails_costs_a_warning(data, tmp_path, monkeypatch, caplog):
     def fail(wrapper, step, epoch):
         raise FileExistsError(errno.EEXIST, "File exists", "sample")

@@ -116,7 +116,7 @@ def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(2, 2))
+    os.utime(path, (2, 2))
 
 
 def test_a_bit_that_turned_is_found_and_what_is_written_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_copies_are_read_once_and_their_checksum_goes_with_them(tmp_path: Path, 
     (tmp_path / "two").mkdir()
     copied = Path(path.replace(tmp_path / "two" / path.name))
     (tmp_path / "one" / RECORD_NAME).replace(tmp_path / "two" / RECORD_NAME)
-    os.utime(copied, ns=(1, 1))
+    os.utime(copied, (1, 1))
     caplog.set_level(logging.INFO)
     assert faults(copied) == {} and not caplog.text
     damage(copied)

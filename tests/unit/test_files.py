@@ -1,5 +1,6 @@
 """Reading files of the user: whatever is wrong is told by the file's name."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_files_that_are_not_there_name_flag_and_remedy(tmp_path: Path) -> None:
         read_toml(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         read_json(Path("a\0b"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file" if sys.platform == "win32" else "cannot be read"):  # as the system has it
         read_json(tmp_path / ("a" * 5000))
 
 

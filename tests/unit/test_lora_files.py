@@ -1,7 +1,9 @@
 """LoRA files: forms that are read, checks before one is written; targets; losses and optimizers."""
 
+import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.targets import TargetChoice, choose_targets, count_by_stream
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.checkpoint import remove_old_loras
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler, try_out
+from musubi_tuner.training.state import remove_old_states, state_path
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
 LINEARS = dict.fromkeys(NAMES, (6, 8))
@@ -93,7 +97,7 @@ def test_the_newest_file_of_a_folder_is_read(tmp_path):
         save_file(
             formats.to_file({NAMES[0]: {DOWN: torch.full((1, 8), float(age)), UP: torch.zeros(6, 1)}}, torch.float32), tmp_path / name
         )
-        os.utime(tmp_path / name, ns=(age, age))
+        os.utime(tmp_path / name, (age, age))
     assert read_network(tmp_path, LINEARS).path.name == "a.safetensors"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no .safetensors"):
@@ -309,3 +313,21 @@ def test_schedules_take_shares_decay_and_classes():
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             rates(**wrong)
+
+
+def test_an_old_lora_that_cannot_be_removed_is_told_of_and_costs_no_run(tmp_path, caplog):
+    """Windows removes no file that another program has open; a folder stands for it here."""
+    (tmp_path / "a-step00000001.safetensors").mkdir()
+    for step in (2, 3):
+        (tmp_path / f"a-step{step:08d}.safetensors").write_bytes(b"")
+    remove_old_loras(tmp_path, "a", 1, step=3, epoch=0)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a-step00000001.safetensors", "a-step00000003.safetensors"]
+    assert "a-step00000001.safetensors: an old LoRA that could not be removed" in caplog.text
+
+
+def test_an_old_state_that_cannot_be_removed_is_told_of_and_costs_no_run(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        state_path(tmp_path, "a", step).mkdir()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "in use")))
+    remove_old_states(tmp_path, "a", 1, step=2)
+    assert "a-step00000001-state: an old state that could not be removed (in use)" in caplog.text

@@ -190,3 +190,20 @@ def test_exit_codes_say_what_a_retry_is_worth(body, code, told):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=heed_hangups)
     assert (done.returncode, done.stderr) == (code, told)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--help_all"]], ids=" ".join)
+def test_a_reader_that_has_enough_is_no_error(words):
+    """Both of a text that is written at the end, and of one that is longer than a buffer."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "musubi_tuner.command", *words]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_an_error_of_the_system_is_not_taken_for_a_closed_pipe():
+    program = "from musubi_tuner.runtime.program import run_program\ndef main(argv):\n    open('?' * 5000)\nrun_program(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "OSError" in done.stderr

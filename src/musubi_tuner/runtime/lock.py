@@ -1,5 +1,6 @@
 """A file that one process holds: the system frees it when the process ends, however it ends, so no lock outlives its owner."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -43,7 +44,8 @@ def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
     finally:
         if sys.platform == "win32":  # which removes no open file
             file.close()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another program has it open; the next run takes it over
+            path.unlink(missing_ok=True)
         file.close()
 
 

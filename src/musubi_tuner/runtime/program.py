@@ -32,6 +32,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         code = main(sys.argv[1:])
+        _flush_stdout()
     except UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         code = EXIT_TRY_AGAIN if isinstance(error, TemporaryFailure) else EXIT_USER_ERROR
@@ -39,10 +40,26 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         end_at_once(EXIT_INTERRUPTED)
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # what reads our output, such as head, has enough of it
+    except OSError as error:
+        if not (isinstance(error, BrokenPipeError) or _is_closed()):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:  # pythonw has none
+        sys.stdout.flush()
+
+
+def _is_closed() -> bool:
+    """Whether what reads our output, such as head or more, has had enough of it. Windows calls that an invalid argument."""
+    try:
+        _flush_stdout()
+    except OSError:
+        return True
+    return False
 
 
 def quoted(path: object) -> str:

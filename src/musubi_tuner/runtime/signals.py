@@ -88,8 +88,7 @@ def launcher_pid() -> int | None:
     """The process of `accelerate launch` or torchrun that has started this one; None where there is none, and on Windows, where a parent
     that has gone cannot be told."""
     started = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    parent = os.getppid()
-    if sys.platform == "win32" or not started or parent == 1:
+    if sys.platform == "win32" or not started or (parent := os.getppid()) == 1:
         return None
     command = Path(f"/proc/{parent}/cmdline")
     if command.is_file():  # the variables may have been set by hand, or have come from a launcher further up

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.runtime.disk import write_whole
 from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
 SAVE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -50,15 +53,19 @@ def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dty
 def remove_old_loras(folder: Path, name: str, keep: int, *, step: int, epoch: int) -> None:
     """Keep the newest `keep` LoRAs of steps and as many of epochs, with what lies beside them; the final one always stays.
 
-    Files beyond `step` and `epoch` are an earlier run's: they neither count nor go.
+    Files beyond `step` and `epoch` are an earlier run's: they neither count nor go. One that cannot be removed, as Windows removes none
+    that another program has open, is told of and costs no run.
     """
     newest_of_step, newest_of_epoch = lora_path(folder, name, step=step).name, lora_path(folder, name, epoch=epoch).name
     for digits, newest in ((r"-step\d{8}", newest_of_step), (r"-\d{6}", newest_of_epoch)):
         pattern = re.compile(re.escape(name) + digits + r"\.safetensors")
         saved = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.name <= newest)
         for path in saved[:-keep]:
-            path.unlink()
-            connectors_path(path).unlink(missing_ok=True)
+            for old in (path, connectors_path(path)):
+                try:
+                    old.unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("WARNING: %s: an old LoRA that could not be removed (%s)", old, error.strerror)
 
 
 def lora_files(folder: Path, name: str) -> list[Path]:

@@ -223,10 +223,16 @@ def _other_state(path: Path) -> str:
 
 
 def remove_old_states(folder: Path, name: str, keep: int, step: int) -> None:
-    """Keep the newest `keep` of the states up to `step`; those beyond it are an earlier run's, and not for this one to judge."""
+    """Keep the newest `keep` of the states up to `step`; those beyond it are an earlier run's, and not for this one to judge.
+
+    One that cannot be removed is told of and costs no run.
+    """
     newest = state_path(folder, name, step).name
     for path in [path for path in states(folder, name) if path.name <= newest][:-keep]:
-        remove_folder(path)
+        try:
+            remove_folder(path)
+        except OSError as error:
+            log.warning("WARNING: %s: an old state that could not be removed (%s)", path, error.strerror)
 
 
 def newest_state(folder: Path, name: str) -> Path | None:
