@@ -5,6 +5,9 @@
 
 Both trees run the same commands on the same inputs, each in folders of its own, and all that they leave is compared. What the revision
 leaves is computed once and kept in the folder of --work. Exits with 1 where anything differs.
+
+Against 7fe838b these differ on purpose: the pixels of previews (BT.709 since), previews with images of their own (re-compressed, keyframes
+beside the clip), and the case `conditioning` stops at `keyframes.toml`, whose rule means keyframes beside the clip.
 """
 
 import argparse
