@@ -1,5 +1,6 @@
 """How every program starts and ends: logging, errors of the user, interrupts."""
 
+import errno
 import logging
 import os
 import shlex
@@ -41,7 +42,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except OSError as error:
-        if not (isinstance(error, BrokenPipeError) or _is_closed()):
+        if not (isinstance(error, BrokenPipeError) or error.errno == errno.EINVAL and _is_closed()):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -54,9 +55,10 @@ def _flush_stdout() -> None:
 
 
 def _is_closed() -> bool:
-    """Whether what reads our output, such as head or more, has had enough of it. Windows calls that an invalid argument."""
+    """Whether what reads our output, such as head or more, has had enough of it, which Windows calls an invalid argument."""
     try:
         _flush_stdout()
+        os.write(sys.stdout.fileno(), b"\n")  # a text that is longer than the buffer has left nothing to flush
     except OSError:
         return True
     return False
