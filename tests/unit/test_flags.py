@@ -64,8 +64,9 @@ def test_config_file_supplies_flags_and_the_command_line_wins(tmp_path):
 
 
 def test_bytes_that_are_no_text_are_no_prompt():
-    with pytest.raises(UserError, match=r"--dop_prompt a\\udcff: must be text in UTF-8"):
-        training("--ltxv2_timestep_format", "sd3_0_1", "--dop_prompt", "a\udcff")
+    for name in ("--dop_prompt", "--output_name"):
+        with pytest.raises(UserError, match=rf"{name} a\\udcff: must be text in UTF-8"):
+            training("--ltxv2_timestep_format", "sd3_0_1", name, "a\udcff")
 
 
 def test_a_message_shows_the_beginning_of_a_long_value(tmp_path):

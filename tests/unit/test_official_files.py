@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.conversion.official_dataset.files import read_audio, read_text, read_video
+from musubi_tuner.conversion.official_dataset.files import list_samples, read_audio, read_text, read_video
+from musubi_tuner.conversion.official_dataset.plan import plan_import
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -23,3 +24,16 @@ def test_a_mask_of_another_length_is_not_spread_out_in_memory(tmp_path: Path) ->
     torch.save({"video_prompt_embeds": torch.zeros(8, 4), "prompt_attention_mask": torch.ones(1).expand(2**42)}, path)
     with pytest.raises(UserError, match=r"clip_0\.pt: features are .* found \(8, 4\) and \(4398046511104,\)"):
         read_text(path)
+
+
+def test_a_name_without_room_for_those_of_its_caches_is_told_of(tmp_path: Path) -> None:
+    stem = "n" * 240
+    for folder, value in (
+        ("latents", {"latents": torch.zeros(128, 2, 2, 3), "fps": 24.0}),
+        ("conditions", {"video_prompt_embeds": torch.zeros(8, 4), "prompt_attention_mask": torch.ones(8)}),
+    ):
+        (tmp_path / folder).mkdir()
+        torch.save(value, tmp_path / folder / f"{stem}.pt")
+    samples, _ = list_samples(tmp_path, "video")
+    with pytest.raises(UserError, match=rf"{stem}\.pt: its name is too long .* make it \d+ bytes shorter, in every folder"):
+        plan_import(samples, "video", None)

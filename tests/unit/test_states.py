@@ -18,6 +18,7 @@ from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training import state
 from musubi_tuner.training.metrics import LossFile, read_losses
+from musubi_tuner.training.optimizer import make_optimizer
 
 
 class Network:
@@ -104,6 +105,18 @@ def test_a_damaged_state_is_named_and_an_older_one_taken(tmp_path, caplog, case)
     damage(older)
     with pytest.raises(UserError, match="no state of 't' in .* is whole"):
         state.newest_state(tmp_path, "t")
+
+
+def test_arguments_that_an_optimizer_looks_at_late_are_refused_in_words():
+    with pytest.raises(UserError, match=r"--optimizer_type adamwschedulefree with --optimizer_args \{'betas': '5'\}: cannot unpack"):
+        make_optimizer("adamwschedulefree", [torch.nn.Parameter(torch.ones(2))], 1e-3, {"betas": "5"})
+
+
+def test_other_arguments_of_the_optimizer_are_told_apart_whatever_the_state_holds(tmp_path):
+    path = save(tmp_path, 2)
+    write_progress('{"step": 2, "settings": {"optimizer_args": [["a"], 5]}}')(path)
+    with pytest.raises(UserError, match=r"saved with --optimizer_args \['a'\] 5, this run has none"):
+        state.load_state(path, **parts(Network()) | {"settings": {"optimizer_args": []}})
 
 
 @pytest.mark.parametrize("change", [lambda stored: {"state": {}}, lambda stored: {"state": [], "param_groups": stored["param_groups"]}])

@@ -1,7 +1,9 @@
 """Names of cache files, and of the tensors in them. File names are for people; identity is in the metadata."""
 
 import hashlib
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,11 +14,19 @@ TEXT_ENDING = "_ltxv2_te.safetensors"
 AUDIO_ENDING = "_ltxv2_audio.safetensors"
 INDEX_ENDING = ".json"
 TEXT_MASK_KEY = "text_mask"
+_LONGEST_NAME = 255
+"""Bytes of a file's name, in all usual file systems."""
 
 _DTYPE = re.compile(r"_(bfloat16|float16|float32|float64|float8_e4m3fn|float8_e5m2|u?int8|int16|int32|int64|bool)$")
 _SHAPE = re.compile(r"_\d+x\d+x\d+$")
 _LEGACY = {"t5": "text", "t5_mask": TEXT_MASK_KEY}
 """Keys of older text caches: what they are called now."""
+
+
+def too_long(names: Iterable[str]) -> str | None:
+    """That a source's name is too long for the longest of its cache files' names, and by how much; None where it is not."""
+    beyond = max((len(os.fsencode(name)) for name in names), default=0) - _LONGEST_NAME
+    return f"its name is too long for the names of cache files; make it {beyond} bytes shorter" if beyond > 0 else None
 
 
 def video_latent_name(stem: str, start: int, frames: int, width: int, height: int) -> str:

@@ -13,7 +13,7 @@ from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOp
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
-from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Wording, options
+from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Text, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
 _LONGEST_NAME = 150
@@ -28,7 +28,7 @@ def _as_file_name(value: str) -> str:
     return value
 
 
-FileName = Annotated[str, AfterValidator(_as_file_name)]
+FileName = Annotated[Text, AfterValidator(_as_file_name)]
 Steps = Annotated[int, Field(ge=1, lt=10**8)]
 """File names have eight digits for them."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.index import DatasetIndex, printable
-from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, video_latent_name
+from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, too_long, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into
@@ -39,8 +39,6 @@ _USUAL_FPS = 60.5
 _HIGHEST_FPS = 1000.0
 _THINNEST = 64
 """How many times one side of a picture may be the other."""
-_LONGEST_NAME = 255
-"""Bytes of a file's name, in all usual file systems."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +167,8 @@ def _plan_source(spec: DatasetSpec, one: Probed, still_fps: float) -> tuple[list
         if problem:
             clips, outcome, notes = [], "failed", [problem]
             break
-    longest = max((name for clip in clips for name in (sidecar.file for sidecar in clip.sidecars.values())), key=_bytes_of, default="")
-    if (beyond := _bytes_of(longest) - _LONGEST_NAME) > 0:
-        clips, outcome, notes = [], "failed", [f"its name is too long for the names of cache files; make it {beyond} bytes shorter"]
+    if problem := too_long(sidecar.file for clip in clips for sidecar in clip.sidecars.values()):
+        clips, outcome, notes = [], "failed", [problem]
     found = one.media.found
     row = PlanRow(source=one.source.name, outcome=outcome, clips=len(clips), note=", ".join(notes))
     if isinstance(found, VideoInfo):
@@ -192,10 +189,6 @@ def _warnings(spec: DatasetSpec, info: VideoInfo, clips: Sequence[Clip]) -> tupl
         frames = max(clip.frames for clip in clips)
         found.append(f"{info.fps:g} fps: {frames} frames are {frames / info.fps:.2g} s; set target_fps")
     return tuple(found)
-
-
-def _bytes_of(name: str) -> int:
-    return len(name.encode("utf-8"))
 
 
 _Cut = tuple[list[Clip], str, list[str]]

@@ -81,10 +81,10 @@ def make_optimizer(
     arguments = _DEFAULTS.get(dotted, {}) | {key: _literal(value) for key, value in args.items()}
     try:
         optimizer = optimizer_class(parameters, lr=learning_rate, **arguments)
+        with evaluating(optimizer):  # schedule-free ones look at their arguments only here
+            return optimizer
     except Exception as error:  # each has its own ways of refusing
         raise UserError(f"--optimizer_type {name} with --optimizer_args {dict(args)}: {error}.") from error
-    with evaluating(optimizer):
-        return optimizer
 
 
 def try_out(name: str, learning_rate: float, args: Mapping[str, str], schedule: "ScheduleOptions", device: torch.device) -> None:

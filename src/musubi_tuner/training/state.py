@@ -296,7 +296,7 @@ def _check_optimizer(path: Path, saved: Mapping[str, Any], current: Mapping[str,
 
 
 def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, str) else " ".join(value) or "none"
+    return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def _first_difference(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:

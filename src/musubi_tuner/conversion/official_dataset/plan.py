@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.cache.clip import Clip, Sidecar
-from musubi_tuner.cache.names import audio_only_name, image_latent_name, text_name, video_latent_name
+from musubi_tuner.cache.names import audio_only_name, image_latent_name, text_name, too_long, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.conversion.official_dataset.files import Sample, read_audio, read_video
@@ -165,6 +165,9 @@ def _with_files(sample: Sample, clip: Clip, time: int = 1) -> Clip:
 
     Args:
         time: how many of its frames one frame of its reference stands for.
+
+    Raises:
+        UserError: a name that leaves no room for those of its cache files.
     """
     sidecars = dict(clip.sidecars)
     for name in ("reference", "mask", "reference_audio"):
@@ -180,6 +183,8 @@ def _with_files(sample: Sample, clip: Clip, time: int = 1) -> Clip:
             width=columns * SPATIAL_SCALE,
             height=rows * SPATIAL_SCALE,
         )
+    if problem := too_long(sidecar.file for sidecar in sidecars.values()):
+        raise UserError(f"{sample.name}.pt: {problem}, in every folder of the tree.")
     return dataclasses.replace(clip, sidecars=sidecars)
 
 
