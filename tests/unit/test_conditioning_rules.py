@@ -312,6 +312,7 @@ def test_reference_sound_is_masked_where_it_is_padded():
         ("[[video]]\nrule='prefix'\nprobability=1.5\n", ("probability = 1.5", "from 0 to 1")),
         ("[[video]]\nrule='prefix'\nlatent_frames=[3,1]\n", ("must have the lowest first: [1, 3]",)),
         ("[[video]]\nrule='prefix'\nlatent_frames=1.5\n", ("a whole number of at least 1",)),
+        ("[[video]]\nrule='suffix'\nlatent_frames=100000000000000000000\n", ("must be at most 1000000000",)),
         ("[[video]]\nrule='prefix'\nprobability=true\n", ("probability = True", "from 0 to 1")),
         ("[[video]]\nrule='keyframes'\nat=[]\n", ("first, last, interior, random",)),
         ("[[video]]\nrule='keyframes'\nat=['middle']\n", ("first, last, interior, random",)),

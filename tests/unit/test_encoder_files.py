@@ -51,6 +51,18 @@ def whole_model_config(folder):
     path.write_text(json.dumps(config))
 
 
+def test_a_config_that_builds_no_encoder_is_named(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": -2}))
+    with pytest.raises(UserError, match="gemma.*: no encoder can be built by its config.json"):
+        load_encoder(options(folder))
+
+
+def test_a_name_that_no_folder_can_have_is_refused_in_words():
+    with pytest.raises(UserError, match="--text_encoder n{100}: no encoder can be there .*Give its folder"):
+        load_encoder(options("n" * 5000))
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -63,6 +63,14 @@ def test_config_file_supplies_flags_and_the_command_line_wins(tmp_path):
     assert section == Section(count=7, kind="a", pairs=("x=1",), file=Path("f"))
 
 
+def test_of_many_wrong_values_the_first_are_told(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f"pairs = [{', '.join(map(str, range(5000)))}]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"pairs\[0\] = 0: must be text") as caught:
+        read("--config_file", str(path))
+    assert len(str(caught.value).splitlines()) == 21 and "4980 more of its values are wrong." in str(caught.value)
+
+
 def test_bytes_that_are_no_text_are_no_prompt():
     for name in ("--dop_prompt", "--output_name"):
         with pytest.raises(UserError, match=rf"{name} a\\udcff: must be text in UTF-8"):

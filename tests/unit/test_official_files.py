@@ -26,6 +26,14 @@ def test_a_mask_of_another_length_is_not_spread_out_in_memory(tmp_path: Path) ->
         read_text(path)
 
 
+@pytest.mark.parametrize("duration", [10**400, float("inf"), float("nan"), True, 0, -1, "5", torch.zeros(2)])
+def test_a_duration_that_is_none_is_refused(tmp_path: Path, duration) -> None:
+    path = tmp_path / "clip_0.pt"
+    torch.save({"latents": torch.zeros(8, 4, 16), "duration": duration}, path)
+    with pytest.raises(UserError, match=r"clip_0\.pt: duration = .*must be a number above 0"):
+        read_audio(path)
+
+
 def test_a_name_without_room_for_those_of_its_caches_is_told_of(tmp_path: Path) -> None:
     stem = "n" * 240
     for folder, value in (

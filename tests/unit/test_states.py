@@ -86,6 +86,10 @@ DAMAGE = {
     "optimizer is a list": ("optimizer.pt", replace_optimizer(lambda stored: [])),
     "a sparse step": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.eye(1).to_sparse()))),
     "a step without value": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.empty((), device="meta")))),
+    "a step below 0": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.tensor(-1.0)))),
+    "weights that are complex": (
+        "network.safetensors", lambda path: save_file({"weight": torch.zeros(2, 2) + 1j}, path / "network.safetensors"),
+    ),
     "no schedule": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "scheduler": 3})),
     "odd random state": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": torch.zeros(3)})),
     "random state as text": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": "x"})),

@@ -12,6 +12,7 @@ from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.checkpoint import write_tiny_family
 from musubi_tuner.tiny.encoders import corpus
 
@@ -72,3 +73,10 @@ def test_corpus_is_plain_and_large_enough():
     lines = corpus()
     assert len(lines) >= 300 and len(set(lines)) == len(lines)
     assert all(line.isascii() and line == line.strip() for line in lines)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "beneath"):
+        with pytest.raises(UserError, match=f"{path}: the folder cannot be made"):
+            write_tiny_family(path)

@@ -24,7 +24,8 @@ from musubi_tuner.runtime.errors import UserError
 
 Options = TypeVar("Options")
 
-_LONGEST_SIDE, _LONGEST_SHOWN = 16384, 100
+_LONGEST_SIDE, _LARGEST_COUNT, _LONGEST_SHOWN = 16384, 10**9, 100
+_MOST_LINES = 20
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -94,8 +95,8 @@ Text = Annotated[str, AfterValidator(_in_utf8)]
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Whole = Annotated[int, Field(ge=0, le=10**9)]
+Count = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
+Whole = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 """A count that may be 0."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 """What torch takes."""
@@ -129,6 +130,8 @@ class Between:
 def _in_order(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"must have the lowest first: [{value[1]}, {value[0]}]")
+    if value[1] > _LARGEST_COUNT:
+        raise ValueError(f"must be at most {_LARGEST_COUNT}")
     return value
 
 
@@ -151,6 +154,8 @@ def validated(cls: type[Options], values: Any, *, where: str = "", naming: Calla
     except ValidationError as error:
         known = [field.name for field in dataclasses.fields(cls) if field.init]  # pyrefly: ignore[bad-argument-type] - made by `options`
         lines = [_line(details, known, naming or _key_and_value) for details in error.errors(include_url=False)]
+        if (further := len(lines) - _MOST_LINES) > 0:
+            lines[_MOST_LINES:] = [f"{further} more of its values are wrong."]
         raise UserError("\n".join(f"{where}: {line}" if where else line for line in lines)) from error
 
 

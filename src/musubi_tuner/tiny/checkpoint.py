@@ -24,6 +24,7 @@ from musubi_tuner.ltxv2.text.features import FeatureExtractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.runtime.draws import generator_for
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import configs
 from musubi_tuner.tiny.encoders import write_gemma, write_t5
 
@@ -46,8 +47,15 @@ class TinyFamily:
 
 
 def write_tiny_family(folder: Path) -> TinyFamily:
-    """Write every tiny model into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every tiny model into `folder`.
+
+    Raises:
+        UserError: it cannot be made, or written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made ({error.strerror}). Choose another.") from error
     family = TinyFamily(
         folder=folder,
         ltx20=folder / "ltx2_tiny_2.0.safetensors",

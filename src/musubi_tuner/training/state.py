@@ -108,6 +108,8 @@ def read_state(path: Path) -> SavedState:
         network = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedState(f"{file}: damaged ({error}).") from error
+    if odd := [name for name, tensor in network.items() if not tensor.is_floating_point()]:
+        raise DamagedState(f"{file}: '{odd[0]}' is of {network[odd[0]].dtype}, which no network is trained in.")
     if odd := [name for name, tensor in network.items() if not bool(torch.isfinite(tensor.float()).all())]:
         raise DamagedState(f"{file}: '{odd[0]}' holds NaN or infinity.")
     file = path / _OPTIMIZER
@@ -119,6 +121,8 @@ def read_state(path: Path) -> SavedState:
         raise DamagedState(f"{file}: must hold the states of an optimizer and a schedule.")
     if not all(tensor.layout == torch.strided and tensor.device.type == "cpu" for tensor in _tensors_in(stored)):
         raise DamagedState(f"{file}: holds a sparse tensor or one without values, which no optimizer leaves.")
+    if any(step < 0 for step in _steps_in(stored["optimizer"])):
+        raise DamagedState(f"{file}: counts steps below 0.")
     rng = stored.get("torch_rng")
     if not (isinstance(rng, Tensor) and rng.dtype == torch.uint8 and rng.shape == torch.get_rng_state().shape):
         raise DamagedState(f"{file}: must hold torch's random state.")
@@ -132,6 +136,17 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(entry)
+
+
+def _steps_in(optimizer: Mapping[str, Any]) -> Iterator[float]:
+    """How many steps the optimizer has counted, for each parameter where it does so."""
+    states = optimizer.get("state")
+    for entry in states.values() if isinstance(states, dict) else ():
+        step = entry.get("step") if isinstance(entry, dict) else None
+        if isinstance(step, Tensor) and step.numel() == 1:
+            step = step.item()
+        if isinstance(step, int | float):
+            yield step
 
 
 def _read_progress(path: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ FOLDERS = {
     "text": "conditions",
 }
 """By the kinds of sidecars that are made of their files."""
+_LARGEST = 1e9
+"""No rate, size or duration is as large."""
 NOT_IMPORTED = ("audio_masks",)
 
 
@@ -223,8 +225,8 @@ def _number(path: Path, value: Mapping[str, Any], key: str) -> float | None:
         return None
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
-    if not isinstance(found, int | float) or found <= 0:
-        raise UserError(f"{path}: {key} = {found!r}: must be a number above 0.")
+    if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < _LARGEST:
+        raise UserError(f"{path}: {key} = {found!r:.100}: must be a number above 0 and below {_LARGEST:g}.")
     return float(found)
 
 

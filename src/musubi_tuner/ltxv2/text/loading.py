@@ -115,8 +115,11 @@ def _filled(checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.
     from accelerate import init_empty_weights
 
     kind, own_config = _language_class(config, backend)
-    with init_empty_weights(include_buffers=False):  # buffers lie in no file: they are computed when it is built
-        model: Any = kind(own_config)
+    try:
+        with init_empty_weights(include_buffers=False):  # buffers lie in no file: they are computed when it is built
+            model: Any = kind(own_config)
+    except Exception as error:  # whatever its layers make of values that no encoder has
+        raise UserError(f"{checkpoint.path}: no encoder can be built by its config.json ({error}). {_REMEDY}") from error
     names = language_names(checkpoint, model.state_dict())
     fill(model, names, checkpoint, device=device, dtype=dtype, place=_placing(backend, device, dtype), remedy=_REMEDY)
     model.tie_weights()
