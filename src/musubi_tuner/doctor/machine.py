@@ -135,9 +135,12 @@ def _accelerate() -> str | Note:
 
 
 def _ram() -> str | Note:
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    name = "page file" if sys.platform == "win32" else "swap"
-    says = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {swap.total / GIB:.1f} GiB of {name}"
+    memory, name = psutil.virtual_memory(), "page file" if sys.platform == "win32" else "swap"
+    try:
+        swap = f"{psutil.swap_memory().total / GIB:.1f} GiB of {name}"
+    except (OSError, RuntimeError):  # Windows' performance counters may be turned off
+        swap = f"{name} unknown"
+    says = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {swap}"
     return Note(f"{says}; close other programs, as blocks that do not fit the card wait here") if memory.available < _TIGHT_RAM else says
 
 
