@@ -22,7 +22,7 @@ from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.verify import Wanted, verify_caches
 from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options, is_folder
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
@@ -123,7 +123,7 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
         text["projection_fingerprint"] = projection_fingerprint(checkpoint)
     if checkpoint.model_version:
         text["model_version"] = checkpoint.model_version
-    if model.text_encoder is not None and Path(model.text_encoder).is_dir():
+    if model.text_encoder is not None and is_folder(model.text_encoder, "--text_encoder"):
         text["encoder_fingerprint"] = encoder_fingerprint(text_encoder_options(config, torch.device("cpu")))
     return Wanted(latents=latents, audio=audio, text=text, arguments=_caching_arguments(config))
 

@@ -205,6 +205,18 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     return digest.hexdigest()[:32]
 
 
+def is_folder(name: str, flag: str) -> bool:
+    """Whether an encoder is given by its folder, and not by a hub id.
+
+    Raises:
+        UserError: a name that no path can have.
+    """
+    try:
+        return Path(name).is_dir()
+    except OSError as error:
+        raise UserError(f"{flag} {name:.100}: no encoder can be there ({error.strerror}). Give its folder.") from error
+
+
 def resolve_model(name: str, flag: str) -> str:
     """A local folder as it is, or the folder of a hub id in the local cache.
 
@@ -213,11 +225,7 @@ def resolve_model(name: str, flag: str) -> str:
     """
     if "://" in name:
         raise UserError(f"{flag} {name}: a URL. Encoders are local folders: download it first and give its path.")
-    try:
-        is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{flag} {name:.100}: no encoder can be there ({error.strerror}). Give its folder.") from error
-    if is_folder:
+    if is_folder(name, flag):
         return str(Path(name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -225,7 +233,7 @@ def resolve_model(name: str, flag: str) -> str:
     try:
         return snapshot_download(name, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        if is_file:
+        if Path(name).is_file():
             raise UserError(f"{flag} {name}: is a file. Give the folder that holds the encoder's config.json and weights.") from error
         raise UserError(
             f"{flag} {name}: neither a local folder nor a model in the local Hugging Face cache. Nothing is downloaded here: "
