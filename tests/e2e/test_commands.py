@@ -29,6 +29,13 @@ def launch(script: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
+ONE_CLIP = """
+[[datasets]]
+video_directory = "clips"
+cache_directory = "cache"
+resolution = [96, 64]
+target_frames = [9]
+"""
 CASES = {"video with T5": ("video", "t5"), "video with Gemma": ("video", "gemma"), "AV with Gemma": ("av", "gemma")}
 
 
@@ -61,3 +68,19 @@ def test_missing_timestep_format_exits_with_2_and_lists_the_values(tiny_family):
     done = launch("ltxv2_train_network.py", "--dataset_config", "d.toml", "--ltxv2_model", str(tiny_family.ltx23))
     assert "flowmatch_1_1000" in done.stderr and "sd3_0_1" in done.stderr
     assert "exit status 2" in done.stderr or done.returncode == 2
+
+
+@pytest.mark.parametrize("program", ["ltxv2_cache_latents", "ltxv2_cache_audio_latents"])
+def test_latent_caching_needs_no_other_part_of_the_model_and_no_program(tmp_path, tiny_family, program):
+    """Neither transformer nor text encoder nor adapters are imported, and with an empty PATH there is no ffmpeg to call."""
+    parts.write_clips(tmp_path / "clips", count=1, frames=9)
+    config = tmp_path / "dataset.toml"
+    config.write_text(ONE_CLIP, encoding="utf-8")
+    code = (
+        f"import sys; import musubi_tuner.{program} as program; assert program.main(sys.argv[1:]) == 0; "
+        "rooms = ('ltxv2.transformer.model', 'ltxv2.text', 'networks', 'placement', 'training', 'preview', 'generation'); "
+        "found = [room for room in rooms if f'musubi_tuner.{room}' in sys.modules]; assert not found, found"
+    )
+    flags = ["--dataset_config", str(config), "--ltx_mode", "av", "--vae", str(tiny_family.ltx23), "--device", "cpu"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, env=os.environ | {"PATH": ""})
+    assert len(list((tmp_path / "cache").glob("*_ltxv2*.safetensors"))) == 1

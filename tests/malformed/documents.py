@@ -147,7 +147,7 @@ def _line(label: str, line: Mapping[str, str] | str, expect: str, number: int) -
     program = (LATENTS, TEXT)[number % 2]
     return Malformed(
         id=f"jsonl/{label}", program=program, more=("--dataset_config", "jsonl.toml", *DRY), expect=expect,
-        prepare=writes("clips.jsonl", text + "\n"), names=("clips.jsonl", "clip_000"),
+        prepare=writes("clips.jsonl", text + "\n"), names=("clips.jsonl",),
     )  # fmt: skip
 
 

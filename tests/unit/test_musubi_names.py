@@ -91,6 +91,7 @@ def test_what_means_something_else_is_answered_with_its_name_here(line, says):
         ("--loss_type smooth_l1", "give huber"), ("--lr_scheduler rex", "give cosine"), ("--lr_warmup_steps 100%", "must be a number"),
         ("--lr_warmup_steps x%", "must be a number"), ("--vram_gb 10%", "must be a number"), ("--lr_scheduler_type=", "needs a value"),
         ("--device=", "needs a value"),
+        ("--lr_scheduler adafactor", "give constant: --optimizer_type Adafactor is torch's here"),
     ],
 )  # fmt: skip
 def test_words_of_theirs_are_answered(line, says):

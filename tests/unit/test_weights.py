@@ -1,6 +1,7 @@
 """Reading checkpoints, and telling versions apart."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,9 +138,11 @@ def test_damaged_files_are_named(tiny_family, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             open_checkpoint(tmp_path / name)
         assert name in str(error.value)
-    for path in ("https://example.org/m.safetensors", tmp_path / "none.safetensors"):
-        with pytest.raises(UserError, match="local"):
+    for path in ("https://example.org/m.safetensors", Path("https://example.org/m.safetensors")):
+        with pytest.raises(UserError, match="a URL"):
             open_checkpoint(path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_checkpoint(tmp_path / "none.safetensors")
 
 
 def test_constants_of_the_architecture_are_checked():

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from musubi_tuner.cache.forms import Forms, header_fault
+from musubi_tuner.cache.forms import Forms, TensorHeader, header_fault
 from musubi_tuner.cache.names import training_key
 from musubi_tuner.cache.store import FORMAT_VERSION, read_header
 from musubi_tuner.runtime.errors import UserError
@@ -38,12 +38,10 @@ def reason_to_rebuild(
         forms: what its tensors must be; None: anything.
         to_read: what holds more than is wanted, or comes out the same, will do.
     """
-    if not path.is_file():
-        return "missing"
-    try:
-        metadata, found = read_header(path)
-    except UserError:
-        return "damaged or truncated"
+    header = header_of(path)
+    if isinstance(header, str):
+        return header
+    metadata, found = header
     if metadata.get("ltxv2_cache") != FORMAT_VERSION:
         return _not_ours(metadata)
     headers = {training_key(key): header for key, header in found.items()}
@@ -59,6 +57,16 @@ def reason_to_rebuild(
         if not (to_read and _serves(key, metadata, value)):
             return _difference(key, metadata, value)
     return None if forms is None else header_fault(headers, forms(metadata))
+
+
+def header_of(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]] | str:
+    """Metadata and tensors of a file, or why there are none."""
+    if not path.is_file():
+        return "missing"
+    try:
+        return read_header(path)
+    except UserError:
+        return "damaged or truncated"
 
 
 def _not_ours(metadata: Mapping[str, str]) -> str:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load
-from tqdm import tqdm
 
 from musubi_tuner.cache.forms import Forms, value_fault
 from musubi_tuner.cache.names import training_key
 from musubi_tuner.cache.record import RECORD_NAME, Checked, line_of, note_checked, read_record, record_of, state_of
 from musubi_tuner.cache.store import joined, read_parts, tensors_fingerprint, write_bytes
+from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ def content_faults(files: Mapping[Path, Forms]) -> dict[Path, str]:
     size = sum(path.stat().st_size for path, _, _ in pending)
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=size, unit="B", unit_scale=True, desc="Checking caches", disable=size < _SHOWN_FROM) as bar,
+        Progress("Checking caches", len(pending), unit="file", shown=size >= _SHOWN_FROM) as bar,
     ):
         for start in range(0, len(pending), _NOTED_TOGETHER):
             part = pending[start : start + _NOTED_TOGETHER]
             good: dict[Path, str] = {}
             for (path, _, _), reading in zip(part, pool.map(_read, part), strict=True):
-                bar.update(path.stat().st_size)
+                bar.advance()
                 if reading.fault is not None:
                     faults[path] = reading.fault
                     continue

@@ -67,7 +67,7 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
         "rex": "give cosine or polynomial, or a class of your own by --lr_scheduler_type MODULE.CLASS",
         "cosine_with_min_lr": "give cosine, or --lr_scheduler_type torch.optim.lr_scheduler.CosineAnnealingLR with its arguments",
         "warmup_stable_decay": "give constant with --lr_warmup_steps and --lr_decay_steps",
-        "adafactor": "give --optimizer_type Adafactor with --optimizer_args relative_step=True, and no --lr_scheduler",
+        "adafactor": "give constant: --optimizer_type Adafactor is torch's here, and takes --learning_rate as it is",
     },
     "mixed_precision": {"fp16": "LTX-2 is trained in bf16; give bf16, or no for float32"},
     "sample_sampling_preset": {

@@ -16,7 +16,7 @@ from typing import Literal
 
 from safetensors.torch import load
 
-from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.audit import header_of, reason_to_rebuild
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.forms import header_fault, value_fault
 from musubi_tuner.cache.index import DatasetIndex, write_index
@@ -27,7 +27,6 @@ from musubi_tuner.cache.store import (
     FORMAT_VERSION,
     canonical,
     joined,
-    read_header,
     read_parts,
     tensors_fingerprint,
     text_fingerprint,
@@ -162,10 +161,10 @@ def _clip_of_name(spec: DatasetSpec, path: Path, parts: Mapping[str, str], fps: 
 
 def _steps(path: Path) -> int:
     """Of a file of sound; 0 where it is not there or cannot be read."""
-    try:
-        shapes = [header.shape for key, header in read_header(path)[1].items() if training_key(key) == "audio_latents"]
-    except UserError:
+    found = header_of(path)
+    if isinstance(found, str):
         return 0
+    shapes = [header.shape for key, header in found[1].items() if training_key(key) == "audio_latents"]
     return shapes[0][1] if shapes and len(shapes[0]) == 3 else 0
 
 
@@ -186,12 +185,10 @@ def _take_file(
     path: Path, kind: SidecarKind, clip: Clip, caption: str | None, claims: Claims, report: Adopted, *, dry_run: bool
 ) -> str | None:
     """Check a file and give it metadata; returns why it cannot be taken over."""
-    if not path.is_file():
-        return "missing"
-    try:
-        metadata, found = read_header(path)
-    except UserError:
-        return "damaged or truncated"
+    opened = header_of(path)
+    if isinstance(opened, str):
+        return opened
+    metadata, found = opened
     if "ltxv2_cache" in metadata:
         reason = reason_to_rebuild(path, kind.expected(clip), kind.keys, kind.forms(clip))
         report.ours[kind.name] += reason is None

@@ -109,16 +109,15 @@ def _caption_problems(spec: DatasetSpec, items: Sequence[Item], gone: Sequence[s
     problems, lost = [], []
     by_source = _by_source(items)
     now = captions_now(spec, list(by_source))
-    owners = {clip_items[0].clip.sidecars["text"].file: name for name, clip_items in by_source.items() if _is_owner(clip_items[0])}
     for name, clip_items in by_source.items():
         item = clip_items[0]
         path = item.paths["text"]
         metadata = _metadata(path)
         if metadata is None:  # the file itself is at fault
             continue
-        owner, found = owners.get(path.name, name), metadata.get("source", "")
-        if found and not _is_of(found, owner, path.name):
-            problems.append(Problem(item.key, path, f"it is the text of '{found}', not of '{owner}'", TEXT_PROGRAM))
+        found = metadata.get("source", "")
+        if found and not _is_of(found, name, path.name):
+            problems.append(Problem(item.key, path, f"it is the text of '{found}', not of '{name}'", TEXT_PROGRAM))
         elif name in now and name not in gone:
             caption = now[name]
             if caption.text:
@@ -132,15 +131,10 @@ def _caption_problems(spec: DatasetSpec, items: Sequence[Item], gone: Sequence[s
     return problems
 
 
-def _is_owner(item: Item) -> bool:
-    """Whether the item's text has the name of the item's own source; equal captions share the file of the first one."""
-    return item.clip.sidecars["text"].file == text_name(item.clip.stem)
-
-
-def _is_of(found: str, owner: str, file: str) -> bool:
-    """Whether a text that is of the source `found` is that of `owner`: two datasets may name one source from different folders."""
+def _is_of(found: str, source: str, file: str) -> bool:
+    """Whether a text that is of the source `found` is that of `source`: two datasets may name one source from different folders."""
     path = PurePosixPath(found)
-    return found == owner or path.name == PurePosixPath(owner).name and file == text_name(path.stem)
+    return found == source or path.name == PurePosixPath(source).name and file == text_name(path.stem)
 
 
 def _edited(item: Item, path: Path, metadata: Mapping[str, str], caption: str) -> list[Problem]:

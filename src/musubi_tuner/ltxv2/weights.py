@@ -4,6 +4,7 @@ Only the tensors that are asked for are read: a 46 GB file costs its header plus
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: a missing path, a URL, another format, a shard that an index names and that is not there, and what `open_files` raises.
     """
-    if "://" in str(path):
+    if re.match(r"\w{2,}:/", str(path)):  # a path has made one slash of two by now
         raise UserError(f"{path}: a URL. Models are local .safetensors files: download it first and give its path.")
     path = Path(path)
     if path.is_dir():

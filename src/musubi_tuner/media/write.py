@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.media.audio import Waveform
+from musubi_tuner.runtime.disk import FULL, reason
 from musubi_tuner.runtime.errors import UserError
 
 _H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
@@ -119,6 +120,6 @@ def _replace(path: Path, save: Callable[[Path], None]) -> None:
         save(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}). Make room, or choose another --output_dir.") from error
+        raise UserError(f"{path}: cannot be written: {reason(error)}.{' Make room.' if error.errno in FULL else ''}") from error
     finally:
         temporary.unlink(missing_ok=True)

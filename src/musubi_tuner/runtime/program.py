@@ -42,7 +42,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except OSError as error:
-        if not (isinstance(error, BrokenPipeError) or error.errno == errno.EINVAL and _is_closed()):
+        if error.errno not in (errno.EPIPE, errno.EINVAL) or not _is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -62,7 +62,8 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
         lacking = [source.name for source in sources if not source.caption and not source.caption_problem]
         if lacking:
             raise UserError(
-                f"{spec.label}: {len(lacking)} of {len(sources)} sources have a missing or empty caption: {', '.join(lacking[:10])}"
+                f"{spec.label}: {spec.directory or spec.jsonl_file}: {len(lacking)} of {len(sources)} sources have a missing or empty "
+                f"caption: {', '.join(lacking[:10])}"
                 f"{', ...' if len(lacking) > 10 else ''}. Put a '{spec.caption_extension}' file with the same stem beside each, "
                 'or a "caption" field into the jsonl.'
             )

@@ -111,12 +111,12 @@ class Saving(Hook):
                     folder.rmdir()  # what was made for a file that found no room there either
 
     def _make_room(self, step: int) -> bool:
-        """Whether something was removed that would have gone after this save."""
+        """Whether something was removed that would have gone after this save; the newest of each kind stays, until there is a newer one."""
         run, saving = self._run, self._run.config.saving
         before = shutil.disk_usage(run.output_dir).free
-        state.remove_old_states(run.output_dir, run.name, saving.save_last_n_states - 1, step)
+        state.remove_old_states(run.output_dir, run.name, max(1, saving.save_last_n_states - 1), step)
         if saving.save_last_n is not None:
-            checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n - 1, step=step, epoch=run.schedule.epoch(step))
+            checkpoint.remove_old_loras(run.output_dir, run.name, max(1, saving.save_last_n - 1), step=step, epoch=run.schedule.epoch(step))
         return shutil.disk_usage(run.output_dir).free > before
 
     def _save_lora(self, step: int, path: Path) -> None:
