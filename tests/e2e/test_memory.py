@@ -18,7 +18,7 @@ from musubi_tuner.memory.attention import use_default_attention
 from musubi_tuner.placement import planning, prove
 from musubi_tuner.placement.load import ModelRequest
 from musubi_tuner.placement.planning import BatchTokens
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import processes
 from musubi_tuner.training.objective import FlowMatching
 from tests import training_parts as parts
@@ -131,6 +131,32 @@ def test_a_cap_is_planned_for_proved_and_kept_to(data, plain, tmp_path, caplog):
 def test_a_cap_that_nothing_fits_says_what_is_missing(data, tmp_path):
     with pytest.raises(UserError, match="no plan fits: the leanest one .* GiB may be used.*resolution"):
         run(data, tmp_path, "--vram_gb", "0.001")
+
+
+@pytest.mark.parametrize(("trained", "outside"), [("attn1", False), ("attn1|adaln_single.*linear_1", True)])
+def test_a_plan_knows_of_what_is_trained_outside_the_blocks(data, tmp_path, monkeypatch, trained, outside):
+    """Block inputs on the host would take it the gradients."""
+
+    class Seen(Exception):
+        pass
+
+    def place(*arguments, trains_outside_blocks: bool, **named):
+        raise Seen(trains_outside_blocks)
+
+    monkeypatch.setattr(prove, "place_by_plan", place)
+    with pytest.raises(Seen, match=str(outside)):
+        run(data, tmp_path, "--vram_gb", "4", "--network_args", f"include_patterns={trained}")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("planned", [(), ("--vram_gb", "4")], ids=["by hand", "planned"])
+def test_a_model_that_the_host_has_no_room_for_is_told_in_words(data, tmp_path, monkeypatch, error, planned):
+    def load(request, placement):
+        raise error
+
+    monkeypatch.setattr(prove, "load_request", load)
+    with pytest.raises(TemporaryFailure, match="ran out of memory while the model was loaded.*--blocks_to_swap"):
+        run(data, tmp_path, *planned)
 
 
 def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monkeypatch, caplog):

@@ -89,6 +89,25 @@ def test_a_killed_worker_is_named_and_costs_no_step(data, tmp_path, monkeypatch)
     assert "--resume" in error.value.__notes__[-1] and list(tmp_path.glob("*-state"))
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="asks for a group of processes")
+def test_a_worker_that_was_just_started_ends_with_training_that_is_killed():
+    """torch's own watch begins too late for it."""
+    program = """\
+import os, signal
+from torch.utils.data import DataLoader
+from musubi_tuner.dataset.loader import prepare_worker
+batches = iter(DataLoader(range(9), num_workers=1, multiprocessing_context="spawn", worker_init_fn=prepare_worker))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    assert process.wait() == -signal.SIGKILL
+    end = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("raised", "told"),
     [

@@ -136,6 +136,15 @@ def test_the_banner_says_what_is_recomputed_and_what_waits():
     assert not any("waits" in text for _, text in (*roomy, *long))
 
 
+def test_block_inputs_do_not_wait_where_they_take_gradients():
+    """In 22 GB nothing else fits."""
+    machine = Machine(device=torch.device("cpu"), device_bytes=22 * GB, host_bytes=110 * GB, rates=rates(), low_rates={})
+    given = (MemoryOptions(compile=True, weight_format="bf16"), machine, LARGE, work(30_000, 2))
+    assert place_by_plan(*given, full_format="bf16").inputs_on_host
+    with pytest.raises(UserError, match="no plan fits"):
+        place_by_plan(*given, full_format="bf16", trains_outside_blocks=True)
+
+
 def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen():
     def machine(**low: float) -> Machine:
         return Machine(device=torch.device("cuda"), device_bytes=22 * GB, host_bytes=18 * GB, rates=rates(), low_rates=low)

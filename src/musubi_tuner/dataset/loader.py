@@ -1,10 +1,12 @@
 """Batches ahead of the step, read by worker processes."""
 
+import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ def iterate_batches(
         prefetch_factor=2 if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_ignore_interrupts if workers else None,
+        worker_init_fn=prepare_worker if workers else None,
     )
     with _interrupts_held_back():
         batches: Any = iter(loader)
@@ -109,16 +111,28 @@ def _in_words(batches: Any) -> Iterator[Batch]:
         yield batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, and what ends a service or a container often every process of it; the step that is
-    finished then still needs its batches."""
+def prepare_worker(worker: int) -> None:
+    """It ends with the process that has started it, and not before.
+
+    Ctrl-C reaches every process of the terminal, and what ends a service or a container often every process of it; the step that is
+    finished then still needs its batches. torch's own watch compares the parent with the one that a worker finds when it begins, seconds
+    after it was started: where training was killed in between, the worker would stay for ever.
+    """
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "a worker has been started by a process"
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """While processes start: they take the mask over, so that they are safe before `_ignore_interrupts` runs in them. Not on Windows.
+    """While processes start: they take the mask over, so that they are safe before `prepare_worker` runs in them. Not on Windows.
 
     What torch does on the end of a worker is undone: it raises an error wherever the program is at that moment, in the middle of an update
     too. The loader finds out by itself when it is asked for the next batch.

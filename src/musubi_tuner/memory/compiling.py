@@ -32,7 +32,7 @@ def compiler_failure(device: torch.device) -> str | None:
     return None if torch.allclose(result, _small(x), atol=1e-4) else "a small compiled kernel gives wrong results"
 
 
-def compiler_message(error: RuntimeError) -> str | None:
+def compiler_message(error: Exception) -> str | None:
     """The first line of an error of torch's compiler; None where the error is of another kind."""
     from torch._dynamo.exc import TorchDynamoException
 

@@ -70,6 +70,8 @@ class Limits:
     compiled: bool = True
     sharers: int = 1
     """Processes that share the host memory of the streamed weights; a plan counts one's part."""
+    inputs_may_wait: bool = True
+    """Whether block inputs may be put on the host; not where what all blocks share takes gradients (memory/engine.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,8 @@ def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limi
         most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
         for streamed in [limits.streamed] if limits.streamed is not None else range(most + 1):
             for levels in _mixtures(shape.blocks, limits.level):
-                for inputs_on_host in (False, True) if levels[0] == levels[-1] == LEVELS[-1].name else (False,):
+                may_wait = limits.inputs_may_wait and levels[0] == levels[-1] == LEVELS[-1].name
+                for inputs_on_host in (False, True) if may_wait else (False,):
                     yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, seconds)
 
 

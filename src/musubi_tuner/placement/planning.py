@@ -149,11 +149,14 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, 
     )
 
 
-def place_by_plan(options: MemoryOptions, machine: Machine, shape: ModelShape, work: Workload, *, full_format: str) -> Placement:
+def place_by_plan(
+    options: MemoryOptions, machine: Machine, shape: ModelShape, work: Workload, *, full_format: str, trains_outside_blocks: bool = False
+) -> Placement:
     """The best plan that fits.
 
     Args:
         full_format: `bf16` or `float32`, the compute dtype.
+        trains_outside_blocks: so that what all blocks share (modulation, text) may take gradients.
 
     Raises:
         UserError: nothing fits (says what is missing and what would help), or a format that the device does not multiply in.
@@ -171,6 +174,7 @@ def place_by_plan(options: MemoryOptions, machine: Machine, shape: ModelShape, w
         level={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
         compiled=compiled,
         sharers=machine.sharers,
+        inputs_may_wait=not trains_outside_blocks,
     )
     plan = choose_plan(shape, work, rates, limits)
     if plan is None:

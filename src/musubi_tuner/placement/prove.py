@@ -18,7 +18,8 @@ from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
 from musubi_tuner.placement.planning import Placement, place_by_hand, place_by_plan, read_machine
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.device import is_out_of_host_memory
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
 
     Raises:
         UserError: no plan fits, none held after a few trials, or `--compile` where the compiler fails.
+        TemporaryFailure: the host has no memory left.
     """
     group, device, options = request.processes, request.device, request.memory
     attention = _choose_attention(request)
@@ -58,12 +60,13 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     if machine is None:
         loaded = _load(request, place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers))
         return _with_notes(loaded, attention)
-    shape, work = _step_to_plan(request)
+    shape, work, outside = _step_to_plan(request)
     full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
     factor = 1.0
     for _ in range(_TRIALS):
         smaller = dataclasses.replace(machine, device_bytes=int(machine.device_bytes / factor))
-        placement = group.gather(place_by_plan(options, smaller, shape, work, full_format=full_format))[0]
+        found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
+        placement = group.gather(found)[0]
         try:
             return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
         except PlanFailed as failure:
@@ -109,12 +112,18 @@ def _in_all(group: Processes, run: Callable[[], Result]) -> Result:
 
     Raises:
         PlanFailed: the plan did not hold in one of the processes; a failure of the compiler goes before one of memory.
+        TemporaryFailure: the host has no memory left.
     """
     results: list[Result] = []
     compiler = None
     try:
         results.append(run())
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_host_memory(error):
+            raise TemporaryFailure(
+                "the machine ran out of memory while the model was loaded. Close other programs, or hold less of the model in it: "
+                "--weight_format nf4, a smaller --blocks_to_swap, a smaller --ram_gb."
+            ) from error
         out_of_memory = isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
         compiler = None if out_of_memory else compiler_message(error)
         if compiler is None and not out_of_memory:
@@ -141,14 +150,16 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
     return "measured", f"{text}, forward and backward of the largest batch"
 
 
-def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload]:
-    """The model's sizes and the largest batch's, with all weights counted on a model without memory."""
+def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
+    """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
+    is trained."""
     config, tokens = read_config(request.checkpoint), request.tokens
     model, adapt = model_on_meta(request)
     low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
     total = sum(p.numel() for p in model.parameters())
     if request.network.train_connectors:
         total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
+    network = adapt()
     shape = ModelShape(
         blocks=config.num_layers,
         video_dim=config.video_dim,
@@ -161,10 +172,11 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload]:
         audio_tokens=tokens.audio,
         text_tokens=tokens.text,
         clips=tokens.clips,
-        trainable=sum(parameter.numel() for parameter in adapt().parameters()),
+        trainable=sum(parameter.numel() for parameter in network.parameters()),
         optimizer_bytes=request.state_bytes,
     )
-    return shape, work
+    outside = request.network.train_connectors or not all(name.startswith("transformer_blocks.") for name in network.names)
+    return shape, work, outside
 
 
 def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> LoadedModel:

@@ -66,6 +66,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether Python's or torch's allocator on the host has failed; that of a card raises `torch.OutOfMemoryError`."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
     """A tensor on its way to the host."""

@@ -134,7 +134,7 @@ def _entries(spec: DatasetSpec, folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("._"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{spec.label}: {folder}: no such folder.") from error
+        raise UserError(f"{spec.label}: {folder}: no such folder. Correct the path in the dataset file, or put the folder back.") from error
     except OSError as error:
         raise UserError(f"{spec.label}: {folder}: cannot be read: {error.strerror}.") from error
 
@@ -161,7 +161,7 @@ def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
         extensions = _OF_MEDIA[own.media]
         if folder is not None:
             if not folder.is_dir():
-                raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder.")
+                raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder. Correct the path in the dataset file.")
             found = {path.stem.casefold(): path for path in _entries(spec, folder) if path.suffix.lower() in extensions}
             by_stem = {source.name: {name: found[stem]} for source in sources if (stem := source.stem.casefold()) in found}
             sources = [dataclasses.replace(source, files={**by_stem.get(source.name, {}), **source.files}) for source in sources]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.runtime.program import command_line
@@ -72,7 +72,7 @@ def _named(error: Exception, run: TrainingRun, outcome: Outcome) -> Exception:
     step = outcome.step + 1
     if isinstance(error, torch.OutOfMemoryError):
         return TemporaryFailure(f"step {step}: {run.device} ran out of memory. Cheaper, in this order: {'; '.join(_cheaper(run))}.")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if is_out_of_host_memory(error):
         return TemporaryFailure(
             f"step {step}: the machine ran out of memory. Close other programs, give --max_data_loader_n_workers 0, or use a smaller "
             "resolution, fewer frames or batch_size 1 in the dataset file."
