@@ -37,8 +37,8 @@ class Previewer:
     folder: Path
     name: str
 
-    def __call__(self, wrapper: OfficialLTXV2Wrapper, step: int, epoch: int) -> None:
-        """Sample, decode and write every prompt. Random state and train mode are left as they were.
+    def __call__(self, wrapper: OfficialLTXV2Wrapper, step: int, epoch: int) -> list[Path]:
+        """Sample, decode and write every prompt; returns the files. Random state and train mode are left as they were.
 
         Where the card has no room for the sampling, a warning takes the place of the previews; where it has none for the decoders, they
         run on the CPU.
@@ -47,9 +47,10 @@ class Previewer:
         with untouched(wrapper, device):
             latents = self._generate_where_it_fits(wrapper, step, device)
             if latents is None:
-                return
+                return []
             paths = self._write_where_it_fits(latents, step, device)
         log.info("previews of step %d (epoch %d): %s", step, epoch, ", ".join(str(path) for path in paths))
+        return paths
 
     def _generate_where_it_fits(self, wrapper: OfficialLTXV2Wrapper, step: int, device: torch.device) -> list[SampledLatents] | None:
         free_memory(device)

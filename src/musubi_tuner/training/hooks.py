@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 _BALANCE_WARNED_EVERY = 100
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
-Preview = Callable[[OfficialLTXV2Wrapper, int, int], None]
-"""(wrapper, step, epoch): make the preview clips of this moment."""
+Preview = Callable[[OfficialLTXV2Wrapper, int, int], Sequence[Path]]
+"""(wrapper, step, epoch): make the preview clips of this moment; returns their files, in the order of the prompts."""
 
 
 class StepLog:
@@ -177,7 +178,8 @@ class Previews(Hook):
         """A preview is not worth a run: whatever hinders it costs a warning."""
         try:
             with self.run.evaluating():
-                self.preview(self.run.wrapper, step, self.run.schedule.epoch(step))
+                made = self.preview(self.run.wrapper, step, self.run.schedule.epoch(step))
+            self.run.trackers.log_previews(made, step)
         except Exception as error:  # of decoders, of media libraries, of the disk
             free_memory(self.run.device)
             text = f"{type(error).__name__}: {error}"

@@ -1,9 +1,10 @@
 """Losses on their way to the screen, the loss file and the trackers. They stay on the device until they are logged."""
 
+import importlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ _REMEDIES = {
     "wandb": "pip install wandb, then 'wandb login' or WANDB_MODE=offline",
     "all": "pip install tensorboard, or wandb",
 }
+_MEDIA = {".mp4": "Video", ".png": "Image", ".wav": "Audio"}
+"""Classes of wandb for the files of previews."""
 
 
 class Trackers:
@@ -188,10 +191,19 @@ class Trackers:
             raise UserError(f"--log_with {wanted}: cannot start ({type(error).__name__}: {error}). {_REMEDIES[wanted]}.") from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        self._try(lambda: self._accelerator.log(dict(values), step=step))
+
+    def log_previews(self, files: Sequence[Path], step: int) -> None:
+        """Show a step's previews in Weights & Biases, under `previews/` and the number of the prompt; TensorBoard plays no such files."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "wandb":
+                self._try(lambda tracker=tracker: tracker.log(_media(files), step=step))
+
+    def _try(self, report: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
-            self._accelerator.log(dict(values), step=step)
+            report()
         except Exception as error:  # whatever a tracker raises: reporting must not end a run
             self._failed = True
             log.warning("WARNING: the tracker failed (%s: %s); training goes on without it.", type(error).__name__, error)
@@ -202,3 +214,8 @@ class Trackers:
             self._accelerator.end_training()
         except Exception as error:  # as above
             log.warning("WARNING: the tracker failed at the end (%s: %s).", type(error).__name__, error)
+
+
+def _media(files: Sequence[Path]) -> dict[str, Any]:
+    wandb = importlib.import_module("wandb")
+    return {f"previews/{number}": getattr(wandb, _MEDIA[file.suffix])(str(file), caption=file.stem) for number, file in enumerate(files)}
