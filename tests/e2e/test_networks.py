@@ -30,6 +30,7 @@ ARGS = {
     "loha": ["type=loha", "rank_dropout=0.2"],
     "full": ["type=full", r"include_patterns=blocks\.1\.attn1\.to_[qv]$,audio_ff"],
 }
+EVERY_LINEAR = ["type=full", "include_patterns=."]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,11 @@ def difference(left: list[Tensor], right: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_path, kind):
-    config = config_of(data, tmp_path, "--network_args", *ARGS[kind], "--learning_rate", "1e-2")
+@pytest.mark.parametrize(
+    ("kind", "args"), [*((kind, ARGS[kind]) for kind in TYPES), ("full", EVERY_LINEAR)], ids=[*TYPES, "full, every linear"]
+)
+def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_path, kind, args):
+    config = config_of(data, tmp_path, "--network_args", *args, "--learning_rate", "1e-2" if args is not EVERY_LINEAR else "1e-3")
     with processes() as group:
         run, inputs = parts.build(config, group)
         train(run, Outcome(step=0), *make_hooks(run, inputs, None))
@@ -73,7 +76,7 @@ def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_
         base = outputs(run.wrapper)
     assert difference(live, base) > 1e-2, "something was learned"
 
-    fresh, _ = load(data, tmp_path, "--network_args", *ARGS[kind], "--network_weights", str(path))
+    fresh, _ = load(data, tmp_path, "--network_args", *args, "--network_weights", str(path))
     assert difference(outputs(fresh), live) < 1e-4
     shaped, network = load(data, tmp_path, "--network_weights", str(path), "--dim_from_weights")
     assert network.kind == kind and set(network.names) == set(run.network.names)
@@ -85,6 +88,11 @@ def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_
     assert difference(outputs(half), live) < 1e-4
 
     tensors = load_file(path)
+    if args is EVERY_LINEAR:
+        linears = {name for name, module in merged.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+        linears = {name.removesuffix(".base") for name in linears if ".lora" not in name}
+        assert {name.removeprefix("diffusion_model.").removesuffix(".diff") for name in tensors} == linears
+        assert all(bool(tensor.any()) for tensor in tensors.values()), "each of them has learned"
     assert not any("alpha" in name for name in tensors) and all(name.startswith("diffusion_model.") for name in tensors)
     metadata = open_checkpoint(path).metadata
     assert metadata["ltxv2_network_type"] == kind and "folded" in metadata["ltxv2_network_scaling"]

@@ -1,6 +1,8 @@
 """Training with and without previews: the same losses, the same LoRA. The preview of a LoRA that does nothing is the base model's."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.generation import decode
 from musubi_tuner.ltxv2.text import pipeline
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.preview import previewer
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
+from musubi_tuner.training import preflight, setup
+from musubi_tuner.training.objective import FlowMatching
 
 PROMPTS = "A red disc --w 64 --h 64 --f 9 --s 2\nA still of it --w 64 --h 64 --f 1 --s 2\n"
 STEPS = 4
@@ -91,6 +96,44 @@ def test_prompts_that_were_not_cached_are_encoded_once_for_all_previews(project:
     made = train(project, tiny_family.ltx23, "uncached", *flags) / "sample"
     assert len(list(made.glob("*.png"))) == STEPS + 1
     assert len(calls) == 1, calls
+
+
+def test_the_stages_of_a_run_come_in_order(project: Path, tiny_family, monkeypatch) -> None:
+    """Config, caches, prompts, and the text encoder gone before the model comes; then, of each step, inputs, forward pass and loss."""
+    order, encoders = [], []
+
+    def spy(owner, name: str, stage: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments, **named):
+            order.append(stage)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def load_encoder(*arguments):
+        encoder = real_load(*arguments)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    def load_model(*arguments):
+        gc.collect()
+        order.append("model" if encoders and encoders[0]() is None else "model beside the encoder")
+        return real_model(*arguments)
+
+    real_load, real_model = pipeline.load_encoder, setup.load_model
+    spy(ltxv2_train_network, "parse_arguments", "config")
+    spy(preflight, "verify_caches", "caches")
+    spy(pipeline, "encode_prompts", "prompts")
+    monkeypatch.setattr(pipeline, "load_encoder", load_encoder)
+    monkeypatch.setattr(setup, "load_model", load_model)
+    spy(FlowMatching, "noise", "inputs")
+    spy(OfficialLTXV2Wrapper, "forward", "forward")
+    spy(FlowMatching, "loss", "loss")
+    (project / "order.txt").write_text("Nobody cached this either --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
+    flags = ["--sample_prompts", str(project / "order.txt"), "--sample_every_n_steps", "9", "--text_encoder", str(tiny_family.gemma)]
+    train(project, tiny_family.ltx23, "in order", *flags, "--max_train_steps", "2")
+    assert order == ["config", "caches", "prompts", "model", *["inputs", "forward", "loss"] * 2]
 
 
 def test_a_card_without_room_costs_previews_and_never_the_run(project: Path, tiny_family, monkeypatch, caplog) -> None:

@@ -41,8 +41,27 @@ def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path):
-    lora = run(data, tmp_path, "--max_train_steps", "3", "--save_every_n_steps", "2")
+def banner(caplog) -> dict[str, str]:
+    """The rows of the table that a run shows before its first step."""
+    (table,) = [text for record in caplog.records if (text := record.getMessage()).startswith("training\n")]
+    _, rule, *lines = table.splitlines()
+    width = len(rule.split()[0])
+    rows: dict[str, str] = {}
+    for line in lines:
+        name = line[:width].strip() or list(rows)[-1]
+        rows[name] = f"{rows.get(name, '')} {line[width:].strip()}".strip()
+    return rows
+
+
+def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        lora = run(data, tmp_path, "--max_train_steps", "3", "--save_every_n_steps", "2")
+    rows = banner(caplog)
+    assert rows["model"] == "ltx2_tiny_2.3.safetensors: LTX-2.3, mode av, float32"
+    numbers = sum(tensor.numel() for tensor in lora.values())
+    assert rows["network"] == f"lora rank 4 alpha 4, 16 video, 16 audio, 16 cross linears, {numbers:,} parameters"
+    assert (rows["items"], rows["held out"]) == ("3 in 1 bucket(s), 3 with sound", "1 items")
+    assert rows["run"] == "3 steps, 3 steps an epoch, 1 process(es), cpu"
     assert len(lora) == 2 * 2 * 24, "six attentions of four linears in each of two blocks"
     assert all(name.startswith("diffusion_model.transformer_blocks.") for name in lora)
     assert not any("alpha" in name or "gate_logits" in name for name in lora)
@@ -64,8 +83,11 @@ def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path):
     assert metadata["ltxv2_timestep_format"] == "flowmatch_1_1000"
 
 
-def test_video_run_adapts_no_sound(video_data, tmp_path):
-    lora = run(video_data, tmp_path, "--max_train_steps", "2")
+def test_video_run_adapts_no_sound(video_data, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        lora = run(video_data, tmp_path, "--max_train_steps", "2")
+    rows = banner(caplog)
+    assert "mode video" in rows["model"] and ", 16 video linears, " in rows["network"] and rows["held out"] == "none"
     assert len(lora) == 2 * 2 * 8
     assert not any("audio" in name for name in lora)
     assert all("loss_audio" not in row for row in parts.losses(tmp_path))

@@ -184,15 +184,6 @@ def test_component_files_and_fingerprints(checkpoint, tmp_path):
             audio_vae_fingerprint(alone)
 
 
-def test_only_the_vae_is_read_from_a_full_checkpoint(checkpoint, monkeypatch):
-    from musubi_tuner.ltxv2 import reading
-
-    read, whole = [], reading._read_into
-    monkeypatch.setattr(reading, "_read_into", lambda data, name, entry: read.append(name) or whole(data, name, entry))
-    VideoVAE.load(checkpoint, device="cpu", dtype=torch.float32, parts=("encoder",))
-    assert read and all(name.startswith(("vae.encoder.", "vae.per_channel_statistics.")) for name in read)
-
-
 def test_a_file_without_the_component_says_which_flag_to_give(tiny_family, checkpoint, tmp_path):
     from safetensors.torch import save_file
 

@@ -143,16 +143,20 @@ def test_all_files_of_a_replaced_clip_are_listed_with_all_commands(tmp_path: Pat
 
 def test_texts_of_before_are_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     items = make_items(tmp_path)
-    for item in items:
+    texts = torch.randn(len(items), 5, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.tensor([True, True, True, False, False])
+    for item, text in zip(items, texts, strict=True):
         path = item.paths["text"]
-        tensors, metadata = load(path.read_bytes()), store.read_metadata(path)  # not mapped: Windows writes into no mapped file
-        save_file({"t5_bfloat16": tensors["text_float32"].bfloat16(), "t5_mask": tensors["text_mask"]}, path, metadata=metadata)
+        save_file({"t5_bfloat16": text, "t5_mask": mask}, path, metadata=store.read_metadata(path))
         sound = load(item.paths["audio"].read_bytes())
         renamed = {"audio_latents_9x16x8_bfloat16": sound["audio_latents_9x1x1_bfloat16"], "audio_lengths_int32": torch.tensor(9)}
         store.write(item.paths["audio"], renamed, store.read_metadata(item.paths["audio"]))
     verify_caches(items, WANTED)
     batches = [make_batch([Draw(item, 0, 0)], "av", RULES) for item in items]
-    assert all(batch.text.shape == (1, 5, 12) and batch.audio_latents is not None for batch in batches)
+    assert all(
+        torch.equal(batch.text[0], text) and torch.equal(batch.text_mask[0], mask) for batch, text in zip(batches, texts, strict=True)
+    )
+    assert all(batch.audio_latents is not None for batch in batches)
     assert caplog.text.count("older keys") == 1
 
 

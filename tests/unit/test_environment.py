@@ -5,9 +5,13 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tools import environment
 
@@ -57,6 +61,36 @@ def test_uv_and_pip_have_the_same_pins() -> None:
     pins = [line for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["uv"]["constraint-dependencies"] == pins
+
+
+def imported(path: Path) -> set[str]:
+    """Modules from outside the standard library that a file names in an import, at its top or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+    return found - {*sys.stdlib_module_names, "musubi_tuner"}
+
+
+def required(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def test_what_is_imported_is_what_is_declared() -> None:
+    """Both ways. sentencepiece is for transformers, which reads tokenizers of its form with it; of two declared packages the code uses what
+    they are built on too."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared, optional = required(project["dependencies"]), required(project["optional-dependencies"]["bitsandbytes"])
+    beneath = {"transformers": "huggingface-hub", "pydantic": "pydantic-core"}
+    for package, part in beneath.items():
+        assert part in required(metadata.requires(package) or ())
+    packages = metadata.packages_distributions()
+    modules = set().union(*(imported(path) for path in (REPOSITORY / "src").rglob("*.py")))
+    used = {canonicalize_name(packages[module][0]) for module in modules}
+    assert used == (declared - {"sentencepiece"}) | optional | set(beneath.values())
+    assert not declared & {"torchaudio", "torchcodec", "peft"}
 
 
 def test_torch_is_pinned() -> None:
