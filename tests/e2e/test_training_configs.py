@@ -51,7 +51,9 @@ def test_quality_first_is_every_guard_at_once(tmp_path):
     assert (config.audio.audio_balance, config.audio.audio_supervision_mode) == ("ema", "error")
     assert config.losses.independent_audio_timestep is True
     assert (config.losses.noise_offset, config.losses.min_snr_gamma) == (0.05, 0.0)
-    frames = re.search(r"^# Use (target_frames = .*) in the dataset file", (FOLDER / "quality_first.toml").read_text(), re.MULTILINE)
+    frames = re.search(
+        r"^# Use (target_frames = .*) in the dataset file", (FOLDER / "quality_first.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert frames is not None
     (tmp_path / "clips").mkdir()
     toml = tmp_path / "dataset.toml"
