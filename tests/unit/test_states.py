@@ -197,12 +197,15 @@ def heed_hangups() -> None:
         ("raise BrokenPipeError(32, 'of another process')", 1, None),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 130, "interrupted\n"),
         ("os.kill(os.getpid(), signal.SIGHUP); time.sleep(9)", 130, "interrupted\n"),
+        ("swallowed_by_a_library(lambda: os.kill(os.getpid(), signal.SIGINT))", 130, "interrupted\n"),
     ],
 )
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends signals of POSIX")
 def test_exit_codes_say_what_a_retry_is_worth(body, code, told):
     program = (
         "import os, signal, time\nfrom musubi_tuner.runtime.errors import *\nfrom musubi_tuner.runtime.program import run_program\n"
+        "def swallowed_by_a_library(run):\n    try:\n        run()\n        time.sleep(9)\n"
+        "    except KeyboardInterrupt:\n        raise RuntimeError('initialization failed')\n"
         f"def main(argv):\n    try:\n        {body}\n    except Exception as error:\n        error.add_note('saved')\n        raise\n"
         "run_program(main)\n"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.progress import LogHandler
-from musubi_tuner.runtime.signals import end_as_ctrl_c, end_at_once, launcher_pid
+from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid
 
 EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75
@@ -24,7 +24,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     `UserError` becomes one line on stderr and exit code 2, `TemporaryFailure` the same and 75, each with the notes that were added on its
     way; a signal that asks for the end gives 130. Everything else is our fault and keeps its traceback.
     """
-    end_as_ctrl_c()
+    ending = EndAsCtrlC()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler(sys.stderr)], force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -34,18 +34,19 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
         _flush_stdout()
-    except UserError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        code = EXIT_TRY_AGAIN if isinstance(error, TemporaryFailure) else EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        end_at_once(EXIT_INTERRUPTED)
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EINVAL) or not _is_closed():
+    except (Exception, KeyboardInterrupt) as error:
+        if ending.asked or isinstance(error, KeyboardInterrupt):
+            end_at_once(EXIT_INTERRUPTED)
+            print("interrupted", file=sys.stderr)
+            code = EXIT_INTERRUPTED
+        elif isinstance(error, UserError):
+            print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            code = EXIT_TRY_AGAIN if isinstance(error, TemporaryFailure) else EXIT_USER_ERROR
+        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL) and _is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        else:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 

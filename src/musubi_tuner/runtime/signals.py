@@ -1,6 +1,6 @@
 """Signals that ask a program to end: Ctrl-C, SIGTERM, SIGHUP, on Windows Ctrl-Break and the console's close.
 
-A program that can finish what it is at enters `Interrupt`; anywhere else they are all the same as Ctrl-C (`end_as_ctrl_c`).
+A program that can finish what it is at enters `Interrupt`; anywhere else they are all the same as Ctrl-C (`EndAsCtrlC`).
 """
 
 import os
@@ -21,11 +21,19 @@ _ECHO_SECONDS = 1.0
 """torchrun sends its processes the Ctrl-C that they have had from the terminal a second time."""
 
 
-def end_as_ctrl_c() -> None:
+class EndAsCtrlC:
     """From now on each of these signals raises KeyboardInterrupt; one that is ignored (nohup) stays ignored."""
-    for number in ASKING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+
+    def __init__(self) -> None:
+        self.asked = False
+        """Libraries that are imported at that moment turn the KeyboardInterrupt into errors of their own."""
+        for number in ASKING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
 
 
 def end_at_once(code: int) -> None:
