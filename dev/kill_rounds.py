@@ -65,7 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     work = options.work / options.program
     log = work / "rounds.jsonl"
     whole, seconds = undisturbed(options, work)
-    for name in HEAVY:
+    os.environ.update(variables())  # before torch, which forked rounds must use as the others do
+    for name in (*HEAVY, f"musubi_tuner.{SCRIPTS[options.program]}"):
         importlib.import_module(name)
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     rounds = [Round(**json.loads(line)) for line in lines]
@@ -181,7 +182,6 @@ def forked(words: Sequence[str], output: int) -> int:
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(variables())
     sys.argv = list(words[1:])
     from musubi_tuner.runtime.program import run_program
 

@@ -1,5 +1,6 @@
 """Shared fixtures: real tiny checkpoints and encoders, made once a session."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,12 @@ SHARED = REPOSITORY.parent / "shared"
 
 def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish() -> None:
+    """The libraries stay; each free_memory of a program would look through all that they hold."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
