@@ -27,7 +27,7 @@ import torch
 from musubi_tuner.runtime.errors import UserError
 from tests.malformed.base import MAINS, Malformed, furnish
 
-SECONDS, WAITING_SECONDS = 20, 240
+SECONDS, WAITING_SECONDS = 10, 60
 """Of the processor's time, and on the clock: more than any accepted input takes by far, on a busy machine too."""
 _MEMORY = 6 * 2**30
 """Bytes of address space beside those of the libraries."""
