@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.runtime.program import EXIT_INTERRUPTED, run_program
+from musubi_tuner.runtime.program import EXIT_INTERRUPTED, quoted, run_program
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.previewer import Previewer
@@ -77,10 +77,12 @@ def make_preview(inputs: RunInputs) -> Previewer | None:
     encode = None
     if config.model.text_encoder is not None:  # for prompts that were not cached; loads the encoder only when it is called
         encode = partial(encode_prompts, text_recipe(config, inputs.checkpoint, device))
+    program = "ltxv2_cache_text_encoder_outputs.py"
+    command = f"python {program} {inputs.wanted.arguments[program]} --sample_prompts {quoted(config.preview.sample_prompts)}"
     return make_previewer(
         config.preview,
         ModelFiles.beside(inputs.checkpoint, config.model.vae, config.model.audio_vae),
-        TextSource(cache_directory=datasets.datasets[0].cache_directory, expected=inputs.wanted.text, encode=encode),
+        TextSource(cache_directory=datasets.datasets[0].cache_directory, expected=inputs.wanted.text, encode=encode, command=command),
         mode=config.ltx_mode,
         device=device,
         output_dir=config.saving.output_dir,

@@ -1,13 +1,14 @@
 """`ltxv2 doctor`: one row for each thing, what is wrong with the remedy, and no model loaded for it."""
 
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner import ltxv2_doctor
+from musubi_tuner import ltxv2_cache_latents, ltxv2_doctor
 from musubi_tuner.ltxv2 import reading
 from tests import training_parts as parts
 
@@ -47,6 +48,18 @@ def test_an_earlier_run_of_the_name_is_found_as_training_finds_it(data, tmp_path
     assert ltxv2_doctor.main(argv) == 1
     mark, says = rows(capsys.readouterr().out)["output"]
     assert mark == "WRONG" and "holds an earlier run of this --output_name" in says and "--overwrite" in says
+
+
+def test_the_command_for_a_dataset_that_was_not_planned_is_whole(data, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(data.folder, folder)
+    for index in folder.rglob("ltxv2_index_*.json"):
+        index.unlink()
+    copied = replace(data, folder=folder, toml=folder / "dataset.toml")
+    assert ltxv2_doctor.main(copied.arguments("--text_encoder", str(data.encoder))) == 1
+    mark, says = rows(capsys.readouterr().out)["planned"]
+    program, *arguments = shlex.split(says.partition("Run: python ")[2])
+    assert mark == "WRONG" and program == "ltxv2_cache_latents.py" and ltxv2_cache_latents.main(arguments) == 0
 
 
 def test_the_machine_alone_needs_no_flags(capsys):

@@ -82,7 +82,10 @@ def test_prompts_alone_are_previewed_at_the_end(project: Path, tiny_family, capl
 
 def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_family) -> None:
     (project / "new.txt").write_text("Nobody cached this --w 64 --h 64 --f 9\n", encoding="utf-8")
-    with pytest.raises(UserError, match="'Nobody cached this': missing"):
+    command = (
+        r"\n  python ltxv2_cache_text_encoder_outputs\.py --dataset_config .* --text_encoder ENCODER_FOLDER --sample_prompts .*new\.txt.?\n"
+    )
+    with pytest.raises(UserError, match=rf"'Nobody cached this': missing\nRun:{command}"):
         train(project, tiny_family.ltx23, "stopped", "--sample_prompts", str(project / "new.txt"), "--sample_at_first")
     assert not (project / "stopped" / "lora-loss.jsonl").exists()
 

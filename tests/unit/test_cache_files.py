@@ -233,6 +233,11 @@ def test_a_missing_index_names_what_differs_and_the_command(tmp_path: Path) -> N
     dataset = spec(tmp_path)
     with pytest.raises(UserError, match=r"nothing was cached.*ltxv2_cache_latents\.py --dataset_config d\.toml"):
         read_index(dataset, Path("d.toml"))
+    arguments = {"ltxv2_cache_latents.py": "--dataset_config d.toml --ltx_mode av --vae m.safetensors"}
+    with pytest.raises(
+        UserError, match=r"Run: python ltxv2_cache_latents\.py --dataset_config d\.toml --ltx_mode av --vae m\.safetensors$"
+    ):
+        read_index(dataset, Path("d.toml"), arguments)
     write_index(dataset, DatasetIndex(settings=dataset.settings(), clips=(clip(),)))
     with pytest.raises(UserError, match=r"target_fps is 12\.0, cached with None.*ltxv2_cache_latents\.py"):
         read_index(spec(tmp_path, target_fps=12), Path("d.toml"))

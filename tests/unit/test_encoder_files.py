@@ -4,12 +4,13 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from musubi_tuner.ltxv2.text.encoders import encoder_options, load_encoder
+from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options, load_encoder
 from musubi_tuner.runtime.errors import UserError
 
 PROMPTS = ["A dog barks.", "The rain taps on the roof while an old man waits quietly beside the neon sign."]
@@ -49,6 +50,19 @@ def whole_model_config(folder):
         "mm_tokens_per_image": 4,
     }
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
+    opened = Path.open
+
+    def refuse(path, *arguments, **named):
+        if path.name == "tokenizer.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"gemma/tokenizer\.json: cannot be read \(Permission denied\)"):
+        encoder_fingerprint(options(folder))
 
 
 def test_a_config_that_builds_no_encoder_is_named(folder):

@@ -175,3 +175,14 @@ def test_a_damaged_file_is_called_one(tmp_path):
     for read in (lambda: read_network(path, LINEARS), lambda: network_metadata(path)):
         with pytest.raises(UserError, match="not a readable safetensors file"):
             read()
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    path = written(tmp_path, stored())
+
+    def refuse(self, *arguments, **named):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(UserError, match=r"a\.safetensors: cannot be read \(Permission denied\)\.$"):
+        read_network(path, LINEARS)

@@ -74,17 +74,18 @@ def write_index(dataset: PlannedDataset, index: DatasetIndex) -> Path:
     return path
 
 
-def read_index(dataset: PlannedDataset, dataset_config: Path) -> DatasetIndex:
+def read_index(dataset: PlannedDataset, dataset_config: Path, arguments: Mapping[str, str] | None = None) -> DatasetIndex:
     """Read the index that was planned with exactly the dataset's settings.
 
     Args:
-        dataset_config: the TOML, for the command in messages.
+        dataset_config: the TOML, for messages.
+        arguments: of each caching program, for the command in messages; None names the dataset alone.
 
     Raises:
         UserError: there is none; where another one is there, the message says which settings differ.
     """
     program = AUDIO_PROGRAM if dataset.kind == "audio" else LATENT_PROGRAM
-    remedy = f"Run: python {program} --dataset_config {quoted(dataset_config)}"
+    remedy = f"Run: python {program} {(arguments or {}).get(program) or f'--dataset_config {quoted(dataset_config)}'}"
     path = index_path(dataset)
     if not path.is_file():
         others = sorted(dataset.cache_directory.glob(index_name("*")))

@@ -39,19 +39,22 @@ class Item:
         return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, own_frames)
 
 
-def list_items(specs: Sequence[DatasetSpec], mode: str, dataset_config: Path) -> tuple[Item, ...]:
+def list_items(
+    specs: Sequence[DatasetSpec], mode: str, dataset_config: Path, arguments: Mapping[str, str] | None = None
+) -> tuple[Item, ...]:
     """Items of all datasets, in the order of their indices.
 
     Args:
         mode: `video`, `av` or `audio`; video and AV mode leave out audio datasets, audio mode leaves out stills, silent clips and mirror
             images, which have the sound of others. A warning says how many, and what sources came after caching.
+        arguments: of each caching program, for the command in messages, as in `read_index`.
 
     Raises:
         UserError: an index that is missing or was made with other settings, or no item that the mode can use.
     """
     items = []
     for spec in specs:
-        index = read_index(spec, dataset_config)
+        index = read_index(spec, dataset_config, arguments)
         clips = [clip for clip in index.clips if not (mode == "audio" and clip.mirrored)]
         used = [clip for clip in clips if ("audio" in clip.sidecars and clip.has_audio if mode == "audio" else "latents" in clip.sidecars)]
         if len(used) < len(clips):

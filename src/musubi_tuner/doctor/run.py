@@ -22,7 +22,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.sources.listing import list_sources, sources_exist
 from musubi_tuner.training.earlier import resolve_newest
 from musubi_tuner.training.optimizer import make_optimizer
-from musubi_tuner.training.preflight import check_inputs, check_output_folder
+from musubi_tuner.training.preflight import caching_arguments, check_inputs, check_output_folder
 
 _SHOWN = 5
 
@@ -80,7 +80,7 @@ def _sources(spec: DatasetSpec) -> str | Note:
 
 def _items(specs: Sequence[DatasetSpec], config: TrainingConfig) -> str | Note:
     with _warnings() as warned:
-        items = list_items(specs, config.ltx_mode, config.mode.dataset_config)
+        items = list_items(specs, config.ltx_mode, config.mode.dataset_config, caching_arguments(config))
     buckets = collections.Counter(f"{item.clip.width}x{item.clip.height}x{item.clip.frames}" for item in items)
     shown = ", ".join(f"{count} of {name}" for name, count in buckets.most_common(_SHOWN)) + (", ..." if len(buckets) > _SHOWN else "")
     says = f"{len(items)} item(s), {_with_sound(items)} with sound: {shown}"

@@ -43,6 +43,8 @@ class TextSource:
     """Metadata that a cached context must have beside its kind and stage, as in `cache.audit.reason_to_rebuild`."""
     encode: EncodePrompts | None = None
     """For what is not cached; None where no text encoder was given."""
+    command: str = "ltxv2_cache_text_encoder_outputs.py"
+    """What caches the texts of the prompts, as it is typed; for messages."""
 
 
 def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:
@@ -63,8 +65,7 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
         rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
         raise UserError(
             f"{len(missing)} text(s) of the sample prompts cannot be used from {source.cache_directory}:\n{rows}\n"
-            "Run ltxv2_cache_text_encoder_outputs.py with the same --dataset_config, --ltxv2_model, --ltx_mode and --sample_prompts, "
-            "or give training --text_encoder, which then encodes them before it starts."
+            f"Run:\n  {source.command}\nor give training --text_encoder, which then encodes them before it starts."
         )
     contexts = {}
     for text, path in paths.items():

@@ -151,11 +151,20 @@ def newest_file(path: Path) -> Path:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such LoRA file.")
+    _check_can_be_opened(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _check_can_be_opened(path: Path) -> None:
+    """safetensors says "no such file" of every file that it cannot open, whatever the reason."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

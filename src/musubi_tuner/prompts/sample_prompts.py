@@ -136,8 +136,11 @@ _FLAGS = {
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
 _WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
 _NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale")
-_GLUED = re.compile(rf"(?<=\S)--({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]")
+_WITH_NUMBER = rf"({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]"
+_GLUED = re.compile(rf"(?<=\S)--{_WITH_NUMBER}")
 """A flag with its number and no blank before it, as in `A dog.--w 512`."""
+_OTHER_DASH = re.compile(rf"(?<=\s)(-|[\u2010-\u2015\u2212]{{1,2}}){_WITH_NUMBER}")
+"""A flag with its number after one dash, or after those that word processors make of two, as in `A dog. —w 512`."""
 _MOST_CELLS = 2**20
 """Of a sample's latents; far beyond what any card samples."""
 
@@ -298,6 +301,10 @@ def split_line(where: str, line: str) -> tuple[str, dict[str, str]]:
     values: dict[str, str] = {}
     if glued := _GLUED.search(line):
         raise UserError(f"{where}: '--{glued[1]}' stands within the text. Put a blank before it; '{line.strip():.80}'.")
+    if other := _OTHER_DASH.search(line):
+        raise UserError(
+            f"{where}: '{other[1]}{other[2]}' is no flag and would be part of the text. Flags begin with two plain dashes: --{other[2]}."
+        )
     for part in parts:
         flag, value = (*part.split(maxsplit=1), "", "")[:2]
         if flag in PROMPT_FLAGS:

@@ -101,6 +101,7 @@ def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: Loaded
     config = inputs.config
     streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
     heard = sum(item.clip.has_audio for item in inputs.items)
+    left_alone = ", which --ltx_mode video does not train" if heard and config.ltx_mode == "video" else ""
     parameters = sum(p.numel() for p in run.network.parameters())
     rows = [
         (
@@ -111,7 +112,7 @@ def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: Loaded
         ),
         ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
         *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],
-        ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound"),
+        ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound{left_alone}"),
         ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),
         (
             "run",

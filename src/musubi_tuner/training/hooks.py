@@ -15,6 +15,7 @@ from musubi_tuner.dataset.items import Draw, Item
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.disk import reason
+from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.training.balance import at_bound
 from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
@@ -182,7 +183,7 @@ class Previews(Hook):
             self.run.trackers.log_previews(made, step)
         except Exception as error:  # of decoders, of media libraries, of the disk
             free_memory(self.run.device)
-            text = f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if text not in self.failures:
                 log.warning("WARNING: step %d: no previews, and training goes on without them: %s", step, text)
             self.failures.add(text)

@@ -66,8 +66,10 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     path = config.mode.dataset_config
     datasets = load_dataset_config(path)
-    items = list_items(datasets.datasets, config.ltx_mode, path)
-    validation_items = list_items(datasets.validation_datasets, config.ltx_mode, path) if datasets.validation_datasets else ()
+    arguments = caching_arguments(config)
+    items = list_items(datasets.datasets, config.ltx_mode, path, arguments)
+    held_out = datasets.validation_datasets
+    validation_items = list_items(held_out, config.ltx_mode, path, arguments) if held_out else ()
     if config.logging.validate_every_n_steps and not validation_items:
         log.warning("WARNING: --validate_every_n_steps: nothing is held out; %s has no [[validation_datasets]]", path)
     if config.preview.wanted and config.preview.sample_prompts is None:
@@ -125,7 +127,7 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
         text["model_version"] = checkpoint.model_version
     if model.text_encoder is not None and is_folder(model.text_encoder, "--text_encoder"):
         text["encoder_fingerprint"] = encoder_fingerprint(text_encoder_options(config, torch.device("cpu")))
-    return Wanted(latents=latents, audio=audio, text=text, arguments=_caching_arguments(config))
+    return Wanted(latents=latents, audio=audio, text=text, arguments=caching_arguments(config))
 
 
 def text_stage(config: TrainingConfig) -> Literal["context", "features"]:
@@ -277,7 +279,7 @@ def _holds(checkpoint: Checkpoint, *prefixes: str) -> bool:
     return any(name.startswith(prefixes) for name in checkpoint.names())
 
 
-def _caching_arguments(config: TrainingConfig) -> dict[str, str]:
+def caching_arguments(config: TrainingConfig) -> dict[str, str]:
     """Arguments of the caching programs that go with this run."""
     model = config.model
     dataset = f"--dataset_config {quoted(config.mode.dataset_config)} --ltx_mode {config.ltx_mode}"

@@ -4,7 +4,7 @@ import logging
 import shutil
 
 from musubi_tuner.placement.planning import state_bytes
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.training.checkpoint import SAVE_DTYPES
 from musubi_tuner.training.run import TrainingRun
 
@@ -30,13 +30,13 @@ class SpaceWatch:
     def check_before(self) -> None:
         """
         Raises:
-            UserError: not even the LoRA of the last step would find room.
+            TemporaryFailure: not even the LoRA of the last step would find room.
         """
         free = self._free()
         if free is None:
             return
         if free < self.lora:
-            raise UserError(
+            raise TemporaryFailure(
                 f"--output_dir {self._folder}: {_mb(free)} are free, and the LoRA alone takes {_mb(self.lora)}. Make room, or choose "
                 "another --output_dir."
             )

@@ -188,6 +188,9 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     """Identity of the encoder's and the tokenizer's files, whatever their folders are called.
 
     Weights are hashed by samples, so a 24 GB folder takes a second.
+
+    Raises:
+        UserError: a file that cannot be read, or no such folder.
     """
     folders = [resolve_model(options.path, "--text_encoder")]
     if options.tokenizer:
@@ -198,10 +201,13 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
         for path in files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(16):
-                    file.seek(max(0, size - 2**16) * block // 15)
-                    digest.update(file.read(2**16))
+            try:
+                with path.open("rb") as file:
+                    for block in range(16):
+                        file.seek(max(0, size - 2**16) * block // 15)
+                        digest.update(file.read(2**16))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}). The encoder's files must all be readable.") from error
     return digest.hexdigest()[:32]
 
 
