@@ -88,6 +88,7 @@ def test_video_run_adapts_no_sound(video_data, tmp_path, caplog):
         lora = run(video_data, tmp_path, "--max_train_steps", "2")
     rows = banner(caplog)
     assert "mode video" in rows["model"] and ", 16 video linears, " in rows["network"] and rows["held out"] == "none"
+    assert rows["items"].endswith("3 with sound, which --ltx_mode video does not train")
     assert len(lora) == 2 * 2 * 8
     assert not any("audio" in name for name in lora)
     assert all("loss_audio" not in row for row in parts.losses(tmp_path))

@@ -59,6 +59,15 @@ def test_no_usable_clip_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         plan(tmp_path, VIDEOS + "target_frames = [25]\n")
 
 
+def test_longer_clips_are_asked_for_only_where_clips_are_too_short(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 25)
+    with pytest.raises(UserError, match=r"keyframes asks for frame 40, .* are 0 to 8; take it out of keyframes\)\.$"):
+        plan(tmp_path, VIDEOS + "target_frames = [9]\nkeyframes = [40]\n")
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"no clip")
+    with pytest.raises(UserError, match=r"replace or remove it\.\)\.$"):
+        plan(tmp_path, VIDEOS + "target_frames = [9]\n")
+
+
 def test_an_unreadable_source_fails_and_the_others_go_on(tmp_path: Path) -> None:
     put(tmp_path / "clips", "good.mp4", 9)
     (tmp_path / "clips" / "bad.mp4").write_bytes(b"\0" * 1000)

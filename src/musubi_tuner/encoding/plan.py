@@ -135,10 +135,9 @@ def _plan_dataset(spec: DatasetSpec, probed: Sequence[Probed | Unreadable], stil
         rows.append(row)
     if not clips:
         reasons = "; ".join(f"{row.source}: {row.note}" for row in rows[:5]) + ("; ..." if len(rows) > 5 else "")
-        raise UserError(
-            f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}). "
-            "Ask for shorter clips (target_frames, target_seconds), or give longer ones."
-        )
+        too_short = spec.kind != "image" and any(row.outcome == "dropped" for row in rows)
+        remedy = " Ask for shorter clips (target_frames, target_seconds), or give longer ones." if too_short else ""
+        raise UserError(f"{spec.label}: none of the {len(rows)} sources in {spec.root} gives a usable clip ({reasons}).{remedy}")
     lacking = tuple(printable(one.source.name) for one in probed if not one.source.caption.strip())
     return DatasetPlan(spec=spec, clips=tuple(clips), rows=tuple(rows), without_caption=lacking)
 
@@ -316,7 +315,10 @@ def _with_keyframes(spec: DatasetSpec, clips: Sequence[Clip]) -> tuple[list[Clip
     for clip in clips:
         places = keyframe_places(spec, clip.frames) if clip.frames > 1 else ()
         if places and places[-1] >= clip.frames:
-            return [], f"keyframes asks for frame {places[-1]}, and the frames of its clips of {clip.frames} are 0 to {clip.frames - 1}"
+            return (
+                [],
+                f"keyframes asks for frame {places[-1]}, and the frames of its clips of {clip.frames} are 0 to {clip.frames - 1}; take it out of keyframes",
+            )
         if places:
             file = kind.name_beside(clip.sidecars["latents"].file)
             own = Sidecar(file=file, frames=1, fps=clip.fps, width=clip.width, height=clip.height, at=places)
