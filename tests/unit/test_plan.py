@@ -61,7 +61,7 @@ def test_no_usable_clip_is_an_error_with_the_reasons(tmp_path: Path) -> None:
 
 def test_longer_clips_are_asked_for_only_where_clips_are_too_short(tmp_path: Path) -> None:
     put(tmp_path / "clips", "a.mp4", 25)
-    with pytest.raises(UserError, match=r"keyframes asks for frame 40, .* are 0 to 8; take it out of keyframes\)\.$"):
+    with pytest.raises(UserError, match=r"keyframes asks for frame 40, .* are 0 to 8; leave it out\)\.$"):
         plan(tmp_path, VIDEOS + "target_frames = [9]\nkeyframes = [40]\n")
     (tmp_path / "clips" / "a.mp4").write_bytes(b"no clip")
     with pytest.raises(UserError, match=r"replace or remove it\.\)\.$"):

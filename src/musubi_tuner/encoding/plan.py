@@ -315,10 +315,8 @@ def _with_keyframes(spec: DatasetSpec, clips: Sequence[Clip]) -> tuple[list[Clip
     for clip in clips:
         places = keyframe_places(spec, clip.frames) if clip.frames > 1 else ()
         if places and places[-1] >= clip.frames:
-            return (
-                [],
-                f"keyframes asks for frame {places[-1]}, and the frames of its clips of {clip.frames} are 0 to {clip.frames - 1}; take it out of keyframes",
-            )
+            last = clip.frames - 1
+            return [], f"keyframes asks for frame {places[-1]}, and the frames of its clips of {last + 1} are 0 to {last}; leave it out"
         if places:
             file = kind.name_beside(clip.sidecars["latents"].file)
             own = Sidecar(file=file, frames=1, fps=clip.fps, width=clip.width, height=clip.height, at=places)
