@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,9 @@ DONE, INTERRUPTED, FORK_FAILED = 0, 130, 1
 RECORD = "ltxv2_checked.jsonl"
 """When each file was last looked at: of another run, other times."""
 IMPORTS_SECONDS = 2.5
+SAVED_EVERY = 5
+STEP_FILE = re.compile(r"t-step(\d+)\.safetensors")
+"""A LoRA between. Those of other steps are of interrupted runs; each counts as one of the last that are kept."""
 PATIENCE_SECONDS = 60.0
 """For the end of a program that was asked to end, and of the processes that it has started."""
 DATASET = """\
@@ -133,7 +137,7 @@ def command(options: argparse.Namespace, program: str, work: Path) -> list[str]:
         case "training":
             flags += ["--ltxv2_model", model, "--ltxv2_timestep_format", "flowmatch_1_1000", "--network_dim", "4", "--network_alpha", "4"]
             flags += ["--mixed_precision", "no", "--save_precision", "float32", "--max_data_loader_n_workers", "1"]
-            flags += ["--max_train_steps", options.steps, "--save_state", "--save_every_n_steps", "5", "--save_last_n", "2"]
+            flags += ["--max_train_steps", options.steps, "--save_state", "--save_every_n_steps", SAVED_EVERY, "--save_last_n", "2"]
             flags += ["--output_dir", result_folder(program, work), "--output_name", "t", "--autoresume"]
     return [sys.executable, str(ROOT / f"{SCRIPTS[program]}.py"), *map(str, flags)]
 
@@ -223,8 +227,11 @@ def find_problems(program: str, one: Round, found: dict[str, bytes], whole: dict
         expected -= {-one.signal}  # only before the program has begun to run
     problems = [] if one.code in expected else [f"exit code {one.code} after signal {one.signal}"]
     if one.signal is None:
-        problems += [f"missing: {name}" for name in whole.keys() - found.keys()]
-        problems += [f"left behind: {name}" for name in found.keys() - whole.keys()]
+        missing, more = sorted(whole.keys() - found.keys()), found.keys() - whole.keys()
+        interim = {name for name in more if (step := STEP_FILE.fullmatch(name)) and int(step[1]) % SAVED_EVERY}
+        problems += [f"missing: {name}" for name in missing if not STEP_FILE.fullmatch(name)]
+        problems += [f"missing: {name}" for name in missing[len(interim) :] if STEP_FILE.fullmatch(name)]
+        problems += [f"left behind: {name}" for name in more - interim]
     if one.signal is None or program != "training":
         problems += [f"differs: {name}" for name in whole.keys() & found.keys() if found[name] != whole[name]]
     return problems

@@ -156,6 +156,13 @@ def test_audit_says_why(tmp_path: Path) -> None:
             store.read(path)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    store.write(path, {"latents_1x1x1_bfloat16": torch.zeros(128, 1, 1, 1).bfloat16()}, {})
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert reason_to_rebuild(path, {}, ["latents"]) == "it cannot be read (Permission denied)"
+
+
 def test_audit_compares_releases_of_models_where_both_are_known(tmp_path: Path) -> None:
     path = tmp_path / "x"
     store.write(path, {"text_float32": torch.zeros(1)}, {"model_version": "2.3.0"})

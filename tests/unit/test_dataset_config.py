@@ -47,6 +47,29 @@ def test_general_fills_in_what_a_dataset_leaves_out(tmp_path: Path) -> None:
     assert config.all == (train, held_out)
 
 
+def test_general_settings_hold_for_the_datasets_that_they_fit(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+        [general]
+        target_frames = [25]
+        flip_x = true
+        [[datasets]]
+        video_directory = "clips"
+        [[datasets]]
+        video_directory = "clips"
+        target_seconds = 2.0
+        [[datasets]]
+        audio_directory = "clips"
+        """,
+    )
+    assert [(spec.target_frames, spec.target_seconds, spec.flip_x) for spec in config.datasets] == [
+        ((25,), None, True),
+        ((), 2.0, True),
+        ((), None, False),
+    ]
+
+
 def test_relative_paths_start_at_the_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     spec = load(tmp_path, '[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [9]\n').datasets[0]

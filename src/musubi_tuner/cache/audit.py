@@ -64,7 +64,10 @@ def header_of(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]] | st
     if not path.is_file():
         return "missing"
     try:
+        path.open("rb").close()
         return read_header(path)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     except UserError:
         return "damaged or truncated"
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +43,7 @@ _FITTING = {
     "keyframes": ("video",),
 }
 """Kinds of datasets that these keys are for."""
+_LENGTHS = ("target_frames", "target_seconds")
 _NO_PLAN = (
     "batch_size",
     "num_repeats",
@@ -253,8 +254,8 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 
 
 def _spec(path: Path, label: str, general: Mapping[str, Any], table: Mapping[str, Any]) -> DatasetSpec:
-    entry = validated(_Entry, {**general, **table}, where=f"{path}: {label}")
     named = [key for key in _SOURCES if key in table]
+    entry = validated(_Entry, {**_applying(general, table, named), **table}, where=f"{path}: {label}")
     if len(named) != 1:
         raise UserError(f"{path}: {label}: exactly one of {', '.join(_SOURCES)} is needed, found {', '.join(named) or 'none'}.")
     kind, is_directory = _SOURCES[named[0]]
@@ -278,6 +279,17 @@ def _spec(path: Path, label: str, general: Mapping[str, Any], table: Mapping[str
     if broken := _broken_rule(spec):
         raise UserError(f"{path}: {label}: {broken}")
     return spec
+
+
+def _applying(general: Mapping[str, Any], table: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """What [general] says, where it applies: not what other kinds of datasets are for, and no length beside the dataset's own."""
+    kind = _SOURCES[named[0]][0] if named else "video"
+    apart = {key for key, kinds in _FITTING.items() if kind not in kinds}
+    if kind == "audio":
+        apart.add("target_frames")
+    if not table.keys().isdisjoint(_LENGTHS):
+        apart.update(_LENGTHS)
+    return {key: value for key, value in general.items() if key not in apart}
 
 
 def _broken_rule(spec: DatasetSpec) -> str | None:

@@ -1,12 +1,13 @@
 """The table at the end of a run, and the loss curve."""
 
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from musubi_tuner.runtime.disk import reason
+from musubi_tuner.runtime.disk import reason, write_whole
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.metrics import loss_path, read_losses
 from musubi_tuner.training.rescue import Restart
@@ -78,4 +79,6 @@ def draw_loss_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         places = [place(*point) for point in points]
         draw.line(places, fill=_COLORS[name], width=2) if len(places) > 1 else draw.point(places, fill=_COLORS[name])
         draw.text((_MARGIN + 170 * row, 16), name, fill=_COLORS[name])
-    image.save(path)
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    write_whole(path, data.getvalue(), path.with_name(f".{path.name}.tmp"))
