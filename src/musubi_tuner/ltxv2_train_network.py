@@ -24,7 +24,7 @@ DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captio
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse_arguments(argv, prog)
     from musubi_tuner.runtime.processes import processes
-    from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest
+    from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest, tell_of_later
     from musubi_tuner.training.loop import train
     from musubi_tuner.training.preflight import check_inputs
     from musubi_tuner.training.report import draw_losses, summary
@@ -41,6 +41,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         run = build_run(inputs, make_machine(config, group))
         if group.is_main:
             clear_earlier(config.saving)
+            tell_of_later(config.saving, run.start_step)
         outcome, restart = Outcome(step=run.start_step), Restart(prog, argv, config.saving.autoresume)
         with rescue(run, outcome, restart):
             train(run, outcome, *make_hooks(run, inputs, preview))

@@ -290,3 +290,65 @@ def wait(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.05)
+
+
+def test_what_a_run_has_gone_back_behind_is_told_of_and_not_gone_on_from(data, tmp_path, monkeypatch, caplog):
+    often = ["--save_state", "--save_every_n_steps", "2", "--save_last_n_states", "9"]
+    assert train(data, tmp_path, *often) == 0
+    back = [*often, "--seed", "7"]
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert train(data, tmp_path, *back, "--resume", str(tmp_path / f"{LORA}-step00000002-state")) == 130
+    kept = f"{LORA}-step00000004-state, {LORA}-step00000006-state, {LORA}.safetensors"
+    assert f"this run goes back behind what is saved in {tmp_path}: {kept}. " in caplog.text
+    with caplog.at_level("INFO"):
+        assert train(data, tmp_path, *back, "--autoresume") == 0
+        assert f"resuming {tmp_path / LORA}-step00000003-state at step 3 of 6" in caplog.text
+        assert [row["step"] for row in parts.losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+        assert train(data, tmp_path, *back, "--autoresume") == 0
+    assert "nothing is left to do" in caplog.text
+
+
+def test_a_state_of_another_run_does_not_overwrite_a_finished_one(data, tmp_path):
+    assert train(data, tmp_path, "--save_state", "--max_train_steps", "1") == 0
+    other = ["--output_name", "other", "--max_train_steps", "2"]
+    state = str(tmp_path / f"{LORA}-step00000001-state")
+    assert train(data, tmp_path, *other, "--resume", state) == 0
+    before = (tmp_path / "other.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds an earlier run.*other.safetensors. --resume .*of another run, which would overwrite it"):
+        train(data, tmp_path, *other, "--seed", "7", "--resume", state)
+    assert before == (tmp_path / "other.safetensors").read_bytes()
+
+
+def test_a_dataset_that_changed_since_the_stop_is_told_of(data, tmp_path, caplog):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data.folder, folder)
+    moved = parts.Data(folder, folder / "dataset.toml", data.model, data.mode, data.encoder)
+    assert train(data, out, "--save_state", "--max_train_steps", "1") == 0
+    state = ["--resume", str(out / f"{LORA}-step00000001-state"), "--max_train_steps", "2"]
+    assert train(moved, tmp_path / "a", "--max_train_steps", "1", *state) == 0
+    told = [line for line in caplog.text.splitlines() if " then, " in line]
+    assert told and not any("clips" in line or "datasets" in line for line in told)  # the folder alone is another one
+    caplog.clear()
+    moved.toml.write_text(moved.toml.read_text(encoding="utf-8").replace("batch_size = 1", "batch_size = 2"), encoding="utf-8")
+    (folder / "clips" / "clip_001.txt").write_text("something else", encoding="utf-8")
+    parts.cache(moved)
+    assert train(moved, tmp_path / "b", *state) == 0
+    assert "datasets: [{'batch_size': 1" in caplog.text and "clips: '3 with the fingerprint" in caplog.text
+
+
+def test_an_update_that_ends_in_its_middle_is_not_called_a_whole_step(data, tmp_path, monkeypatch):
+    original, calls = torch.optim.AdamW.step, []
+
+    def step(self, closure=None):
+        calls.append(original(self, closure))
+        if len(calls) == 5:  # the first one tries the optimizer out
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(TemporaryFailure, match="ran out of memory") as error:
+        train(data, tmp_path, "--save_state", "--save_every_n_steps", "2")
+    told = "\n".join(error.value.__notes__)
+    assert "Step 4 has ended in the middle of its update. What is saved lies between it and step 3" in told and "good one" not in told
+    assert f"The newest state of a whole step: {tmp_path / LORA}-step00000002-state" in told
+    assert (tmp_path / f"{LORA}-step00000003-state").is_dir()

@@ -320,3 +320,10 @@ def test_an_index_that_is_no_json_is_named_too(tmp_path: Path, text: str) -> Non
         read_index(dataset, Path("d.toml"))
     with pytest.raises(UserError, match="the index there cannot be read"):
         read_index(spec(tmp_path, target_fps=12), Path("d.toml"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_a_pipe_in_the_place_of_a_source_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="a.mp4: is not a file"):
+        file_fingerprint(tmp_path / "a.mp4")

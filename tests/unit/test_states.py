@@ -228,3 +228,13 @@ def test_an_error_of_the_system_is_not_taken_for_a_closed_pipe():
     program = "from musubi_tuner.runtime.program import run_program\ndef main(argv):\n    open('?' * 5000)\nrun_program(main)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and "OSError" in done.stderr
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error_in_words(tmp_path):
+    path = tmp_path / "t.lock"
+    path.mkdir()
+    with (
+        pytest.raises(UserError, match=r"t.lock: this lock file cannot be opened \(.*Remove it if no run has it. Wait."),
+        lock.held(path, what="it", remedy="Wait."),
+    ):
+        pass

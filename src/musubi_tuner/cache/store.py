@@ -183,6 +183,8 @@ def file_fingerprint(path: Path) -> str:
         UserError: it cannot be read.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe waits for whoever writes into it
+            raise UserError(f"{path}: is not a file. Repair it, or remove it.")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(str(size).encode())

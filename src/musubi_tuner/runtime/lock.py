@@ -30,7 +30,7 @@ def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
         remedy: what the second one is told to do.
 
     Raises:
-        UserError: another process holds it; names its pid.
+        UserError: another process holds it, whose pid is named; or it cannot be opened.
     """
     file = _opened(path, what, remedy)
     if (owner := _owner(file)) is not None:
@@ -52,7 +52,12 @@ def held(path: Path, *, what: str, remedy: str) -> Iterator[None]:
 def _opened(path: Path, what: str, remedy: str) -> IO[str]:
     """The file, locked; of a file that its owner has just removed, a new one."""
     while True:
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: this lock file cannot be opened ({error.strerror}). Remove it if no run has {what}. {remedy}"
+            ) from error
         try:
             _lock(file)
         except OSError as error:

@@ -18,7 +18,7 @@ from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = ".tmp"
+_TEMPORARY, _TURN = ".tmp", "ltxv2_turn"
 SAVE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -95,7 +95,15 @@ def _temporary_stem(name: str) -> str:
     return f".{hashlib.sha256(name.encode()).hexdigest()[:12]}-lora."
 
 
-def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int) -> dict[str, str]:
-    """`ss_*` and `modelspec.*` entries; `facts` are the run's own (see `training.setup`)."""
+def turn_of(path: Path) -> int:
+    """As `training.state.turn_of`, of a LoRA."""
+    try:
+        return int(read_metadata(path).get(_TURN, "0"))
+    except (UserError, ValueError):
+        return 0
+
+
+def lora_metadata(facts: Mapping[str, object], *, step: int, epoch: int, turn: int = 0) -> dict[str, str]:
+    """`ss_*` and `modelspec.*` entries; `facts` are the run's own (see `training.setup`), `turn` as in `training.state`."""
     entries = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
-    return entries | {"ss_steps": str(step), "ss_epoch": str(epoch)}
+    return entries | {"ss_steps": str(step), "ss_epoch": str(epoch)} | ({_TURN: str(turn)} if turn else {})

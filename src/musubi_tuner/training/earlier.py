@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from musubi_tuner.config.training import SavingOptions, TrainingConfig
 from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.runtime import lock
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import real_path
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training import checkpoint, state
@@ -56,6 +58,8 @@ def resolve_newest(config: TrainingConfig) -> TrainingConfig:
         saving = dataclasses.replace(saving, resume=newest)
     elif saving.resume is not None:
         state.check_resumable(saving.resume)
+        if state.run_of(real_path(saving.resume)) != saving.output_name:
+            _refuse_to_overwrite(saving)
     elif not saving.overwrite:
         _refuse_to_overwrite(saving)
     if network.network_weights is not None:
@@ -75,7 +79,8 @@ def nothing_left(inputs: RunInputs, group: Processes) -> bool:
         return False
     total = make_schedule(inputs.config, inputs.items, group.count, has_validation=bool(inputs.validation_items)).total
     done = checkpoint.steps_of(lora)
-    if done >= total:
+    given_up = saving.resume is not None and state.turn_of(saving.resume) > checkpoint.turn_of(lora)
+    if done >= total and not given_up:
         if group.is_main:
             log.info("--autoresume: nothing is left to do: %s has been trained for %d of %d steps", lora, done, total)
         return True
@@ -86,6 +91,33 @@ def nothing_left(inputs: RunInputs, group: Processes) -> bool:
             "--autoresume."
         )
     return False
+
+
+def tell_of_later(saving: SavingOptions, step: int) -> None:
+    """That a run goes back behind steps that are saved under its name, and what becomes of them."""
+    later = [*_later(saving, step)]
+    if step and later:
+        log.warning(
+            "WARNING: this run goes back behind what is saved in %s: %s. They are kept until it writes the same names; --autoresume goes "
+            "on with this run. To keep them for good, move them away or give another --output_name.",
+            saving.output_dir,
+            ", ".join(path.name for path in later),
+        )
+
+
+def turn_after(saving: SavingOptions, step: int) -> int:
+    """The turn of a run that goes on from `step` of the state `saving.resume`: a new one where later steps are saved, which it has gone
+    back behind."""
+    assert saving.resume is not None
+    return max([state.turn_of(saving.resume), *(turn + 1 for turn in _later(saving, step).values())])
+
+
+def _later(saving: SavingOptions, step: int) -> dict[Path, int]:
+    """The turns of what decides where `--autoresume` goes on, states and the final LoRA, as far as they are of later steps."""
+    folder, name = saving.output_dir, saving.output_name
+    lora = checkpoint.lora_path(folder, name)
+    later = {path: state.turn_of(path) for path in state.later_states(folder, name, step)}
+    return later | ({lora: checkpoint.turn_of(lora)} if checkpoint.steps_of(lora) > step else {})
 
 
 def clear_earlier(saving: SavingOptions) -> None:
@@ -112,7 +144,7 @@ def _refuse_to_overwrite(saving: SavingOptions) -> None:
         return
     found = ", ".join(path.name for path in [*loras, *states][-3:])
     goes_on = "--autoresume goes on with it, another" if states else "Another"
-    raise UserError(
-        f"{folder}: holds an earlier run of this --output_name: {found}. {goes_on} --output_name leaves it as it is, "
-        "--overwrite removes it and starts anew."
-    )
+    remedy = f"{goes_on} --output_name leaves it as it is, --overwrite removes it and starts anew."
+    if saving.resume is not None:
+        remedy = f"--resume {saving.resume} is of another run, which would overwrite it. Give another --output_name."
+    raise UserError(f"{folder}: holds an earlier run of this --output_name: {found}. {remedy}")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from musubi_tuner import __version__
+from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
+from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.placement.load import LoadedModel
@@ -28,6 +31,10 @@ _WHERE_ONLY = {
 """Settings that change nothing in the result, so that a resumed run may differ in them."""
 
 
+_OF_DATASETS = ("batch_size", "num_repeats", "video_loss_weight", "audio_loss_weight", "preserve_base", "caption_dropout_rate")
+"""Keys of a dataset that no cache file tells of."""
+
+
 def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None) -> dict[str, Any]:
     """Flags and facts that shape the result, as plain JSON values."""
     config = inputs.config
@@ -39,9 +46,28 @@ def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None)
                 values[field.name] = getattr(section, field.name)
     values |= {"dtype": str(machine.dtype), "weight_format": weight_format}
     values |= {"processes": machine.processes.count, "items": len(inputs.items)}
+    values |= {"datasets": _drawn_as(inputs.items), "clips": _identity(inputs.items)}
     values["model"] = inputs.checkpoint.path.name
     values["conditioning"] = inputs.recipe.describe()
     return json.loads(json.dumps(values, default=str))
+
+
+def _drawn_as(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """What each dataset says of batches, repeats and weights."""
+    specs = {item.spec.label: item.spec for item in items}
+    return [{key: getattr(spec, key) for key in _OF_DATASETS} for spec in specs.values()]
+
+
+def _identity(items: Sequence[Item]) -> str:
+    """Which clips with which captions, in which order, whatever folder they lie in: their number and a fingerprint."""
+    captions = {path: read_metadata(path) for path in {item.paths["text"] for item in items}}
+    rows = []
+    for item in items:
+        sidecars = {name: dataclasses.asdict(own) | {"source": ""} for name, own in item.clip.sidecars.items()}
+        caption = captions[item.paths["text"]]
+        said = caption.get("source_fingerprint", caption.get("caption", ""))
+        rows.append([item.key, dataclasses.asdict(dataclasses.replace(item.clip, sidecars={})), sidecars, said])
+    return f"{len(items)} with the fingerprint {text_fingerprint(canonical(rows))[:12]}"
 
 
 def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dict[str, object]:

@@ -34,8 +34,8 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
                 hook.before_training(outcome)
         for step in range(run.start_step + 1, total + 1):
             begun = time.monotonic()
-            norm = _optimizer_step(run, log, batches, step)
-            outcome.step, outcome.random_state = step, torch.get_rng_state()
+            norm = _optimizer_step(run, outcome, log, batches, step)
+            outcome.step, outcome.torn, outcome.random_state = step, False, torch.get_rng_state()
             if step % run.schedule.log_every == 0 or step == total:
                 outcome.losses = log.write(step, norm, bar)
             seconds = time.monotonic() - begun
@@ -69,7 +69,7 @@ def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
     return iterate_batches(run.items, mode=run.config.ltx_mode, rules=run.rules, numbers=numbers, workers=workers, device=run.device)
 
 
-def _optimizer_step(run: TrainingRun, log: StepLog, batches: Iterator[Batch], step: int) -> Tensor:
+def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: Iterator[Batch], step: int) -> Tensor:
     """Accumulate, average over processes, clip, check, update. Returns the gradient norm, a scalar on the device."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen, expected, supervised = [], 0, 0
@@ -84,7 +84,8 @@ def _optimizer_step(run: TrainingRun, log: StepLog, batches: Iterator[Batch], st
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
     run.finite.add(step, norm, seen)
-    run.supervision.add(expected, supervised)  # from here on the step counts; until here nothing that a state holds has changed
+    outcome.torn = True  # from here on the step counts; until here nothing that a state holds has changed
+    run.supervision.add(expected, supervised)
     if run.balance is not None:
         run.balance.step(run.processes.count)
     run.optimizer.step()

@@ -109,17 +109,24 @@ def _saved(run: TrainingRun, outcome: Outcome, restart: Restart, error: Exceptio
         again = [f"Go on with:\n  {restart.resuming(resumed)}"] if resumed else []
         return ["No step was complete, so there is nothing to save.", *again]
     folder = state_path(run.output_dir, run.name, step)
+    exact = next((file for file in reversed(outcome.files) if file.is_dir()), resumed)
+    torn = outcome.torn and folder not in outcome.files
     if folder not in outcome.files:
         problem = _problem_of_saving(run, outcome, error)
         if problem is not None:
-            good = next((file for file in reversed(outcome.files) if file.is_dir()), resumed)
             lines = [f"Step {step} could not be saved: {problem}"]
             if outcome.files or resumed:
                 lines.append(f"The newest file that is good: {outcome.files[-1] if outcome.files else resumed}")
-            return lines + ([f"Go on with:\n  {restart.resuming(good)}"] if good else [])
+            return lines + ([f"Go on with:\n  {restart.resuming(exact)}"] if exact else [])
     saved = [file for file in outcome.files if f"step{step:08d}" in file.name]
     state = next((file for file in reversed(saved) if file.is_dir()), None)
     lines = [f"Step {step}, the last good one, is saved: {', '.join(map(str, saved))}"]
+    if torn:
+        lines = [
+            f"Step {step + 1} has ended in the middle of its update. What is saved lies between it and step {step}, so that a run which "
+            f"goes on from there is not the one that it would have been: {', '.join(map(str, saved))}",
+            *([f"The newest state of a whole step: {exact}"] if exact else []),
+        ]
     return lines + ([f"Go on with:\n  {restart.resuming(state)}"] if state else [])
 
 

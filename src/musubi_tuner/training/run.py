@@ -102,6 +102,8 @@ class TrainingRun:
     rules: DrawRules
     schedule: Schedule
     start_step: int
+    turn: int
+    """How often it has gone back behind steps that were saved."""
     settings: Mapping[str, Any]
     """What the state remembers, to list what differs on resume."""
     facts: Mapping[str, object]
@@ -141,6 +143,8 @@ class Outcome:
 
     step: int
     """The last one that is whole."""
+    torn: bool = False
+    """Whether the step after it has ended in the middle of its update, so that the weights lie between the two."""
     random_state: Tensor = field(default_factory=torch.get_rng_state)
     """torch's, at the end of that step."""
     seconds: float = 0.0

@@ -122,7 +122,7 @@ class Saving(Hook):
     def _save_lora(self, step: int, path: Path) -> None:
         run, saving = self._run, self._run.config.saving
         with run.evaluating():
-            metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step))
+            metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step), turn=run.turn)
             checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision], name=run.name)
 
     def _save_state(self, step: int, path: Path) -> None:
@@ -135,6 +135,7 @@ class Saving(Hook):
             step=step,
             settings=run.settings,
             watched=run.watched,
+            turn=run.turn,
         )
         if path.parent == run.output_dir:
             state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)

@@ -30,6 +30,7 @@ from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
+from musubi_tuner.training.earlier import turn_after
 from musubi_tuner.training.facts import banner, file_facts, run_settings
 from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Validation, Watching
 from musubi_tuner.training.metrics import Trackers
@@ -122,12 +123,13 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     supervision = AudioSupervision(config.audio)
     with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
     watched = {name: one for name, one in with_state.items() if one is not None}
-    start_step = 0
+    start_step = turn = 0
     if config.saving.resume is not None:
         start_step, differences = load_state(
             config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
         )
         _report_resume(config.saving.resume, start_step, schedule.total, differences)
+        turn = turn_after(config.saving, start_step)
     run = TrainingRun(
         config=config,
         processes=machine.processes,
@@ -141,6 +143,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         rules=rules,
         schedule=schedule,
         start_step=start_step,
+        turn=turn,
         settings=settings,
         facts=file_facts(inputs, machine, network),
         trackers=machine.trackers,

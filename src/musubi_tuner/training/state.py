@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,7 +32,7 @@ _NETWORK, _OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progre
 _SUFFIX, _TEMPORARY = "-state", ".tmp"
 _SCHEDULE_SETTINGS = {
     "learning_rate", "audio_learning_rate", "network_args", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps",
-    "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "processes",
+    "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "datasets", "processes",
 }  # fmt: skip
 """What rates and their schedule follow from."""
 
@@ -51,6 +51,8 @@ class SavedState:
 
     step: int
     settings: Mapping[str, Any]
+    turn: int
+    """How often the run had gone back behind steps that were saved (`earlier.turn_after`)."""
     network: Mapping[str, Tensor]
     stored: Mapping[str, Any]
     """Of optimizer, schedule and random numbers, and of what else has a state."""
@@ -73,6 +75,7 @@ def save_state(
     step: int,
     settings: Mapping[str, Any],
     watched: Mapping[str, Watched],
+    turn: int = 0,
 ) -> None:
     """Write the state folder, whole or not at all.
 
@@ -81,7 +84,7 @@ def save_state(
     """
     stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
     stored |= {name: one.state_dict() for name, one in watched.items()}
-    progress = {"step": step, "settings": dict(settings)}
+    progress = {"step": step, "settings": dict(settings)} | ({"turn": turn} if turn else {})
 
     def write(folder: Path) -> None:
         try:
@@ -105,7 +108,7 @@ def read_state(path: Path) -> SavedState:
     progress = _read_progress(path / _PROGRESS)
     file = path / _NETWORK
     try:
-        network = load_file(file)
+        network = load(file.read_bytes())  # safetensors' own reading calls a file that may not be read one that is not there
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedState(f"{file}: damaged ({error}).") from error
     if odd := [name for name, tensor in network.items() if not tensor.is_floating_point()]:
@@ -126,7 +129,7 @@ def read_state(path: Path) -> SavedState:
     rng = stored.get("torch_rng")
     if not (isinstance(rng, Tensor) and rng.dtype == torch.uint8 and rng.shape == torch.get_rng_state().shape):
         raise DamagedState(f"{file}: must hold torch's random state.")
-    return SavedState(step=progress["step"], settings=progress["settings"], network=network, stored=stored)
+    return SavedState(step=progress["step"], settings=progress["settings"], turn=progress.get("turn", 0), network=network, stored=stored)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -156,9 +159,9 @@ def _read_progress(path: Path) -> dict[str, Any]:
         raise DamagedState(str(error)) from error
     if not isinstance(progress, dict) or not isinstance(progress.get("settings"), dict):
         raise DamagedState(f"{path}: must hold 'step' and 'settings'.")
-    step = progress.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= LAST_STEP:
-        raise DamagedState(f"{path}: step = {step!r:.100}: must be a whole number of at least 0.")
+    for key, value in (("step", progress.get("step")), ("turn", progress.get("turn", 0))):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LAST_STEP:
+            raise DamagedState(f"{path}: {key} = {value!r:.100}: must be a whole number of at least 0.")
     return progress
 
 
@@ -225,8 +228,7 @@ def check_resumable(path: Path) -> None:
 
 def _other_state(path: Path) -> str:
     """What to resume from in place of `path`, in words."""
-    run, _, _ = path.name.rpartition("-step")
-    for other in reversed(states(path.parent, run)):
+    for other in reversed(states(path.parent, run_of(path))):
         if other.name == path.name:
             continue
         try:
@@ -253,11 +255,13 @@ def remove_old_states(folder: Path, name: str, keep: int, step: int) -> None:
 def newest_state(folder: Path, name: str) -> Path | None:
     """What `--autoresume` goes on from, with a warning for each newer one that is damaged; None where this run has left no state.
 
+    Later steps that a run has gone back behind are not the newer ones.
+
     Raises:
         UserError: there are states, and none is whole.
     """
     found = states(folder, name)
-    for path in reversed(found):
+    for path in sorted(reversed(found), key=turn_of, reverse=True):
         try:
             read_state(path)
         except DamagedState as error:
@@ -270,6 +274,24 @@ def newest_state(folder: Path, name: str) -> Path | None:
             "--output_name and without --autoresume, or anew with --overwrite in place of --autoresume."
         )
     return None
+
+
+def turn_of(path: Path) -> int:
+    """Of a state; 0 where it does not say."""
+    try:
+        return _read_progress(path / _PROGRESS).get("turn", 0)
+    except DamagedState:
+        return 0
+
+
+def later_states(folder: Path, name: str, step: int) -> list[Path]:
+    """Those of the run `name` that were saved beyond `step`, oldest first."""
+    return [path for path in states(folder, name) if path.name > state_path(folder, name, step).name]
+
+
+def run_of(path: Path) -> str:
+    """The name of the run that a state folder is of; empty where it is called otherwise."""
+    return path.name.rpartition("-step")[0]
 
 
 def remove_states(folder: Path, name: str) -> None:
@@ -345,9 +367,5 @@ def _changed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> set[str]:
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    current = json.loads(json.dumps(dict(current)))
-    return [
-        f"{key}: {saved.get(key)!r} then, {current.get(key)!r} now"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
+    """A line each; of what another version of the trainer did not remember, nothing can be said."""
+    return [f"{key}: {saved[key]!r} then, {current[key]!r} now" for key in sorted(_changed(saved, current))]
