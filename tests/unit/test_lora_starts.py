@@ -79,7 +79,7 @@ PEFT = {"r": 4, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": {}}
         (PEFT | {"lora_alpha": 4}, 1.0),
     ],
 )
-@pytest.mark.parametrize("place", ["header", "header of a pipeline", "folder", "file"])
+@pytest.mark.parametrize("place", ["header", "header of a pipeline", "folder", "file", "file of another name"])
 def test_the_scale_of_peft_is_found_in_header_and_folder(tmp_path, config, scale, place):
     tensors = stored("base_model.model.{}.lora_{}.weight")
     if place.startswith("header"):
@@ -88,7 +88,7 @@ def test_the_scale_of_peft_is_found_in_header_and_folder(tmp_path, config, scale
         path = written(tmp_path, tensors, lora_adapter_metadata=header)
     else:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
-        path = written(tmp_path, tensors, "adapter_model.safetensors")
+        path = written(tmp_path, tensors, "my.safetensors" if "name" in place else "adapter_model.safetensors")
         written(tmp_path, stored(), "z_newer.safetensors")
     read = read_network(tmp_path if place == "folder" else path, LINEARS)
     if scale is None:
@@ -129,6 +129,20 @@ def test_adapters_of_the_connectors_are_left_out_by_name_or_read_alone(tmp_path,
     assert len(read.left_out) == 1 and read.left_out[0].startswith("video_embeddings_connector")
     assert list(read_network(path, {CONNECTOR: (6, 8)}, of_connectors=True).adapters) == [CONNECTOR]
     assert not read_network(written(tmp_path, stored()), {CONNECTOR: (6, 8)}, of_connectors=True).adapters
+
+
+def test_a_scale_that_makes_infinity_is_named(tmp_path):
+    tensors = stored() | {f"diffusion_model.{name}.alpha": torch.tensor(3e38) for name in LINEARS}
+    tensors[f"diffusion_model.{QUERY}.lora_B.weight"] = torch.full((6, 4), 10.0)
+    with pytest.raises(UserError, match=f"the scale of 'diffusion_model.{QUERY}', 7.5e\\+37, makes infinity of its values"):
+        read_network(written(tmp_path, tensors), LINEARS)
+
+
+@pytest.mark.parametrize("ending", ["lora_B.bias", "lora_A.weight_scale", "lora_A.scale_weight"])
+def test_what_lies_beside_a_half_is_no_second_network(tmp_path, ending):
+    tensors = stored() | {f"diffusion_model.{QUERY}.{ending}": torch.ones(())}
+    with pytest.raises(UserError, match=f"the key 'diffusion_model.{QUERY}.{ending}' is of no form that is read here"):
+        read_network(written(tmp_path, tensors), LINEARS)
 
 
 def changed(key=f"diffusion_model.{QUERY}.lora_A.weight", value=None, **more):

@@ -206,3 +206,23 @@ def test_weights_that_are_not_finite_are_the_checkpoints_fault(stored, value, dt
 def test_a_scale_that_is_not_finite_is_found_too(stored):
     with pytest.raises(UserError, match="holds NaN or infinity"):
         load(stored({"weight": stored.weight.to(torch.float8_e4m3fn), "weight_scale": torch.tensor(float("nan"))}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_scale_that_is_lost_negative_or_zero_is_refused(stored, dtype):
+    most = torch.finfo(dtype).max
+    whole, rows = stored.weight.abs().max() / most, stored.weight.abs().amax(1, keepdim=True) / most
+    codes = fp8(stored.weight, whole, dtype)
+    other = f"{PREFIX}transformer_blocks.0.attn1.to_k"
+    others = {f"{other}.weight": fp8(stored.weight, whole, dtype), f"{other}.weight_scale": whole}
+    with pytest.raises(UserError, match=f"{WEIGHT}' is fp8 .* with numbers up to {most:g} and without a scale, which others have"):
+        load(stored({"weight": codes}, others))
+    load(stored({"weight": stored.weight.to(dtype)}, others))  # a plain cast beside scaled ones
+    with pytest.raises(UserError, match="attn1.to_q.weight_scale': is -.*and a scale is above 0"):
+        load(stored({"weight": codes, "weight_scale": -whole}))
+    rows[3] = 0
+    with pytest.raises(UserError, match="attn1.to_q.weight_scale': is 0 for numbers that are not"):
+        load(stored({"weight": codes, "weight_scale": rows}))
+    codes = codes.float()
+    codes[3] = 0
+    assert not load(stored({"weight": codes.to(dtype), "weight_scale": rows}))[3].any()

@@ -13,7 +13,7 @@ A scale is for the tensor or for each row: (), (out,) or (out, 1). ComfyUI decla
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -109,8 +109,8 @@ def read_quantization(checkpoint: Checkpoint, names: Mapping[str, str]) -> Quant
         names: {name in the model: full name in the checkpoint}.
 
     Raises:
-        UserError: a form that is not read, by its name; scales of another shape; a declaration that cannot be read or contradicts
-            its weight.
+        UserError: a form that is not read, by its name; scales of another shape, below 0 or lost; a declaration that cannot be read or
+            contradicts its weight.
     """
     declared = _declarations(checkpoint, names)
     for name, layer in declared.items():
@@ -145,11 +145,15 @@ def _form(checkpoint: Checkpoint, names: Mapping[str, str], name: str, declared:
     if not scales:
         if layer is not None or dtype == torch.int8:
             raise UserError(f"{where} is {_NAMES.get(dtype, dtype)} without its scale ('{owner}.weight_scale'). {_REMEDY}")
+        if dtype in _NAMES and owner != name and any(other.rpartition(".")[2] in _SCALES for other in names):
+            _check_plain_cast(checkpoint.tensor(names[name]), where)
         return _Form(None, 0) if dtype in _NAMES else None
     if dtype == torch.int8 and layer is None and (declared or _METADATA in checkpoint.metadata):
         raise UserError(f"{where} is int8 without a declaration, which others have: whether it is rotated cannot be told. {_REMEDY}")
     group = _group(where, shape, layer)
-    return _Form(_scale(checkpoint, names[scales[0]], where, shape), group)
+    scale = _scale(checkpoint, names[scales[0]], where, shape)
+    _check_scale(scale, lambda: checkpoint.tensor(names[name]), f"{where} and its scale '{names[scales[0]]}'")
+    return _Form(scale, group)
 
 
 def _scale(checkpoint: Checkpoint, full: str, where: str, weight_shape: tuple[int, ...]) -> Tensor:
@@ -163,6 +167,29 @@ def _scale(checkpoint: Checkpoint, full: str, where: str, weight_shape: tuple[in
     if shape[0] != rows or any(side != 1 for side in shape[1:]):
         raise UserError(f"{where} of the shape {weight_shape} has scales of {shape}, in blocks or of another weight. {_REMEDY}")
     return checkpoint.tensor(full).float().view(-1, *(1 for _ in weight_shape[1:]))
+
+
+def _check_plain_cast(codes: Tensor, where: str) -> None:
+    """
+    Raises:
+        UserError: codes that fill the range of their dtype, as only a division by a scale leaves them.
+    """
+    most = torch.finfo(codes.dtype).max
+    if codes.numel() and float(codes.float().abs().max()) == most:
+        raise UserError(
+            f"{where} is {_NAMES[codes.dtype]} with numbers up to {most:g} and without a scale, which others have: it is lost. {_REMEDY}"
+        )
+
+
+def _check_scale(scale: Tensor, codes: Callable[[], Tensor], where: str) -> None:
+    """
+    Raises:
+        UserError: a scale below 0, or one of 0 for numbers that are not 0.
+    """
+    if bool((scale < 0).any()):
+        raise UserError(f"{where}: is {float(scale.min()):g}, and a scale is above 0. {_REMEDY}")
+    if bool((scale == 0).any()) and bool(codes().float().masked_select(scale == 0).any()):
+        raise UserError(f"{where}: is 0 for numbers that are not, so they are lost. {_REMEDY}")
 
 
 def _group(where: str, shape: tuple[int, ...], layer: Mapping[str, Any] | None) -> int:

@@ -21,7 +21,9 @@ FLATTENED = ("lora_unet_model_", "lora_unet_", "lora_transformer_", "lycoris_")
 """Of keys with underscores, the longest first."""
 
 _HALVES = {"lora_A": DOWN, "lora_down": DOWN, "lora.down": DOWN, "lora_B": UP, "lora_up": UP, "lora.up": UP, MAGNITUDE: MAGNITUDE}
-_HALF = re.compile(rf"(?P<stem>.+?)\.(?P<half>{'|'.join(map(re.escape, _HALVES))})(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
+_OTHERS = "(?:weight|bias|weight_scale|scale_weight)"
+"""What may stand there and is no name of an adapter."""
+_HALF = re.compile(rf"(?P<stem>.+?)\.(?P<half>{'|'.join(map(re.escape, _HALVES))})(?:\.(?!{_OTHERS}$)[^.]+)?(?:\.weight)?")
 """With PEFT's name of an adapter, such as `.default`, or without."""
 _LEAVES = {
     DORA_SCALE: MAGNITUDE, DIFF: DIFF, ALPHA: ALPHA,

@@ -101,7 +101,7 @@ def read_network(path: Path, linears: Linears, *, of_connectors: bool = False) -
         modules[one.module][one.leaf] = _checked_values(path, key, stored[key], may_be_whole=one.leaf == ALPHA)
         stems[one.module] = one.stem
     _refuse_foreign(path, modules, linears)
-    said = peft_scale(path, metadata)
+    said = peft_scale(path, metadata, stored)
     adapters = {name: _adapter(path, name, tensors, stems[name], said) for name, tensors in modules.items()}
     for name, adapter in adapters.items():
         _check_size(path, name, adapter, linears[name])
@@ -248,6 +248,10 @@ def _adapter(path: Path, name: str, tensors: dict[str, Tensor], stem: str, said:
     if scale != 1.0:
         leaf = _SCALED[kind] if kind in _SCALED else W2_UP if W2_UP in tensors else W2
         tensors[leaf] = tensors[leaf] * scale
+        if not bool(tensors[leaf].isfinite().all()):
+            raise UserError(
+                f"{path}: the scale of '{stem}', {scale:g}, makes infinity of its values. Its alpha is damaged; give another file."
+            )
     return StoredAdapter(kind, tensors, rank, scale)
 
 

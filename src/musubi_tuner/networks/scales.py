@@ -6,7 +6,7 @@ neither has its scale folded in.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from musubi_tuner.runtime.files import parse_json, read_json
 
 HEADER = "lora_adapter_metadata"
 """Of diffusers, in the metadata of the file."""
+_PEFT_PREFIX = "base_model.model."
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -52,8 +53,9 @@ class PeftScale:
         return alpha / (rank**0.5 if self.rank_stabilized else rank)
 
 
-def peft_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale | None:
-    """What belongs to a file: its header's JSON, else the config beside `adapter_model.safetensors`; None where there is neither.
+def peft_scale(path: Path, metadata: Mapping[str, str], keys: Iterable[str] = ()) -> PeftScale | None:
+    """What belongs to a file: its header's JSON, else the config beside `adapter_model.safetensors`, or beside a file of another name with
+    the keys that PEFT alone writes; None where there is neither.
 
     Raises:
         UserError: a config that cannot be read, or is not one of LoRA.
@@ -62,7 +64,7 @@ def peft_scale(path: Path, metadata: Mapping[str, str]) -> PeftScale | None:
         where = f"{path}, '{HEADER}' in its header"
         return _read(where, parse_json(metadata[HEADER], where))
     beside = path.with_name(PEFT_CONFIG)
-    if path.name == PEFT_FILE and beside.is_file():
+    if beside.is_file() and (path.name == PEFT_FILE or any(key.startswith(_PEFT_PREFIX) for key in keys)):
         return _read(str(beside), read_json(beside))
     return None
 
