@@ -304,3 +304,12 @@ def test_a_file_whose_bits_turned_is_made_again(dataset, tiny_family, encoded, c
     assert cache(dataset, tiny_family, "--batch_size", "1") == 0
     assert encoded == [CAPTIONS["rain"]] and "not those that were written" in caplog.text
     assert store.read_metadata(path)["tokens"].isdecimal()
+
+
+def test_texts_that_are_cut_are_named(dataset, tiny_family, caplog):
+    assert cache(dataset, tiny_family) == 0
+    assert "left out" not in caplog.text
+    assert cache(dataset, tiny_family, "--max_length", "12") == 0
+    assert "longer than the 12 tokens of --max_length, and the rest of them is left out: " in caplog.text
+    told = caplog.text.split("left out: ")[1].splitlines()[0]
+    assert "datasets[0]/long.png (" in told and "rain" not in told

@@ -120,6 +120,7 @@ def encode_texts(todo: Sequence[Todo[str]], recipe: TextRecipe, group: Processes
     if mine:
         tokenizer = load_tokenizer(recipe.options)
         tokens = {text: len(tokenizer(text)) for text, _ in mine}
+        tokenizer.tell_of_cut({text: files[0].job.name for text, files in mine if tokens[text] == recipe.options.max_length})
         mine.sort(key=lambda one: (tokens[one[0]], one[0]))
         for chunk in _chunks(mine, tokens, recipe):
             features = _encode(chunk, recipe, batch_size, show=group.is_main)

@@ -1,7 +1,8 @@
 """Text encoders, all from transformers: prompts -> hidden states of their tokens. Gemma 3 and T5; Gemma 4 has its place in `BACKENDS`."""
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from musubi_tuner.ltxv2.text.loading import load_model
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
 
+log = logging.getLogger(__name__)
+
 BACKENDS: dict[str, tuple[str, ...]] = {"gemma": ("gemma3", "gemma3_text"), "t5": ("t5",)}
 """{backend: model types of its config.json}."""
 
 CONTEXT_TOKENS = 1024
+
+_MOST_NAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +86,27 @@ class PromptTokenizer:
         """Ids of the stripped prompt with what the tokenizer adds (Gemma: BOS first, no EOS), cut to `max_length`."""
         return self._tokenizer(prompt.strip(), truncation=True, max_length=self._max_length)["input_ids"]
 
+    def tell_of_cut(self, names: Mapping[str, str]) -> None:
+        """Warn of prompts that are longer than `max_length`.
+
+        Args:
+            names: what each prompt is called.
+        """
+        tokens = {prompt: len(self._tokenizer(prompt.strip(), verbose=False)["input_ids"]) for prompt in names}
+        cut = [f"{names[prompt]} ({count:,} tokens)" for prompt, count in tokens.items() if count > self._max_length]
+        if cut:
+            log.warning(
+                "WARNING: %d text(s) are longer than the %d tokens of --max_length, and the rest of them is left out: %s",
+                len(cut), self._max_length, ", ".join(cut[:_MOST_NAMES]) + (", ..." if len(cut) > _MOST_NAMES else ""),
+            )  # fmt: skip
+
 
 class TextEncoder:
     """A loaded encoder."""
 
     def __init__(self, model: Any, tokenizer: PromptTokenizer, options: EncoderOptions) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._options = options
 
     @property
@@ -97,12 +116,12 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> HiddenStates:
         """Run prompts together, padded to the longest among them: padding does not change the states of real tokens."""
-        ids = [self._tokenizer(prompt) for prompt in prompts]
+        ids = [self.tokenizer(prompt) for prompt in prompts]
         longest = max(map(len, ids))
         left = self._options.backend == "gemma"
         rows, masks = [], []
         for row in ids:
-            padding = [self._tokenizer.padding] * (longest - len(row))
+            padding = [self.tokenizer.padding] * (longest - len(row))
             rows.append(padding + row if left else row + padding)
             masks.append([0] * len(padding) + [1] * len(row) if left else [1] * len(row) + [0] * len(padding))
         device = self._options.device

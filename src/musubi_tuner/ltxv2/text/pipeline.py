@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names, load_connectors
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, TextEncoder, load_encoder, read_encoder_shape
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, PromptTokenizer, TextEncoder, load_encoder, read_encoder_shape
 from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names, load_feature_extractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
@@ -65,6 +65,10 @@ class FeatureStage:
         self._encoder = encoder
         self._extractor = extractor
         self._dtype = dtype
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        return self._encoder.tokenizer
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Features]:
@@ -136,6 +140,7 @@ def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Ten
     """(text, mask) of a few prompts; leaves nothing in memory."""
     features: list[Features] = []
     first = load_feature_stage(recipe)
+    first.tokenizer.tell_of_cut({prompt: f"the prompt '{prompt[:40]}...'" for prompt in prompts})
     for start in range(0, len(prompts), _BATCH):
         features += first.encode(prompts[start : start + _BATCH])
     del first
