@@ -8,22 +8,29 @@ import torch
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.objective import ItemLosses
-from musubi_tuner.training.watch import FiniteCheck, Pace
+from musubi_tuner.training.watch import Pace, check_finite
 
 
 def losses(value: float) -> ItemLosses:
     return ItemLosses(video=torch.tensor([0.5, value]), audio=None, audio_present=None, video_present=None)
 
 
-def test_gradients_that_are_not_finite_end_the_run_and_name_the_items():
-    check = FiniteCheck()
-    check.add(1, torch.tensor(1.0), [(("a", "b"), losses(0.1))])
-    check.settle()
+class OnCard(torch.Tensor):
+    """A number that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("place", [torch.Tensor, OnCard])
+def test_gradients_that_are_not_finite_end_the_run_before_their_update_and_name_the_items(place):
+    def check(step: int, norm: float, loss: float) -> None:
+        check_finite(step, torch.tensor(norm).as_subclass(place), [(("a", "b"), losses(loss))])
+
+    check(1, 1.0, 0.1)
     with pytest.raises(UserError, match="step 2: not finite: video loss nan of b.*resume"):
-        check.add(2, torch.tensor(float("nan")), [(("a", "b"), losses(float("nan")))])
+        check(2, float("nan"), float("nan"))
     with pytest.raises(UserError, match="step 3.*a gradient is not; items a, b"):
-        check.add(3, torch.tensor(float("inf")), [(("a", "b"), losses(0.1))])
-    check.settle()
+        check(3, float("inf"), 0.1)
 
 
 def test_steps_that_become_slower_are_told_of_and_not_every_step():

@@ -16,6 +16,7 @@ from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
 from musubi_tuner.training.optimizer import average_gradients, clip
 from musubi_tuner.training.run import Outcome, TrainingRun
+from musubi_tuner.training.watch import check_finite
 
 
 def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook]) -> None:
@@ -83,7 +84,7 @@ def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: I
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
-    run.finite.add(step, norm, seen)
+    check_finite(step, norm, seen)
     outcome.torn = True  # from here on the step counts; until here nothing that a state holds has changed
     run.supervision.add(expected, supervised)
     if run.balance is not None:

@@ -22,7 +22,7 @@ from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective
 from musubi_tuner.training.optimizer import WeightAverage, evaluating
 from musubi_tuner.training.state import LAST_STEP, Watched
-from musubi_tuner.training.watch import AudioSupervision, FiniteCheck
+from musubi_tuner.training.watch import AudioSupervision
 
 _VALIDATIONS_PER_RUN = 10
 
@@ -112,7 +112,6 @@ class TrainingRun:
     balance: AudioBalance | None
     """None where the audio loss has a fixed weight."""
     supervision: AudioSupervision
-    finite: FiniteCheck = field(default_factory=FiniteCheck)
     average: WeightAverage | None
     """None where the weights count as they are."""
     watched: Mapping[str, Watched]

@@ -36,7 +36,6 @@ class Saving(Hook):
         by_step = outcome.interrupted or schedule.is_due(step, schedule.save_every, None)
         if not (step == schedule.total or by_step or schedule.is_due(step, None, schedule.save_every_epochs)):
             return
-        run.finite.settle()
         if not run.processes.is_main:
             return
         if step == schedule.total:

@@ -9,7 +9,6 @@ import torch.distributed
 from torch import Tensor
 
 from musubi_tuner.config.losses import AudioOptions
-from musubi_tuner.runtime.device import HostCopy, to_host
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.objective import ItemLosses
 
@@ -17,48 +16,29 @@ SeenItems = Sequence[tuple[tuple[str, ...], ItemLosses]]
 """Names and losses of the items of each micro-batch."""
 
 
-class FiniteCheck:
-    """Ends a run whose gradients are not finite: on the CPU at once; on a GPU one step later, as the host does not wait for the device, but
-    before anything is saved."""
+def check_finite(step: int, norm: Tensor, seen: SeenItems) -> None:
+    """Look at a step before its update, so that the weights of the step before are there to be saved. The host waits for the device here;
+    what it reads for the log of the step is then ready.
 
-    def __init__(self) -> None:
-        self._pending: tuple[int, HostCopy, SeenItems] | None = None
+    Args:
+        norm: () gradient norm of the step.
 
-    def add(self, step: int, norm: Tensor, seen: SeenItems) -> None:
-        """
-        Args:
-            norm: () gradient norm of the step.
-
-        Raises:
-            UserError: the step before, or on the CPU this one, was not finite.
-        """
-        self.settle()
-        self._pending = (step, to_host(norm.detach()), seen)
-        if not norm.is_cuda:
-            self.settle()
-
-    def settle(self) -> None:
-        """Look at the step that is still open; call it before saving.
-
-        Raises:
-            UserError: it is not finite; names the items whose losses are not.
-        """
-        if self._pending is None:
-            return
-        (step, norm, seen), self._pending = self._pending, None
-        if bool(torch.isfinite(norm.result())):
-            return
-        rows = []
-        for names, losses in seen:
-            for stream, values in (("video", losses.video), ("audio", losses.audio)):
-                found = [] if values is None else values.tolist()
-                rows += [f"{stream} loss {value} of {name}" for value, name in zip(found, names) if not math.isfinite(value)]
-        items = ", ".join(name for names, _ in seen for name in names)
-        where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
-        raise UserError(
-            f"step {step}: not finite: {where}. Nothing of this step is saved. "
-            "Check these items' caches, or lower --learning_rate, and resume from the last state."
-        )
+    Raises:
+        UserError: it is not finite; names the items whose losses are not.
+    """
+    if bool(torch.isfinite(norm)):
+        return
+    rows = []
+    for names, losses in seen:
+        for stream, values in (("video", losses.video), ("audio", losses.audio)):
+            found = [] if values is None else values.tolist()
+            rows += [f"{stream} loss {value} of {name}" for value, name in zip(found, names) if not math.isfinite(value)]
+    items = ", ".join(name for names, _ in seen for name in names)
+    where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
+    raise UserError(
+        f"step {step}: not finite: {where}. Nothing of this step is saved. "
+        "Check these items' caches, or lower --learning_rate, and resume from the last state."
+    )
 
 
 class Pace:
