@@ -52,10 +52,38 @@ def write_progress(text: str):
 
 def replace_optimizer(change):
     def damage(path: Path) -> None:
+        unseal(path)
         stored = torch.load(path / "optimizer.pt", weights_only=True)
         torch.save(change(stored), path / "optimizer.pt")
 
     return damage
+
+
+def replace_network(weight: torch.Tensor):
+    def damage(path: Path) -> None:
+        unseal(path)
+        save_file({"weight": weight}, path / "network.safetensors")
+
+    return damage
+
+
+def with_average(stored: dict, average: torch.Tensor) -> dict:
+    stored["optimizer"]["state"][0]["exp_avg"] = average
+    return stored
+
+
+def flip_a_bit(path: Path) -> None:
+    file = path / "network.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def unseal(path: Path) -> None:
+    """As states were before they remembered their files."""
+    progress = json.loads((path / "progress.json").read_text())
+    progress.pop("fingerprints", None)
+    (path / "progress.json").write_text(json.dumps(progress))
 
 
 def with_step(stored: dict, step: torch.Tensor) -> dict:
@@ -81,15 +109,15 @@ DAMAGE = {
     "step true": ("progress.json", write_progress('{"step": true, "settings": {}}')),
     "step 1.5": ("progress.json", write_progress('{"step": 1.5, "settings": {}}')),
     "settings as a list": ("progress.json", write_progress('{"step": 1, "settings": []}')),
-    "no finite weight": ("network.safetensors", lambda path: save_file({"weight": torch.tensor(torch.nan)}, path / "network.safetensors")),
+    "a bit has flipped": ("network.safetensors.*checksum", flip_a_bit),
+    "NaN in the optimizer": ("optimizer.pt.*NaN", replace_optimizer(lambda stored: with_average(stored, torch.tensor(torch.nan)))),
+    "no finite weight": ("network.safetensors.*NaN", replace_network(torch.tensor(torch.nan))),
     "a pickle of code": ("optimizer.pt", lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(os.system))),
     "optimizer is a list": ("optimizer.pt", replace_optimizer(lambda stored: [])),
     "a sparse step": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.eye(1).to_sparse()))),
     "a step without value": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.empty((), device="meta")))),
     "a step below 0": ("optimizer.pt", replace_optimizer(lambda stored: with_step(stored, torch.tensor(-1.0)))),
-    "weights that are complex": (
-        "network.safetensors", lambda path: save_file({"weight": torch.zeros(2, 2) + 1j}, path / "network.safetensors"),
-    ),
+    "weights that are complex": ("network.safetensors.*complex", replace_network(torch.zeros(2, 2) + 1j)),
     "no schedule": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "scheduler": 3})),
     "odd random state": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": torch.zeros(3)})),
     "random state as text": ("optimizer.pt", replace_optimizer(lambda stored: {**stored, "torch_rng": "x"})),

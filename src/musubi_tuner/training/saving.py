@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from musubi_tuner.runtime.disk import FULL, reason
@@ -58,7 +59,7 @@ class Saving(Hook):
         saved_state = None
         if saving.save_state or outcome.interrupted:
             name = state.state_path(run.output_dir, run.name, step).name
-            saved_state, failed = self._written(outcome, name, self._save_state, must=outcome.interrupted)
+            saved_state, failed = self._written(outcome, name, partial(self._save_state, torn=outcome.torn), must=outcome.interrupted)
             error = error or failed
         if error is not None and lora is None and (is_last or (outcome.interrupted and saved_state is None)):
             raise NotSaved(
@@ -124,7 +125,7 @@ class Saving(Hook):
             metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step), turn=run.turn)
             checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision], name=run.name)
 
-    def _save_state(self, step: int, path: Path) -> None:
+    def _save_state(self, step: int, path: Path, *, torn: bool) -> None:
         run = self._run
         state.save_state(
             path,
@@ -135,6 +136,7 @@ class Saving(Hook):
             settings=run.settings,
             watched=run.watched,
             turn=run.turn,
+            torn=torn,
         )
         if path.parent == run.output_dir:
             state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)

@@ -1,5 +1,7 @@
 """Saving a run so that it can go on exactly: adapters, optimizer, schedule, step. Order and noise follow from the step."""
 
+import hashlib
+import io
 import json
 import logging
 import os
@@ -53,6 +55,8 @@ class SavedState:
     settings: Mapping[str, Any]
     turn: int
     """How often the run had gone back behind steps that were saved (`earlier.turn_after`)."""
+    torn: bool
+    """Whether the weights lie in the middle of the update after `step`."""
     network: Mapping[str, Tensor]
     stored: Mapping[str, Any]
     """Of optimizer, schedule and random numbers, and of what else has a state."""
@@ -76,6 +80,7 @@ def save_state(
     settings: Mapping[str, Any],
     watched: Mapping[str, Watched],
     turn: int = 0,
+    torn: bool = False,
 ) -> None:
     """Write the state folder, whole or not at all.
 
@@ -84,7 +89,7 @@ def save_state(
     """
     stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
     stored |= {name: one.state_dict() for name, one in watched.items()}
-    progress = {"step": step, "settings": dict(settings)} | ({"turn": turn} if turn else {})
+    progress = {"step": step, "settings": dict(settings)} | ({"turn": turn} if turn else {}) | ({"torn": True} if torn else {})
 
     def write(folder: Path) -> None:
         try:
@@ -92,7 +97,8 @@ def save_state(
             torch.save(stored, folder / _OPTIMIZER)
         except (RuntimeError, SafetensorError) as error:  # words of their own for whatever the system says
             raise OSError(f"the state could not be written ({error})") from error
-        (folder / _PROGRESS).write_text(json.dumps(progress, indent=1, ensure_ascii=False), encoding="utf-8")
+        sealed = {"fingerprints": {name: _fingerprint((folder / name).read_bytes()) for name in (_NETWORK, _OPTIMIZER)}}
+        (folder / _PROGRESS).write_text(json.dumps(progress | sealed, indent=1, ensure_ascii=False), encoding="utf-8")
 
     write_folder(path, path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}"), write)
 
@@ -108,7 +114,7 @@ def read_state(path: Path) -> SavedState:
     progress = _read_progress(path / _PROGRESS)
     file = path / _NETWORK
     try:
-        network = load(file.read_bytes())  # safetensors' own reading calls a file that may not be read one that is not there
+        network = dict(sorted(load(_sealed(file, progress)).items()))  # which come in no order
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedState(f"{file}: damaged ({error}).") from error
     if odd := [name for name, tensor in network.items() if not tensor.is_floating_point()]:
@@ -117,19 +123,47 @@ def read_state(path: Path) -> SavedState:
         raise DamagedState(f"{file}: '{odd[0]}' holds NaN or infinity.")
     file = path / _OPTIMIZER
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = torch.load(io.BytesIO(_sealed(file, progress)), map_location="cpu", weights_only=True)
+    except DamagedState:
+        raise
     except Exception as error:  # zip, pickle and torch have each their own
         raise DamagedState(f"{file}: damaged, or no state of an optimizer ({_first_line(error)}).") from error
     if not (isinstance(stored, dict) and all(isinstance(stored.get(key), dict) for key in ("optimizer", "scheduler"))):
         raise DamagedState(f"{file}: must hold the states of an optimizer and a schedule.")
     if not all(tensor.layout == torch.strided and tensor.device.type == "cpu" for tensor in _tensors_in(stored)):
         raise DamagedState(f"{file}: holds a sparse tensor or one without values, which no optimizer leaves.")
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in _tensors_in(stored)):
+        raise DamagedState(f"{file}: holds NaN.")
     if any(step < 0 for step in _steps_in(stored["optimizer"])):
         raise DamagedState(f"{file}: counts steps below 0.")
     rng = stored.get("torch_rng")
     if not (isinstance(rng, Tensor) and rng.dtype == torch.uint8 and rng.shape == torch.get_rng_state().shape):
         raise DamagedState(f"{file}: must hold torch's random state.")
-    return SavedState(step=progress["step"], settings=progress["settings"], turn=progress.get("turn", 0), network=network, stored=stored)
+    return SavedState(
+        step=progress["step"],
+        settings=progress["settings"],
+        turn=progress.get("turn", 0),
+        torn=bool(progress.get("torn")),
+        network=network,
+        stored=stored,
+    )
+
+
+def _fingerprint(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _sealed(file: Path, progress: Mapping[str, Any]) -> bytes:
+    """A file's bytes, which must be those that were saved, as far as the state remembers them.
+
+    Raises:
+        DamagedState: they are others.
+        OSError: it cannot be read.
+    """
+    data, known = file.read_bytes(), progress.get("fingerprints")
+    if isinstance(known, dict) and known.get(file.name) != _fingerprint(data):
+        raise DamagedState(f"{file}: is not the file that was saved (its checksum differs): it is damaged, or of another state.")
+    return data
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -212,7 +246,8 @@ def load_state(
             f"--resume {path}: {_OPTIMIZER} is damaged, or of another optimizer ({type(error).__name__}: {_first_line(error)}). "
             f"Resume with the same --optimizer_type.{_other_state(path)}"
         ) from error
-    return saved.step, _differences(saved.settings, settings)
+    torn = [f"weights: in the middle of the update after step {saved.step} then"] if saved.torn else []
+    return saved.step, torn + _differences(saved.settings, settings)
 
 
 def check_resumable(path: Path) -> None:
