@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.runtime.program import EXIT_INTERRUPTED, quoted, run_program
+from musubi_tuner.runtime.program import EXIT_INTERRUPTED, EXIT_NOT_ALL, quoted, run_program
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.previewer import Previewer
@@ -49,7 +49,9 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         if group.is_main:
             draw_losses(run)
             log.info("\n%s", summary(run, outcome, restart))
-    return EXIT_INTERRUPTED if outcome.interrupted else 0
+    if outcome.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_NOT_ALL if any(file.parent != run.output_dir for file in outcome.files) else 0
 
 
 def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:

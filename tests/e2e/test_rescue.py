@@ -19,7 +19,7 @@ from musubi_tuner import ltxv2_train_network
 from musubi_tuner.runtime import lock
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.signals import Interrupt
-from musubi_tuner.training import checkpoint
+from musubi_tuner.training import checkpoint, state
 from musubi_tuner.training.hooks import Previews, StepLog
 from musubi_tuner.training.objective import BatchObjective
 from tests import training_parts as parts
@@ -173,20 +173,25 @@ def test_the_error_is_seen_though_nothing_can_be_saved(data, tmp_path, monkeypat
 
 
 def test_the_last_lora_goes_to_another_folder_where_its_own_takes_nothing(data, tmp_path, monkeypatch, caplog):
-    real, elsewhere = checkpoint.write_whole, tmp_path / "elsewhere"
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def write(path: Path, content: bytes, temporary: Path) -> None:
-        if path.parent == tmp_path / "out":
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        real(path, content, temporary)
+    def refusing(real):
+        def write(path: Path, *how) -> None:
+            if path.parent == tmp_path / "out":
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            real(path, *how)
 
-    monkeypatch.setattr(checkpoint, "write_whole", write)
+        return write
+
+    monkeypatch.setattr(checkpoint, "write_whole", refusing(checkpoint.write_whole))
+    monkeypatch.setattr(state, "write_folder", refusing(state.write_folder))
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    assert train(data, tmp_path / "out", "--save_every_n_steps", "4") == 0
+    assert train(data, tmp_path / "out", "--save_every_n_steps", "4", "--save_state") == 1
     assert "step 4: ltxv2_lora-step00000004.safetensors was not saved, and training goes on" in caplog.text
-    (lora,) = elsewhere.rglob("*.safetensors")
+    (lora,) = elsewhere.rglob(f"{LORA}*.safetensors")
     assert lora.name == f"{LORA}.safetensors" and f"is in {lora.parent}" in caplog.text
+    assert state.read_state(lora.parent / f"{LORA}-step00000006-state").step == 6
 
 
 def test_too_little_room_is_told_of_before_the_first_step(data, tmp_path, monkeypatch, caplog):

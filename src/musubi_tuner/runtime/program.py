@@ -12,6 +12,8 @@ from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid
 
+EXIT_NOT_ALL = 1
+"""Done, and something that was wanted is not there, or not where it was wanted; the messages name it."""
 EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h."""

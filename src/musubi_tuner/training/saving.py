@@ -59,7 +59,8 @@ class Saving(Hook):
         saved_state = None
         if saving.save_state or outcome.interrupted:
             name = state.state_path(run.output_dir, run.name, step).name
-            saved_state, failed = self._written(outcome, name, partial(self._save_state, torn=outcome.torn), must=outcome.interrupted)
+            write = partial(self._save_state, torn=outcome.torn)
+            saved_state, failed = self._written(outcome, name, write, must=is_last or outcome.interrupted)
             error = error or failed
         if error is not None and lora is None and (is_last or (outcome.interrupted and saved_state is None)):
             raise NotSaved(
