@@ -26,6 +26,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from musubi_tuner.runtime.processes import processes
     from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest, tell_of_later
     from musubi_tuner.training.loop import train
+    from musubi_tuner.training.metrics import loss_path
     from musubi_tuner.training.preflight import check_inputs
     from musubi_tuner.training.report import draw_losses, summary
     from musubi_tuner.training.rescue import Restart, rescue
@@ -36,6 +37,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         config = resolve_newest(config)
         inputs = check_inputs(config)
         if nothing_left(inputs, group):
+            if group.is_main and loss_path(config.saving.output_dir, config.saving.output_name).is_file():
+                draw_losses(config.saving.output_dir, config.saving.output_name)  # a run that was killed at its last save has not
             return 0
         preview = make_preview(inputs) if group.is_main else None
         run = build_run(inputs, make_machine(config, group))
@@ -47,7 +50,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
             train(run, outcome, *make_hooks(run, inputs, preview))
         run.trackers.close()
         if group.is_main:
-            draw_losses(run)
+            draw_losses(run.output_dir, run.name)
             log.info("\n%s", summary(run, outcome, restart))
     if outcome.interrupted:
         return EXIT_INTERRUPTED

@@ -44,11 +44,11 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart) -> str:
     return text
 
 
-def draw_losses(run: TrainingRun) -> None:
+def draw_losses(folder: Path, name: str) -> None:
     """`{name}-loss.png` from the loss file; a warning where the one cannot be read or the other written."""
-    path = run.output_dir / f"{run.name}-loss.png"
+    path = folder / f"{name}-loss.png"
     try:
-        draw_loss_curve(read_losses(loss_path(run.output_dir, run.name)), path)
+        draw_loss_curve(read_losses(loss_path(folder, name)), path)
     except OSError as error:
         log.warning("WARNING: %s: not drawn (%s)", path, reason(error))
 
