@@ -1,5 +1,6 @@
 """State folders: written whole, read with care; a lock that outlives nobody; exit codes."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training import state
 from musubi_tuner.training.metrics import LossFile, read_losses
 from musubi_tuner.training.optimizer import make_optimizer
+from musubi_tuner.training.run import Schedule
 
 
 class Network:
@@ -183,6 +185,21 @@ def test_lines_that_are_no_losses_are_left_out_with_one_warning(tmp_path, caplog
     assert caplog.text.count("WARNING: ") == 1 and "4 line(s)" in caplog.text
     LossFile(path, 0)
     assert path.read_text(encoding="utf-8") == "" and len(read_losses(tmp_path / "t-loss-1.jsonl")) == 1, "put aside, not lost"
+
+
+@pytest.mark.parametrize(("step", "aside"), [(1, False), (4, False), (5, True)])
+def test_losses_of_an_attempt_that_came_to_no_save_are_written_again(tmp_path, step, aside):
+    path = tmp_path / "t-loss.jsonl"
+    path.write_text(f'{{"step": {step}, "loss_video": 2.0}}\n', encoding="utf-8")
+    LossFile(path, 0, again=4)
+    assert path.read_text(encoding="utf-8") == "" and (tmp_path / "t-loss-1.jsonl").is_file() == aside
+
+
+@pytest.mark.parametrize(("every", "epochs", "unsaved"), [(5, None, 4), (None, 1, 7), (5, 1, 4), (None, None, 19)])
+def test_the_steps_before_the_first_save(every, epochs, unsaved):
+    named = {"total": 20, "steps_per_epoch": 8.0, "save_every": every, "save_every_epochs": epochs}
+    rest = {field.name: None for field in dataclasses.fields(Schedule) if field.name not in named}
+    assert Schedule(**named, **rest).unsaved == unsaved
 
 
 def test_a_lock_is_held_by_one_and_taken_over_from_the_dead(tmp_path, caplog):

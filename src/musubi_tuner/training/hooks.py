@@ -39,7 +39,8 @@ class StepLog:
         self._run = run
         self._losses, self._levels = LossMeter(run.device), NoiseLevelMeter(run.device)
         self._warned = False
-        self._file = LossFile(loss_path(run.output_dir, run.name), run.start_step) if run.processes.is_main else None
+        again = run.schedule.unsaved if run.config.saving.autoresume else 0
+        self._file = LossFile(loss_path(run.output_dir, run.name), run.start_step, again) if run.processes.is_main else None
 
     def add(self, batch: Batch, losses: ItemLosses) -> None:
         """Take in a micro-batch, without waiting for the device."""

@@ -106,8 +106,11 @@ class NoiseLevelMeter:
 class LossFile:
     """`{name}-loss.jsonl`: a line of numbers for each logged step, one object a line."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, again: int = 0) -> None:
         """Lines after `first_step` are dropped, as a resumed run writes them again. A new run puts the file of an earlier one aside.
+
+        Args:
+            again: a file that ends by this step is no earlier run, but this one, which began before and came to no save.
 
         Raises:
             OSError: the folder cannot be written.
@@ -117,7 +120,7 @@ class LossFile:
         kept = []
         if first_step > 0 and path.is_file():
             kept = [json.dumps(row) + "\n" for row in read_losses(path) if row["step"] <= first_step]
-        elif path.is_file() and path.stat().st_size:
+        elif path.is_file() and path.stat().st_size and max((row["step"] for row in read_losses(path)), default=again + 1) > again:
             aside = next(
                 name for number in itertools.count(1) if not (name := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists()
             )

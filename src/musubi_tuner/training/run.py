@@ -1,5 +1,6 @@
 """A run as `setup` builds it: everything that the loop and its hooks need, and nothing that changes after."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -49,6 +50,12 @@ class Schedule:
         """Whether `step` is a multiple of `every`, or the first one that completes a multiple of `every_epochs` epochs."""
         by_step = bool(every) and step % every == 0
         return by_step or (bool(every_epochs) and self.epoch(step) // every_epochs > self.epoch(step - 1) // every_epochs)
+
+    @property
+    def unsaved(self) -> int:
+        """Steps before the first that is saved."""
+        every, epochs = self.save_every, self.save_every_epochs
+        return next(step for step in itertools.count(1) if step >= self.total or self.is_due(step, every, epochs)) - 1
 
 
 def make_schedule(config: TrainingConfig, items: Sequence[Item], processes: int, *, has_validation: bool) -> Schedule:
