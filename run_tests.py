@@ -13,10 +13,13 @@ from tools.environment import ROOT, make_environment, run
 ORACLE = "ltx-core==1.0.0"
 """The official implementation, which the parity tests compare with. It is alone: what it asks for besides is not used by them."""
 
+PARALLEL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+"""Each file in one process, which makes what its tests share once; long files, those of tests/e2e, come first."""
+
 
 def main(arguments: list[str]) -> int:
     python = make_environment(extras=("test",), without_dependencies=(ORACLE,))
-    return run([python, "-m", "pytest", "-q", "-n", "2", *arguments], cwd=ROOT)
+    return run([python, "-m", "pytest", "-q", *PARALLEL, *arguments], cwd=ROOT)
 
 
 if __name__ == "__main__":
