@@ -211,7 +211,7 @@ def test_training_notices_captions_that_came_to_name_a_side(data, tmp_path) -> N
     [
         (("flip_x = true", 'flip_x = "sometimes"'), 'must be true, false, or "force"'),
         (("flip_x = true", "flip_x = 1"), "must be true, false, or .force."),
-        (('video_directory = "clips"', 'audio_directory = "clips"'), "flip_x is for videos and images"),
+        (('video_directory = "clips"', 'audio_directory = "clips"\nflip_x = true'), "flip_x is for videos and images"),
     ],
 )
 def test_mistakes_are_named(data, change, message) -> None:
