@@ -1,5 +1,6 @@
 """`ltxv2 doctor`: one row for each thing, what is wrong with the remedy, and no model loaded for it."""
 
+import os
 import re
 import shlex
 import shutil
@@ -58,7 +59,7 @@ def test_the_command_for_a_dataset_that_was_not_planned_is_whole(data, tmp_path,
     copied = replace(data, folder=folder, toml=folder / "dataset.toml")
     assert ltxv2_doctor.main(copied.arguments("--text_encoder", str(data.encoder))) == 1
     mark, says = rows(capsys.readouterr().out)["planned"]
-    program, *arguments = shlex.split(says.partition("Run: python ")[2])
+    program, *arguments = [word.strip('"') for word in shlex.split(says.partition("Run: python ")[2], posix=os.name != "nt")]
     assert mark == "WRONG" and program == "ltxv2_cache_latents.py" and ltxv2_cache_latents.main(arguments) == 0
 
 

@@ -61,7 +61,7 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
         return opened(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"gemma/tokenizer\.json: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"gemma.tokenizer\.json: cannot be read \(Permission denied\)"):
         encoder_fingerprint(options(folder))
 
 
