@@ -83,9 +83,9 @@ def flip_a_bit(path: Path) -> None:
 
 def unseal(path: Path) -> None:
     """As states were before they remembered their files."""
-    progress = json.loads((path / "progress.json").read_text())
+    progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     progress.pop("fingerprints", None)
-    (path / "progress.json").write_text(json.dumps(progress))
+    (path / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
 
 def with_step(stored: dict, step: torch.Tensor) -> dict:

@@ -95,7 +95,7 @@ def nothing_left(inputs: RunInputs, group: Processes) -> bool:
 
 def tell_of_later(saving: SavingOptions, step: int) -> None:
     """That a run goes back behind steps that are saved under its name, and what becomes of them."""
-    later = [*_later(saving, step)]
+    later = list(_later(saving, step))
     if step and later:
         log.warning(
             "WARNING: this run goes back behind what is saved in %s: %s. They are kept until it writes the same names; --autoresume goes "
