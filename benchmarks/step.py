@@ -93,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
         gates += check(makers, sample, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
         for name, shape in shapes.items():
             sample = models.make_sample(config, shape, text, device, dtype)
-            readings += time_all(makers, sample, name, depth, rounds=options.rounds)
+            profiled = options.profile if depth == depths[-1] else 0
+            readings += time_all(makers, sample, name, depth, rounds=options.rounds, profiled=profiled)
     text = report(readings, gates, rates, device, dtype, toy)
     print(text)
     if options.output:
@@ -124,6 +125,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                         "make(config, section, weights, adapters) -> benchmarks.step_models.Implementation; one that is not there\n"
                         "is left out with a note")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; implementations take turns (default: 5)")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N kernels that took longest, at the last depth")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--output", help="folder for the table and the numbers")
     return parser.parse_args(argv)
@@ -214,7 +216,7 @@ def check(makers: dict[str, Maker], sample: models.Sample, *, tolerance: float) 
     return lines
 
 
-def time_all(makers: dict[str, Maker], sample: models.Sample, shape: str, depth: int, *, rounds: int) -> list[Reading]:
+def time_all(makers: dict[str, Maker], sample: models.Sample, shape: str, depth: int, *, rounds: int, profiled: int = 0) -> list[Reading]:
     """All are built on the same weights; rounds run through the list forwards and backwards in turn, so that drift falls on all alike."""
     runners: dict[str, _Runner] = {}
     for title, make in makers.items():
@@ -225,6 +227,9 @@ def time_all(makers: dict[str, Maker], sample: models.Sample, shape: str, depth:
     for number in range(rounds):
         for runner in list(runners.values()) if number % 2 == 0 else reversed(runners.values()):
             runner.round()
+    if profiled:
+        for title, runner in runners.items():
+            print(f"\n{title}, {shape}, {depth} blocks:\n{runner.longest_kernels(profiled)}", flush=True)
     return [runner.reading(title, shape, depth) for title, runner in runners.items()]
 
 
@@ -280,14 +285,24 @@ class _Runner:
 
     def _kernels(self) -> int:
         """Launched in one step; 0 on the CPU, which has none."""
+        return 0 if self._device.type != "cuda" else sum(event.count for event in self._profiled())
+
+    def longest_kernels(self, count: int) -> str:
+        """A line for each: milliseconds in all, launches, name."""
         if self._device.type != "cuda":
-            return 0
+            return "  the CPU has no kernels"
+        events = sorted(self._profiled(), key=lambda event: event.device_time_total, reverse=True)
+        lines = [f"  {event.device_time_total / 1000:9.3f} ms {event.count:5d} x  {event.key[:110]}" for event in events[:count]]
+        return "\n".join([f"  {sum(event.device_time_total for event in events) / 1000:9.3f} ms in all", *lines])
+
+    def _profiled(self) -> list[Any]:
+        """Each kernel of one step."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             self._step()
             torch.cuda.synchronize()
-        return sum(event.count for event in found.key_averages())
+        return [event for event in found.key_averages() if event.device_time_total > 0]
 
 
 def _mark(device: torch.device) -> Any:

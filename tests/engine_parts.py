@@ -64,6 +64,19 @@ def make_input(
     return moved, [target.to(device) for target in targets]
 
 
+def with_masks(given: ModelInput) -> ModelInput:
+    """The same with an item that is shorter in text, picture and sound."""
+
+    def shortened(stream: Modality | None) -> Modality | None:
+        if stream is None or stream.context is None:
+            return stream
+        text, tokens = torch.ones(stream.context.shape[:2], dtype=torch.bool), torch.ones(stream.latent.shape[:2], dtype=torch.bool)
+        text[-1, -5:], tokens[-1, -3:] = False, False
+        return dataclasses.replace(stream, context_mask=text, token_mask=tokens)
+
+    return dataclasses.replace(given, video=shortened(given.video), audio=shortened(given.audio))
+
+
 def _typed(given: list[Modality]) -> tuple[Modality, Modality]:
     return given[0], given[1]
 

@@ -54,7 +54,7 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(weight_format):
 
 
 def test_operations_keep_their_contract():
-    for weight_format in FORMATS:
+    for weight_format in ("int8", "nf4"):
         layer = QuantizedLinear(quantize(weight(), weight_format), None, 128)
         x = torch.randn(40, 128, requires_grad=True)
         operation = getattr(torch.ops.ltxv2, f"{weight_format}_linear").default

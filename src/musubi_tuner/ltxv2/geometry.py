@@ -64,9 +64,9 @@ def unpatchify_audio(tokens: Tensor) -> Tensor:
     return tokens.unflatten(2, (AUDIO_CHANNELS, AUDIO_MEL_BINS)).transpose(1, 2)
 
 
-def frame_bounds(frames: int) -> Tensor:
+def frame_bounds(frames: int, device: torch.device | str = "cpu") -> Tensor:
     """(F, 2) float32 [start, end) of latent frames, counted in pixel frames: [0, 1), [1, 9), [9, 17) ..."""
-    edges = torch.arange(frames + 1, dtype=torch.float32) * TEMPORAL_SCALE + 1 - TEMPORAL_SCALE
+    edges = torch.arange(frames + 1, dtype=torch.float32, device=device) * TEMPORAL_SCALE + 1 - TEMPORAL_SCALE
     edges = edges.clamp(min=0)
     return torch.stack([edges[:-1], edges[1:]], dim=-1)
 
@@ -82,7 +82,7 @@ def video_positions(frames: int, height: int, width: int, fps: Tensor) -> Tensor
         (B, 3, F*H*W, 2) float32 [start, end): seconds, pixel row, pixel column.
     """
     fps = fps.float()
-    return _positions(frame_bounds(frames).to(fps.device)[None] / fps[:, None, None], height, width)
+    return _positions(frame_bounds(frames, fps.device)[None] / fps[:, None, None], height, width)
 
 
 def keyframe_positions(frames: Tensor, height: int, width: int, fps: Tensor) -> Tensor:

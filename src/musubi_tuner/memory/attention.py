@@ -24,9 +24,17 @@ def use_attention(name: str, *, masked: bool = True) -> None:
     Args:
         masked: there are masks, so the other kernels stand by for one that this kernel cannot take; False leaves it alone.
     """
+    if torch.cuda.is_available():
+        _let_torch_choose_first()
     others = [kernel for other, kernel in KERNELS.items() if other != name and masked and name != "math"]
     _chosen.close()
     _chosen.enter_context(sdpa_kernel([KERNELS[name], *others], set_priority=True))
+
+
+def _let_torch_choose_first() -> None:
+    """At the first attention of a process torch installs an order of its own for the card, over any that was chosen before."""
+    small = torch.empty(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+    torch._fused_sdp_choice(small, small, small)
 
 
 def use_default_attention() -> None:

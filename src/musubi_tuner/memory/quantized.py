@@ -1,7 +1,9 @@
 """Frozen linears in few bits: fp8 and int8 that multiply in their own format, forward and backward from the same codes, and nf4.
 
-Each is one custom operation with a gradient for its input alone, so nothing of a dequantized weight is ever kept for the backward pass,
-and the recompute levels see it as one linear.
+Each has a gradient for its input alone, so nothing of a dequantized weight is ever kept for the backward pass, and the recompute levels see
+it as one linear. fp8 is plain code for the compiler: in a compiled block the rows of an input are brought into few bits by the kernel that
+makes them, once for all linears that read them. int8 and nf4 are custom operations, which a graph calls as they are: the product of int8
+has 32 bits, and what is kept of it should be the 16 that it is brought to.
 """
 
 from collections.abc import Callable
@@ -200,10 +202,35 @@ def _scaled(product: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | No
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def _multiply_fp8(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+class _Fp8Linear(torch.autograd.Function):
+    """x W^T + b with W in fp8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        rows, row_scale = _quantize_rows(x.reshape(-1, x.shape[-1]), None, FP8)
+        return _fp8_product(rows, row_scale, codes.t(), scale, bias, x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """dx = (dy * scale) codes: the output scales are folded into dy, so that the same codes serve both directions."""
+        (gradient,), (codes, scale) = gradients, ctx.saved_tensors
+        rows, row_scale = _quantize_rows(gradient.reshape(-1, gradient.shape[-1]), scale, FP8)
+        ones = torch.ones(codes.shape[1], device=codes.device)
+        flat = _fp8_product(rows, row_scale, _turned(codes), ones, None, gradient.dtype)
+        return flat.view(*gradient.shape[:-1], codes.shape[1]), None, None, None
+
+
+def _fp8_product(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """fp8 rows (M, K) times right (K, N), column-major fp8 with (N,) scales."""
-    out = torch._scaled_mm(rows, right, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16).to(dtype)
-    return out if bias is None else out + bias.to(dtype)
+    inside = None if bias is None else bias.bfloat16()
+    return torch._scaled_mm(rows, right, scale_a=row_scale, scale_b=scale[None], bias=inside, out_dtype=torch.bfloat16).to(dtype)
+
+
+@fused
+def _turned(codes: Tensor) -> Tensor:
+    """(N, K) codes, contiguous along N: both operands of a low-bit product must be contiguous along the axis that is summed."""
+    return codes.t().contiguous().t()
 
 
 def _multiply_int8(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -214,21 +241,18 @@ def _multiply_int8(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor
 
 
 _LARGEST = {FP8: 448.0, torch.int8: 127.0}
-_MULTIPLY = {FP8: _multiply_fp8, torch.int8: _multiply_int8}
 
 
-def _low_bit_forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    rows, row_scale = _quantize_rows(x, None, codes.dtype)
-    return _MULTIPLY[codes.dtype](rows, row_scale, codes.t(), scale, bias, x.dtype)
+def _int8_forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, row_scale = _quantize_rows(x, None, torch.int8)
+    return _multiply_int8(rows, row_scale, codes.t(), scale, bias, x.dtype)
 
 
-def _low_bit_input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """dx = (dy * scale) codes: the output scales are folded into dy, so that the same codes serve both directions."""
-    rows, row_scale = _quantize_rows(gradient.reshape(-1, gradient.shape[-1]), scale, codes.dtype)
-    # Both operands of a low-bit product must be contiguous along the summed axis: the codes are turned over on the fly.
-    turned = codes.t().contiguous().t()
+def _int8_backward(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """As in fp8."""
+    rows, row_scale = _quantize_rows(gradient.reshape(-1, gradient.shape[-1]), scale, torch.int8)
     ones = torch.ones(codes.shape[1], device=codes.device)
-    flat = _MULTIPLY[codes.dtype](rows, row_scale, turned, ones, None, gradient.dtype)
+    flat = _multiply_int8(rows, row_scale, _turned(codes), ones, None, gradient.dtype)
     return flat.view(*gradient.shape[:-1], codes.shape[1])
 
 
@@ -266,9 +290,10 @@ def _nf4_backward(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return gradient @ _nf4_weight(codes, scale, gradient.dtype)
 
 
-_OPERATIONS = {
-    "fp8": _define("fp8_linear", _low_bit_forward, _low_bit_input_gradient, lambda codes: codes.shape[1]),
-    "int8": _define("int8_linear", _low_bit_forward, _low_bit_input_gradient, lambda codes: codes.shape[1]),
+register_linear(torch.ops.aten._scaled_mm.default, lambda arguments: tuple(arguments[1].shape))
+_OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "fp8": _Fp8Linear.apply,
+    "int8": _define("int8_linear", _int8_forward, _int8_backward, lambda codes: codes.shape[1]),
     "nf4": _define("nf4_linear", _nf4_forward, _nf4_backward, lambda codes: 2 * codes.shape[1]),
 }
 

@@ -40,7 +40,7 @@ def rope_table(mid_points: Tensor, max_pos: tuple[int, ...], *, dim: int, heads:
     batch, axes, tokens = mid_points.shape
     count = dim // (2 * axes)
     grid = frequencies(count, theta, double=double, device=mid_points.device)
-    sizes = torch.tensor(max_pos, dtype=torch.float32, device=mid_points.device)
+    sizes = torch.cat([mid_points.new_full((1,), size, dtype=torch.float32) for size in max_pos])  # filled there: a copy would wait
     centered = (mid_points.float() / sizes[None, :, None]) * 2 - 1
     angles = centered.transpose(1, 2)[:, :, None, :] * grid[None, None, :, None]
     angles = angles.reshape(batch, tokens, count * axes)
