@@ -17,7 +17,7 @@ def test_losses_are_sorted_by_their_own_streams_noise_level():
     )
     meter.add(losses, video_sigma=torch.tensor([0.0, 0.2, 1.0]), audio_sigma=torch.tensor([0.25, 0.3, 0.6]))
     meter.add(losses, video_sigma=torch.tensor([0.5, 0.5, 0.5]), audio_sigma=torch.tensor([0.49, 0.3, 0.6]))
-    assert meter.read(processes=1) == pytest.approx(
+    assert meter.means(meter.take(processes=1).tolist()) == pytest.approx(
         {
             "noise_level/loss_video_0.00-0.25": 2.0,
             "noise_level/loss_video_0.50-0.75": 4.0,
@@ -26,7 +26,7 @@ def test_losses_are_sorted_by_their_own_streams_noise_level():
             "noise_level/loss_audio_0.50-0.75": 4.0,
         }
     )
-    assert meter.read(processes=1) == {}, "each look starts again"
+    assert meter.means(meter.take(processes=1).tolist()) == {}, "each look starts again"
 
 
 def test_a_video_that_is_given_has_no_part():
@@ -35,4 +35,4 @@ def test_a_video_that_is_given_has_no_part():
     meter.add(
         ItemLosses(video=torch.tensor([0.0, 5.0]), audio=None, audio_present=None, video_present=torch.tensor([False, True])), sigma, sigma
     )
-    assert meter.read(processes=1) == {"noise_level/loss_video_0.00-0.25": 5.0}
+    assert meter.means(meter.take(processes=1).tolist()) == {"noise_level/loss_video_0.00-0.25": 5.0}

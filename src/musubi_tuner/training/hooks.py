@@ -18,7 +18,7 @@ from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.training.balance import at_bound
-from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, loss_path
+from musubi_tuner.training.metrics import LossFile, LossMeter, NoiseLevelMeter, Reading, loss_path
 from musubi_tuner.training.objective import FlowMatching, ItemLosses
 from musubi_tuner.training.run import Outcome, TrainingRun
 from musubi_tuner.training.watch import Pace
@@ -47,17 +47,28 @@ class StepLog:
         self._losses.add(losses, batch.size, batch.audio_supervised)
         self._levels.add(losses, batch.video_sigma, batch.audio_sigma)
 
-    def write(self, step: int, norm: Tensor, bar: Progress) -> dict[str, float]:
-        """Read what was added, write a line of it everywhere, and return it."""
+    def take(self, norm: Tensor) -> Reading:
+        """What was added, with the gradient norm, on its way to the host; for `write`."""
         run = self._run
-        values = self._losses.read(run.config.ltx_mode, run.processes.count)
+        parts = [norm.flatten(), self._losses.take(run.processes.count), self._levels.take(run.processes.count)]
         if run.balance is not None:
-            values["audio_balance"] = float(run.balance.multiplier())
+            parts.append(run.balance.multiplier().flatten())
+        self._rate = run.optimizer.param_groups[0]["lr"]
+        return Reading(torch.cat([part.double() for part in parts]))
+
+    def write(self, step: int, taken: Reading, bar: Progress) -> dict[str, float]:
+        """Write a line of a step everywhere, and return it."""
+        run = self._run
+        norm, *sums = taken.values()
+        values = LossMeter.means(sums[: LossMeter.SIZE], run.config.ltx_mode)
+        if run.balance is not None:
+            values["audio_balance"] = sums[-1]
             if (message := at_bound(values["audio_balance"])) and step % _BALANCE_WARNED_EVERY == 0:
                 log.warning("WARNING: step %d: %s", step, message)
-        values |= {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+        values |= {"lr": self._rate, "grad_norm": norm}
         bar.show(**{key: f"{value:.4g}" for key, value in values.items()})
-        values |= self._levels.read(run.processes.count) | self._scaled_audio(values)
+        levels = sums[LossMeter.SIZE :][: NoiseLevelMeter.SIZE]
+        values |= NoiseLevelMeter.means(levels) | self._scaled_audio(values)
         self.report(step, values)
         return values
 
@@ -147,7 +158,7 @@ class Validation(Hook):
                 level = torch.full((1,), sigma, device=run.device)
                 at_level = replace(batch, video_sigma=level, audio_sigma=level)
                 meter.add(objective.loss(objective.predict(at_level)), 1, batch.audio_supervised)
-        readings = {sigma: meter.read(mode, run.processes.count) for sigma, meter in meters.items()}
+        readings = {sigma: meter.means(meter.take(run.processes.count).tolist(), mode) for sigma, meter in meters.items()}
         values: dict[str, float] = {}
         for name in ("loss_video", "loss_audio"):
             found = {sigma: reading[name] for sigma, reading in readings.items() if name in reading}

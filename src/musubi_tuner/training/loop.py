@@ -14,9 +14,9 @@ from musubi_tuner.dataset.loader import iterate_batches
 from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
+from musubi_tuner.training.last_step import LastStep
 from musubi_tuner.training.optimizer import average_gradients, clip
 from musubi_tuner.training.run import Outcome, TrainingRun
-from musubi_tuner.training.watch import check_finite
 
 
 def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook]) -> None:
@@ -24,25 +24,30 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
 
     Args:
         outcome: of this run so far; true after each step, so that a rescue knows what there is to save.
-        log: reads the losses of each step; the only part of a step that waits for the device.
+        log: takes the losses of each step.
         hooks: called in this order before the first step of a new run, and after each step.
     """
     started, total = time.monotonic(), run.schedule.total
     bar = Progress("training", total, unit="step", done=run.start_step, shown=run.processes.is_main)
-    with Interrupt() as interrupt, bar, _settled(), closing(_batches(run)) as batches:
+    last = LastStep(run, outcome, log, bar)
+    with Interrupt() as interrupt, bar, _settled(), closing(_batches(run)) as batches, last:
         if run.start_step == 0:
             for hook in hooks:
                 hook.before_training(outcome)
         for step in range(run.start_step + 1, total + 1):
             begun = time.monotonic()
-            norm = _optimizer_step(run, outcome, log, batches, step)
+            norm = _optimizer_step(run, outcome, log, batches, step, last)
             outcome.step, outcome.torn, outcome.random_state = step, False, torch.get_rng_state()
             if step % run.schedule.log_every == 0 or step == total:
-                outcome.losses = log.write(step, norm, bar)
+                last.log(step, norm)
+            if not last.device_refuses or run.schedule.is_looked_at(step):
+                last.settle()
+            outcome.interrupted = _in_any_process(run, interrupt.requested) and step < total  # the last step ends the run anyway
+            if outcome.interrupted:
+                last.settle()
             seconds = time.monotonic() - begun
             bar.advance(seconds=seconds)
             outcome.stepping += seconds
-            outcome.interrupted = _in_any_process(run, interrupt.requested) and step < total  # the last step ends the run anyway
             for hook in hooks:
                 hook.after_step(outcome, seconds)
             if outcome.interrupted:
@@ -70,8 +75,8 @@ def _batches(run: TrainingRun) -> Generator[Batch, None, None]:
     return iterate_batches(run.items, mode=run.config.ltx_mode, rules=run.rules, numbers=numbers, workers=workers, device=run.device)
 
 
-def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: Iterator[Batch], step: int) -> Tensor:
-    """Accumulate, average over processes, clip, check, update. Returns the gradient norm, a scalar on the device."""
+def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: Iterator[Batch], step: int, last: LastStep) -> Tensor:
+    """Accumulate, average over processes, clip, guard, update. Returns the gradient norm, a scalar on the device."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen, expected, supervised = [], 0, 0
     for _ in range(accumulation):
@@ -84,7 +89,7 @@ def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: I
     parameters = run.network.parameters()
     average_gradients(parameters, run.processes.count)
     norm = clip(parameters, run.config.optimization.max_grad_norm)
-    check_finite(step, norm, seen)
+    last.guard(step, norm, seen)
     outcome.torn = True  # from here on the step counts; until here nothing that a state holds has changed
     run.supervision.add(expected, supervised)
     if run.balance is not None:

@@ -18,9 +18,26 @@ from musubi_tuner.training.objective import ItemLosses
 log = logging.getLogger(__name__)
 
 
+class Reading:
+    """Numbers on their way from the device to the host, which does not wait for them before it needs them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = torch.empty(values.numel(), dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values.detach().flatten(), non_blocking=True)
+        self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def values(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 class LossMeter:
     """Sums since the last look: raw losses of video and audio, items in each of them; distance from the base model of items that learn
     from it and their number, distance under the prompt of `--dop_prompt` and its number."""
+
+    SIZE = 10
+    """Of what `take` gives."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
@@ -42,14 +59,20 @@ class LossMeter:
         nothing = self._sums.new_zeros(())
         self._sums += torch.stack([nothing if value is None else value.detach().to(torch.float64).sum() for value in row])
 
-    def read(self, mode: str, processes: int) -> dict[str, float]:
-        """Means over all processes, and the share of items whose sound was supervised; then start again."""
-        sums = torch.cat([self._sums, self._sums.new_tensor([self._items, self._supervised])])
+    def take(self, processes: int) -> Tensor:
+        """(10,) float64 sums over all processes, for `means`; then start again. Without waiting for the device."""
+        counts = [self._sums.new_full((1,), count) for count in (self._items, self._supervised)]
+        sums = torch.cat([self._sums, *counts])
         self._sums.zero_()
         self._items = self._supervised = 0
         if processes > 1:
             torch.distributed.all_reduce(sums)
-        video, audio, seen, heard, preserved, with_teacher, held, asked, items, supervised = sums.tolist()
+        return sums
+
+    @staticmethod
+    def means(sums: Sequence[float], mode: str) -> dict[str, float]:
+        """Mean losses, and the share of items whose sound was supervised."""
+        video, audio, seen, heard, preserved, with_teacher, held, asked, items, supervised = sums
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
@@ -71,6 +94,8 @@ LEVELS = 4
 class NoiseLevelMeter:
     """Sums of raw losses by range of noise level since the last look; kept on the device, as `LossMeter` is."""
 
+    SIZE = 4 * LEVELS
+
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, 2, LEVELS, dtype=torch.float64, device=device)
         """Of video and audio: losses, and items that are in them."""
@@ -89,14 +114,20 @@ class NoiseLevelMeter:
             sums[0].scatter_add_(0, index, values.detach().double() * seen)
             sums[1].scatter_add_(0, index, seen)
 
-    def read(self, processes: int) -> dict[str, float]:
-        """Means over all processes of the ranges that were met, such as `noise_level/loss_video_0.25-0.50`; then start again."""
-        sums = self._sums.clone()
+    def take(self, processes: int) -> Tensor:
+        """(4 LEVELS,) float64 sums over all processes, for `means`; then start again. Without waiting for the device."""
+        sums = self._sums.flatten().clone()
         self._sums.zero_()
         if processes > 1:
             torch.distributed.all_reduce(sums)
+        return sums
+
+    @staticmethod
+    def means(sums: Sequence[float]) -> dict[str, float]:
+        """Mean losses of the ranges that were met, such as `noise_level/loss_video_0.25-0.50`."""
         values = {}
-        for name, (totals, counts) in zip(("loss_video", "loss_audio"), sums.tolist(), strict=True):
+        for place, name in enumerate(("loss_video", "loss_audio")):
+            totals, counts = (sums[(2 * place + row) * LEVELS :][:LEVELS] for row in (0, 1))
             for level, (total, count) in enumerate(zip(totals, counts, strict=True)):
                 if count:
                     values[f"noise_level/{name}_{level / LEVELS:.2f}-{(level + 1) / LEVELS:.2f}"] = total / count

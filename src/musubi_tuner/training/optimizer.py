@@ -79,8 +79,12 @@ def make_optimizer(
             "torch's, which needs none of them: it takes --learning_rate as it is, as the other does with all three False. Leave them out."
         )
     arguments = _DEFAULTS.get(dotted, {}) | {key: _literal(value) for key, value in args.items()}
+    groups = [group if isinstance(group, dict) else {"params": [group]} for group in parameters]
+    on_card = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    if dotted == _KNOWN["adamw"] and on_card and not {"fused", "foreach", "capturable"} & set(args):
+        arguments["fused"] = True
     try:
-        optimizer = optimizer_class(parameters, lr=learning_rate, **arguments)
+        optimizer = optimizer_class(groups, lr=learning_rate, **arguments)
         with evaluating(optimizer):  # schedule-free ones look at their arguments only here
             return optimizer
     except Exception as error:  # each has its own ways of refusing

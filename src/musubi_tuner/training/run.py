@@ -51,6 +51,11 @@ class Schedule:
         by_step = bool(every) and step % every == 0
         return by_step or (bool(every_epochs) and self.epoch(step) // every_epochs > self.epoch(step - 1) // every_epochs)
 
+    def is_looked_at(self, step: int) -> bool:
+        """Whether anything reads the weights after `step`: it saves, validates or previews."""
+        due = [(self.save_every, self.save_every_epochs), (self.validate_every, None), (self.preview_every, self.preview_every_epochs)]
+        return step == self.total or any(self.is_due(step, every, every_epochs) for every, every_epochs in due)
+
     @property
     def unsaved(self) -> int:
         """Steps before the first that is saved."""

@@ -17,17 +17,20 @@ SeenItems = Sequence[tuple[tuple[str, ...], ItemLosses]]
 
 
 def check_finite(step: int, norm: Tensor, seen: SeenItems) -> None:
-    """Look at a step before its update, so that the weights of the step before are there to be saved. The host waits for the device here;
-    what it reads for the log of the step is then ready.
+    """Look at a step before its update, so that the weights of the step before are there to be saved. The host waits for the device here.
 
     Args:
         norm: () gradient norm of the step.
 
     Raises:
-        UserError: it is not finite; names the items whose losses are not.
+        UserError: it is not finite.
     """
-    if bool(torch.isfinite(norm)):
-        return
+    if not bool(torch.isfinite(norm)):
+        raise not_finite(step, seen)
+
+
+def not_finite(step: int, seen: SeenItems) -> UserError:
+    """The error of a step whose gradient norm is not finite; names the items whose losses are not."""
     rows = []
     for names, losses in seen:
         for stream, values in (("video", losses.video), ("audio", losses.audio)):
@@ -35,7 +38,7 @@ def check_finite(step: int, norm: Tensor, seen: SeenItems) -> None:
             rows += [f"{stream} loss {value} of {name}" for value, name in zip(found, names) if not math.isfinite(value)]
     items = ", ".join(name for names, _ in seen for name in names)
     where = "; ".join(rows) or f"the losses are finite, a gradient is not; items {items}"
-    raise UserError(
+    return UserError(
         f"step {step}: not finite: {where}. Nothing of this step is saved. "
         "Check these items' caches, or lower --learning_rate, and resume from the last state."
     )
