@@ -1,6 +1,5 @@
 """Shared fixtures: real tiny checkpoints and encoders, made once a session."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -11,18 +10,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.settled import Settled
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+settled = Settled()
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def pytest_collection_finish() -> None:
-    """The libraries stay; each free_memory of a program would look through all that they hold."""
-    gc.collect()
-    gc.freeze()
+def pytest_unconfigure() -> None:
+    settled.end()
+
+
+def pytest_runtest_setup() -> None:
+    settled.look()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Which inputs are run, in which order, and the results on disk."""
 
 import dataclasses
-import gc
 import hashlib
 import json
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from tests.malformed import binaries, classes, documents, flags, folders, media, mutations
 from tests.malformed.base import Malformed, make_world
 from tests.malformed.runner import Result, bound_memory, run_one
+from tests.settled import Settled
 
 SHARES = {
     "flags": 20, "config": 16, "dataset": 10, "recipe": 6, "prompts": 10, "jsonl": 4, "captions": 2, "checkpoint": 6, "encoder": 3,
@@ -20,8 +20,6 @@ SHARES = {
     "index": 4, "lora": 4, "state": 5, "precomputed": 5, "classes": 6, "places": 2, "picture": 4, "sound": 4, "video": 6,
 }  # fmt: skip
 """Inputs of each family in every round: of 122, 14 are media, and about a third go through the trainer."""
-_FREEZE_EVERY = 40
-"""The programs collect garbage often; what the libraries hold is left out of it, or most of the time would be spent there."""
 _EVERY = 4
 """One input in so many is a mutation, until the systematic ones are used up."""
 
@@ -66,17 +64,16 @@ def run_all(work: Path, *, count: int, only: Sequence[str], seed: int, part: int
         done[died] = Result(died, "TRACEBACK the process died", "", "TRACEBACK the process died", 0.0)
         _append(file, done[died])
     bound_memory()
-    found = []
-    for number, malformed in enumerate(islice(inputs(seed, only), part, count, parts)):
-        if number % _FREEZE_EVERY == 0:
-            gc.collect()
-            gc.freeze()
+    found, settled = [], Settled()
+    for malformed in islice(inputs(seed, only), part, count, parts):
+        settled.look()
         if malformed.id not in done:
             running.write_text(json.dumps(malformed.id), encoding="utf-8")
             done[malformed.id] = run_one(malformed, world)
             _append(file, done[malformed.id])
             running.unlink()
         found.append(done[malformed.id])
+    settled.end()
     return found
 
 
