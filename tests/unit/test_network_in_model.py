@@ -77,7 +77,7 @@ CUT_ONLY = "aot_eager_decomp_partition"
         (Recompute.EVERYTHING, 3, {}),
         (Recompute.ALL_BUT_ATTENTION, 0, {}),
         (Recompute.EVERYTHING, 3, {"inputs_on_host": True}),
-        (Recompute.NOTHING, 0, {"compiled": True, "backend": CUT_ONLY, "sequence_axes": sequence_axes}),
+        (Recompute.NOTHING, 0, {"compiled": True, "backend": "eager", "sequence_axes": sequence_axes}),
         (Recompute.EVERYTHING, 3, {"compiled": True, "backend": CUT_ONLY, "sequence_axes": sequence_axes, "inputs_on_host": True}),
     ],
 )
