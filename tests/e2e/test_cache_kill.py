@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -43,30 +44,45 @@ def kill_while_writing(program: str, folder: Path, checkpoint: Path, after: int,
         process.wait()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_killed_run_is_completed_by_the_next_one(tmp_path: Path, tiny_family, program: str) -> None:
-    draw = random.Random()
-    seed = draw.randrange(2**32)
-    print("seed", seed)  # shown where the test fails
-    draw.seed(seed)
-    folder = tmp_path / "data set"
+def run_both(folder: Path, checkpoint: Path) -> dict[str, bytes]:
+    """All files of the two programs, run to their ends."""
+    for module in PROGRAMS.values():
+        assert module.main(arguments(folder, checkpoint)) == 0
+    return contents(folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data set")
     write_clips(folder / "clips", count=24, frames=17)
     (folder / "dataset.toml").write_text(
         '[[datasets]]\nvideo_directory = "clips"\ncache_directory = "cache"\nresolution = [96, 64]\ntarget_frames = [9, 17]\n',
         encoding="utf-8",
     )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tiny_family) -> dict[str, bytes]:
+    """The files of two runs that nobody has killed."""
+    made = run_both(folder, tiny_family.ltx23)
+    shutil.rmtree(folder / "cache")
+    return made
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_killed_run_is_completed_by_the_next_one(folder: Path, undisturbed, tiny_family, program: str) -> None:
+    draw = random.Random()
+    seed = draw.randrange(2**32)
+    print("seed", seed)  # shown where the test fails
+    draw.seed(seed)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
     for _ in range(2):
         kill_while_writing(program, folder, tiny_family.ltx23, after=draw.randint(1, 12), pause=draw.uniform(0, 0.05))
     assert len(contents(folder / "cache")) < 49  # 48 files and the index: it was killed before the end
     (folder / "cache" / ".0123456789ab.1_ltxv2.safetensors.tmp").write_bytes(b"left over")
     (folder / "cache" / ".0123456789ab.1_ltxv2_audio.safetensors.tmp").write_bytes(b"left over")
     good = {path: path.stat().st_mtime_ns for path in (folder / "cache").glob("*_ltxv2*.safetensors") if not path.name.startswith(".")}
-    for module in PROGRAMS.values():
-        assert module.main(arguments(folder, tiny_family.ltx23)) == 0
+    completed = run_both(folder, tiny_family.ltx23)
     assert all(path.stat().st_mtime_ns == when for path, when in good.items()), "touched what was right"
-    completed = contents(folder / "cache")
-    for path in (folder / "cache").iterdir():
-        path.unlink()
-    for module in PROGRAMS.values():
-        assert module.main(arguments(folder, tiny_family.ltx23)) == 0
-    assert completed == contents(folder / "cache")
+    assert completed == undisturbed
