@@ -70,17 +70,20 @@ def test_missing_timestep_format_exits_with_2_and_lists_the_values(tiny_family):
     assert "exit status 2" in done.stderr or done.returncode == 2
 
 
-@pytest.mark.parametrize("program", ["ltxv2_cache_latents", "ltxv2_cache_audio_latents"])
-def test_latent_caching_needs_no_other_part_of_the_model_and_no_program(tmp_path, tiny_family, program):
+def test_latent_caching_needs_no_other_part_of_the_model_and_no_program(tmp_path, tiny_family):
     """Neither transformer nor text encoder nor adapters are imported, and with an empty PATH there is no ffmpeg to call."""
     parts.write_clips(tmp_path / "clips", count=1, frames=9)
     config = tmp_path / "dataset.toml"
     config.write_text(ONE_CLIP, encoding="utf-8")
     code = (
-        f"import sys; import musubi_tuner.{program} as program; assert program.main(sys.argv[1:]) == 0; "
-        "rooms = ('ltxv2.transformer.model', 'ltxv2.text', 'networks', 'placement', 'training', 'preview', 'generation'); "
-        "found = [room for room in rooms if f'musubi_tuner.{room}' in sys.modules]; assert not found, found"
+        "import importlib, sys\n"
+        "rooms = ('ltxv2.transformer.model', 'ltxv2.text', 'networks', 'placement', 'training', 'preview', 'generation')\n"
+        "for name in ('ltxv2_cache_latents', 'ltxv2_cache_audio_latents'):\n"
+        "    assert importlib.import_module(f'musubi_tuner.{name}').main(sys.argv[1:]) == 0, name\n"
+        "    found = [room for room in rooms if f'musubi_tuner.{room}' in sys.modules]\n"
+        "    assert not found, (name, found)\n"
     )
     flags = ["--dataset_config", str(config), "--ltx_mode", "av", "--vae", str(tiny_family.ltx23), "--device", "cpu"]
     subprocess.run([sys.executable, "-c", code, *flags], check=True, env=os.environ | {"PATH": ""})
-    assert len(list((tmp_path / "cache").glob("*_ltxv2*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache").glob("*_ltxv2.safetensors"))) == 1
+    assert len(list((tmp_path / "cache").glob("*_ltxv2_audio.safetensors"))) == 1

@@ -15,10 +15,11 @@ import quickstart
 
 STEPS = 6
 RUNNER = """\
-import importlib, json, sys
+import gc, importlib, json, sys
 
 if __name__ == "__main__":
     for name, words in json.loads(sys.argv[1]):
+        gc.freeze()  # the libraries of the programs before, which take the garbage collector most of the time
         code = importlib.import_module(f"musubi_tuner.{name}").main(words)
         assert code == 0, (name, code)
 """
