@@ -1,5 +1,6 @@
 """Every file of `training_configs/` runs as it is on the tiny checkpoint, with the dataset and the model named on the command line."""
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -68,16 +69,28 @@ def test_prodigy_and_dora_have_their_own_rates():
     assert (config.optimization.optimizer_type, config.optimization.learning_rate, network.kind) == ("AdamW", 5e-5, "dora")
 
 
+@pytest.fixture(scope="module")
+def cached(tiny_family, tmp_path_factory):
+    """(kind of dataset, mode) -> its TOML, with caches, which runs only read."""
+
+    @functools.cache
+    def make(kind: str, mode: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{kind} {mode}")
+        write_clips(folder / "clips", count=2, frames=9)
+        write_clips(folder / "references", count=2, frames=9, seed=4)
+        write_stills(folder / "stills", count=2)
+        toml = folder / "dataset.toml"
+        toml.write_text("[general]\nresolution = [96, 64]\n" + DATASETS[kind], encoding="utf-8")
+        parts.cache(parts.Data(folder, toml, tiny_family.ltx23, mode, tiny_family.gemma))
+        return toml
+
+    return make
+
+
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_it_runs(path, tiny_family, tmp_path, monkeypatch):
+def test_it_runs(path, tiny_family, cached, tmp_path, monkeypatch):
     values = tomllib.loads(path.read_text(encoding="utf-8"))
-    kind = SOURCES.get(path.stem, "video")
-    write_clips(tmp_path / "clips", count=2, frames=9)
-    write_clips(tmp_path / "references", count=2, frames=9, seed=4)
-    write_stills(tmp_path / "stills", count=2)
-    toml = tmp_path / "dataset.toml"
-    toml.write_text("[general]\nresolution = [96, 64]\n" + DATASETS[kind], encoding="utf-8")
-    parts.cache(parts.Data(tmp_path, toml, tiny_family.ltx23, values["ltx_mode"], tiny_family.gemma))
+    toml = cached(SOURCES.get(path.stem, "video"), values["ltx_mode"])
     monkeypatch.chdir(FOLDER.parent)
     argv = ["--config_file", str(path), "--dataset_config", str(toml), "--ltxv2_model", str(tiny_family.ltx23), "--device", "cpu"]
     argv += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--lr_warmup_steps", "1", "--lr_decay_steps", "0"]
