@@ -36,8 +36,8 @@ def kill_while_writing(program: str, folder: Path, checkpoint: Path, after: int,
     process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         limit = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < limit and len(list((folder / "cache").glob("*"))) < before + after:
-            time.sleep(0.001)
+        while process.poll() is None and time.monotonic() < limit and (made := len(list((folder / "cache").glob("*"))) - before) < after:
+            time.sleep(0.001 if made > 0 else 0.02)  # it starts for seconds, and writes for one
         time.sleep(pause)
     finally:
         process.kill()

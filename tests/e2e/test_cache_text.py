@@ -264,8 +264,9 @@ def test_a_killed_run_is_completed_by_the_next_one(tmp_path, tiny_family):
     process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         limit, wanted = time.monotonic() + 60, draw.randint(1, 20)
-        while process.poll() is None and time.monotonic() < limit and len(list((folder / "cache").glob("*_te.safetensors"))) < wanted:
-            time.sleep(0.001)
+        texts = "*_te.safetensors"
+        while process.poll() is None and time.monotonic() < limit and (made := len(list((folder / "cache").glob(texts)))) < wanted:
+            time.sleep(0.001 if made > 0 else 0.02)  # it starts for seconds, and writes for less than one
         time.sleep(draw.uniform(0, 0.02))
     finally:
         process.kill()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_killed_training_resumes_to_the_same_lora(data, tmp_path):
     try:
         while not (states := sorted((tmp_path / "killed").glob("*-state"))):
             assert process.poll() is None, "the run ended before it saved a state"
+            time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
