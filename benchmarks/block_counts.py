@@ -110,7 +110,7 @@ def count_block(level: Recompute | None, shape: Sequence[int], config: Transform
         create_network(model, dim=RANK, alpha=RANK, args={}, seed=0)
         group_projections(model)
         model.run_block = BlockEngine(
-            model.transformer_blocks, [level], max_rank=RANK, compiled=True, backend=backend, sequence_axes=lambda *arguments: []
+            model.transformer_blocks, [level], max_rank=RANK, keeps_sums=True, compiled=True, backend=backend, sequence_axes=lambda *_: []
         )
         velocity = model(*empty_input(config, shape))
         (velocity.video.float().sum() + velocity.audio.float().sum()).backward()

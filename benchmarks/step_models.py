@@ -18,7 +18,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer, spread
-from musubi_tuner.networks.lora import group_projections
+from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import create_network
 from tests.parity.name_maps import to_diffusers
 
@@ -134,7 +134,13 @@ def ours(
     chosen = [blocks[index] for index in spread(len(blocks), streamed)]
     streamer = BlockStreamer(chosen, first.device) if chosen else None
     model.run_block = BlockEngine(
-        blocks, [level] * len(blocks), max_rank=rank, compiled=compiled, sequence_axes=sequence_axes, streamer=streamer
+        blocks,
+        [level] * len(blocks),
+        max_rank=rank,
+        keeps_sums=adds_everywhere(blocks),
+        compiled=compiled,
+        sequence_axes=sequence_axes,
+        streamer=streamer,
     )
 
     def forward(sample: Sample) -> Tensor:

@@ -12,7 +12,7 @@ from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer, spread
-from musubi_tuner.networks.lora import group_projections
+from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from tests import engine_parts as parts
 
 
@@ -43,6 +43,12 @@ def test_every_recompute_level_gives_the_same_bits(level):
     loss, gradients = parts.step(model, network)
     assert loss == plain[0]
     assert parts.largest_difference(gradients, plain[1]) == 0
+
+
+def test_sums_are_kept_where_all_projections_have_one():
+    for args, expected in (({}, True), ({"exclude_patterns": "['audio_attn1']"}, False), ({"type": "dora"}, False)):
+        model, _ = parts.make_model(1, args=args)
+        assert adds_everywhere(model.transformer_blocks) == expected
 
 
 def test_blocks_may_stand_on_different_levels():
@@ -142,13 +148,17 @@ CAPTURE_ONLY = "eager"
     [(Recompute.NOTHING, "inductor", 0), (Recompute.ALL_BUT_ATTENTION, CUT_ONLY, 3), (Recompute.EVERYTHING, CAPTURE_ONLY, 0)],
 )
 def test_one_graph_serves_all_blocks_and_lengths(level, backend, streamed):
-    """No graph break over four lengths and three blocks, streamed or not."""
+    """No graph break over four lengths and three blocks, streamed or not. The kernels of the first add adapters in place."""
     model, network = parts.make_model(3)
+    group_projections(model)
     wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     streamer = BlockStreamer(list(model.transformer_blocks)[:streamed], torch.device("cpu"), slots=2, poison=True) if streamed else None
-    model.run_block = engine(model, [level] * 3, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer)
+    assert adds_everywhere(model.transformer_blocks)
+    model.run_block = engine(
+        model, [level] * 3, keeps_sums=True, compiled=True, backend=backend, sequence_axes=sequence_axes, streamer=streamer
+    )
     for shape, (loss, gradients) in zip(parts.SHAPES, wanted, strict=True):
         ours, our_gradients = parts.step(model, network, shape)
         assert abs(ours - loss) < 1e-5 and parts.largest_difference(our_gradients, gradients) < 1e-5

@@ -68,11 +68,14 @@ def register_linear(operation: Any, features: Callable[[Sequence[Any]], tuple[in
     _LINEARS[operation] = features
 
 
-def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any]) -> bool:
+def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any], *, sums: bool = False) -> bool:
     """Whether the output of one operation is kept.
 
     Args:
         max_rank: products that contract no more than this are the second half of a LoRA.
+        sums: every attention projection has a LoRA that is added to it within its second product. The sum is kept then, in place of
+            what the projection alone gives, and is not computed again. For compiled blocks: uncompiled, what is not kept runs again
+            although nobody needs it.
     """
     if level == Recompute.EVERYTHING:
         return False
@@ -84,16 +87,18 @@ def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[A
         return False
     inputs, outputs = _LINEARS[operation](arguments)
     if inputs <= max_rank:
-        return False
+        return sums
+    if sums and inputs < 4 * outputs and outputs < 4 * inputs:
+        return False  # a projection: those of a feed-forward, of gates and of a LoRA's first half change the width more
     return not (level == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 
 
-def checkpointed(level: Recompute, max_rank: int) -> RunBlock:
+def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False) -> RunBlock:
     """A function that runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so the state of
     the random generators is not kept."""
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-        kept = keeps(level, max_rank, operation, arguments)
+        kept = keeps(level, max_rank, operation, arguments, sums=sums)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     def run(block: nn.Module, states: States, inputs: Any) -> States:

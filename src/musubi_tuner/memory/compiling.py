@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,36 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
         return compiled()(first, *rest, **named)
 
     return run
+
+
+def add_in_place(max_rank: int) -> None:
+    """Have compiled graphs add a thin product to a tensor that nothing else reads in that tensor's own memory.
+
+    `addmm(y, low, up)` copies `y` first, which costs as much as the product itself. Inductor has a pass that turns such operations into
+    those that work in place, wherever it finds that no one else reads what they overwrite; its table lacks `addmm`.
+
+    Args:
+        max_rank: products that contract no more than this.
+    """
+    from torch._inductor import lowering
+    from torch._inductor.fx_passes import reinplace
+    from torch._inductor.ir import FallbackKernel
+
+    aten = torch.ops.aten
+
+    def is_thin(node: torch.fx.Node) -> bool:
+        base, low = (argument.meta["val"] for argument in node.args[:2] if isinstance(argument, torch.fx.Node))
+        return base.ndim == 2 and low.shape[1] <= max_rank and not node.kwargs
+
+    def lower(base: Any, low: Any, up: Any) -> Any:
+        """The operation as it is called, and what it has overwritten in place of its result."""
+        base.realize()
+        FallbackKernel.create(aten.addmm_.default, base, low, up)
+        return base
+
+    if aten.addmm_.default not in lowering.lowerings:
+        lowering.register_lowering(aten.addmm_.default, type_promotion_kind=None)(lower)
+    reinplace.inplaceable_ops[aten.addmm.default] = reinplace.InplaceableOp(aten.addmm_.default, 0, extra_check=is_thin)
 
 
 def first_line(error: Exception) -> str:

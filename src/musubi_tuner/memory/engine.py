@@ -68,6 +68,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import Recompute, RunBlock, States, checkpointed
+from musubi_tuner.memory.compiling import add_in_place
 from musubi_tuner.memory.offload import HostStore, as_states, run_from_host
 from musubi_tuner.memory.streaming import BlockStreamer
 
@@ -76,6 +77,10 @@ log = logging.getLogger(__name__)
 _MOST_GRAPHS = 128
 """Kinds of blocks (level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has a few of
 them; torch's own limit of 8 would end it in the middle."""
+
+_COMPILER: dict[str, Any] = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+"""Inductor's options: small operations that do not depend on each other, such as the casts of all adapters, go into one kernel. Merged
+reductions are no faster, and run in the blocks of one size that suits none."""
 
 SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
 """(states, inputs) of a block -> its tensors whose length follows the clip, and which axis of theirs."""
@@ -90,6 +95,7 @@ class BlockEngine:
         levels: Sequence[Recompute | None],
         *,
         max_rank: int,
+        keeps_sums: bool = False,
         compiled: bool = False,
         backend: str = "inductor",
         sequence_axes: SequenceAxes | None = None,
@@ -100,6 +106,7 @@ class BlockEngine:
         Args:
             levels: recompute level of each block; None keeps whatever autograd keeps.
             max_rank: the largest rank of the network.
+            keeps_sums: as `sums` of `checkpointing.keeps`, where blocks are compiled.
             backend: of torch.compile.
             sequence_axes: needed where `compiled`.
             inputs_on_host: every block is on the level `everything`, and its states wait in host memory; `levels` are not read.
@@ -110,10 +117,13 @@ class BlockEngine:
         self._store = HostStore() if inputs_on_host else None
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
-        runs: dict[Recompute | None, RunBlock] = {level: _call if level is None else checkpointed(level, max_rank) for level in set(levels)}
+        runs: dict[Recompute | None, RunBlock] = {
+            level: _call if level is None else checkpointed(level, max_rank, sums=keeps_sums and compiled) for level in set(levels)
+        }
         self._run_without_gradients: RunBlock = _call
         if compiled:
             _allow_many_graphs()
+            add_in_place(max_rank)
             runs = {level: _Compiled(run, backend, sequence_axes) for level, run in runs.items()}
             self._run_without_gradients = _Compiled(_call, backend, sequence_axes)
         self._run_with_gradients = {block: runs[level] for block, level in zip(blocks, levels, strict=True)}
@@ -178,7 +188,8 @@ class _Compiled:
     """Runs blocks as one graph, with their lengths marked as dynamic."""
 
     def __init__(self, run: RunBlock, backend: str, sequence_axes: SequenceAxes | None) -> None:
-        self._graph = torch.compile(run, fullgraph=True, backend=backend)
+        options = _COMPILER if backend == "inductor" else None
+        self._graph = torch.compile(run, fullgraph=True, backend=backend, options=options)
         self._axes = sequence_axes
         self.is_running = False
         _log_compilation(self)

@@ -9,11 +9,12 @@ DoRA: a LoRA whose result keeps a trained length for each output row (Liu et al.
 |V|^2 is had without forming V: row by row |W|^2 + 2 s B (W A^T) + s^2 B (A A^T) B^T, so a step costs two thin products and no
 matrix of the size of W. m starts as |W|, and V as W, so the start equals the base exactly.
 
-A group is the queries, keys and values of one attention: one thin product for the first halves of all, and second halves that are added to
-the base's output inside their product. The activations are read once instead of once for each adapter.
+Second halves are added to the base's output inside their product. A group is the queries, keys and values of one attention: one thin
+product for the first halves of all, so the activations are read once instead of once for each adapter.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,9 @@ class LoRALayer(AddingLayer):
     @property
     def fast_parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.lora_B,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _added(self, x, F.linear(x, self.lora_A.to(x.dtype))) if _plain(self) else super().forward(x)
 
     def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
         return F.linear(*self.second_half(F.linear(x, self.lora_A.to(x.dtype)), inner))
@@ -149,6 +153,13 @@ def group_projections(model: nn.Module) -> int:
             module.project_together = _Group(module)
             count += 1
     return count
+
+
+def adds_everywhere(blocks: Iterable[nn.Module]) -> bool:
+    """Whether every projection of every attention carries a LoRA whose second half is added within its product."""
+    attentions = [module for block in blocks for module in block.modules() if isinstance(module, Attention)]
+    projections = [linear for one in attentions for linear in (one.to_q, one.to_k, one.to_v, one.to_out[0])]
+    return all(_plain(linear) and not linear.spec.dropout.neuron for linear in projections)
 
 
 class _Group:

@@ -19,7 +19,7 @@ from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.regions import Gather, Region, share_regions
 from musubi_tuner.memory.streaming import BlockStreamer
-from musubi_tuner.networks.lora import group_projections
+from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, report_network, with_base_networks
 from musubi_tuner.placement.planning import BatchTokens, Placement, place_by_hand
@@ -219,6 +219,7 @@ def _run_blocks(weights: Weights, placement: Placement, device: torch.device, *,
         blocks,
         placement.levels,
         max_rank=max_rank,
+        keeps_sums=adds_everywhere(blocks),
         compiled=placement.compiled,
         sequence_axes=sequence_axes,
         streamer=BlockStreamer(streamed, device, regions=weights.regions) if streamed else None,
