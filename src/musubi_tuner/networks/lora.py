@@ -15,6 +15,7 @@ product for the first halves of all, so the activations are read once instead of
 
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,7 @@ class _Group:
         return tuple(_added(linear, x, low) for linear, low in zip(linears, lows, strict=True))
 
 
-def _plain(linear: nn.Module) -> bool:
+def _plain(linear: nn.Module) -> TypeGuard[LoRALayer]:
     return type(linear) is LoRALayer and linear.enabled and (linear.masks is None or linear.masks.inputs is None)
 
 
