@@ -283,3 +283,21 @@ def test_a_lock_that_cannot_be_opened_is_an_error_in_words(tmp_path):
         lock.held(path, what="it", remedy="Wait."),
     ):
         pass
+
+
+@pytest.mark.parametrize(("there", "here"), [({}, {"fused": True}), ({"fused": True}, {"foreach": True})])
+def test_a_state_goes_on_where_steps_are_computed_otherwise(there, here):
+    """As one of the CPU does on a GPU, where AdamW is fused and refuses a step that is not finite."""
+    before, after = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    earlier, optimizer = torch.optim.AdamW([before], lr=0.1, **there), torch.optim.AdamW([after], lr=0.1, **here)
+    before.grad = torch.ones(3)
+    earlier.step()
+    optimizer.load_state_dict(state._computed_as_here(earlier.state_dict(), optimizer))
+    after.grad = torch.ones(3)
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+        optimizer.step()
+        assert torch.equal(after, torch.ones(3)) and float(optimizer.state[after]["step"]) == 1
+        optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert float(optimizer.state[after]["step"]) == 2 and not torch.equal(after, torch.ones(3))

@@ -1,6 +1,7 @@
 """What happens around the steps of a run: logging, warnings, validation, previews. Saving is in `training.saving`."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class StepLog:
         self._run = run
         self._losses, self._levels = LossMeter(run.device), NoiseLevelMeter(run.device)
         self._warned = False
+        self._rate: float = math.nan
         again = run.schedule.unsaved if run.config.saving.autoresume else 0
         self._file = LossFile(loss_path(run.output_dir, run.name), run.start_step, again) if run.processes.is_main else None
 

@@ -232,7 +232,7 @@ def load_state(
             parameter.copy_(saved.network[name])
     rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(dict(saved.stored["optimizer"]))
+        optimizer.load_state_dict(_computed_as_here(saved.stored["optimizer"], optimizer))
         if _changed(saved.settings, settings) & _SCHEDULE_SETTINGS:
             _replay(optimizer, scheduler, rates, saved.step)
         else:
@@ -248,6 +248,13 @@ def load_state(
         ) from error
     torn = [f"weights: in the middle of the update after step {saved.step} then"] if saved.torn else []
     return saved.step, torn + _differences(saved.settings, settings)
+
+
+def _computed_as_here(stored: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with this machine's choice of how its steps are computed, which a state of another one would bring along."""
+    how = [{key: group[key] for key in ("fused", "foreach", "capturable") if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **own} for group, own in zip(stored["param_groups"], how, strict=True)]
+    return {**stored, "param_groups": groups}
 
 
 def check_resumable(path: Path) -> None:

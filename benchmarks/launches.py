@@ -1,0 +1,114 @@
+"""Counts what a training step launches on a card, on a machine without one: launches of one block by kind, and the host's time for them.
+
+    python -m benchmarks.launches                           bf16 and fp8 at 768x512x121, rank 32 on attention, nothing recomputed
+    python -m benchmarks.launches --formats int8 nf4 --level everything
+
+It needs a CUDA build of torch, and says so where there is none (benchmarks/simulated_card). One block is three blocks less two.
+"""
+
+import argparse
+import collections
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import simulated_card
+from benchmarks.simulated_card import Card
+
+KINDS = ("product", "attention", "compiled", "other kernel", "copy", "fill")
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Of one block."""
+
+    forward: collections.Counter[str]
+    backward: collections.Counter[str]
+    host_seconds: float
+    """Of forward and backward, the shortest of a few."""
+
+    @property
+    def total(self) -> int:
+        return self.forward.total() + self.backward.total()
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    if not Card.is_here():
+        if (problem := simulated_card.obstacle()) is not None:
+            print(f"nothing is counted: {problem}", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as folder:
+            return simulated_card.start_again("benchmarks.launches", list(argv), simulated_card.environment(Path(folder)))
+    card = Card()
+    print("| weights | direction | " + " | ".join(KINDS) + " | in all | host ms |")
+    print("|---" * (len(KINDS) + 4) + "|")
+    for weight_format in options.formats:
+        found = count(card, weight_format, options.shape, options.level)
+        for direction, counter in (("forward", found.forward), ("backward", found.backward)):
+            cells = " | ".join(str(counter[kind]) for kind in KINDS)
+            print(f"| {weight_format} | {direction} | {cells} | {counter.total()} | |")
+        print(f"| {weight_format} | both |{' |' * len(KINDS)} **{found.total}** | {1000 * found.host_seconds:.2f} |", flush=True)
+    return 0
+
+
+def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
+    """Launches of one compiled block with the production engine."""
+    import torch
+
+    from benchmarks import step_models as models
+    from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, config_section
+    from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+    from musubi_tuner.memory.attention import use_attention
+    from musubi_tuner.memory.checkpointing import Recompute
+
+    use_attention("flash")  # the fastest of those that load here
+    readings = []
+    for blocks in (2, 3):
+        torch._dynamo.reset()
+        config = TransformerConfig.from_checkpoint_config(config_section(False, blocks))
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, RANK)
+        quantized = None if weight_format == "bf16" else weight_format
+        ours = models.ours(weight_format, config, weights, adapters, level=Recompute(level), compiled=True, weight_format=quantized)
+        sample = models.make_sample(config, SHAPES[shape], TEXT_TOKENS, device, dtype)
+        seconds = []
+        for _ in range(6):
+            started = time.perf_counter()
+            ours.forward(sample).backward()
+            seconds.append(time.perf_counter() - started)
+        with card.watched() as forward:
+            loss = ours.forward(sample)
+        with card.watched() as backward:
+            loss.backward()
+        readings.append((collections.Counter(map(kind_of, forward)), collections.Counter(map(kind_of, backward)), min(seconds)))
+    two, three = readings
+    return Launches(three[0] - two[0], three[1] - two[1], three[2] - two[2])
+
+
+def kind_of(line: str) -> str:
+    """Which of `KINDS` a line of the card's log is."""
+    word, _, rest = line.partition(" ")
+    if word == "kernel":
+        return "attention" if "flash" in rest or "fmha" in rest else "other kernel"
+    return word
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from benchmarks.block_counts import SHAPES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8", "int8", "nf4"], help="default: bf16 fp8")
+    parser.add_argument("--shape", default="768x512x121", choices=list(SHAPES), help="default: %(default)s")
+    levels = ["nothing", "feed_forward", "all_but_attention", "everything"]
+    parser.add_argument("--level", default="nothing", choices=levels, help="recompute level; default: %(default)s")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

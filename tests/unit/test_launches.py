@@ -1,0 +1,36 @@
+"""A block may not launch more kernels than it does, counted on a simulated card where torch is built with CUDA."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import simulated_card
+from benchmarks.launches import KINDS, kind_of
+
+BUDGETS = {"bf16": 322, "fp8": 341}
+"""Launches of one block at 768x512x121, rank 32 on attention, nothing recomputed."""
+
+
+def test_every_line_of_the_log_is_of_a_kind():
+    lines = {
+        "product 4096x6144x4096 type 14": "product",
+        "compiled triton_poi_fused_0": "compiled",
+        "kernel _ZN13pytorch_flash16flash_fwd_kernel": "attention",
+        "kernel _ZN2at6native18elementwise_kernel": "other kernel",
+        "copy card to card 516096": "copy",
+        "fill": "fill",
+    }
+    assert {line: kind_of(line) for line in lines} == lines
+    assert set(lines.values()) == set(KINDS)
+
+
+@pytest.mark.skipif(simulated_card.obstacle() is not None, reason=str(simulated_card.obstacle()))
+@pytest.mark.parametrize("weight_format", BUDGETS)
+def test_a_block_launches_no_more(weight_format):
+    """Minutes of compiling."""
+    command = [sys.executable, "-m", "benchmarks.launches", "--formats", weight_format]
+    found = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    total = re.search(r"\*\*(\d+)\*\*", found)
+    assert total and int(total[1]) <= BUDGETS[weight_format], found
