@@ -46,6 +46,18 @@ def shared_media() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cpp_compiler() -> None:
+    """For tests in which torch compiles kernels for the CPU; they skip where the C++ compiler that it asks for is not to be found."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        pytest.skip(f"torch's compiler: {error}")
+
+
 @pytest.fixture
 def global_seed():
     """Tests that draw from torch's global generator start from the same place, and leave it as it was."""

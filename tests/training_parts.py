@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_tensors
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
 from musubi_tuner.conditioning.recipe import Reference, make_recipe
@@ -81,6 +82,11 @@ def cache(data: Data, *, sound: bool = True, text: tuple[str, ...] = ()) -> None
         assert ltxv2_cache_audio_latents.main([*common, "--vae", str(data.model)]) == 0
     text = text or ("--text_encoder", str(data.encoder))
     assert ltxv2_cache_text_encoder_outputs.main([*common, "--ltxv2_model", str(data.model), *text]) == 0
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Of a file that is written over while they live: `load_file` maps it, and Windows replaces no mapped file."""
+    return load_tensors(path.read_bytes())
 
 
 def losses(folder: Path, name: str = "ltxv2_lora") -> list[dict[str, float]]:

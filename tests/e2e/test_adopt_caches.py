@@ -27,7 +27,7 @@ def foreign(cached: parts.Data, tmp_path: Path) -> parts.Data:
         if not path.name.endswith(".safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             continue
-        tensors = load_file(path)
+        tensors = parts.read_tensors(path)
         if path.name.startswith("clip_000_ltxv2_te"):
             tensors = {key.replace("text_", "t5_"): value for key, value in tensors.items()}
         if "_audio" in path.name:
@@ -58,7 +58,7 @@ def test_adopted_caches_train_as_our_own(cached, foreign, tmp_path, media, caplo
         flags = ["--source_fps", "24"]
     with pytest.raises(UserError, match="holds no index of this dataset.*tools/adopt_caches.py"):
         train(foreign, tmp_path / "out")
-    before = {name: load_file(foreign.folder / "cache" / name) for name in contents(foreign.folder / "cache")}
+    before = {name: parts.read_tensors(foreign.folder / "cache" / name) for name in contents(foreign.folder / "cache")}
     assert adopt(foreign, *flags) == 0
     for name, tensors in before.items():
         after = load_file(foreign.folder / "cache" / name)
@@ -78,10 +78,10 @@ def test_what_does_not_fit_is_left_out_by_name_and_a_dry_run_writes_nothing(fore
     caplog.set_level(logging.INFO)
     cache = foreign.folder / "cache"
     name = "clip_001_00000-017_0096x0064_ltxv2.safetensors"
-    tensors = load_file(cache / name)
+    tensors = parts.read_tensors(cache / name)
     save_file({key: value[..., :2].contiguous() for key, value in tensors.items()}, cache / name)
     text = cache / "clip_002_ltxv2_te.safetensors"
-    save_file({key: value[..., :100].contiguous() if value.ndim == 2 else value for key, value in load_file(text).items()}, text)
+    save_file({key: value[..., :100].contiguous() if value.ndim == 2 else value for key, value in parts.read_tensors(text).items()}, text)
     whole = contents(cache)
     assert adopt(foreign, "--dry_run") == 1 and contents(cache) == whole
     assert "(128, 3, 2, 2)" in caplog.text and "(1024, 100)" in caplog.text

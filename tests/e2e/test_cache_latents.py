@@ -4,9 +4,8 @@ import errno
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +33,8 @@ from musubi_tuner.tiny.clips import (
     write_clips,
     write_stills,
 )
+from tests.e2e.test_processes import launch
+from tests.training_parts import read_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -145,7 +146,7 @@ def test_the_memory_layout_changes_rounding_alone_and_nothing_is_encoded_again(
     config = write_config(tmp_path, VIDEOS + "target_frames = [9, 17]")
     assert cache_video(config, tiny_family.ltx23) == 0
     assert "memory layout" not in caplog.text, "on the CPU nothing is measured"
-    usual = {path.name: (store.read(path), store.read_metadata(path)) for path in (tmp_path / "cache").glob("*.safetensors")}
+    usual = {path.name: (read_tensors(path), store.read_metadata(path)) for path in (tmp_path / "cache").glob("*.safetensors")}
 
     def choose(vae: VideoVAE, sizes: list[layout_module.ClipSize], batch_size: int) -> layout_module.LayoutTimes:
         times = layout_module.measure_layouts(vae, max(sizes, key=lambda size: size.pixels), batch_size)
@@ -407,20 +408,20 @@ def test_batches_give_the_same_latents_as_single_clips(tmp_path: Path, tiny_fami
     for size in ("1", "3"):
         assert cache_video(config, tiny_family.ltx23, "--batch_size", size, "--no-skip_existing") == 0
         assert cache_sound(config, tiny_family.ltx23, "--batch_size", size, "--no-skip_existing") == 0
-        read[size] = {path.name: store.read(path) for path in (tmp_path / "cache").glob("*.safetensors")}
+        read[size] = {path.name: read_tensors(path) for path in (tmp_path / "cache").glob("*.safetensors")}
     for name, tensors in read["1"].items():
         for key, tensor in tensors.items():
             torch.testing.assert_close(read["3"][name][key].float(), tensor.float(), rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize(
-    ("run", "script", "summary"),
+    ("run", "program", "summary"),
     [
-        (cache_video, "ltxv2_cache_latents.py", "Video latent caching: 12 encoded, 0 failed"),
-        (cache_sound, "ltxv2_cache_audio_latents.py", "Audio latent caching: 10 encoded, 0 failed"),
+        (cache_video, ltxv2_cache_latents, "Video latent caching: 12 encoded, 0 failed"),
+        (cache_sound, ltxv2_cache_audio_latents, "Audio latent caching: 10 encoded, 0 failed"),
     ],
 )
-def test_two_processes_leave_the_same_files_as_one(tmp_path: Path, tiny_family, run, script: str, summary: str) -> None:
+def test_two_processes_leave_the_same_files_as_one(tmp_path: Path, tiny_family, run, program: ModuleType, summary: str) -> None:
     write_clips(tmp_path / "clips", count=5, frames=25)
     write_stills(tmp_path / "stills", count=2)
     config = write_config(tmp_path, VIDEOS + 'target_frames = [9, 17]\n[[datasets]]\nimage_directory = "stills"\ncache_directory = "cache"')
@@ -428,10 +429,7 @@ def test_two_processes_leave_the_same_files_as_one(tmp_path: Path, tiny_family, 
     alone = contents(tmp_path / "cache")
     for path in (tmp_path / "cache").iterdir():
         path.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    command += ["--dataset_config", str(config), "--vae", str(tiny_family.ltx23), "--device", "cpu"]
-    variables = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    done = launch(2, program.__name__, "--dataset_config", str(config), "--vae", str(tiny_family.ltx23), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(summary) == 1
     assert contents(tmp_path / "cache") == alone

@@ -21,6 +21,7 @@ from musubi_tuner.cache.names import prompt_path, text_name
 from musubi_tuner.ltxv2.text.pipeline import FeatureStage
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_stills
+from tests.training_parts import read_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAPTIONS = {"walk ü.v2": "A dog walks.", "rain": "Rain taps on the roof.", "again": "A dog walks.", "long": "A drum keeps the beat. " * 9}
@@ -69,7 +70,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def text_of(folder: Path, stem: str) -> torch.Tensor:
-    return load_file(folder / "cache" / text_name(stem))["text_bfloat16"]
+    return read_tensors(folder / "cache" / text_name(stem))["text_bfloat16"]
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def test_texts_that_become_nan_fail_by_name_and_alone(dataset, tiny_family, tmp_
         token for text in (*CAPTIONS.values(), "A bell rings.") if text != CAPTIONS["rain"] for token in tokenizer(text)["input_ids"]
     }
     own = next(token for token in tokenizer(CAPTIONS["rain"])["input_ids"] if token not in elsewhere)
-    tensors = load_file(broken / "model.safetensors")
+    tensors = read_tensors(broken / "model.safetensors")
     key = next(name for name in tensors if name.endswith("embed_tokens.weight"))
     tensors[key][own] = 3e38  # finite, or the file itself would be refused
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})

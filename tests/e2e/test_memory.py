@@ -97,7 +97,9 @@ def test_attention_kernels_differ_in_rounding_alone(data, plain, tmp_path, monke
     finally:
         use_default_attention()
     assert set(enabled) == {(True, False, False)}, "the kernel of the steps is the one that was asked for"
-    assert max(float((ours[name] - plain[name]).abs().max()) for name in plain) < 1e-5
+    differences = torch.cat([(ours[name] - plain[name]).abs().flatten() for name in plain])
+    assert float(differences.quantile(0.999)) < 1e-6
+    assert float(differences.max()) < 1e-4, "Adam makes steps of full size of gradients that are rounding alone: a tenth of one"
 
 
 @pytest.mark.parametrize(("weight_format", "swapped"), list(itertools.product(("fp8", "int8", "nf4"), ("0", "2"))))
@@ -168,10 +170,12 @@ def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monke
     monkeypatch.setattr(planning, "obstacle_to_compiling", lambda device: None)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no compiler"))}):
+    missing = tmp_path / "no compiler"
+    monkeypatch.setenv("CXX", str(missing))  # which names the compiler on Windows
+    with inductor.patch({"cpp.cxx": (None, str(missing))}):
         run(data, tmp_path, "--vram_gb", "4")
-        assert "blocks run uncompiled" in caplog.text and "C++ compiler" in caplog.text
-        with pytest.raises(UserError, match=r"--compile: .*C\+\+ compiler"):
+        assert "blocks run uncompiled" in caplog.text and missing.name in caplog.text
+        with pytest.raises(UserError, match=f"--compile: .*ompiler.*{missing.name}"):
             run(data, tmp_path / "b", "--vram_gb", "4", "--compile")
 
 

@@ -147,8 +147,10 @@ CAPTURE_ONLY = "eager"
     ("level", "backend", "streamed"),
     [(Recompute.NOTHING, "inductor", 0), (Recompute.ALL_BUT_ATTENTION, CUT_ONLY, 3), (Recompute.EVERYTHING, CAPTURE_ONLY, 0)],
 )
-def test_one_graph_serves_all_blocks_and_lengths(level, backend, streamed):
+def test_one_graph_serves_all_blocks_and_lengths(level, backend, streamed, request):
     """No graph break over four lengths and three blocks, streamed or not. The kernels of the first add adapters in place."""
+    if backend == "inductor":
+        request.getfixturevalue("cpp_compiler")
     model, network = parts.make_model(3)
     group_projections(model)
     wanted = [parts.step(model, network, shape) for shape in parts.SHAPES]

@@ -61,6 +61,7 @@ def test_operations_keep_their_contract():
         torch.library.opcheck(operation, (x, layer.codes, layer.scale, None), test_utils="test_faketensor")
 
 
+@pytest.mark.usefixtures("cpp_compiler")
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_fused_kernels_equal_the_plain_operations_also_within_a_compiled_graph(weight_format, monkeypatch):
     """What runs on a GPU, compiled for the CPU: chains of small operations as one kernel, called by an operation within another graph."""
