@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import clips
+from musubi_tuner.training import checkpoint, earlier
 from musubi_tuner.training.hooks import StepLog
 from musubi_tuner.training.saving import NotSaved, Saving
 from tests import training_parts as parts
@@ -43,6 +45,27 @@ def test_retention_leaves_what_this_run_has_just_saved_beside_an_earlier_runs_fi
         "ltxv2_lora-step00000006.safetensors", "ltxv2_lora-step00000006-state",
         "ltxv2_lora-step00000008.safetensors", "ltxv2_lora-step00000008-state", "ltxv2_lora-step00000009-state",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
+def test_a_lora_that_was_read_is_mapped_no_more_when_it_is_removed_and_written(data, tmp_path, monkeypatch, flag):
+    """Windows does neither to a mapped file; on Linux the mapping is looked for."""
+    lora, maps, seen = tmp_path / "ltxv2_lora.safetensors", Path("/proc/self/maps"), []
+    run(data, tmp_path, "--max_train_steps", "1")
+
+    def watch(module, name: str) -> None:
+        original = getattr(module, name)
+
+        def watched(*arguments):
+            seen.append(maps.is_file() and str(lora) in maps.read_text(encoding="utf-8"))
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(earlier, "clear_earlier")
+    watch(checkpoint, "write_whole")
+    run(data, tmp_path, "--max_train_steps", "1", "--overwrite", flag, str(lora))
+    assert seen == [False, False]
 
 
 def test_an_interrupt_in_the_last_step_ends_the_run_as_done(data, tmp_path, monkeypatch, caplog):
