@@ -59,12 +59,10 @@ def environment(folder: Path, *, capability: int = 90, gigabytes: float = 80) ->
     assert include is not None, "ask `obstacle` first"
     (folder / "crt").mkdir(parents=True, exist_ok=True)
     (folder / "crt" / "host_defines.h").write_text(_HOST_DEFINES, encoding="utf-8")
-    compiler = ["gcc", "-O1", "-shared", "-fPIC", "-w"]
+    compiler = ["gcc", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}", f"-I{include}"]
     runtime, driver = folder / "libsimulated.so", folder / "libcuda.so.1"
-    subprocess.run(
-        [*compiler, f"-I{folder}", f"-I{include}", str(_SOURCES / "runtime.c"), "-o", str(runtime), "-ldl", "-lpthread"], check=True
-    )
-    subprocess.run([*compiler, str(_SOURCES / "driver.c"), "-o", str(driver), "-ldl"], check=True)
+    for source, library in (("runtime.c", runtime), ("driver.c", driver)):
+        subprocess.run([*compiler, str(_SOURCES / source), "-o", str(library), "-ldl", "-lpthread"], check=True)
     (folder / "libcuda.so").unlink(missing_ok=True)
     (folder / "libcuda.so").symlink_to(driver.name)
     own = {"LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder), _WITHIN: str(runtime)}

@@ -9,8 +9,9 @@ DoRA: a LoRA whose result keeps a trained length for each output row (Liu et al.
 |V|^2 is had without forming V: row by row |W|^2 + 2 s B (W A^T) + s^2 B (A A^T) B^T, so a step costs two thin products and no
 matrix of the size of W. m starts as |W|, and V as W, so the start equals the base exactly.
 
-Second halves are added to the base's output inside their product. A group is the queries, keys and values of one attention: one thin
-product for the first halves of all, so the activations are read once instead of once for each adapter.
+A group is the queries, keys and values of one attention: one thin product for the first halves of all, and second halves that are added to
+the base's output inside their product. The activations are read once instead of once for each adapter. In a compiled block the second half
+of a LoRA alone is added so too.
 """
 
 import math
@@ -63,7 +64,9 @@ class LoRALayer(AddingLayer):
         return (self.lora_B,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _added(self, x, F.linear(x, self.lora_A.to(x.dtype))) if _plain(self) else super().forward(x)
+        if torch.compiler.is_compiling() and _plain(self):  # where it saves a copy and a second product (`BlockEngine`, keeps_sums)
+            return _added(self, x, F.linear(x, self.lora_A.to(x.dtype)))
+        return super().forward(x)
 
     def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
         return F.linear(*self.second_half(F.linear(x, self.lora_A.to(x.dtype)), inner))
