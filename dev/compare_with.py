@@ -7,8 +7,9 @@ Both trees run the same commands on the same inputs, each in folders of its own,
 leaves is computed once and kept in the folder of --work. Exits with 1 where anything differs.
 
 Against 7fe838b these differ on purpose: the pixels of previews (BT.709 since), previews with images of their own (re-compressed, keyframes
-beside the clip), the case `conditioning` stops at `keyframes.toml`, whose rule means keyframes beside the clip, and the planner's seconds,
-with what follows from them, as an H200 was measured (memory/step_model.py).
+beside the clip), the case `conditioning` stops at `keyframes.toml`, whose rule means keyframes beside the clip, the planner's seconds with
+what follows from them, as an H200 was measured (memory/step_model.py), states that remember more (clips, datasets, fingerprints), and fp8,
+whose bias is added within its product.
 """
 
 import argparse
