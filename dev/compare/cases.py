@@ -78,10 +78,10 @@ A red disc {SIZE} --a {CLIP} --at 0.2-
 """
 
 READY_RECIPES = (
-    "text_to_video_sound", "image_to_video", "extend_video", "extend_sound", "inpaint", "outpaint", "keyframes", "audio_to_video",
-    "video_to_audio",
+    "text_to_video_sound", "image_to_video", "extend_video", "extend_sound", "inpaint", "outpaint", "audio_to_video", "video_to_audio",
 )  # fmt: skip
-"""Those of `conditioning_recipes/` that plain clips will do for; the two with references have cases of their own."""
+"""Those of `conditioning_recipes/` that plain clips will do for; the two with references have cases of their own, and keyframes have
+meant another thing since they stand beside the clip."""
 NETWORKS = {
     "lora": "rank_dropout=0.2 module_dropout=0.1 neuron_dropout=0.1 rank_stabilized=true audio_dim=2 ranks=attn2:3",
     "dora": "type=dora preset=cross",
