@@ -73,7 +73,7 @@ def make_preview(inputs: RunInputs) -> Previewer | None:
         return None
     from musubi_tuner.generation.contexts import TextSource
     from musubi_tuner.generation.prepare import ModelFiles
-    from musubi_tuner.ltxv2.text.pipeline import encode_prompts
+    from musubi_tuner.placement.text import encode_prompts
     from musubi_tuner.preview.previewer import make_previewer
     from musubi_tuner.runtime.device import pick_device
     from musubi_tuner.training.preflight import text_recipe

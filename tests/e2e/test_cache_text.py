@@ -244,7 +244,7 @@ def test_chunks_reload_the_encoder_and_change_nothing(dataset, tiny_family, monk
     monkeypatch.setattr(text, "_CHUNK_BYTES", 10_000)
     loads = []
     real = text.load_feature_stage
-    monkeypatch.setattr(text, "load_feature_stage", lambda recipe: loads.append(1) or real(recipe))
+    monkeypatch.setattr(text, "load_feature_stage", lambda *given, **named: loads.append(1) or real(*given, **named))
     cache(dataset, tiny_family, "--batch_size", "1")
     assert len(loads) > 1 and files(dataset) == whole
 

@@ -15,9 +15,9 @@ from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.generation.contexts import TextSource
 from musubi_tuner.generation.prepare import ModelFiles
-from musubi_tuner.ltxv2.text.pipeline import encode_prompts
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.placement.text import encode_prompts
 from musubi_tuner.preview.previewer import Previewer, make_previewer
 from musubi_tuner.prompts.sample_prompts import all_prompt_texts, load_prompts
 from musubi_tuner.runtime.errors import UserError

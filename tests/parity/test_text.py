@@ -11,9 +11,10 @@ from musubi_tuner.ltxv2.text import connectors
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS, load_connectors
 from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_options, load_encoder, load_tokenizer
 from musubi_tuner.ltxv2.text.features import load_feature_extractor
-from musubi_tuner.ltxv2.text.pipeline import TextRecipe, encode_prompts, load_feature_stage, load_finish_stage
+from musubi_tuner.ltxv2.text.pipeline import TextRecipe, load_finish_stage
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.placement.text import TextBatch, encode_prompts, load_feature_stage
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.encoders import write_gemma
 
@@ -169,16 +170,19 @@ def test_features_finished_later_are_the_contexts(tiny_family):
         assert float((later[0] - context).abs().max()) < 1e-4
 
 
-def test_encoder_is_gone_before_the_connectors_come(tiny_family, monkeypatch):
+@pytest.mark.parametrize("on_host", [[], [0, 1, 2]])
+def test_encoder_is_gone_before_the_connectors_come(tiny_family, monkeypatch, on_host):
     import weakref
 
     from musubi_tuner.ltxv2.text import pipeline
+    from musubi_tuner.placement import text
 
     seen, alive = [], []
-    real_encoder, real_connectors = pipeline.load_encoder, pipeline.load_connectors
+    real_encoder, real_connectors = text.load_encoder, pipeline.load_connectors
+    monkeypatch.setattr(text, "_choose", lambda *given: on_host)
 
-    def load_and_watch(options: EncoderOptions) -> object:
-        encoder = real_encoder(options)
+    def load_and_watch(options: EncoderOptions, **kwargs: object) -> object:
+        encoder = real_encoder(options, **kwargs)
         seen.append(weakref.ref(encoder._model))
         return encoder
 
@@ -186,7 +190,7 @@ def test_encoder_is_gone_before_the_connectors_come(tiny_family, monkeypatch):
         alive.extend(one() is not None for one in seen)
         return real_connectors(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "load_encoder", load_and_watch)
+    monkeypatch.setattr(text, "load_encoder", load_and_watch)
     monkeypatch.setattr(pipeline, "load_connectors", load_and_look)
     encode_prompts(recipe(open_checkpoint(tiny_family.ltx23), gemma(tiny_family)), PROMPTS)
     assert alive == [False]
@@ -292,7 +296,7 @@ def test_the_feature_stage_reads_the_projection_alone(checkpoint, tiny_family, m
         return whole(data, name, entry)
 
     monkeypatch.setattr(reading, "_read_into", watched)
-    load_feature_stage(recipe(checkpoint, gemma(tiny_family)))
+    load_feature_stage(recipe(checkpoint, gemma(tiny_family)), [TextBatch(texts=1, longest=16)])
     assert read and all(name.startswith("text_embedding_projection.") for name in read)
     read.clear()
     load_finish_stage(recipe(checkpoint, gemma(tiny_family)))

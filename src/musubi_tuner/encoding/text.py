@@ -22,13 +22,15 @@ from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, load_tokenizer
 from musubi_tuner.ltxv2.text.pipeline import (
     Features,
+    FeatureStage,
     TextRecipe,
-    free_memory,
-    load_feature_stage,
     load_finish_stage,
     projection_fingerprint,
     text_widths,
 )
+from musubi_tuner.memory.regions import processes_here
+from musubi_tuner.placement.text import TextBatch, load_feature_stage
+from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.progress import Progress
@@ -89,7 +91,7 @@ def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
     encoding = {
         "stored": str(STORED_DTYPE).removeprefix("torch."),
         "computed": str(options.dtype).removeprefix("torch."),
-        "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else 0,
+        "bits": options.bits or 0,
         "max_length": options.max_length,
     }
     return {
@@ -116,6 +118,7 @@ def encode_texts(todo: Sequence[Todo[str]], recipe: TextRecipe, group: Processes
     for one in todo:
         by_text.setdefault(one.job.content, []).append(one)
     mine = group.share(list(by_text.items()))
+    sharers = processes_here(group.gather)
     failures: list[tuple[TextJob, str]] = []
     if mine:
         tokenizer = load_tokenizer(recipe.options)
@@ -123,7 +126,11 @@ def encode_texts(todo: Sequence[Todo[str]], recipe: TextRecipe, group: Processes
         tokenizer.tell_of_cut({text: files[0].job.name for text, files in mine if tokens[text] == recipe.options.max_length})
         mine.sort(key=lambda one: (tokens[one[0]], one[0]))
         for chunk in _chunks(mine, tokens, recipe):
-            features = _encode(chunk, recipe, batch_size, show=group.is_main)
+            sizes = [TextBatch(len(batch), max(tokens[text] for text, _ in batch)) for batch in _batches(chunk, batch_size)]
+            stage = load_feature_stage(recipe, sizes, sharers=sharers)
+            features = _encode(stage, chunk, batch_size, show=group.is_main)
+            del stage
+            free_memory(recipe.options.device)
             failures += _finish(chunk, features, recipe, batch_size, show=group.is_main)
     return outcome_of([one for _, files in mine for one in files], failures)
 
@@ -141,16 +148,13 @@ def _chunks(waiting: Sequence[_Waiting], tokens: Mapping[str, int], recipe: Text
     yield chunk
 
 
-def _encode(chunk: Sequence[_Waiting], recipe: TextRecipe, batch_size: int, *, show: bool) -> list[Features]:
-    """Features of a chunk; the encoder is gone when this returns."""
-    stage = load_feature_stage(recipe)
+def _encode(stage: FeatureStage, chunk: Sequence[_Waiting], batch_size: int, *, show: bool) -> list[Features]:
+    """Features of a chunk."""
     features: list[Features] = []
     with Progress("Text encoder", len(chunk), unit="text", shown=show) as bar:
         for batch in _batches(chunk, batch_size):
             features += stage.encode([text for text, _ in batch])
             bar.advance(len(batch))
-    del stage
-    free_memory(recipe.options.device)
     return features
 
 

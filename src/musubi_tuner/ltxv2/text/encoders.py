@@ -2,15 +2,16 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.text.loading import load_model
+from musubi_tuner.ltxv2.text.loading import LoadedBytes, layers_of, load_model, loaded_bytes
+from musubi_tuner.runtime.device import to_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
 
@@ -37,6 +38,11 @@ class EncoderOptions:
     load_in_8bit: bool = False
     load_in_4bit: bool = False
 
+    @property
+    def bits(self) -> int | None:
+        """That bitsandbytes quantizes to while it is loaded."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
+
 
 def encoder_options(
     path: str, *, tokenizer: str | None, backend: str, device: torch.device, max_length: int | None, dtype: torch.dtype | None = None
@@ -59,6 +65,9 @@ class EncoderShape:
     width: int
     states: int
     """Hidden states it gives with the embeddings: layers + 1."""
+    inner: int
+    """Width of the feed-forward."""
+    heads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,33 +122,48 @@ class TextEncoder:
     def width(self) -> int:
         return self._model.config.hidden_size
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        return layers_of(self._model, self._options.backend)
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> HiddenStates:
         """Run prompts together, padded to the longest among them: padding does not change the states of real tokens."""
         ids = [self.tokenizer(prompt) for prompt in prompts]
         longest = max(map(len, ids))
         left = self._options.backend == "gemma"
-        rows, masks = [], []
-        for row in ids:
+        rows, masks, real = [], [], []
+        for number, row in enumerate(ids):
             padding = [self.tokenizer.padding] * (longest - len(row))
             rows.append(padding + row if left else row + padding)
             masks.append([0] * len(padding) + [1] * len(row) if left else [1] * len(row) + [0] * len(padding))
-        device = self._options.device
-        mask = torch.tensor(masks, device=device)
-        output = self._model(input_ids=torch.tensor(rows, device=device), attention_mask=mask, output_hidden_states=left)
-        states = output.hidden_states if left else (output.last_hidden_state,)
-        return HiddenStates(tuple(state[mask.bool()] for state in states), tuple(map(len, ids)))
+            first = number * longest + (len(padding) if left else 0)
+            real += range(first, first + len(row))
+        # The places of real tokens are made here, and not found on the device, which the host would wait for.
+        tokens, mask, places = (to_device(torch.tensor(one), self._options.device) for one in (rows, masks, real))
+        states = self._states(tokens, mask)
+        for number, state in enumerate(states):  # one by one: a padded state is gone before the next one is packed
+            states[number] = state.flatten(0, 1)[places]
+        return HiddenStates(tuple(states), tuple(map(len, ids)))
+
+    def _states(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        """(B, longest) ids and mask -> (B, longest, width) of every layer, or of T5's last."""
+        if self._options.backend == "t5":
+            return [self._model(input_ids=tokens, attention_mask=mask).last_hidden_state]
+        # Without a cache of keys and values, which nothing reads and which is as large as all hidden states.
+        return list(self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states)
 
 
 def read_encoder_shape(options: EncoderOptions) -> EncoderShape:
-    """Width and depth from the encoder's config.json; loads no weights.
+    """Widths and depth from the encoder's config.json; loads no weights.
 
     Raises:
         UserError: no such encoder here, or of another type than the backend.
     """
     config = _read_config(options)
     config = getattr(config, "text_config", config)
-    return EncoderShape(config.hidden_size, config.num_hidden_layers + 1)
+    inner = config.d_ff if options.backend == "t5" else config.intermediate_size
+    return EncoderShape(config.hidden_size, config.num_hidden_layers + 1, inner, config.num_attention_heads)
 
 
 def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
@@ -169,8 +193,23 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     return PromptTokenizer(tokenizer, options.max_length)
 
 
-def load_encoder(options: EncoderOptions) -> TextEncoder:
+def encoder_bytes(options: EncoderOptions) -> LoadedBytes | None:
+    """What its weights will take, read from configs alone; None where bitsandbytes or transformers loads them.
+
+    Raises:
+        UserError: what `read_encoder_shape` raises, or no weights.
+    """
+    config = _read_config(options)
+    if options.bits is not None:
+        return None
+    return loaded_bytes(Path(resolve_model(options.path, "--text_encoder")), config, backend=options.backend, dtype=options.dtype)
+
+
+def load_encoder(options: EncoderOptions, *, on_host: Collection[int] = ()) -> TextEncoder:
     """Load encoder and tokenizer from a local folder, or from a hub id that is already in the local cache; never downloads.
+
+    Args:
+        on_host: numbers of layers whose weights are left in host memory; somebody has to bring them to the device before they run.
 
     Raises:
         UserError: neither is there, the model is of another type than the backend, and what `load_model` raises.
@@ -178,8 +217,9 @@ def load_encoder(options: EncoderOptions) -> TextEncoder:
     config = _read_config(options)
     folder = Path(resolve_model(options.path, "--text_encoder"))
     tokenizer = load_tokenizer(options)
-    bits = 8 if options.load_in_8bit else 4 if options.load_in_4bit else None
-    model = load_model(folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=bits)
+    model = load_model(
+        folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=options.bits, on_host=on_host
+    )
     return TextEncoder(model, tokenizer, options)
 
 

@@ -4,8 +4,9 @@ Plain and 8-bit files (`ltxv2.quantization`) are read as checkpoints are, straig
 what bitsandbytes makes or has made, and pickled weights, are left to transformers, which is held to the same rule.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.weights import INDEX_ENDING, Checkpoint, open_files, shards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.headers import GGUF, SUFFIXES
+
+_LAYERS = {"gemma": "layers", "t5": "encoder.block"}
+"""{backend: where its layers are in the language model}."""
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 """Before the names of a language model: of transformers 5, of older ones (the hub's Gemma 3), of ComfyUI's single files, and bare."""
@@ -36,12 +40,60 @@ _BITSANDBYTES = (".quant_state.bitsandbytes", ".SCB")
 _REMEDY = "Download the whole encoder again, config.json and weights of the same model; nothing was encoded."
 
 
-def load_model(folder: Path, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype, bits: int | None) -> Any:
+@dataclass(frozen=True, slots=True)
+class LoadedBytes:
+    """What the weights of an encoder take once they are loaded, in bytes."""
+
+    layers: tuple[int, ...]
+    beside: int
+    """Of all but the layers: embeddings and the last norm."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers) + self.beside
+
+
+def layers_of(model: nn.Module, backend: str) -> list[nn.Module]:
+    """The layers of a language model, in the order in which they run."""
+    return list(model.get_submodule(_LAYERS[backend]).children())
+
+
+def loaded_bytes(folder: Path, config: Any, *, backend: str, dtype: torch.dtype) -> LoadedBytes | None:
+    """Of an encoder whose files are read here; None where transformers loads it.
+
+    Raises:
+        UserError: no weights, or a config.json that no encoder can be built by.
+    """
+    if _prequantized(folder, config) or not weight_files(folder):
+        return None
+    model = _on_meta(folder, config, backend)
+    model.tie_weights()
+    layers, beside = [0] * len(layers_of(model, backend)), 0
+    for name, tensor in model.named_parameters():
+        number, size = _layer_number(name, backend), tensor.numel() * _dtype_of(name, backend, dtype).itemsize
+        if number is None:
+            beside += size
+        else:
+            layers[number] += size
+    return LoadedBytes(tuple(layers), beside)
+
+
+def load_model(
+    folder: Path,
+    config: Any,
+    *,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None,
+    on_host: Collection[int] = (),
+) -> Any:
     """The language model, frozen.
 
     Args:
         config: of transformers, of the whole model.
         bits: 8 or 4: quantized by bitsandbytes while it is loaded.
+        on_host: numbers of layers whose weights are left in host memory, of an encoder that `loaded_bytes` knows.
 
     Raises:
         UserError: no weights, files that cannot be read, tensors that are missing, unexpected, of another shape or not finite, a
@@ -53,7 +105,8 @@ def load_model(folder: Path, config: Any, *, backend: str, device: torch.device,
     files = weight_files(folder)
     checkpoint = open_files(folder, files) if files else None
     if checkpoint is not None and bits is None and not stored:
-        return _filled(checkpoint, config, backend=backend, device=device, dtype=dtype)
+        return _filled(checkpoint, config, backend=backend, device=device, dtype=dtype, on_host=on_host)
+    assert not on_host, "layers are left on the host by this file's own reading alone"
     if checkpoint is not None:
         _check_for_transformers(checkpoint, stored=stored)
     extra: dict[str, Any] = {}
@@ -111,29 +164,47 @@ def language_names(checkpoint: Checkpoint, expected: Collection[str]) -> dict[st
     return names
 
 
-def _filled(checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _filled(
+    checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype, on_host: Collection[int]
+) -> Any:
+    model = _on_meta(checkpoint.path, config, backend)
+    host = torch.device("cpu")
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        waits = _layer_number(name, backend) in on_host
+        return cast(tensor, host if waits else device, _dtype_of(name, backend, dtype))
+
+    names = language_names(checkpoint, model.state_dict())
+    fill(model, names, checkpoint, device=device, dtype=dtype, place=place, remedy=_REMEDY)
+    model.tie_weights()
+    for module in model.modules():  # weights have their places
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.requires_grad_(False).eval()
+
+
+def _on_meta(where: Path, config: Any, backend: str) -> Any:
+    """The language model without weights. Its buffers lie in no file: they are computed when it is built."""
     from accelerate import init_empty_weights
 
     kind, own_config = _language_class(config, backend)
     try:
-        with init_empty_weights(include_buffers=False):  # buffers lie in no file: they are computed when it is built
-            model: Any = kind(own_config)
+        with init_empty_weights(include_buffers=False):
+            return kind(own_config)
     except Exception as error:  # whatever its layers make of values that no encoder has
-        raise UserError(f"{checkpoint.path}: no encoder can be built by its config.json ({error}). {_REMEDY}") from error
-    names = language_names(checkpoint, model.state_dict())
-    fill(model, names, checkpoint, device=device, dtype=dtype, place=_placing(backend, device, dtype), remedy=_REMEDY)
-    model.tie_weights()
-    return model.to(device).requires_grad_(False).eval()
+        raise UserError(f"{where}: no encoder can be built by its config.json ({error}). {_REMEDY}") from error
 
 
-def _placing(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
-    """The plain move; of T5 in float16, the last linear of each feed-forward stays float32, as its products overflow."""
+def _layer_number(name: str, backend: str) -> int | None:
+    """Which layer a tensor belongs to; None for one beside the layers."""
+    prefix = f"{_LAYERS[backend]}."
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
-    def place(name: str, tensor: Tensor) -> Tensor:
-        whole = backend == "t5" and dtype == torch.float16 and name.endswith(".wo.weight")
-        return cast(tensor, device, torch.float32 if whole else dtype)
 
-    return place
+def _dtype_of(name: str, backend: str, dtype: torch.dtype) -> torch.dtype:
+    """Of T5 in float16, the last linear of each feed-forward stays float32, as its products overflow."""
+    whole = backend == "t5" and dtype == torch.float16 and name.endswith(".wo.weight")
+    return torch.float32 if whole else dtype
 
 
 def _language_class(config: Any, backend: str) -> tuple[type, Any]:

@@ -1,7 +1,7 @@
 """Prompts -> what is cached: contexts of 1024 tokens, or features before the connectors.
 
-Two stages, never in memory together: the text encoder with the text projection, then the connectors. Between them wait the features of
-a chunk of prompts, on the CPU.
+Two stages, never in memory together: the text encoder with the text projection, which `placement.text` loads, then the connectors. Between
+them wait the features of a chunk of prompts, on the CPU.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names, load_connectors
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, PromptTokenizer, TextEncoder, load_encoder, read_encoder_shape
-from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names, load_feature_extractor
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, PromptTokenizer, TextEncoder, read_encoder_shape
+from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
-
-_BATCH = 8
 
 Features = tuple[Tensor, ...]
 """One prompt's real tokens, on the CPU: (n, Wv) and (n, Wa) of the two streams; with T5 the (n, W) of its last layer alone."""
@@ -114,42 +111,12 @@ class FinishStage:
         return torch.nn.functional.pad(states.float(), (0, 0, 0, length - states.shape[0])), mask
 
 
-def load_feature_stage(recipe: TextRecipe) -> FeatureStage:
-    """Load encoder and projection.
-
-    Raises:
-        UserError: what `TextRecipe.check` and `load_encoder` raise.
-    """
-    recipe.check()
-    options = recipe.options
-    encoder, extractor = load_encoder(options), None
-    if options.backend != "t5":
-        extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
-    return FeatureStage(encoder, extractor, options.dtype)
-
-
 def load_finish_stage(recipe: TextRecipe) -> FinishStage:
     """Load the connectors, where the recipe has any."""
     options, connectors = recipe.options, None
     if options.backend != "t5" and recipe.stage == "context":
         connectors = load_connectors(recipe.checkpoint, device=options.device, dtype=options.dtype)
     return FinishStage(connectors, recipe)
-
-
-def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """(text, mask) of a few prompts; leaves nothing in memory."""
-    features: list[Features] = []
-    first = load_feature_stage(recipe)
-    first.tokenizer.tell_of_cut({prompt: f"the prompt '{prompt[:40]}...'" for prompt in prompts})
-    for start in range(0, len(prompts), _BATCH):
-        features += first.encode(prompts[start : start + _BATCH])
-    del first
-    free_memory(recipe.options.device)
-    second = load_finish_stage(recipe)
-    finished = [pair for start in range(0, len(features), _BATCH) for pair in second.finish(features[start : start + _BATCH])]
-    del second
-    free_memory(recipe.options.device)
-    return finished
 
 
 def projection_fingerprint(checkpoint: Checkpoint) -> str:

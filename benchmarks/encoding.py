@@ -1,0 +1,230 @@
+"""Counts what caching launches on a card, on a machine without one: a clip through the video VAE's encoder, captions through Gemma 3 12B.
+
+    python -m benchmarks.encoding                           clips of four sizes, captions of three
+    python -m benchmarks.encoding --streamed 6              besides, layers of a smaller encoder that are streamed
+
+For each: launches, times that the host waits for the card while it issues them, and the most memory above the weights, with what was
+expected of it. It needs a CUDA build of torch, and says so where there is none (benchmarks/simulated_card). The simulated card has no
+cuDNN: each convolution counts as one launch, without a workspace of its own. Of sound nothing is counted, as it has no cuFFT.
+"""
+
+import argparse
+import collections
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import simulated_card
+from benchmarks.launches import kind_of
+from benchmarks.simulated_card import Card
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from musubi_tuner.ltxv2.text.pipeline import FeatureStage
+
+_LAYERS = 48
+_CAPTIONS = ((1, 60), (8, 200), (8, 1024))
+"""(texts, tokens of the longest); the others of a batch have a few less each."""
+_WAIT = "synchronizing CUDA operation"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of one clip or batch."""
+
+    launches: collections.Counter[str]
+    waits: int
+    peak_bytes: int
+    """Above what was held before."""
+    expected_bytes: int
+
+    def row(self, title: str) -> str:
+        copies = sum(count for kind, count in self.launches.items() if kind.startswith("copy"))
+        cells = (self.launches.total() - copies, copies, self.waits, f"{self.peak_bytes / 1e9:.2f}", f"{self.expected_bytes / 1e9:.2f}")
+        return f"| {title} | " + " | ".join(map(str, cells)) + " |"
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    if not Card.is_here():
+        if (problem := simulated_card.obstacle()) is not None:
+            print(f"nothing is counted: {problem}", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as folder:
+            return simulated_card.start_again("benchmarks.encoding", list(argv), simulated_card.environment(Path(folder)))
+    from benchmarks.caching import SHAPES
+
+    card = Card()
+    print("| | kernels | copies | host waits | GB at most | expected |")
+    print("|---" * 6 + "|")
+    for name in options.shapes:
+        print(count_clip(card, SHAPES[name]).row(name), flush=True)
+    for texts, longest in _CAPTIONS:
+        print(count_captions(card, texts, longest, layers=_LAYERS, streamed=0).row(f"{texts} captions, {longest} tokens"), flush=True)
+    if options.streamed:
+        texts, longest = _CAPTIONS[1]
+        for streamed in (0, options.streamed):
+            title = f"{texts} captions, {longest} tokens, {options.streamed} layers, {streamed} of them streamed"
+            print(count_captions(card, texts, longest, layers=options.streamed, streamed=streamed).row(title), flush=True)
+    return 0
+
+
+def count_clip(card: Card, shape: tuple[int, int, int]) -> Counts:
+    """A clip of (frames, height, width), from frames on the host to latents on their way back."""
+    import torch
+
+    from benchmarks.encoder_counts import count_encoder, make_encoder
+    from musubi_tuner.encoding.pictures import frame_encoder
+    from musubi_tuner.ltxv2.autoencoders.video_vae import ENCODER_TILES, VideoVAE
+
+    encode = frame_encoder(VideoVAE(make_encoder("cuda", torch.bfloat16, toy=False), ENCODER_TILES, torch.bfloat16))
+    frames = torch.zeros(*shape, 3, dtype=torch.uint8)
+    with _empty_convolutions() as made:
+        counts = _counted(card, lambda: encode([frames]), made, count_encoder(shape, ENCODER_TILES).peak_bytes)
+    return counts
+
+
+def count_captions(card: Card, texts: int, longest: int, *, layers: int, streamed: int) -> Counts:
+    """A batch of captions, from words to features on the host, once others have been encoded."""
+    from musubi_tuner.ltxv2.text.encoders import EncoderShape
+    from musubi_tuner.placement.text import TextBatch, batch_bytes
+
+    options = _encoder_options()
+    stage = _make_stage(options, layers, streamed)
+    shape = EncoderShape(width=_GEMMA["hidden_size"], states=layers + 1, inner=_GEMMA["intermediate_size"], heads=16)
+    prompts = [" ".join(["word"] * (longest - 3 * place)) for place in range(texts)]
+    of_projection = _GEMMA["hidden_size"] * sum(_PROJECTED) * options.dtype.itemsize
+    expected = batch_bytes(shape, TextBatch(texts, longest), options) + of_projection
+    return _counted(card, lambda: stage.encode(prompts), [], expected)
+
+
+_GEMMA = {
+    "vocab_size": 262208,
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+}
+"""Gemma 3 12B."""
+_PROJECTED = (4096, 2048)
+"""Widths of both streams of 2.3."""
+
+
+def _encoder_options() -> Any:
+    import torch
+
+    from musubi_tuner.ltxv2.text.encoders import encoder_options
+
+    return encoder_options("gemma", tokenizer=None, backend="gemma", device=torch.device("cuda"), max_length=None)
+
+
+def _make_stage(options: Any, layers: int, streamed: int) -> "FeatureStage":
+    """Encoder and text projection without numbers, as the caching program has them."""
+    import torch
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    from musubi_tuner.ltxv2.text.encoders import PromptTokenizer, TextEncoder
+    from musubi_tuner.ltxv2.text.features import FeatureExtractor
+    from musubi_tuner.ltxv2.text.pipeline import FeatureStage
+    from musubi_tuner.memory.streaming import spread
+    from musubi_tuner.placement.text import stream_layers
+
+    with torch.device("meta"):
+        model = Gemma3TextModel(Gemma3TextConfig(**_GEMMA, num_hidden_layers=layers)).to(options.dtype)
+        extractor = FeatureExtractor(_GEMMA["hidden_size"], layers + 1, *_PROJECTED, version="V2").to(options.dtype)
+    on_host = spread(layers, streamed)
+    for number in on_host:
+        model.layers[number].to_empty(device="cpu")
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            module.to_empty(device=options.device, recurse=False)
+    encoder = TextEncoder(model.requires_grad_(False).eval(), PromptTokenizer(_Words(), options.max_length), options)
+    if on_host:
+        stream_layers(encoder, on_host, options.device)
+    return FeatureStage(encoder, extractor.to_empty(device=options.device).requires_grad_(False).eval(), options.dtype)
+
+
+class _Words:
+    """A tokenizer: a token for each word."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, text: str, **named: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+def _counted(card: Card, run: Callable[[], object], further: list[str], expected: int) -> Counts:
+    """The second run; `further` are lines of the log that the card does not write."""
+    import torch
+
+    run()
+    further.clear()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with card.watched() as lines, _waits() as waits:
+        run()
+    launches = collections.Counter(map(kind_of, (*lines, *further)))
+    return Counts(launches, len(waits), torch.cuda.max_memory_allocated() - before, expected)
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """What torch says of each operation that waits for the card; in the list when the context ends."""
+    import torch
+
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [f"{one.filename}:{one.lineno}" for one in told if _WAIT in str(one.message)]
+
+
+@contextmanager
+def _empty_convolutions() -> Iterator[list[str]]:
+    """Convolutions that take and give memory, and run nothing; a line in the list for each."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    lines: list[str] = []
+    kinds = (torch.ops.aten.convolution.default, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d.padding)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> "Tensor":
+            if operation not in kinds:
+                return operation(*arguments, **(named or {}))
+            lines.append("product convolution")
+            shape = operation(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in arguments)).shape
+            return arguments[0].new_empty(shape)
+
+    with Mode():
+        yield lines
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from benchmarks.caching import SHAPES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.encoding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="clips (default: all)")
+    parser.add_argument("--streamed", type=int, default=0, help="streamed layers; each takes 0.45 GB of this machine (default: 0)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""A text encoder on this machine: as many of its layers as fit lie on the device, the others are streamed from host memory.
+
+Gemma 3 12B has 24 GB of weights in bfloat16. Where a card has less to spare, some layers wait in pinned host memory and come to the device
+while their predecessors compute, as the streamed blocks of training do (memory/streaming.py). The numbers are the same; each batch pays
+for copying these layers once, so that batches as large as fit are best.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.ltxv2.text.encoders import (
+    EncoderOptions,
+    EncoderShape,
+    TextEncoder,
+    encoder_bytes,
+    load_encoder,
+    load_tokenizer,
+    read_encoder_shape,
+)
+from musubi_tuner.ltxv2.text.features import extractor_names, load_feature_extractor
+from musubi_tuner.ltxv2.text.loading import LoadedBytes
+from musubi_tuner.ltxv2.text.pipeline import Features, FeatureStage, TextRecipe, load_finish_stage
+from musubi_tuner.memory.card import GIB
+from musubi_tuner.memory.card import free_memory as memory_to_use
+from musubi_tuner.memory.streaming import BlockStreamer, spread
+from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_TOGETHER = 8
+"""Prompts of a preview that are encoded together."""
+_SLOTS = 2
+"""Layers on the device for all that are streamed."""
+_REMEDY = (
+    "Encode with --gemma_load_in_4bit of ltxv2_cache_text_encoder_outputs.py (pip install bitsandbytes), whose encoder takes a quarter, "
+    "or close programs that hold memory"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """The size of texts that are encoded together."""
+
+    texts: int
+    longest: int
+    """Tokens of the longest, to which the others are padded."""
+
+
+def load_feature_stage(recipe: TextRecipe, batches: Sequence[TextBatch], *, sharers: int = 1) -> FeatureStage:
+    """Load encoder and projection, with as many layers on the device as leave room for the largest batch.
+
+    Args:
+        batches: all that will be encoded.
+        sharers: processes of this machine that each load an encoder; their host memory is one.
+
+    Raises:
+        UserError: what `TextRecipe.check` and `load_encoder` raise, and memory that does not suffice.
+    """
+    recipe.check()
+    options = recipe.options
+    on_host = _choose(recipe, batches, sharers)
+    encoder, extractor = load_encoder(options, on_host=on_host), None
+    if on_host:
+        stream_layers(encoder, on_host, options.device)
+    if options.backend != "t5":
+        extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
+    return FeatureStage(encoder, extractor, options.dtype)
+
+
+def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """(text, mask) of a few prompts; leaves nothing in memory.
+
+    Raises:
+        UserError: what `load_feature_stage` raises.
+    """
+    recipe.check()
+    tokenizer = load_tokenizer(recipe.options)
+    tokenizer.tell_of_cut({prompt: f"the prompt '{prompt[:40]}...'" for prompt in prompts})
+    batches = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
+    first = load_feature_stage(recipe, [TextBatch(len(batch), max(len(tokenizer(prompt)) for prompt in batch)) for batch in batches])
+    features: list[Features] = []
+    for batch in batches:
+        features += first.encode(batch)
+    del first
+    free_memory(recipe.options.device)
+    second = load_finish_stage(recipe)
+    finished = [pair for start in range(0, len(features), _TOGETHER) for pair in second.finish(features[start : start + _TOGETHER])]
+    del second
+    free_memory(recipe.options.device)
+    return finished
+
+
+def stream_layers(encoder: TextEncoder, on_host: Sequence[int], device: torch.device, *, poison: bool = False) -> None:
+    """Have layers that lie in host memory brought to the device before they run.
+
+    Args:
+        on_host: their numbers.
+        poison: as `BlockStreamer`, for tests.
+
+    Raises:
+        UserError: so much host memory cannot be pinned.
+    """
+    layers = encoder.layers
+    streamed = [layers[number] for number in on_host]
+    streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison)
+
+    def before(layer: nn.Module, given: object) -> None:
+        streamer.before_forward(layer)
+
+    def after(layer: nn.Module, given: object, made: object) -> None:
+        streamer.after_forward(layer, last=True)
+
+    for layer in streamed:
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+
+def batch_bytes(shape: EncoderShape, batch: TextBatch, options: EncoderOptions) -> int:
+    """Device memory that encoding a batch takes at most beside the weights; `python -m benchmarks.encoding` counts it.
+
+    Kept: all hidden states (of T5 one). Beside them, of one layer: its input, that of its feed-forward, and three tensors within that; or,
+    of T5, whose attention adds a bias for each head, three matrices of scores.
+    """
+    tokens, size = batch.texts * batch.longest, options.dtype.itemsize
+    t5 = options.backend == "t5"
+    kept = tokens * shape.width * size * (2 if t5 else shape.states)
+    layer = tokens * (3 * shape.inner + 2 * shape.width) * size
+    scores = 3 * tokens * batch.longest * shape.heads * size if t5 else 0
+    return kept + max(layer, scores)
+
+
+def streamed_count(weights: LoadedBytes, beside: int, device_bytes: int) -> int | None:
+    """How many layers have to be streamed; None where the slots of streamed layers do not fit either.
+
+    Args:
+        beside: bytes on the device beside the encoder's weights: text projection and a batch.
+        device_bytes: that may be used.
+    """
+    room = device_bytes - weights.beside - beside
+    if sum(weights.layers) <= room:
+        return 0
+    largest = max(weights.layers)
+    resident = room // largest - _SLOTS
+    return None if resident < 0 else len(weights.layers) - resident
+
+
+def _choose(recipe: TextRecipe, batches: Sequence[TextBatch], sharers: int) -> list[int]:
+    """Numbers of the layers that are streamed.
+
+    Raises:
+        UserError: device or host have too little memory.
+    """
+    options, checkpoint = recipe.options, recipe.checkpoint
+    weights = encoder_bytes(options) if options.device.type == "cuda" else None
+    if weights is None:
+        return []
+    shape = read_encoder_shape(options)
+    batch = max(batches, key=lambda one: batch_bytes(shape, one, options))
+    names = [] if options.backend == "t5" else extractor_names(checkpoint).values()
+    projection = sum(prod(checkpoint.shape(name)) for name in names) * options.dtype.itemsize
+    beside = projection + projection // shape.states + batch_bytes(shape, batch, options)  # a layer's part of it is copied to be used
+    device_bytes, host_bytes = memory_to_use(options.device, None, None)
+    count = streamed_count(weights, beside, device_bytes)
+    where = f"--text_encoder {options.path}"
+    if count is None:
+        least = weights.beside + beside + _SLOTS * max(weights.layers)
+        raise UserError(
+            f"{where}: with all layers in host memory it still needs {least / GIB:.1f} GiB of the device, of which "
+            f"{device_bytes / GIB:.1f} may be used (the largest batch has {batch.texts} texts of {batch.longest} tokens). {_REMEDY}, or "
+            "encode fewer texts together (--batch_size 1)."
+        )
+    on_host = spread(len(weights.layers), count)
+    waiting = sum(weights.layers[number] for number in on_host)
+    if waiting * sharers > host_bytes:
+        raise UserError(
+            f"{where}: {count} of its {len(weights.layers)} layers do not fit on the device, and would take {waiting * sharers / GIB:.1f} "
+            f"GiB of host memory, of which {host_bytes / GIB:.1f} may be used. {_REMEDY}."
+        )
+    if count:
+        log.info(
+            "Text encoder: %d of %d layers are streamed from host memory (%.1f GiB), as %.1f GiB of the device may be used and it takes "
+            "%.1f; --gemma_load_in_8bit and --gemma_load_in_4bit make it smaller, with rounded weights.",
+            count, len(weights.layers), waiting / GIB, device_bytes / GIB, (weights.total + beside) / GIB,
+        )  # fmt: skip
+    return on_host
