@@ -171,6 +171,16 @@ def _least(recipe) -> int:
     return weights.beside + projection + projection // shape.states + batch + 2 * max(weights.layers)
 
 
+def test_memory_that_cannot_be_pinned_is_told_with_a_remedy(monkeypatch, gemma):
+    def refuse(*given, **named):
+        raise UserError("448 MiB could not be pinned. Use --ram_gb.")
+
+    monkeypatch.setattr(text, "BlockStreamer", refuse)
+    encoder = load_encoder(options(gemma), on_host=[1, 3])
+    with pytest.raises(UserError, match=r"2 layers cannot wait in host memory \(448 MiB.*--gemma_load_in_4bit"):
+        stream_layers(encoder, [1, 3], CPU)
+
+
 def test_a_stage_with_streamed_layers_gives_the_same_features(monkeypatch, recipe):
     wanted = load_feature_stage(recipe, [TextBatch(3, 32)]).encode(PROMPTS)
     monkeypatch.setattr(text, "_choose", lambda *given: [0, 1, 2])

@@ -108,7 +108,10 @@ def stream_layers(encoder: TextEncoder, on_host: Sequence[int], device: torch.de
     """
     layers = encoder.layers
     streamed = [layers[number] for number in on_host]
-    streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison)
+    try:
+        streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison)
+    except UserError as error:  # its remedies are those of training
+        raise UserError(f"text encoder: {len(streamed)} layers cannot wait in host memory ({error}) {_REMEDY}.") from error
 
     def before(layer: nn.Module, given: object) -> None:
         streamer.before_forward(layer)
