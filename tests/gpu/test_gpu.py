@@ -198,15 +198,13 @@ def test_layouts_of_the_video_vae_agree_and_encoding_waits_for_nothing():
 def test_streamed_layers_of_a_text_encoder_give_the_same_states(tmp_path):
     pytest.importorskip("transformers")
     from musubi_tuner.ltxv2.text.encoders import encoder_options, load_encoder
-    from musubi_tuner.placement.text import stream_layers
+    from musubi_tuner.placement.text import load_streamed
     from musubi_tuner.tiny.encoders import write_gemma
 
     write_gemma(tmp_path / "gemma", layers=7)
     options = encoder_options(str(tmp_path / "gemma"), tokenizer=None, backend="gemma", device=CUDA, max_length=None)
     prompts = ["A dog barks.", "The rain taps on the roof while an old man waits quietly beside the neon sign."]
     wanted = load_encoder(options).encode(prompts).layers
-    on_host = [0, 2, 3, 5, 6]
-    encoder = load_encoder(options, on_host=on_host)
-    stream_layers(encoder, on_host, CUDA, poison=True)
+    encoder = load_streamed(options, [0, 2, 3, 5, 6], poison=True)
     for _ in range(3):
         assert all(torch.equal(one, other) for one, other in zip(encoder.encode(prompts).layers, wanted, strict=True))

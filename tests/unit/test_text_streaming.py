@@ -14,7 +14,7 @@ from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.placement import text
-from musubi_tuner.placement.text import TextBatch, batch_bytes, load_feature_stage, stream_layers, streamed_count
+from musubi_tuner.placement.text import TextBatch, batch_bytes, load_feature_stage, load_streamed, streamed_count
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.encoders import write_gemma
 
@@ -50,8 +50,7 @@ def recipe(tiny_family):
 def test_streamed_layers_give_the_same_states(gemma, streamed):
     wanted = load_encoder(options(gemma))
     numbers = spread(LAYERS, streamed)
-    encoder = load_encoder(options(gemma), on_host=numbers)
-    stream_layers(encoder, numbers, CPU, poison=True)
+    encoder = load_streamed(options(gemma), numbers, poison=True)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):  # the ring turns back to the first layers for the next batch
         for one, other in zip(encoder.encode(prompts).layers, wanted.encode(prompts).layers, strict=True):
             assert torch.equal(one, other)
@@ -62,8 +61,7 @@ def test_layers_are_on_their_way_before_their_turn(gemma, monkeypatch):
     load, use, at_its_turn = BlockStreamer._load, BlockStreamer._use, []
     monkeypatch.setattr(BlockStreamer, "_load", lambda streamer, number: fetched.append(number) or load(streamer, number))
     numbers = spread(LAYERS, 5)
-    encoder = load_encoder(options(gemma), on_host=numbers)
-    stream_layers(encoder, numbers, CPU)
+    encoder = load_streamed(options(gemma), numbers)
     encoder.encode(PROMPTS)
     fetched.clear()
 
@@ -98,8 +96,7 @@ def test_real_tokens_are_packed_as_by_a_mask(tiny_family, backend):
 def test_t5_streams_too(tiny_family):
     wanted = load_encoder(options(tiny_family.t5, "t5")).encode(PROMPTS).layers[0]
     numbers = list(range(len(load_encoder(options(tiny_family.t5, "t5")).layers)))
-    encoder = load_encoder(options(tiny_family.t5, "t5"), on_host=numbers)
-    stream_layers(encoder, numbers, CPU, poison=True)
+    encoder = load_streamed(options(tiny_family.t5, "t5"), numbers, poison=True)
     assert torch.equal(encoder.encode(PROMPTS).layers[0], wanted)
 
 
@@ -176,9 +173,8 @@ def test_memory_that_cannot_be_pinned_is_told_with_a_remedy(monkeypatch, gemma):
         raise UserError("448 MiB could not be pinned. Use --ram_gb.")
 
     monkeypatch.setattr(text, "BlockStreamer", refuse)
-    encoder = load_encoder(options(gemma), on_host=[1, 3])
     with pytest.raises(UserError, match=r"2 layers cannot wait in host memory \(448 MiB.*--gemma_load_in_4bit"):
-        stream_layers(encoder, [1, 3], CPU)
+        load_streamed(options(gemma), [1, 3])
 
 
 def test_a_stage_with_streamed_layers_gives_the_same_features(monkeypatch, recipe):

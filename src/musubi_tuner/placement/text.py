@@ -27,6 +27,7 @@ from musubi_tuner.ltxv2.text.loading import LoadedBytes
 from musubi_tuner.ltxv2.text.pipeline import Features, FeatureStage, TextRecipe, load_finish_stage
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.card import free_memory as memory_to_use
+from musubi_tuner.memory.regions import Region
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
@@ -65,9 +66,7 @@ def load_feature_stage(recipe: TextRecipe, batches: Sequence[TextBatch], *, shar
     recipe.check()
     options = recipe.options
     on_host = _choose(recipe, batches, sharers)
-    encoder, extractor = load_encoder(options, on_host=on_host), None
-    if on_host:
-        stream_layers(encoder, on_host, options.device)
+    encoder, extractor = load_streamed(options, on_host) if on_host else load_encoder(options), None
     if options.backend != "t5":
         extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
     return FeatureStage(encoder, extractor, options.dtype)
@@ -96,11 +95,32 @@ def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Ten
     return finished
 
 
-def stream_layers(encoder: TextEncoder, on_host: Sequence[int], device: torch.device, *, poison: bool = False) -> None:
+def load_streamed(options: EncoderOptions, on_host: Sequence[int], *, poison: bool = False) -> TextEncoder:
+    """Load an encoder some layers of which are streamed; they are read into the memory that they stay in.
+
+    Args:
+        on_host: numbers of these layers.
+        poison: as `BlockStreamer`, for tests.
+
+    Raises:
+        UserError: what `load_encoder` and `stream_layers` raise.
+    """
+    weights = encoder_bytes(options)
+    assert weights is not None, "nobody has layers of such an encoder streamed"
+    regions = Region.of_own(weights.layers[number] for number in on_host)
+    encoder = load_encoder(options, on_host={number: region.put for number, region in zip(on_host, regions, strict=True)})
+    stream_layers(encoder, on_host, options.device, regions=regions, poison=poison)
+    return encoder
+
+
+def stream_layers(
+    encoder: TextEncoder, on_host: Sequence[int], device: torch.device, *, regions: Sequence[Region] | None = None, poison: bool = False
+) -> None:
     """Have layers that lie in host memory brought to the device before they run.
 
     Args:
         on_host: their numbers.
+        regions: as `BlockStreamer`.
         poison: as `BlockStreamer`, for tests.
 
     Raises:
@@ -109,7 +129,7 @@ def stream_layers(encoder: TextEncoder, on_host: Sequence[int], device: torch.de
     layers = encoder.layers
     streamed = [layers[number] for number in on_host]
     try:
-        streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison)
+        streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison, regions=regions)
     except UserError as error:  # its remedies are those of training
         raise UserError(f"text encoder: {len(streamed)} layers cannot wait in host memory ({error}) {_REMEDY}.") from error
 

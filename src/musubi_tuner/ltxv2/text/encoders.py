@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.text.loading import LoadedBytes, layers_of, load_model, loaded_bytes
+from musubi_tuner.ltxv2.text.loading import LoadedBytes, OnHost, layers_of, load_model, loaded_bytes
 from musubi_tuner.runtime.device import to_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
@@ -205,11 +205,11 @@ def encoder_bytes(options: EncoderOptions) -> LoadedBytes | None:
     return loaded_bytes(Path(resolve_model(options.path, "--text_encoder")), config, backend=options.backend, dtype=options.dtype)
 
 
-def load_encoder(options: EncoderOptions, *, on_host: Collection[int] = ()) -> TextEncoder:
+def load_encoder(options: EncoderOptions, *, on_host: OnHost | None = None) -> TextEncoder:
     """Load encoder and tokenizer from a local folder, or from a hub id that is already in the local cache; never downloads.
 
     Args:
-        on_host: numbers of layers whose weights are left in host memory; somebody has to bring them to the device before they run.
+        on_host: layers that are left in host memory; somebody has to bring them to the device before they run.
 
     Raises:
         UserError: neither is there, the model is of another type than the backend, and what `load_model` raises.
@@ -218,7 +218,7 @@ def load_encoder(options: EncoderOptions, *, on_host: Collection[int] = ()) -> T
     folder = Path(resolve_model(options.path, "--text_encoder"))
     tokenizer = load_tokenizer(options)
     model = load_model(
-        folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=options.bits, on_host=on_host
+        folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=options.bits, on_host=on_host or {}
     )
     return TextEncoder(model, tokenizer, options)
 

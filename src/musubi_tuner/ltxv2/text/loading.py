@@ -4,7 +4,7 @@ Plain and 8-bit files (`ltxv2.quantization`) are read as checkpoints are, straig
 what bitsandbytes makes or has made, and pickled weights, are left to transformers, which is held to the same rule.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ _SHARED, _EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 _BITSANDBYTES = (".quant_state.bitsandbytes", ".SCB")
 """In the names of what bitsandbytes stores beside a weight of 4 or of 8 bits."""
+
+OnHost = Mapping[int, Callable[[Tensor], Tensor]]
+"""{number of a layer: lays a tensor of it in host memory, and returns it as it lies there}."""
 
 _REMEDY = "Download the whole encoder again, config.json and weights of the same model; nothing was encoded."
 
@@ -86,14 +89,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     bits: int | None,
-    on_host: Collection[int] = (),
+    on_host: OnHost,
 ) -> Any:
     """The language model, frozen.
 
     Args:
         config: of transformers, of the whole model.
         bits: 8 or 4: quantized by bitsandbytes while it is loaded.
-        on_host: numbers of layers whose weights are left in host memory, of an encoder that `loaded_bytes` knows.
+        on_host: layers that are left in host memory, of an encoder that `loaded_bytes` knows.
 
     Raises:
         UserError: no weights, files that cannot be read, tensors that are missing, unexpected, of another shape or not finite, a
@@ -164,15 +167,13 @@ def language_names(checkpoint: Checkpoint, expected: Collection[str]) -> dict[st
     return names
 
 
-def _filled(
-    checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype, on_host: Collection[int]
-) -> Any:
+def _filled(checkpoint: Checkpoint, config: Any, *, backend: str, device: torch.device, dtype: torch.dtype, on_host: OnHost) -> Any:
     model = _on_meta(checkpoint.path, config, backend)
     host = torch.device("cpu")
 
     def place(name: str, tensor: Tensor) -> Tensor:
-        waits = _layer_number(name, backend) in on_host
-        return cast(tensor, host if waits else device, _dtype_of(name, backend, dtype))
+        number, kept = _layer_number(name, backend), _dtype_of(name, backend, dtype)
+        return on_host[number](cast(tensor, host, kept)) if number in on_host else cast(tensor, device, kept)
 
     names = language_names(checkpoint, model.state_dict())
     fill(model, names, checkpoint, device=device, dtype=dtype, place=place, remedy=_REMEDY)
