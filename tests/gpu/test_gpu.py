@@ -78,7 +78,7 @@ _CHOSEN = """
 import sys, torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from musubi_tuner.memory.attention import use_attention
-use_attention(sys.argv[1])
+use_attention((sys.argv[1], "math"))
 q, k, v = (torch.randn(1, 4, 256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 with profile(activities=[ProfilerActivity.CPU]) as found:
     F.scaled_dot_product_attention(q, k, v).sum().backward()

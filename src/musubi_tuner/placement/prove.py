@@ -11,7 +11,7 @@ import torch
 
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.memory.attention import fastest_attention, use_attention
+from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choice, try_kernels, use_attention
 from musubi_tuner.memory.compiling import compiler_message
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
@@ -184,21 +184,24 @@ def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> Load
 
 
 def _choose_attention(request: ModelRequest) -> tuple[tuple[str, str], ...]:
-    """Set the fastest kernel for the largest clip, measured while the card is still empty; a row for the banner."""
+    """Set the fastest kernels for the largest clip, tried while the card is still empty; a row for the banner."""
     mode, device, tokens = request.memory.attn_mode, request.device, request.tokens
-    if mode != "auto":
-        use_attention(mode)
+    if device.type != "cuda" or mode == "math":  # which takes everything
+        if mode == "auto":
+            return ()
+        use_attention((mode, *(other for other in KERNELS if other != mode)) if mode != "math" else (mode,))
         return (("attention", f"{mode}, as asked"),)
-    if device.type != "cuda":
-        return ()
     config = read_config(request.checkpoint)
-    times = fastest_attention(
+    times = try_kernels(
         device,
         request.dtype,
-        tokens=max(1, tokens.video or tokens.audio) // tokens.clips,
+        tokens=max(1, (tokens.video or tokens.audio) // tokens.clips),
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim if tokens.video else config.audio_attention_head_dim,
     )
-    best = next(iter(times))
-    use_attention(best)
-    return (("attention", ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()) + f" -> {best}"),)
+    for name, reason in times.failed.items():
+        log.warning("WARNING: the attention kernel %s failed in its trial and is not used: %s", name, reason)
+    asked = None if mode == "auto" else mode
+    choice = choose_kernels(times, asked=asked, masks_are_rare=tokens.clips == 1)
+    use_attention(choice.order)
+    return (("attention", describe_choice(times, choice, asked=asked)),)
