@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from musubi_tuner.memory.compiling import first_line
-from musubi_tuner.memory.pinning import pinnable_bytes
+from musubi_tuner.memory.pinning import pinnable_bytes, pinned_memory
 from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
 
@@ -39,7 +39,7 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
     source = torch.empty(rows * outer, device=device, dtype=dtype)
     size = source.numel() * source.element_size()
     target = torch.empty_like(source)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
+    host = pinned_memory(size) if cuda else torch.empty(size, dtype=torch.uint8)  # torch would keep its own pinned for good
     device_bytes = torch.empty(size, dtype=torch.uint8, device=device)
     attention_work = 4.0 * heads * rows * rows * 128
     backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)

@@ -8,7 +8,8 @@ the size that was planned. How much a system lets a process pin is known to nobo
   system memory available for graphics is TotalSystemMemory / 2), and users have seen less granted than that.
 * WSL 2 has a limit that is not stated ("CUDA on WSL", known limitations), containers may have one, and on Linux there is `ulimit -l`.
 
-So half is planned with on Windows, and where the driver refuses, a plan is made again with what it has granted (placement/prove.py).
+So not quite half is planned with on Windows, and where the driver refuses, a plan is made again with less than it granted
+(placement/prove.py).
 """
 
 import weakref
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from musubi_tuner.runtime.errors import UserError
 
+_OTHER_PINS = 2**30
+"""Left of what may be pinned: for batches on their way to the card, and other programs."""
 _registered: dict[int, int] = {}
 """Bytes that are registered now, by their address."""
 
@@ -50,7 +53,7 @@ def pinnable_bytes(available: int, total: int, platform: str) -> int:
         total: bytes of its memory.
         platform: `sys.platform`
     """
-    return min(available, total // 2) if platform == "win32" else available
+    return max(0, min(available, total // 2 - _OTHER_PINS)) if platform == "win32" else available
 
 
 def pinned_bytes() -> int:

@@ -132,8 +132,8 @@ def _with_less_to_pin(machine: Machine, placement: Placement, failure: Failure) 
 
 
 def pinning_budget(planned: int, granted: int) -> int:
-    """Bytes that the next plan may pin, where one of `planned` bytes found `granted` of them: never as many as before, so that it ends."""
-    return min(granted, int(planned / _AFTER_TOO_LITTLE))
+    """Bytes that the next plan may pin, where one of `planned` bytes was granted so many: fewer, as steps and loaders pin a little too."""
+    return int(min(granted, planned) / _AFTER_TOO_LITTLE)
 
 
 def _let_go(device: torch.device) -> None:
