@@ -220,8 +220,10 @@ class FailsFirst:
         return 0.5
 
 
-def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog):
-    """Nothing of the failed plan stays: the second one is proved as the first would have been."""
+def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog, monkeypatch):
+    """Nothing of the failed plan stays: the second one is proved as the first would have been. The allocator is capped before, once."""
+    capped = []
+    monkeypatch.setattr(prove, "cap_device_memory", lambda device, vram_gb: capped.append((device.type, vram_gb, len(trial.proved))))
     trial = FailsFirst(torch.OutOfMemoryError("no room"))
     loaded, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
     proved = trial.proved
@@ -229,6 +231,7 @@ def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog)
     assert second.device_bytes == int(first.device_bytes / 1.15) and second.host_bytes == first.host_bytes
     assert "planning again as if all took 15 % more" in caplog.text
     assert loaded.notes[-1] == ("measured", "0.500 s, forward and backward of the largest batch")
+    assert capped == [("cpu", 4, 0)]
 
 
 @pytest.mark.parametrize(
