@@ -66,7 +66,7 @@ def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
     from musubi_tuner.memory.attention import use_attention
     from musubi_tuner.memory.checkpointing import Recompute
 
-    use_attention("flash")  # the fastest of those that load here
+    use_attention(("flash", "efficient"))  # the fastest of those that load here
     readings = []
     for blocks in (_FEW, _MANY):
         torch._dynamo.reset()

@@ -4,7 +4,7 @@
  * not run; streams and events are always done. Everything above it is real: torch's allocator, its dispatch, Inductor, triton, ptxas. So it
  * shows what is launched, what waits and what is held, and neither results (whatever comes back from the card is zero) nor times of a card.
  *
- * SIMULATED_SM (90) and SIMULATED_GB (80) choose the card.
+ * SIMULATED_SM (90) and SIMULATED_GB (80) choose the card, SIMULATED_PINNED_GB (no limit) how much of the host's memory may be pinned.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -95,12 +95,44 @@ static int is_on_card(const void *address) {
 }
 
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all) { *all = total(); *free_bytes = *all - used; return cudaSuccess; }
-cudaError_t cudaHostAlloc(void **result, size_t size, unsigned flags) {
-    return posix_memalign(result, 4096, size ? size : 1) ? cudaErrorMemoryAllocation : cudaSuccess;
+
+/* What is pinned; and the error of the last call that failed, which is remembered until it is asked for. */
+static Block *pins = 0;
+static long pin_count = 0, pin_room = 0;
+static size_t pinned = 0;
+static cudaError_t last_error = cudaSuccess;
+
+static cudaError_t pin(void *address, size_t size) {
+    pthread_mutex_lock(&mutex);
+    int fits = pinned + size <= (size_t)(setting("SIMULATED_PINNED_GB", 1048576) * 1073741824.0);
+    if (fits) {
+        if (pin_count == pin_room) pins = realloc(pins, (pin_room = pin_room ? 2 * pin_room : 256) * sizeof(Block));
+        pins[pin_count++] = (Block){address, size};
+        pinned += size;
+    }
+    pthread_mutex_unlock(&mutex);
+    return fits ? cudaSuccess : (last_error = cudaErrorMemoryAllocation);
 }
-cudaError_t cudaFreeHost(void *address) { free(address); return cudaSuccess; }
-SUCCEEDS(cudaHostRegister, void *address, size_t size, unsigned flags)
-SUCCEEDS(cudaHostUnregister, void *address)
+static void unpin(void *address) {
+    pthread_mutex_lock(&mutex);
+    for (long i = 0; i < pin_count; i++)
+        if (pins[i].start == address) {
+            pinned -= pins[i].size;
+            pins[i] = pins[--pin_count];
+            break;
+        }
+    pthread_mutex_unlock(&mutex);
+}
+size_t simulated_pinned_bytes(void) { return pinned; }
+cudaError_t cudaHostAlloc(void **result, size_t size, unsigned flags) {
+    if (posix_memalign(result, 4096, size ? size : 1)) return last_error = cudaErrorMemoryAllocation;
+    cudaError_t error = pin(*result, size);
+    if (error) free(*result);
+    return error;
+}
+cudaError_t cudaFreeHost(void *address) { unpin(address); free(address); return cudaSuccess; }
+cudaError_t cudaHostRegister(void *address, size_t size, unsigned flags) { return pin(address, size); }
+cudaError_t cudaHostUnregister(void *address) { unpin(address); return cudaSuccess; }
 
 static cudaError_t copy(void *to, const void *from, size_t size) {
     int from_card = is_on_card(from), to_card = is_on_card(to);
@@ -133,8 +165,8 @@ GIVES(cudaGetDevice, int, 0)
 GIVES(cudaDriverGetVersion, int, 13000)
 GIVES(cudaRuntimeGetVersion, int, 13000)
 SUCCEEDS(cudaSetDevice, int device)
-SUCCEEDS(cudaGetLastError, void)
-SUCCEEDS(cudaPeekAtLastError, void)
+cudaError_t cudaPeekAtLastError(void) { return last_error; }
+cudaError_t cudaGetLastError(void) { cudaError_t error = last_error; last_error = cudaSuccess; return error; }
 SUCCEEDS(cudaDeviceSynchronize, void)
 SUCCEEDS(cudaDeviceEnablePeerAccess, int device, unsigned flags)
 const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "no error"; }

@@ -16,6 +16,7 @@ from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Draw
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.attention import use_default_attention
+from musubi_tuner.memory.pinning import PinningFailed
 from musubi_tuner.placement import planning, prove
 from musubi_tuner.placement.load import ModelRequest
 from musubi_tuner.placement.planning import BatchTokens
@@ -179,19 +180,14 @@ def test_a_compiler_that_fails_costs_speed_and_not_the_run(data, tmp_path, monke
             run(data, tmp_path / "b", "--vram_gb", "4", "--compile")
 
 
-def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog):
-    """Nothing of the failed plan stays: the second one is proved as the first would have been."""
-    budgets, proved = [], []
-
-    def trial(wrapper, network) -> float:
-        proved.append(wrapper)
-        if len(proved) == 1:
-            raise torch.OutOfMemoryError("no room")
-        return 0.5
+def load(data, trial, memory: MemoryOptions):
+    """The model, and the machine and the placement of each plan that was made for it."""
+    plans = []
 
     def watched(options, machine, *arguments, **named):
-        budgets.append(machine.device_bytes)
-        return planning.place_by_plan(options, machine, *arguments, **named)
+        placement = planning.place_by_plan(options, machine, *arguments, **named)
+        plans.append((machine, placement))
+        return placement
 
     with processes() as group, pytest.MonkeyPatch.context() as patch:
         patch.setattr(prove, "place_by_plan", watched)
@@ -203,14 +199,75 @@ def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog)
             dtype=torch.float32,
             network=NetworkOptions(network_dim=4),
             seed=0,
-            memory=MemoryOptions(vram_gb=4),
+            memory=memory,
             tokens=BatchTokens(video=18, audio=18, text=16, clips=1),
             processes=group,
         )
-        loaded = prove.load_model(request, trial)
+        return prove.load_model(request, trial), plans
+
+
+class FailsFirst:
+    """A trial whose first passes raise an error each."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.proved = []
+
+    def __call__(self, wrapper, network) -> float:
+        self.proved.append(wrapper)
+        if self.errors:
+            raise self.errors.pop(0)
+        return 0.5
+
+
+def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog, monkeypatch):
+    """Nothing of the failed plan stays: the second one is proved as the first would have been. The allocator is capped before, once."""
+    capped = []
+    monkeypatch.setattr(prove, "cap_device_memory", lambda device, vram_gb: capped.append((device.type, vram_gb, len(trial.proved))))
+    trial = FailsFirst(torch.OutOfMemoryError("no room"))
+    loaded, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
+    proved = trial.proved
     assert loaded.wrapper is proved[1] is proved[2] and proved[0] is not proved[1]
-    assert budgets[1] == int(budgets[0] / 1.15) and "planning again as if all took 15 % more" in caplog.text
+    assert second.device_bytes == int(first.device_bytes / 1.15) and second.host_bytes == first.host_bytes
+    assert "planning again as if all took 15 % more" in caplog.text
     assert loaded.notes[-1] == ("measured", "0.500 s, forward and backward of the largest batch")
+    assert capped == [("cpu", 4, 0)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PinningFailed(2**20, 3 * 2**10, "out of memory"), torch.AcceleratorError("CUDA error: out of memory")],
+    ids=["ours", "torch's"],
+)
+def test_host_memory_that_cannot_be_pinned_is_planned_again_for_less(data, caplog, monkeypatch, error):
+    """The toy's plans pin nothing, so less than that is nothing; tests/unit/test_pinning.py has numbers."""
+    monkeypatch.setattr(prove, "pinned_bytes", lambda: 3 * 2**10)
+    trial = FailsFirst(error)
+    loaded, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
+    assert len(trial.proved) == 3 and loaded.wrapper is trial.proved[1]
+    assert first.host_bytes > 0 and second == dataclasses.replace(first, host_bytes=0)
+    assert "planning again with 0.0 GiB" in caplog.text
+
+
+def test_what_cuda_lacks_beside_pinned_memory_is_memory_of_the_device(data, monkeypatch):
+    monkeypatch.setattr(prove, "pinned_bytes", lambda: 0)
+    trial = FailsFirst(torch.AcceleratorError("CUDA error: out of memory"))
+    _, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
+    assert second.device_bytes == int(first.device_bytes / 1.15) and second.host_bytes == first.host_bytes
+
+
+def test_pinning_that_always_fails_ends_in_words(data):
+    """By the same number of trials; where fewer blocks cannot be streamed, at once."""
+    trial = FailsFirst(*(PinningFailed(2**20, 2**30, "out of memory") for _ in range(9)))
+    with pytest.raises(UserError, match="1 MiB of host memory could not be pinned beside 1.00 GiB .*--ram_gb.*--weight_format nf4"):
+        load(data, trial, MemoryOptions(vram_gb=4))
+    assert len(trial.proved) == 4
+    trial = FailsFirst(*(PinningFailed(2**20, 0, "out of memory") for _ in range(9)))
+    with pytest.raises(
+        UserError, match="1 MiB of host memory could not be pinned .*With less, no plan fits: the leanest one .*2 blocks streamed"
+    ):
+        load(data, trial, MemoryOptions(vram_gb=4, blocks_to_swap=2))
+    assert len(trial.proved) == 1
 
 
 def test_contradicting_formats_are_refused(data, tmp_path):

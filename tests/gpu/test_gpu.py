@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.encoder_counts import make_encoder
 from musubi_tuner import ltxv2_train_network
@@ -16,9 +17,11 @@ from musubi_tuner.encoding.pictures import frame_encoder
 from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
-from musubi_tuner.memory.card import measure_rates
+from musubi_tuner.memory.attention import try_kernels, use_attention, use_default_attention
+from musubi_tuner.memory.card import cap_device_memory, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
+from musubi_tuner.memory.pinning import PinningFailed, pin, pinned_bytes, pinned_memory
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.training import loop
@@ -27,6 +30,13 @@ from tests import training_parts as parts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def whole_card():
+    """A run with --vram_gb caps the allocator for as long as its process lives."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +88,67 @@ _CHOSEN = """
 import sys, torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from musubi_tuner.memory.attention import use_attention
-use_attention(sys.argv[1])
+use_attention(sys.argv[1:])
 q, k, v = (torch.randn(1, 4, 256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-with profile(activities=[ProfilerActivity.CPU]) as found:
-    F.scaled_dot_product_attention(q, k, v).sum().backward()
-print(" ".join(event.key for event in found.key_averages() if "scaled_dot_product" in event.key and "backward" in event.key))
+for mask in (None, (torch.arange(256, device="cuda") < 200)[None, None, None]):
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+    print(" ".join(event.key for event in found.key_averages() if "scaled_dot_product" in event.key and "backward" in event.key))
 """
 
 
-@pytest.mark.parametrize(("name", "operation"), [("flash", "flash"), ("efficient", "efficient"), ("cudnn", "cudnn")])
-def test_the_kernel_that_is_asked_for_runs_from_the_first_attention_on(name, operation):
-    """In a process of its own, as torch sets its order at the first attention of a process."""
-    found = subprocess.run([sys.executable, "-c", _CHOSEN, name], capture_output=True, text=True, encoding="utf-8", check=True)
-    assert f"_scaled_dot_product_{operation}_attention_backward" in found.stdout, found.stdout
+@pytest.mark.parametrize(
+    ("order", "plain", "masked"),
+    [
+        (("flash", "efficient", "math"), "flash", "efficient"),
+        (("flash", "cudnn", "efficient", "math"), "flash", "cudnn"),
+        (("efficient", "math"), "efficient", "efficient"),
+        (("cudnn", "math"), "cudnn", "cudnn"),
+    ],
+)
+def test_the_kernels_that_are_chosen_run_from_the_first_attention_on(order, plain, masked):
+    """With a mask and without, in a process of its own, as torch sets its order at the first attention of a process."""
+    command = [sys.executable, "-c", _CHOSEN, *order]
+    first, second = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout.splitlines()
+    assert f"_scaled_dot_product_{plain}_attention_backward" in first and f"_scaled_dot_product_{masked}_attention_backward" in second
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_kernel_that_runs_gives_what_plain_products_give(masked):
+    times = try_kernels(CUDA, torch.bfloat16, tokens=1001, heads=4, head_dim=128)
+    assert times.plain and times.masked and "flash" not in times.masked
+    mask = (torch.arange(1001, device=CUDA) < 900)[None, None, None] if masked else None
+    q, k, v = (torch.randn(1, 4, 1001, 128, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
+    try:
+        use_attention(("math",))
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).float()
+        for name in times.masked if masked else times.plain:
+            use_attention((name,))
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).float()
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-2, name
+    finally:
+        use_default_attention()
+
+
+def test_the_allocator_ends_at_the_cap():
+    torch.cuda.empty_cache()
+    cap_device_memory(CUDA, 1.0)
+    assert torch.empty(2**29, dtype=torch.uint8, device=CUDA).numel() == 2**29
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**30 + 2**22, dtype=torch.uint8, device=CUDA)
+
+
+def test_memory_is_pinned_at_its_exact_size_and_a_refusal_leaves_no_error():
+    buffer = pinned_memory(50_000_000)
+    assert buffer.is_pinned() and pinned_bytes() >= 50_000_000
+    with pytest.raises(PinningFailed):  # it is registered already
+        pin(buffer)
+    assert torch.ones(4, device=CUDA).sum().item() == 4
+    buffer.fill_(7)
+    assert bool((buffer.to(CUDA, non_blocking=True) == 7).all())
+    held = pinned_bytes()
+    del buffer
+    assert pinned_bytes() == held - 50_000_000
 
 
 @pytest.mark.parametrize("compiled", [False, True])

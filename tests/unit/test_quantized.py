@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from musubi_tuner.memory import compiling
+from musubi_tuner.memory import compiling, quantized
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize, relative_error
 
 FORMATS = {"fp8": 0.04, "int8": 0.02, "nf4": 0.12}
@@ -41,6 +41,21 @@ def test_forward_and_input_gradient_follow_the_dequantized_weight(weight_format,
     tolerance = {"fp8": 0.05, "int8": 0.02, "nf4": 0.01 if dtype == torch.bfloat16 else 1e-5}[weight_format]
     assert float((y.detach().float() - wanted).norm() / wanted.norm()) < tolerance
     assert float((x.grad.float() - wanted_gradient).norm() / wanted_gradient.norm()) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_without_the_fp8_product_gives_the_same_but_for_rounding(dtype, monkeypatch):
+    """torch 2.11 has none there, and fails an assertion of its own."""
+    layer = QuantizedLinear(quantize(weight(), "fp8"), torch.randn(96), 128)
+    results = []
+    for there in (quantized._try_fp8_on_cpu(), False):
+        monkeypatch.setattr(quantized, "_try_fp8_on_cpu", lambda there=there: there)
+        x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        y = layer(x)
+        y.backward(torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(3)).to(dtype))
+        results.append((y.detach().float(), x.grad.float()))
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 4e-3, "one rounding to bf16"
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

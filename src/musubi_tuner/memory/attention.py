@@ -1,12 +1,23 @@
-"""Which attention kernel runs: the fastest one on the largest clip, or the one that was asked for."""
+"""Which attention kernels run: those that are fastest on the largest clip, with a mask and without, or the one that was asked for.
+
+torch has one order of kernels for all attention, and gives each call to the first one that takes it. So a kernel that takes no masks
+(flash) may stand before another one, which then gets the calls with a mask; a kernel that takes both gets both. A kernel that torch finds
+fit may fail all the same when it runs: cuDNN's are built at the first call, and the library or the card may have none for it. So each is
+tried in both forms before the first step, and what has failed in one of them is never used.
+"""
 
 import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from musubi_tuner.memory.card import seconds_of
+from musubi_tuner.memory.compiling import first_line
 from musubi_tuner.runtime.errors import UserError
 
 KERNELS = {
@@ -15,20 +26,109 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_LAST_RESORT = "math"
+"""Products and a softmax, which run everywhere and take everything; it keeps all scores, so it is slow and large."""
 _chosen = contextlib.ExitStack()
 
 
-def use_attention(name: str, *, masked: bool = True) -> None:
-    """Make a kernel the first choice of every attention of this process.
+@dataclass(frozen=True, slots=True)
+class KernelTimes:
+    """Seconds of one forward and backward pass of each kernel that runs here."""
+
+    plain: Mapping[str, float]
+    """Without a mask."""
+    masked: Mapping[str, float]
+    """With a mask of keys; a kernel that torch never gives a mask to is not here."""
+    failed: Mapping[str, str]
+    """Kernels that failed in one of the forms although torch would have used them: the first line of the error. They are in neither of
+    the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """Who gets which call."""
+
+    plain: str
+    masked: str
+    order: tuple[str, ...]
+    """As torch is to try them: after these two those that stand by for other shapes and dtypes, of which none failed."""
+
+
+def try_kernels(device: torch.device, dtype: torch.dtype, *, tokens: int, heads: int, head_dim: int) -> KernelTimes:
+    """Run each kernel on a clip of so many tokens, with a mask and without; the large one that runs everywhere only where no other does."""
+    shape = (1, heads, tokens, head_dim)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = (torch.arange(tokens, device=device) < tokens - tokens // 8)[None, None, None]
+    found: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    failed: dict[str, str] = {}
+    for masked, times in found.items():
+        chosen = mask if masked else None
+        for name, kernel in KERNELS.items():
+            if name in failed or (name == _LAST_RESORT and times):
+                continue
+            with sdpa_kernel([kernel]):
+                if not _takes(query, key, value, chosen):
+                    continue
+                try:
+                    times[name] = seconds_of(lambda: _attend_and_return(query, key, value, chosen), device)  # noqa: B023 - run at once
+                except RuntimeError as error:  # out of memory too
+                    failed[name] = first_line(error)
+    plain, masked_times = ({name: seconds for name, seconds in times.items() if name not in failed} for times in found.values())
+    return KernelTimes(plain, masked_times, failed)
+
+
+def choose_kernels(times: KernelTimes, *, asked: str | None = None, masks_are_rare: bool) -> KernelChoice:
+    """The fastest order.
+
+    Where the two kernels that are fastest with a mask and without cannot both be had, as the latter would take the masks too, rare masks
+    yield, and others weigh as much as calls without.
 
     Args:
-        masked: there are masks, so the other kernels stand by for one that this kernel cannot take; False leaves it alone.
+        asked: gets all calls that it takes.
+        masks_are_rare: as in batches of one clip, of which nothing is padded.
+
+    Raises:
+        UserError: no kernel runs, or not the one that is asked for.
     """
+    if asked is not None and asked not in times.plain:
+        reason = times.failed.get(asked, "this card, or this build of torch, does not have it")
+        found = ", ".join(times.plain) or "none does"
+        raise UserError(f"--attn_mode {asked}: {reason}. Leave the flag out, and the fastest one that runs here is taken ({found}).")
+    if not times.plain:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in times.failed.items())
+        raise UserError(f"no attention kernel runs on this device{reasons}. Update torch, or use --mixed_precision no.")
+
+    def seconds(pair: tuple[str, str]) -> tuple[float, float]:
+        without, with_mask = times.plain[pair[0]], times.masked.get(pair[1], float("inf"))
+        return (without, with_mask) if masks_are_rare else (without + with_mask, without)
+
+    for_masks = min(times.masked, key=times.masked.__getitem__, default=_LAST_RESORT)
+    pairs = [(name, name if name in times.masked else for_masks) for name in ([asked] if asked else times.plain)]
+    plain, masked = min(pairs, key=seconds)
+    order = dict.fromkeys((plain, masked, *sorted(times.plain, key=times.plain.__getitem__), _LAST_RESORT))
+    return KernelChoice(plain, masked, tuple(order))
+
+
+def describe_choice(times: KernelTimes, choice: KernelChoice, *, asked: str | None) -> str:
+    """For the banner."""
+    if asked is None:
+        return f"{_listed(times.plain)} -> {choice.plain}; with a mask {_listed(times.masked) or 'none'} -> {choice.masked}"
+    if choice.masked == asked:
+        return f"{asked}, as asked"
+    return f"{asked}, as asked; it takes no mask, so with one {_listed(times.masked) or 'none'} -> {choice.masked}"
+
+
+def use_attention(order: Sequence[str]) -> None:
+    """Have each attention of this process run by the first of these kernels that takes it, and by no other."""
     if torch.cuda.is_available():
         _let_torch_choose_first()
-    others = [kernel for other, kernel in KERNELS.items() if other != name and masked and name != "math"]
     _chosen.close()
-    _chosen.enter_context(sdpa_kernel([KERNELS[name], *others], set_priority=True))
+    _chosen.enter_context(sdpa_kernel([KERNELS[name] for name in order], set_priority=True))
+
+
+def use_default_attention() -> None:
+    """Restore torch's own order of kernels."""
+    _chosen.close()
 
 
 def _let_torch_choose_first() -> None:
@@ -37,28 +137,19 @@ def _let_torch_choose_first() -> None:
     torch._fused_sdp_choice(small, small, small)
 
 
-def use_default_attention() -> None:
-    """Restore torch's own order of kernels."""
-    _chosen.close()
+def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch gives this attention to a kernel that is enabled; it warns of every reason against."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch._fused_sdp_choice(query, key, value, attn_mask=mask) != SDPBackend.ERROR.value
+        except RuntimeError:  # "no available kernel"
+            return False
 
 
-def fastest_attention(device: torch.device, dtype: torch.dtype, *, tokens: int, heads: int, head_dim: int) -> dict[str, float]:
-    """Seconds of one forward and backward pass of each kernel that runs here, fastest first.
+def _attend_and_return(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
 
-    Raises:
-        UserError: none of them runs.
-    """
-    shape = (1, heads, tokens, head_dim)
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    found: dict[str, float] = {}
-    for name, kernel in KERNELS.items():
-        if name == "math" and found:
-            continue  # keeps all scores: never faster, and large
-        with sdpa_kernel([kernel]):
-            try:
-                found[name] = seconds_of(lambda: F.scaled_dot_product_attention(query, key, value).sum().backward(), device)
-            except RuntimeError:  # torch's answer for a kernel that this device or build has not
-                continue
-    if not found:
-        raise UserError(f"no attention kernel runs on {device} in {dtype}; update torch, or use --mixed_precision no.")
-    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+def _listed(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {1000 * times[name]:.2f} ms" for name in sorted(times, key=times.__getitem__))

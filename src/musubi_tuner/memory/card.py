@@ -1,6 +1,7 @@
 """What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from musubi_tuner.memory.compiling import first_line
+from musubi_tuner.memory.pinning import pinnable_bytes, pinned_memory
 from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
 
@@ -37,7 +39,7 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
     source = torch.empty(rows * outer, device=device, dtype=dtype)
     size = source.numel() * source.element_size()
     target = torch.empty_like(source)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
+    host = pinned_memory(size) if cuda else torch.empty(size, dtype=torch.uint8)  # torch would keep its own pinned for good
     device_bytes = torch.empty(size, dtype=torch.uint8, device=device)
     attention_work = 4.0 * heads * rows * rows * 128
     backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)
@@ -53,16 +55,45 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
 
 
 def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | None) -> tuple[int, int]:
-    """Bytes of the device and of the host that may be used: what is free now, or less where the user caps it (GB of 1024^3 bytes)."""
+    """Bytes of the device and of the host that may be used: what is free now, or less where the user caps it (GB of 1024^3 bytes) or the
+    system does not let so much be pinned."""
     import psutil
 
-    host = psutil.virtual_memory().available
+    memory = psutil.virtual_memory()
+    host = memory.available
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     if vram_gb is not None:
         free = min(free, int(vram_gb * GIB))
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
-    return int(free * _DEVICE_MARGIN), max(0, host - _HOST_RESERVE)
+    host = max(0, host - _HOST_RESERVE)
+    return int(free * _DEVICE_MARGIN), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
+
+
+def cap_device_memory(device: torch.device, vram_gb: float | None) -> None:
+    """Have torch's allocator run out of memory where the memory that may be used ends; see `allocator_share`. Of this process's tensors it
+    counts all; what CUDA itself takes, about half a GB, comes on top. Previews and their decoders are within it."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    share = allocator_share(free + torch.cuda.memory_reserved(device), total, vram_gb, sys.platform)
+    if share is not None:
+        torch.cuda.set_per_process_memory_fraction(share, device.index)  # which may be none: the current one
+
+
+def allocator_share(usable: int, total: int, vram_gb: float | None, platform: str) -> float | None:
+    """The part of a card's memory that the allocator may take; None = all that it gets.
+
+    Windows' driver gives memory of the host where the card has no more ("CUDA - Sysmem Fallback Policy"), over the bus and many times
+    slower, so there the end is what is free at the start. Elsewhere it is `vram_gb`, where given.
+
+    Args:
+        usable: bytes that are free, and those that the allocator holds already.
+        platform: `sys.platform`
+    """
+    if platform != "win32" and vram_gb is None:
+        return None
+    return min(usable, total, total if vram_gb is None else int(vram_gb * GIB)) / total
 
 
 def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[str, float]:

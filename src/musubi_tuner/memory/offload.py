@@ -6,6 +6,7 @@ for the longest time of all activations. Their order is known, last in and first
 one is recomputed. On the device there are never more than those of two blocks.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,74 +15,101 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import RunBlock, States
+from musubi_tuner.memory.pinning import pinned_memory
+from musubi_tuner.memory.regions import aligned
 
 
 @dataclass(slots=True)
 class _Kept:
-    """One tensor on the host, and its copy on the way back."""
+    """The states of one block on the host, and their copies on the way back."""
 
-    host: Tensor
+    buffer: Tensor
+    """(size,) uint8, in which they lie one after the other."""
+    host: tuple[Tensor, ...]
     device: torch.device
     stored: torch.cuda.Event | None = None
-    back: Tensor | None = None
+    back: list[Tensor] | None = None
     fetched: torch.cuda.Event | None = None
 
 
 class HostStore:
-    """States of blocks on the host, last in and first out; buffers are used again for tensors of the same shape."""
+    """States of blocks on the host, last in and first out.
+
+    Each block has one buffer, of the exact size of the largest states that came to it. Buffers are used again, for smaller states too, so
+    clips of several sizes take no more than the largest ones.
+    """
 
     def __init__(self) -> None:
-        self._outstanding: list[tuple[_Kept, ...]] = []
-        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._outstanding: list[_Kept] = []
+        self._free: list[Tensor] = []
         self._stream: torch.cuda.Stream | None = None
 
-    def put(self, tensors: Sequence[Tensor]) -> tuple[_Kept, ...]:
-        kept = tuple(self._put(tensor) for tensor in tensors)
+    def put(self, tensors: Sequence[Tensor]) -> _Kept:
+        """Begin to copy them to the host.
+
+        Raises:
+            PinningFailed: the system does not let so much host memory be pinned.
+        """
+        device = tensors[0].device
+        buffer = self._take_buffer(sum(aligned(tensor.nbytes) for tensor in tensors), pinned=device.type == "cuda")
+        starts = itertools.accumulate((aligned(tensor.nbytes) for tensor in tensors), initial=0)
+        host = tuple(
+            buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=False)
+        )
+        kept = _Kept(buffer, host, device)
         self._outstanding.append(kept)
-        return kept
-
-    def take(self, kept: tuple[_Kept, ...]) -> list[Tensor]:
-        """The tensors, back on their device; begins to fetch those that were put before them, which are wanted next."""
-        tensors = [self._fetch(one) for one in kept]
-        self._outstanding = [other for other in self._outstanding if other is not kept]
-        for one in self._outstanding[-1] if self._outstanding else ():
-            self._fetch(one)
-        for one in kept:
-            if one.fetched is not None:
-                torch.cuda.current_stream(one.device).wait_event(one.fetched)
-            self._free.setdefault((one.host.shape, one.host.dtype), []).append(one.host)
-        return tensors
-
-    def _put(self, tensor: Tensor) -> _Kept:
-        free = self._free.get((tensor.shape, tensor.dtype))
-        cuda = tensor.is_cuda
-        host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
-        kept = _Kept(host, tensor.device)
-        if not cuda:
-            host.copy_(tensor)
+        if device.type != "cuda":
+            for place, tensor in zip(host, tensors, strict=True):
+                place.copy_(tensor)
             return kept
-        self._stream = self._stream or torch.cuda.Stream(tensor.device)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
+            for place, tensor in zip(host, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)
             kept.stored = torch.cuda.Event()
             kept.stored.record(self._stream)
-        tensor.record_stream(self._stream)
         return kept
 
-    def _fetch(self, one: _Kept) -> Tensor:
-        """Begin to copy it back, unless that has begun."""
-        if one.back is not None:
-            return one.back
-        if one.stored is None:
-            one.back = one.host.clone()
-            return one.back
+    def take(self, kept: _Kept) -> list[Tensor]:
+        """The tensors, back on their device; begins to fetch those that were put before them, which are wanted next."""
+        tensors = self._fetch(kept)
+        self._outstanding = [other for other in self._outstanding if other is not kept]
+        if self._outstanding:
+            self._fetch(self._outstanding[-1])
+        if kept.fetched is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.fetched)
+        self._free.append(kept.buffer)
+        return tensors
+
+    def _take_buffer(self, size: int, *, pinned: bool) -> Tensor:
+        """The smallest free buffer that is large enough; where none is, a new one in the place of the largest."""
+        self._free.sort(key=Tensor.numel)
+        for place, buffer in enumerate(self._free):
+            if buffer.numel() >= size:
+                return self._free.pop(place)
+        if self._free:
+            if self._stream is not None:
+                self._stream.synchronize()  # what was in it may still be on its way
+            self._free.pop()
+        return pinned_memory(size) if pinned else torch.empty(size, dtype=torch.uint8)
+
+    def _fetch(self, kept: _Kept) -> list[Tensor]:
+        """Begin to copy them back, unless that has begun."""
+        if kept.back is not None:
+            return kept.back
+        if kept.stored is None:
+            kept.back = [one.clone() for one in kept.host]
+            return kept.back
         with torch.cuda.stream(self._stream):
-            one.back = one.host.to(one.device, non_blocking=True)
-            one.fetched = torch.cuda.Event()
-            one.fetched.record(self._stream)
-        one.back.record_stream(torch.cuda.current_stream(one.device))
-        return one.back
+            kept.back = [one.to(kept.device, non_blocking=True) for one in kept.host]
+            kept.fetched = torch.cuda.Event()
+            kept.fetched.record(self._stream)
+        for one in kept.back:
+            one.record_stream(torch.cuda.current_stream(kept.device))
+        return kept.back
 
 
 def run_from_host(

@@ -25,15 +25,14 @@ of the wrong weights shows.
 """
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.memory.pinning import pin
 from musubi_tuner.memory.regions import Region, aligned
-from musubi_tuner.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,9 @@ class BlockStreamer:
             poison: fill a slot with NaN bytes as soon as it is free, so that a stale read shows (for tests).
             regions: host memory of each block, where most of it lies already; None = its tensors are copied into regions here. Processes
                 that share regions must all have come here before the first pass, which is the first to read them.
+
+        Raises:
+            PinningFailed: the system does not let so much host memory be pinned.
         """
         self._device = device
         self._poison = poison
@@ -199,25 +201,8 @@ def _pack(places: Sequence[_Place], region: Region, *, pinned: bool) -> Tensor:
             buffer[place.start : place.end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         _set(place, torch.empty(0, dtype=place.dtype))
     if pinned:
-        _pin(buffer)
+        pin(buffer)
     return buffer
-
-
-def _pin(buffer: Tensor) -> None:
-    """Ordinary memory is registered with the driver: torch's own pinned allocator rounds up to powers of two, a third more for the blocks
-    of the released models.
-
-    Raises:
-        UserError: the system does not let so much memory be pinned.
-    """
-    runtime, size = torch.cuda.cudart(), buffer.numel()
-    assert runtime is not None  # there is a GPU
-    if runtime.cudaHostRegister(buffer.data_ptr(), size, 0) != runtime.cudaError.success:
-        raise UserError(
-            f"{size / 2**20:.0f} MiB of host memory could not be pinned for streamed blocks. Let the plan use less with --ram_gb, "
-            "or stream fewer blocks with --blocks_to_swap; on Linux 'ulimit -l' may be the limit."
-        )
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())  # before the memory is given back
 
 
 def _set(place: _Place, tensor: Tensor) -> None:

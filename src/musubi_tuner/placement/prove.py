@@ -1,23 +1,27 @@
-"""A model loaded for training, its plan verified by two steps of the largest batch, and made leaner where they run out of memory."""
+"""A model loaded for training, its plan verified by two steps of the largest batch, and made leaner where memory does not suffice."""
 
 import dataclasses
 import gc
 import logging
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.memory.attention import fastest_attention, use_attention
-from musubi_tuner.memory.compiling import compiler_message
+from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choice, try_kernels, use_attention
+from musubi_tuner.memory.card import GIB, cap_device_memory
+from musubi_tuner.memory.compiling import compiler_message, first_line
+from musubi_tuner.memory.pinning import PinningFailed, pinned_bytes
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
-from musubi_tuner.placement.planning import Placement, place_by_hand, place_by_plan, read_machine
+from musubi_tuner.placement.planning import Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import is_out_of_host_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import Processes
@@ -31,20 +35,33 @@ Result = TypeVar("Result")
 
 _TRIALS = 4
 _AFTER_TOO_LITTLE = 1.15
-"""The budget of the next plan is smaller by this factor after each trial that ran out of memory."""
+"""The budget of the next plan is smaller by this factor after each trial that found too little memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a plan did not hold, in a form that processes can tell each other."""
+
+    kind: Literal["compiler", "pinning", "memory"]
+    """torch's compiler failed, the host did not let so much memory be pinned, or the device ran out of it."""
+    message: str
+    pinned: int = 0
+    """Bytes that the host had let this process pin by then."""
+
+
+_GRAVEST_FIRST = ("compiler", "pinning", "memory")
 
 
 class PlanFailed(Exception):
-    """A plan did not hold: out of memory, or torch's compiler failed."""
+    """A plan did not hold."""
 
-    def __init__(self, compiler: str | None) -> None:
-        super().__init__(compiler or "out of memory")
-        self.compiler = compiler
-        """The compiler's message; None where the device ran out of memory."""
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
-    """Load by the plan and prove it by `trial`; where the device runs out of memory, plan again with less.
+    """Load by the plan and prove it by `trial`; where memory does not suffice, plan again with less.
 
     On a CPU whose memory is not capped there is nothing to plan, and nothing is tried.
 
@@ -60,32 +77,72 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     if machine is None:
         loaded = _load(request, place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers))
         return _with_notes(loaded, attention)
+    cap_device_memory(device, options.vram_gb)
     shape, work, outside = _step_to_plan(request)
     full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
-    factor = 1.0
+    factor, refused = 1.0, None
     for _ in range(_TRIALS):
         smaller = dataclasses.replace(machine, device_bytes=int(machine.device_bytes / factor))
-        found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
+        try:
+            found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
+        except UserError as error:
+            raise error if refused is None else UserError(f"{refused} With less, {error}") from None
         placement = group.gather(found)[0]
         try:
             return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
-        except PlanFailed as failure:
-            compiler = failure.compiler
-        if compiler is None:
+        except PlanFailed as failed:
+            failure = failed.failure
+        if failure.kind == "compiler":
+            options = _uncompiled(options, failure.message)
+        elif failure.kind == "pinning":
+            refused, machine = failure.message, _with_less_to_pin(machine, placement, failure)
+        else:
             factor *= _AFTER_TOO_LITTLE
             log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
-        elif options.compile:
-            raise UserError(f"--compile: torch's compiler fails here: {compiler}. Leave the flag out, or fix the compiler.")
-        else:
-            options = dataclasses.replace(options, compile=False)
-            log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", compiler)
-        gc.collect()  # modules and their compiled forms hold each other
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _let_go(device)
     raise UserError(
-        "the largest batch ran out of memory however it was planned. Use a smaller resolution, fewer frames or batch_size 1, or close "
+        refused
+        or "the largest batch ran out of memory however it was planned. Use a smaller resolution, fewer frames or batch_size 1, or close "
         "other programs that use the card."
     )
+
+
+def _uncompiled(options: MemoryOptions, message: str) -> MemoryOptions:
+    """
+    Raises:
+        UserError: compiling was asked for.
+    """
+    if options.compile:
+        raise UserError(f"--compile: torch's compiler fails here: {message}. Leave the flag out, or fix the compiler.")
+    log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", message)
+    return dataclasses.replace(options, compile=False)
+
+
+def _with_less_to_pin(machine: Machine, placement: Placement, failure: Failure) -> Machine:
+    """The machine with as much host memory as was granted, in a plan's count: each process's part of what they share."""
+    assert placement.plan is not None, "plans alone are proved"
+    budget = pinning_budget(placement.plan.host_bytes, failure.pinned // placement.sharers)
+    log.warning(
+        "WARNING: the host let %.1f GiB be pinned of the %.1f GiB that were planned; planning again with %.1f GiB",
+        failure.pinned / placement.sharers / GIB,
+        placement.plan.host_bytes / GIB,
+        budget / GIB,
+    )
+    return dataclasses.replace(machine, host_bytes=budget)
+
+
+def pinning_budget(planned: int, granted: int) -> int:
+    """Bytes that the next plan may pin, where one of `planned` bytes was granted so many: fewer, as steps and loaders pin a little too."""
+    return int(min(granted, planned) / _AFTER_TOO_LITTLE)
+
+
+def _let_go(device: torch.device) -> None:
+    """Of what a failed plan holds, once the device is done with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    gc.collect()  # modules and their compiled forms hold each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: int) -> LoadedModel:
@@ -115,23 +172,37 @@ def _in_all(group: Processes, run: Callable[[], Result]) -> Result:
         TemporaryFailure: the host has no memory left.
     """
     results: list[Result] = []
-    compiler = None
+    failure = None
     try:
         results.append(run())
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, PinningFailed) as error:
         if is_out_of_host_memory(error):
             raise TemporaryFailure(
                 "the machine ran out of memory while the model was loaded. Close other programs, or hold less of the model in it: "
                 "--weight_format nf4, a smaller --blocks_to_swap, a smaller --ram_gb."
             ) from error
-        out_of_memory = isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
-        compiler = None if out_of_memory else compiler_message(error)
-        if compiler is None and not out_of_memory:
+        failure = _failure_of(error)
+        if failure is None:
             raise
-    failures = [message for succeeded, message in group.gather((bool(results), compiler)) if not succeeded]
+    failures = [one for one in group.gather(failure) if one is not None]
     if failures:
-        raise PlanFailed(next((message for message in failures if message is not None), None))
+        raise PlanFailed(min(failures, key=lambda one: (_GRAVEST_FIRST.index(one.kind), one.pinned)))
     return results[0]
+
+
+def _failure_of(error: Exception) -> Failure | None:
+    """None for what is no failure of the plan."""
+    if isinstance(error, PinningFailed):
+        return Failure("pinning", str(error), error.granted)
+    inner = getattr(error, "inner_exception", error)
+    if isinstance(inner, torch.OutOfMemoryError):
+        return Failure("memory", first_line(error))
+    if isinstance(inner, torch.AcceleratorError) and "out of memory" in str(inner):
+        # Not of torch's allocator on the device: of pinned memory, as the steps take a little, or of what CUDA keeps for itself.
+        pinned = pinned_bytes()
+        return Failure("pinning", str(PinningFailed(None, pinned, first_line(inner))), pinned) if pinned else Failure("memory", str(inner))
+    message = compiler_message(error)
+    return None if message is None else Failure("compiler", message)
 
 
 def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: int) -> tuple[str, str]:
@@ -184,21 +255,24 @@ def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> Load
 
 
 def _choose_attention(request: ModelRequest) -> tuple[tuple[str, str], ...]:
-    """Set the fastest kernel for the largest clip, measured while the card is still empty; a row for the banner."""
+    """Set the fastest kernels for the largest clip, tried while the card is still empty; a row for the banner."""
     mode, device, tokens = request.memory.attn_mode, request.device, request.tokens
-    if mode != "auto":
-        use_attention(mode)
+    if device.type != "cuda" or mode == "math":  # which takes everything
+        if mode == "auto":
+            return ()
+        use_attention((mode, *(other for other in KERNELS if other != mode)) if mode != "math" else (mode,))
         return (("attention", f"{mode}, as asked"),)
-    if device.type != "cuda":
-        return ()
     config = read_config(request.checkpoint)
-    times = fastest_attention(
+    times = try_kernels(
         device,
         request.dtype,
-        tokens=max(1, tokens.video or tokens.audio) // tokens.clips,
+        tokens=max(1, (tokens.video or tokens.audio) // tokens.clips),
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim if tokens.video else config.audio_attention_head_dim,
     )
-    best = next(iter(times))
-    use_attention(best)
-    return (("attention", ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()) + f" -> {best}"),)
+    for name, reason in times.failed.items():
+        log.warning("WARNING: the attention kernel %s failed in its trial and is not used: %s", name, reason)
+    asked = None if mode == "auto" else mode
+    choice = choose_kernels(times, asked=asked, masks_are_rare=tokens.clips == 1)
+    use_attention(choice.order)
+    return (("attention", describe_choice(times, choice, asked=asked)),)
