@@ -67,6 +67,45 @@ int cuPointerGetAttribute(void *result, int which, uint64_t address) { *(uint64_
 ZERO(cuPointerGetAttributes, unsigned count, void *which, void **results, uint64_t address)
 ZERO(cuTensorMapEncodeTiled, void *map)
 GIVES(cuMemGetAllocationGranularity, size_t, 2097152, void *properties, int option)
+
+/* Virtual addresses, of which the allocator's expandable segments are made. A handle is the size of its memory. */
+int simulated_take(size_t size);
+void simulated_give(size_t size);
+void *simulated_reserve(size_t size);
+void simulated_unreserve(void *start, size_t size);
+int cuMemAddressReserve(uint64_t *result, size_t size, size_t alignment, uint64_t wanted, uint64_t flags) {
+    *result = (uint64_t)simulated_reserve(size);
+    return 0;
+}
+int cuMemAddressFree(uint64_t start, size_t size) { simulated_unreserve((void *)start, size); return 0; }
+int cuMemCreate(uint64_t *handle, size_t size, const void *properties, uint64_t flags) {
+    if (!simulated_take(size)) return 2;
+    *handle = size;
+    return 0;
+}
+int cuMemRelease(uint64_t handle) { simulated_give(handle); return 0; }
+ZERO(cuMemMap, uint64_t start, size_t size, size_t offset, uint64_t handle, uint64_t flags)
+ZERO(cuMemUnmap, uint64_t start, size_t size)
+ZERO(cuMemSetAccess, uint64_t start, size_t size, const void *access, size_t count)
+ZERO(cuMemExportToShareableHandle, void *shared, uint64_t handle, int type, uint64_t flags)
+ZERO(cuMemImportFromShareableHandle, uint64_t *handle, void *shared, int type)
+/* Looked up beside these, and never called here. */
+ZERO(cuMemRetainAllocationHandle, void *first)
+ZERO(cuMemsetD32Async, void *first)
+ZERO(cuStreamWriteValue32, void *first)
+ZERO(cuCtxFromGreenCtx, void *first)
+ZERO(cuGreenCtxCreate, void *first)
+ZERO(cuGreenCtxDestroy, void *first)
+ZERO(cuGreenCtxStreamCreate, void *first)
+ZERO(cuDevSmResourceSplitByCount, void *first)
+ZERO(cuDeviceGetDevResource, void *first)
+ZERO(cuDevResourceGenerateDesc, void *first)
+ZERO(cuMulticastAddDevice, void *first)
+ZERO(cuMulticastBindMem, void *first)
+ZERO(cuMulticastCreate, void *first)
+ZERO(cuMulticastUnbind, void *first)
+ZERO(cuMemGetAllocationPropertiesFromHandle, void *first)
+
 int cuGetProcAddress_v2(const char *name, void **result, int version, uint64_t flags, void *status) {
     *result = dlsym(RTLD_DEFAULT, name);
     return *result ? 0 : 500;

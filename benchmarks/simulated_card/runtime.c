@@ -85,6 +85,37 @@ cudaError_t cudaFree(void *address) {
     return cudaSuccess;
 }
 
+/* Memory of the driver's virtual addresses (driver.c): of the card once it is made, at an address once that is reserved. */
+int simulated_take(size_t size) {
+    pthread_mutex_lock(&mutex);
+    int fits = used + size <= total();
+    if (fits) used += size;
+    pthread_mutex_unlock(&mutex);
+    return fits;
+}
+
+void simulated_give(size_t size) {
+    pthread_mutex_lock(&mutex);
+    used -= size;
+    pthread_mutex_unlock(&mutex);
+}
+
+void *simulated_reserve(size_t size) {
+    pthread_mutex_lock(&mutex);
+    if (block_count == block_room) blocks = realloc(blocks, (block_room = block_room ? 2 * block_room : 1024) * sizeof(Block));
+    void *start = mmap(0, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    blocks[block_count++] = (Block){start, size};
+    pthread_mutex_unlock(&mutex);
+    return start;
+}
+
+void simulated_unreserve(void *start, size_t size) {
+    pthread_mutex_lock(&mutex);
+    for (long i = 0; i < block_count; i++)
+        if (blocks[i].start == start) { munmap(start, size); blocks[i] = blocks[--block_count]; break; }
+    pthread_mutex_unlock(&mutex);
+}
+
 static int is_on_card(const void *address) {
     int found = 0;
     pthread_mutex_lock(&mutex);

@@ -10,7 +10,7 @@ import torch
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
-from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
+from musubi_tuner.memory.quantized import Codes, QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from tests import engine_parts as parts
@@ -33,6 +33,17 @@ def saved_bytes(model, network) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         parts.step(model, network, parts.SHAPES[2])
     return sum(kept.values())
+
+
+def put_in_few_bits(model, weight_format) -> dict[str, Codes]:
+    """Replace the large linears of all blocks; {name: what each was replaced by}."""
+    found = {}
+    for name, module in list(model.named_modules()):
+        if "transformer_blocks" in name and name.endswith(("base", "net.2", "proj")):
+            found[name] = quantize(module.weight.data, weight_format)
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).add_module(leaf, QuantizedLinear(found[name], module.bias.data, module.in_features))
+    return found
 
 
 @pytest.mark.parametrize("level", [*Recompute, None])
@@ -250,18 +261,27 @@ def test_grouped_adapters_compile_to_one_graph(level, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_low_bit_blocks_keep_no_more_than_others():
+    """Where everything is recomputed. Without a policy torch 2.11 keeps what autograd functions make within the block; 2.13 does not."""
+    kept = {}
+    for weight_format in (None, "fp8"):
+        torch._dynamo.reset()
+        model, network = parts.make_model(2)
+        if weight_format:
+            put_in_few_bits(model, weight_format)
+        model.run_block = engine(model, [Recompute.EVERYTHING] * 2, compiled=True, backend=CUT_ONLY, sequence_axes=sequence_axes)
+        parts.step(model, network, parts.SHAPES[2])
+        kept[weight_format] = saved_bytes(model, network)
+    assert kept["fp8"] <= kept[None]
+
+
 @pytest.mark.parametrize(("weight_format", "tolerance"), [("fp8", 0.06), ("int8", 0.02), ("nf4", 1e-5)])
 def test_low_bit_blocks_give_what_their_dequantized_weights_give(weight_format, tolerance):
     """Streamed, on every recompute level. What is left is the rounding of activations and gradients to fp8 and int8."""
     exact, exact_network = parts.make_model(3)
     low, network = parts.make_model(3)
-    for name, module in list(exact.named_modules()):
-        if "transformer_blocks" not in name or not name.endswith(("base", "net.2", "proj")):
-            continue
-        codes = quantize(module.weight.data, weight_format)
-        module.weight.data = dequantize(codes)
-        owner, _, leaf = name.rpartition(".")
-        low.get_submodule(owner).add_module(leaf, QuantizedLinear(codes, module.bias.data, module.in_features))
+    for name, codes in put_in_few_bits(low, weight_format).items():
+        exact.get_submodule(name).weight.data = dequantize(codes)
     wanted = parts.step(exact, exact_network)
     streamer = BlockStreamer(list(low.transformer_blocks), torch.device("cpu"), slots=2, poison=True)
     for level in Recompute:

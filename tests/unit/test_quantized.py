@@ -48,8 +48,8 @@ def test_a_cpu_without_the_fp8_product_gives_the_same_but_for_rounding(dtype, mo
     """torch 2.11 has none there, and fails an assertion of its own."""
     layer = QuantizedLinear(quantize(weight(), "fp8"), torch.randn(96), 128)
     results = []
-    for there in (quantized._try_fp8_on_cpu(), False):
-        monkeypatch.setattr(quantized, "_try_fp8_on_cpu", lambda there=there: there)
+    for there in (quantized._FP8_ON_CPU, False):
+        monkeypatch.setattr(quantized, "_FP8_ON_CPU", there)
         x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
         y = layer(x)
         y.backward(torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(3)).to(dtype))

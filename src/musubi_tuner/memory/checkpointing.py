@@ -93,9 +93,15 @@ def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[A
     return not (level == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 
 
-def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False) -> RunBlock:
+def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False, compiled: bool = False) -> RunBlock:
     """A function that runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so the state of
-    the random generators is not kept."""
+    the random generators is not kept.
+
+    Args:
+        sums: as `keeps`.
+        compiled: it will be compiled. Without a policy torch 2.11 would keep what autograd functions make within the block (fp8
+            linears), although the block is to be recomputed as a whole; uncompiled, a policy costs time at each operation.
+    """
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
         kept = keeps(level, max_rank, operation, arguments, sums=sums)
@@ -109,4 +115,4 @@ def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False) -> RunB
     def run_whole(block: nn.Module, states: States, inputs: Any) -> States:
         return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False)
 
-    return run_whole if level == Recompute.EVERYTHING else run
+    return run_whole if level == Recompute.EVERYTHING and not compiled else run

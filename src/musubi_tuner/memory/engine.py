@@ -78,9 +78,10 @@ _MOST_GRAPHS = 128
 """Kinds of blocks (level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has a few of
 them; torch's own limit of 8 would end it in the middle."""
 
-_COMPILER: dict[str, Any] = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+_COMPILER: dict[str, Any] = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_opcount_threshold": 100}
 """Inductor's options: small operations that do not depend on each other, such as the casts of all adapters, go into one kernel. Merged
-reductions are no faster, and run in the blocks of one size that suits none."""
+reductions are no faster, and run in the blocks of one size that suits none. A chain of operations is written to memory only where it ends or
+is read by many: at inductor's own threshold of 30, fp8 wrote eight units of float32 between GELU's gradient and its conversion."""
 
 SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
 """(states, inputs) of a block -> its tensors whose length follows the clip, and which axis of theirs."""
@@ -118,7 +119,8 @@ class BlockEngine:
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
         runs: dict[Recompute | None, RunBlock] = {
-            level: _call if level is None else checkpointed(level, max_rank, sums=keeps_sums and compiled) for level in set(levels)
+            level: _call if level is None else checkpointed(level, max_rank, sums=keeps_sums and compiled, compiled=compiled)
+            for level in set(levels)
         }
         self._run_without_gradients: RunBlock = _call
         if compiled:

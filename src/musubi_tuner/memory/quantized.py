@@ -6,7 +6,6 @@ makes them, once for all linears that read them. int8 and nf4 are custom operati
 has 32 bits, and what is kept of it should be the 16 that it is brought to.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -222,14 +221,8 @@ class _Fp8Linear(torch.autograd.Function):
         return flat.view(*gradient.shape[:-1], codes.shape[1]), None, None, None
 
 
-@torch.compiler.assume_constant_result
 def _cpu_multiplies_fp8() -> bool:
     """Whether torch has this product on a CPU, with a scale for each row and column: 2.11 has not. It is no faster there."""
-    return _try_fp8_on_cpu()
-
-
-@functools.cache
-def _try_fp8_on_cpu() -> bool:
     codes, scale = torch.zeros(16, 16, dtype=FP8), torch.ones(16, 1)
     try:
         torch._scaled_mm(codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
@@ -238,9 +231,13 @@ def _try_fp8_on_cpu() -> bool:
     return True
 
 
+_FP8_ON_CPU = _cpu_multiplies_fp8()
+"""Tried when this is imported: within a block, the trial would be recorded as a part of it."""
+
+
 def _fp8_product(rows: Tensor, row_scale: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """fp8 rows (M, K) times right (K, N), column-major fp8 with (N,) scales."""
-    if rows.device.type == "cpu" and not _cpu_multiplies_fp8():
+    if rows.device.type == "cpu" and not _FP8_ON_CPU:
         product = (rows.float() @ right.float()) * row_scale * scale
         return (product if bias is None else product + bias.float()).bfloat16().to(dtype)
     inside = None if bias is None else bias.bfloat16()
