@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --sizes real --blocks 4 8 --shapes all          on a GPU
     python -m benchmarks.step --sizes toy                                      anywhere, as a check of correctness
+    python -m benchmarks.step --simulated --blocks 48 --shapes 768x512x121     launches, host time and memory without a GPU (step_counts.py)
 
 A gate comes first: loss and LoRA gradients must agree. Times of 48 blocks are extrapolated from two depths, and say so.
 """
@@ -12,6 +13,7 @@ import platform
 import runpy
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -73,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if options.ltx_core:
         sys.path.insert(0, options.ltx_core)
+    if options.simulated:
+        return _simulated(options, argv)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     toy = options.sizes == "toy"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -106,6 +110,33 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _simulated(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    from benchmarks import simulated_card
+
+    if not simulated_card.Card.is_here():
+        if (problem := simulated_card.obstacle()) is not None:
+            print(f"nothing is counted: {problem}", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as folder:
+            settings = simulated_card.environment(Path(folder), gigabytes=256)
+            return simulated_card.start_again("benchmarks.step", list(argv), settings)
+    card = simulated_card.Card()
+    from benchmarks.step_counts import table
+    from musubi_tuner.memory.attention import use_attention
+
+    use_attention(("flash", "efficient"))  # the fastest of those that load here
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    for depth in options.blocks or [BLOCKS]:
+        section = config_section(False, depth)
+        config = TransformerConfig.from_checkpoint_config(section)
+        weights, adapters = models.make_weights(config, device, dtype), models.make_adapters(config, RANK)
+        makers = _makers(options.impl, config, section, weights, adapters, compiled=True)
+        for name in SHAPES if "all" in options.shapes else options.shapes:
+            sample = models.make_sample(config, SHAPES[name], TEXT_TOKENS, device, dtype)
+            print(table(card, makers, sample, depth, name), flush=True)
+    return 0
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", choices=("real", "toy"), default="real", help="layer sizes (default: real)")
@@ -127,6 +158,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; implementations take turns (default: 5)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N kernels that took longest, at the last depth")
     parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument(
+        "--simulated", action="store_true", help="count on a card that runs nothing, at real layer sizes (default: 48 blocks)"
+    )
     parser.add_argument("--output", help="folder for the table and the numbers")
     return parser.parse_args(argv)
 

@@ -111,6 +111,7 @@ def ours(
     compiled: bool,
     weight_format: str | None = None,
     streamed: int = 0,
+    inputs_on_host: bool = False,
 ) -> Implementation:
     """The production engine on a pinned recompute level."""
     first = next(iter(weights.values()))
@@ -141,6 +142,7 @@ def ours(
         compiled=compiled,
         sequence_axes=sequence_axes,
         streamer=streamer,
+        inputs_on_host=inputs_on_host,
     )
 
     def forward(sample: Sample) -> Tensor:

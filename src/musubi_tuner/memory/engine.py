@@ -80,8 +80,8 @@ them; torch's own limit of 8 would end it in the middle."""
 
 _COMPILER: dict[str, Any] = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_opcount_threshold": 100}
 """Inductor's options: small operations that do not depend on each other, such as the casts of all adapters, go into one kernel. Merged
-reductions are no faster, and run in the blocks of one size that suits none. A chain of operations is written to memory only where it ends or
-is read by many: at inductor's own threshold of 30, fp8 wrote eight units of float32 between GELU's gradient and its conversion."""
+reductions are no faster, and run in the blocks of one size that suits none. The threshold is how long a chain of operations grows before
+it is written to memory: at torch's own 30, fp8 wrote eight units of float32 between GELU's gradient and its conversion."""
 
 SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
 """(states, inputs) of a block -> its tensors whose length follows the clip, and which axis of theirs."""
