@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -146,3 +147,11 @@ def test_a_larger_clip_replaces_buffers_that_are_too_small() -> None:
         for one in [store.put(states(*sizes)) for _ in range(2)]:
             store.take(one)
     assert [buffer.numel() for buffer in store._free] == [aligned(96 * 9)] * 2
+
+
+def test_states_that_came_back_are_gone_when_their_block_is_done() -> None:
+    """What `put` gave lives on in autograd's graph until the backward pass of all blocks has ended."""
+    store = HostStore()
+    kept = [store.put(states(3)) for _ in range(3)]
+    taken = weakref.ref(store.take(kept[2])[0])
+    assert taken() is None and kept[1].back is not None, "the next ones are on their way"

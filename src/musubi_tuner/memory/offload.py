@@ -76,6 +76,7 @@ class HostStore:
     def take(self, kept: _Kept) -> list[Tensor]:
         """The tensors, back on their device; begins to fetch those that were put before them, which are wanted next."""
         tensors = self._fetch(kept)
+        kept.back = None  # `kept` lives until the whole backward pass has ended, and so would they
         self._outstanding = [other for other in self._outstanding if other is not kept]
         if self._outstanding:
             self._fetch(self._outstanding[-1])
