@@ -12,7 +12,6 @@ import argparse
 import collections
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import simulated_card
 from benchmarks.launches import kind_of
-from benchmarks.simulated_card import Card
+from benchmarks.simulated_card import Card, waits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 _LAYERS = 48
 _CAPTIONS = ((1, 60), (8, 200), (8, 1024))
 """(texts, tokens of the longest); the others of a batch have a few less each."""
-_WAIT = "synchronizing CUDA operation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,26 +170,10 @@ def _counted(card: Card, run: Callable[[], object], further: list[str], expected
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with card.watched() as lines, _waits() as waits:
+    with card.watched() as lines, waits() as found:
         run()
     launches = collections.Counter(map(kind_of, (*lines, *further)))
-    return Counts(launches, len(waits), torch.cuda.max_memory_allocated() - before, expected)
-
-
-@contextmanager
-def _waits() -> Iterator[list[str]]:
-    """What torch says of each operation that waits for the card; in the list when the context ends."""
-    import torch
-
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            found += [f"{one.filename}:{one.lineno}" for one in told if _WAIT in str(one.message)]
+    return Counts(launches, len(found), torch.cuda.max_memory_allocated() - before, expected)
 
 
 @contextmanager

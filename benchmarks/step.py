@@ -409,19 +409,19 @@ def _extrapolated(readings: Sequence[Reading], shape: str, rates: CardRates) -> 
 
 
 def _floor(shape: str, rates: CardRates) -> float:
-    return floor_seconds(*_model_and_work(shape, BLOCKS), rates)
+    return floor_seconds(*model_and_work(shape, BLOCKS), rates)
 
 
 def _tflops(one: Reading) -> float:
     """Operations of a step without recomputation, the same for all, over its time; 0 at toy sizes, which have no such count."""
     if one.shape not in SHAPES:
         return 0.0
-    model, work = _model_and_work(one.shape, one.blocks)
+    model, work = model_and_work(one.shape, one.blocks)
     products = linear_operations(model, work) + gradient_operations(model, work) + adapter_operations(model, work)
     return one.blocks * (products + (1 + ATTENTION_BACKWARD) * attention_operations(model, work)) / one.step / 1e12
 
 
-def _model_and_work(shape: str, blocks: int) -> tuple[ModelShape, Workload]:
+def model_and_work(shape: str, blocks: int) -> tuple[ModelShape, Workload]:
     frames, rows, columns, steps = SHAPES[shape]
     config = real_config()
     model = ModelShape(

@@ -101,6 +101,11 @@ def make_adapters(config: TransformerConfig, rank: int) -> dict[str, Tensor]:
     return tensors
 
 
+def in_few_bits(name: str, weight: Tensor) -> bool:
+    """Whether a weight is one of those that a weight format concerns."""
+    return weight.ndim == 2 and name.startswith("transformer_blocks") and "gate" not in name and "table" not in name
+
+
 def ours(
     name: str,
     config: TransformerConfig,
@@ -121,7 +126,7 @@ def ours(
         device=first.device,
         dtype=first.dtype,
         weight_format=weight_format,
-        low_bit=lambda key: weights[key].ndim == 2 and key.startswith("transformer_blocks") and "gate" not in key and "table" not in key,
+        low_bit=lambda key: in_few_bits(key, weights[key]),
     )
     for key, value in weights.items():
         set_tensor(model, key, placer(key, value) if weight_format else value)

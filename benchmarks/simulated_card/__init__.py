@@ -9,12 +9,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent
 _WITHIN = "SIMULATED_CARD"
+_WAIT = "synchronizing CUDA operation"
 # Of CUDA's own headers one includes these words from a folder that the wheel does not bring.
 _HOST_DEFINES = """#pragma once
 #define __host__
@@ -72,6 +74,22 @@ def environment(folder: Path, *, capability: int = 90, gigabytes: float = 80) ->
 def start_again(module: str, arguments: list[str], settings: Mapping[str, str]) -> int:
     """Run `python -m MODULE ARGUMENTS` within that environment; its exit code."""
     return subprocess.run([sys.executable, "-m", module, *arguments], env=dict(settings)).returncode
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Where the host waits for the card, as torch says (FILE:LINE each); in the list when the context ends."""
+    import torch
+
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [f"{one.filename}:{one.lineno}" for one in told if _WAIT in str(one.message)]
 
 
 class Card:

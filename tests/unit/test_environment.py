@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -102,3 +103,19 @@ def test_an_own_torch_replaces_the_pin(tmp_path: Path, monkeypatch: pytest.Monke
     lines = environment._constraints_with_torch("2.12.0+cu130").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("torch=")] == ["torch==2.12.0+cu130"]
     assert any(line.startswith("diffusers==") for line in lines)
+
+
+@pytest.mark.parametrize("program", ["ltxv2_train_network", "ltxv2_cache_latents", "ltxv2_cache_text_encoder_outputs", "command"])
+def test_the_allocator_is_chosen_before_torch_reads_it(program: str) -> None:
+    """And not where the user has chosen one, by either of its names."""
+    code = (
+        f"import os, sys, musubi_tuner.{program}\n"
+        "from musubi_tuner.runtime.program import run_program\n"
+        "assert 'torch' not in sys.modules\n"
+        "run_program(lambda argv: print(os.environ.get('PYTORCH_ALLOC_CONF')) or 0)"
+    )
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    usual = "None" if sys.platform == "win32" else "expandable_segments:True"
+    for further, wanted in (({}, usual), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")):
+        answer = subprocess.run([sys.executable, "-c", code], env=own | further, capture_output=True, text=True, check=True)
+        assert answer.stdout.split() == [wanted]

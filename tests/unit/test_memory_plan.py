@@ -1,5 +1,6 @@
 """The planner against the step model: within budget, better with more, and what it says of the released models."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -17,6 +18,8 @@ from musubi_tuner.memory.step_model import (
     floor_seconds,
     gradient_operations,
     linear_operations,
+    text_bytes,
+    unit_bytes,
 )
 from musubi_tuner.placement.planning import Machine, describe_placement, place_by_plan
 from musubi_tuner.runtime.errors import UserError
@@ -67,7 +70,7 @@ def test_cards_that_share_their_streamed_blocks_do_with_half_of_the_host_memory_
 
 def test_each_recompute_level_keeps_less_and_takes_longer():
     seconds = [sum_of(block_seconds(LARGE, work(), rates(), level, weight_format="bf16", compiled=True)) for level in LEVELS]
-    assert seconds == sorted(seconds) and [level.units for level in LEVELS] == sorted((level.units for level in LEVELS), reverse=True)
+    assert seconds == sorted(seconds) and [level.kept for level in LEVELS] == sorted((level.kept for level in LEVELS), reverse=True)
     assert floor_seconds(LARGE, work(), rates()) < 48 * seconds[0]
 
 
@@ -157,3 +160,46 @@ def test_a_format_that_the_card_lacks_is_refused_and_a_slower_one_is_not_chosen(
     assert chosen(machine(fp8=100e12)) != "fp8" and chosen(machine(fp8=100e12), "fp8") == "fp8"
     with pytest.raises(UserError, match="--weight_format fp8: this card .* does not multiply in fp8.* int8, nf4, bf16"):
         chosen(machine(int8=280e12), "fp8")
+
+
+def held_beside_weights(plan) -> float:
+    """Bytes that a plan of streaming nothing, in bf16, expects for a step."""
+    return plan.device_bytes - 2 * LARGE.weights - work().trainable * (4 + work().optimizer_bytes)
+
+
+def one_level(level: str, workload: Workload, **fixed: object):
+    return next(candidates(LARGE, workload, rates(), limits(99, 99, formats=("bf16",), streamed=0, level=level, **fixed)))
+
+
+def test_gradients_and_what_blocks_keep_are_not_both_whole_at_once():
+    """Of a short clip the end of the backward pass is the largest moment, of a long one its beginning; gradients that wait are always
+    there."""
+    unit = unit_bytes(LARGE, work())
+    gradients, text = 4 * work().trainable, text_bytes(LARGE, work())
+    long = held_beside_weights(one_level("everything", work()))
+    assert long == pytest.approx(48 * unit + 38.2 * unit + 2 * text + gradients * 0, rel=0.01)
+    waiting = held_beside_weights(one_level("everything", dataclasses.replace(work(), accumulates=True)))
+    assert waiting == pytest.approx(long + gradients, rel=0.001)
+    still = work(video_tokens=96, audio_tokens=0)
+    assert held_beside_weights(one_level("everything", still)) == pytest.approx(gradients, rel=0.12)
+
+
+def test_mixed_levels_take_what_their_largest_moment_takes():
+    """The more blocks recompute everything, the less; but for the last few, as such a block takes the most in flight, and the
+    gradients of the blocks behind it are there by then."""
+    plans = {
+        plan.levels.count("everything"): plan
+        for plan in candidates(LARGE, work(), rates(), limits(99, 99, formats=("bf16",), streamed=0))
+        if set(plan.levels) <= {"everything", "all_but_attention"} and not plan.inputs_on_host
+    }
+    sizes = [held_beside_weights(plans[count]) for count in sorted(plans)]
+    smallest = sizes.index(min(sizes))
+    assert 40 <= smallest < 48 and sizes[0] > 1.5 * sizes[-1]
+    assert sizes[:smallest] == sorted(sizes[:smallest], reverse=True) and sizes[smallest:] == sorted(sizes[smallest:])
+
+
+def test_block_inputs_on_the_host_leave_three_of_them():
+    plans = list(candidates(LARGE, work(), rates(), limits(99, 99, formats=("bf16",), streamed=0, level="everything")))
+    on_device, on_host = plans
+    assert on_host.inputs_on_host and on_host.host_bytes == int(48 * unit_bytes(LARGE, work()))
+    assert on_host.device_bytes < on_device.device_bytes

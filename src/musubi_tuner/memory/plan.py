@@ -5,9 +5,11 @@ The terms of a plan, for B blocks of which S are streamed through `slots` slots 
 where they lie and says what each choice trades):
 
     device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format
-                    + trainable weights * (ADAPTER_BYTES + optimizer states)
-                    + sum over the blocks of what their level keeps              (2 units where block inputs are on the host)
-                    + what the block in flight holds + TRANSIENT_UNITS
+                    + trainable weights * (master weight + optimizer states)
+                    + the most that is held at any moment of the backward pass:
+                          what the blocks that have not yet run backward keep, by their levels     (3 units where inputs are on the host)
+                          + gradients of the others                                                (of all, where gradients accumulate)
+                          + what the block in flight takes
 
     host bytes      S blocks in the weight format, divided by the processes that share them
                     + what the blocks keep, where block inputs are on the host
@@ -16,8 +18,8 @@ where they lie and says what each choice trades):
 
     stalls          max(0, copies - forward) + max(0, copies - backward)
 
-What the block in flight holds: a block on `everything` has just recomputed all that the level `nothing` keeps. One block on the other
-levels counts once more beside what it keeps, for what it recomputes. TRANSIENT_UNITS are the temporaries of its backward pass.
+The backward pass runs from the last block to the first: what blocks keep shrinks, gradients grow, and where levels are mixed the first
+blocks take more in flight and keep less. Each stretch of blocks of one level is largest at one of its ends, so four moments are looked at.
 
 Stalls: (S - slots) blocks are copied in each direction, and block inputs once to the host and once back. Copies run beside the computation
 of the whole direction, evenly spread over it, so only what they take longer is waited for.
@@ -34,19 +36,22 @@ from dataclasses import dataclass
 from musubi_tuner.memory.step_model import (
     BYTES_PER_WEIGHT,
     LEVELS,
-    TRANSIENT_UNITS,
     BlockSeconds,
     CardRates,
+    Level,
     ModelShape,
     Workload,
     block_seconds,
     floor_seconds,
+    text_bytes,
     unit_bytes,
 )
 
 SLOTS = 2
-ADAPTER_BYTES = 4 + 4 + 2
-"""Of each trainable weight: float32 master, float32 gradient, and its copy in the compute dtype."""
+MASTER_BYTES = GRADIENT_BYTES = 4
+"""Of each trainable weight, in float32. Its copy in the compute dtype lives within a block."""
+_ON_THE_WAY = 3.0
+"""Units on the device where block inputs wait on the host: those of a block, of the next one, and of one that is being copied."""
 WORSE = {"float32": 1.0, "bf16": 1.0, "int8": 1.3, "fp8": 1.3, "nf4": 1.7}
 """Fewer bits must pay: a plan is scored by its seconds times this, so bf16 is left only for what is faster by as much, or fits at all."""
 
@@ -99,6 +104,11 @@ class Plan:
         return self.seconds * WORSE[self.weight_format]
 
 
+def beside_a_batch(work: Workload) -> int:
+    """Bytes of optimizer states, and of gradients that wait, which are not there yet when a plan is tried."""
+    return int(work.trainable * (work.optimizer_bytes + GRADIENT_BYTES * work.accumulates))
+
+
 def choose_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan | None:
     """The plan with the best score that stays within the limits; None where none does."""
     fitting = [plan for plan in candidates(shape, work, rates, limits) if fits(plan, limits)]
@@ -121,11 +131,15 @@ def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limi
             level.name: block_seconds(shape, work, rates, level, weight_format=weight_format, compiled=limits.compiled) for level in LEVELS
         }
         most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
+        ways = [
+            (levels, inputs_on_host, _held(shape, work, limits, weight_format, levels, inputs_on_host=inputs_on_host))
+            for levels in _mixtures(shape.blocks, limits.level)
+            for inputs_on_host in (False, True)
+            if not inputs_on_host or (limits.inputs_may_wait and levels[0] == levels[-1] == LEVELS[-1].name)
+        ]
         for streamed in [limits.streamed] if limits.streamed is not None else range(most + 1):
-            for levels in _mixtures(shape.blocks, limits.level):
-                may_wait = limits.inputs_may_wait and levels[0] == levels[-1] == LEVELS[-1].name
-                for inputs_on_host in (False, True) if may_wait else (False,):
-                    yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, seconds)
+            for levels, inputs_on_host, held in ways:
+                yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, held, seconds)
 
 
 def _mixtures(blocks: int, fixed: str | None) -> Iterator[tuple[str, ...]]:
@@ -149,6 +163,7 @@ def _plan(
     streamed: int,
     levels: Sequence[str],
     inputs_on_host: bool,
+    held: float,
     seconds: dict[str, BlockSeconds],
 ) -> Plan:
     low_block = shape.block_weights * BYTES_PER_WEIGHT[weight_format]
@@ -158,16 +173,12 @@ def _plan(
     device = (
         shape.other_weights * limits.compute_bytes + unquantized * full_block + (shape.blocks - unquantized - streamed + slots) * low_block
     )
-    device += work.trainable * (ADAPTER_BYTES + work.optimizer_bytes)
-    unit = unit_bytes(shape, work)
-    kept_units = {level.name: level.units for level in LEVELS}
-    stored = sum(kept_units[name] for name in levels) * unit
-    deepest = max(kept_units[name] if name != LEVELS[-1].name else LEVELS[0].units for name in levels)
+    device += work.trainable * (MASTER_BYTES + work.optimizer_bytes)
+    unit = unit_bytes(shape, work) * limits.compute_bytes / 2
     host = streamed * low_block / limits.sharers
     if inputs_on_host:
-        host += stored
-        stored = 2 * unit
-    device += stored + (deepest + TRANSIENT_UNITS) * unit
+        host += len(levels) * unit
+    device += held
     forward = sum(seconds[name].forward for name in levels)
     backward = sum(seconds[name].backward for name in levels)
     copied = max(0, streamed - SLOTS) * low_block / rates.host_to_device if streamed else 0.0
@@ -186,6 +197,37 @@ def _plan(
         stalled=stalled,
         floor=floor_seconds(shape, work, rates),
     )
+
+
+def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str, levels: Sequence[str], *, inputs_on_host: bool) -> float:
+    """The most bytes at any moment of a step, beside weights and optimizer states."""
+    unit, text = (bytes_ * limits.compute_bytes / 2 for bytes_ in (unit_bytes(shape, work), text_bytes(shape, work)))
+    low_bit = weight_format in ("fp8", "int8")
+    gradients = GRADIENT_BYTES * work.trainable
+    transient = 4.0 * shape.video_dim**2 * limits.compute_bytes if weight_format == "nf4" else 0.0  # a weight as it is multiplied by
+
+    def kept(level: Level) -> float:
+        return (level.kept if limits.compiled else level.kept_eager) * unit + level.keeps_text * text
+
+    def in_flight(level: Level) -> float:
+        units = level.in_flight_eager
+        if limits.compiled:
+            units = level.in_flight_low_bit if low_bit else level.in_flight
+        return units * unit + (2 - level.keeps_text) * text + transient
+
+    if inputs_on_host:
+        inner = LEVELS[0] if limits.compiled else LEVELS[-1]  # how a block runs when its states are back
+        within = kept(inner) if limits.compiled else 0.0
+        return _ON_THE_WAY * unit + within + in_flight(inner) + gradients  # no block is larger than the first, the last to run
+    most, stored, done = float(gradients), 0.0, 0
+    by_name = {level.name: level for level in LEVELS}
+    for name, group in itertools.groupby(levels):
+        count, level = len(list(group)), by_name[name]
+        for place in (1, count):
+            behind = 1.0 if work.accumulates else (len(levels) - done - place) / len(levels)
+            most = max(most, stored + place * kept(level) + gradients * behind + in_flight(level))
+        stored, done = stored + count * kept(level), done + count
+    return most
 
 
 def count_levels(plan: Plan) -> dict[str, int]:

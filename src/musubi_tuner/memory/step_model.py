@@ -14,10 +14,11 @@ Where the numbers come from:
 
 * Operations: from the widths of the linears (docs/explanation/model.md, "Blocks"), checked in
   tests/unit/test_memory_plan.py.
-* Units kept at each level: counted on the compiled graphs of a real-size block of 2.3 without running them (benchmarks/block_counts.py,
-  docs/development/benchmarks.md). tests/unit/test_block_budgets.py fails where the block departs from them.
+* Units kept and in flight at each level: what torch's allocator gives to a step of real-size blocks of 2.3 on a simulated card
+  (benchmarks/peaks.py, docs/development/benchmarks.md). What is kept is counted a second time on the compiled graphs without running them
+  (benchmarks/block_counts.py); tests/unit/test_block_budgets.py fails where the block departs from them.
 * Traffic: an estimate. REACHED: an H200 at 768x512x121 (2026-11-26). Eight blocks take 158 ms there in bf16 and 138 in fp8, forward and
-  backward; the model says 153 and 140. TRANSIENT_UNITS: an estimate; a run of eight blocks took 13.9 GiB where 14.9 were planned.
+  backward; the model says 153 and 140.
 * Rates of the card: measured when a run starts, in a quarter of a second (memory/card.py).
 """
 
@@ -37,30 +38,48 @@ TRAFFIC_EAGER = 2.6
 """How many times more a block moves that is not compiled."""
 TRAFFIC_QUANTIZED = 8.0
 """Units more in each direction where activations are quantized."""
-TRANSIENT_UNITS = 12.0
-"""Backward temporaries of the block in flight, in addition to what it keeps."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """What one recompute level (memory/checkpointing.py) keeps and costs."""
+    """What one recompute level (memory/checkpointing.py) keeps, takes in flight and costs."""
 
     name: str
-    units: float
-    """Kept for each block, its input included."""
+    kept: float
+    """Units for each block, its input included, where blocks are compiled."""
+    kept_eager: float
+    """The same where they are not."""
+    keeps_text: bool
+    """Whether keys and values of the text are kept besides."""
+    in_flight: float
+    """Units beside all that is kept, while one block runs backward: what it recomputes, and what lies between its operations."""
+    in_flight_low_bit: float
+    """The same in fp8 and int8."""
+    in_flight_eager: float
     linears_recomputed: float
     """Share of the forward pass's frozen products that is recomputed."""
     attention_recomputed: bool
 
 
 LEVELS = (
-    Level("nothing", 16.8, 0.0, False),
-    Level("feed_forward", 12.7, 0.25, False),
-    Level("all_but_attention", 3.6, 0.75, False),
-    Level("everything", 1.0, 0.75, True),
-)
-"""Units counted on the compiled block of 2.3 (tests/unit/test_block_budgets.py). The feed-forward's second product is in none: nobody
-needs its output."""
+    Level(
+        name="nothing", kept=16.2, kept_eager=17.2, keeps_text=True, in_flight=9.6, in_flight_low_bit=10.6, in_flight_eager=23.0,
+        linears_recomputed=0.0, attention_recomputed=False,
+    ),
+    Level(
+        name="feed_forward", kept=12.2, kept_eager=13.2, keeps_text=True, in_flight=14.0, in_flight_low_bit=15.6, in_flight_eager=27.0,
+        linears_recomputed=0.25, attention_recomputed=False,
+    ),
+    Level(
+        name="all_but_attention", kept=3.6, kept_eager=3.6, keeps_text=False, in_flight=26.6, in_flight_low_bit=31.6, in_flight_eager=36.6,
+        linears_recomputed=0.75, attention_recomputed=False,
+    ),
+    Level(
+        name="everything", kept=1.0, kept_eager=1.0, keeps_text=False, in_flight=38.2, in_flight_low_bit=40.8, in_flight_eager=39.2,
+        linears_recomputed=0.75, attention_recomputed=True,
+    ),
+)  # fmt: skip
+"""The feed-forward's second product is in none: nobody needs its output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +110,8 @@ class Workload:
     trainable: int
     optimizer_bytes: float
     """Of the optimizer's states, for each trainable weight."""
+    accumulates: bool = False
+    """Whether gradients of earlier batches wait while a batch is computed."""
 
 
 def linear_operations(shape: ModelShape, work: Workload) -> float:
@@ -120,6 +141,11 @@ def adapter_operations(shape: ModelShape, work: Workload) -> float:
     """Of one block's adapters, forward and backward."""
     tokens = (work.video_tokens + work.audio_tokens) / 2
     return 3 * 2.0 * work.trainable / shape.blocks * tokens
+
+
+def text_bytes(shape: ModelShape, work: Workload) -> float:
+    """Keys and values of the text in one block."""
+    return 2.0 * 2 * (shape.video_dim + shape.audio_dim) * work.text_tokens * work.clips
 
 
 def unit_bytes(shape: ModelShape, work: Workload) -> float:

@@ -17,6 +17,7 @@ from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choi
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
 from musubi_tuner.memory.pinning import PinningFailed, pinned_bytes
+from musubi_tuner.memory.plan import beside_a_batch
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -89,7 +90,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
             raise error if refused is None else UserError(f"{refused} With less, {error}") from None
         placement = group.gather(found)[0]
         try:
-            return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
+            return _with_notes(_load_and_prove(request, placement, trial, reserve=beside_a_batch(work)), attention)
         except PlanFailed as failed:
             failure = failed.failure
         if failure.kind == "compiler":
@@ -148,7 +149,7 @@ def _let_go(device: torch.device) -> None:
 def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: int) -> LoadedModel:
     """
     Args:
-        reserve: bytes on the device that the optimizer will take after the first step.
+        reserve: bytes on the device that are taken later: by the optimizer, and by gradients that wait.
 
     Raises:
         PlanFailed: in any of the processes.
@@ -245,6 +246,7 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
         clips=tokens.clips,
         trainable=sum(parameter.numel() for parameter in network.parameters()),
         optimizer_bytes=request.state_bytes,
+        accumulates=request.accumulates,
     )
     outside = request.network.train_connectors or not all(name.startswith("transformer_blocks.") for name in network.names)
     return shape, work, outside

@@ -302,6 +302,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             clips=largest.spec.batch_size,
         ),
         state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
+        accumulates=config.optimization.gradient_accumulation_steps > 1,
         processes=machine.processes,
     )
     return load_model(request, trial)
