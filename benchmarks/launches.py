@@ -1,9 +1,12 @@
-"""Counts what a training step launches on a card, on a machine without one: launches of one block by kind, and the host's time for them.
+"""Counts what a training step launches on a card, on a machine without one: launches of one block by kind, what its compiled kernels move,
+and the host's time for all of it.
 
     python -m benchmarks.launches                           bf16 and fp8 at 768x512x121, rank 32 on attention, nothing recomputed
     python -m benchmarks.launches --formats int8 nf4 --level everything
 
 It needs a CUDA build of torch, and says so where there is none (benchmarks/simulated_card). One block is a quarter of six blocks less two.
+Moved: bytes that the kernels that are neither product nor attention read and write, as torch's compiler counts them, in units
+(memory/step_model.py).
 """
 
 import argparse
@@ -11,9 +14,11 @@ import collections
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import simulated_card
 from benchmarks.simulated_card import Card
@@ -30,6 +35,8 @@ class Launches:
     backward: collections.Counter[str]
     host_seconds: float
     """Processor time of forward and backward, the shortest of a few."""
+    moved_units: float
+    """Read and written by compiled kernels."""
 
     @property
     def total(self) -> int:
@@ -45,14 +52,15 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             return simulated_card.start_again("benchmarks.launches", list(argv), simulated_card.environment(Path(folder)))
     card = Card()
-    print("| weights | direction | " + " | ".join(KINDS) + " | in all | host ms |")
-    print("|---" * (len(KINDS) + 4) + "|")
+    print("| weights | direction | " + " | ".join(KINDS) + " | in all | moved units | host ms |")
+    print("|---" * (len(KINDS) + 5) + "|")
     for weight_format in options.formats:
         found = count(card, weight_format, options.shape, options.level)
         for direction, counter in (("forward", found.forward), ("backward", found.backward)):
             cells = " | ".join(str(counter[kind]) for kind in KINDS)
-            print(f"| {weight_format} | {direction} | {cells} | {counter.total()} | |")
-        print(f"| {weight_format} | both |{' |' * len(KINDS)} **{found.total}** | {1000 * found.host_seconds:.2f} |", flush=True)
+            print(f"| {weight_format} | {direction} | {cells} | {counter.total()} | | |")
+        ends = f"**{found.total}** | {found.moved_units:.1f} | {1000 * found.host_seconds:.2f}"
+        print(f"| {weight_format} | both |{' |' * len(KINDS)} {ends} |", flush=True)
     return 0
 
 
@@ -67,7 +75,7 @@ def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
     from musubi_tuner.memory.checkpointing import Recompute
 
     use_attention(("flash", "efficient"))  # the fastest of those that load here
-    readings = []
+    readings, units = [], 0.0
     for blocks in (_FEW, _MANY):
         torch._dynamo.reset()
         config = TransformerConfig.from_checkpoint_config(config_section(False, blocks))
@@ -76,7 +84,12 @@ def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
         quantized = None if weight_format == "bf16" else weight_format
         ours = models.ours(weight_format, config, weights, adapters, level=Recompute(level), compiled=True, weight_format=quantized)
         sample = models.make_sample(config, SHAPES[shape], TEXT_TOKENS, device, dtype)
+        frames, rows, columns, steps = SHAPES[shape]
+        unit = 2 * (frames * rows * columns * config.video_dim + steps * config.audio_dim)
         seconds = []
+        with _kernel_bytes() as moved:
+            ours.forward(sample).backward()
+        units = sum(moved) / unit
         for _ in range(6):
             started = time.process_time()
             ours.forward(sample).backward()
@@ -93,7 +106,29 @@ def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
         collections.Counter({kind: (count - less[kind]) // (_MANY - _FEW) for kind, count in more.items()})
         for less, more in zip(few[:2], many[:2], strict=True)
     ]
-    return Launches(counters[0], counters[1], (many[2] - few[2]) / (_MANY - _FEW))
+    return Launches(counters[0], counters[1], (many[2] - few[2]) / (_MANY - _FEW), units)
+
+
+@contextmanager
+def _kernel_bytes() -> Iterator[list[int]]:
+    """Bytes of each kernel that is compiled meanwhile, in a list that grows."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    found: list[int] = []
+    real: Any = GraphLowering.codegen
+
+    def codegen(graph: Any) -> Any:
+        result = real(graph)
+        found.extend(4 * elements for node, elements in graph.count_bytes()[1] if not node.is_extern())
+        return result
+
+    setattr(GraphLowering, "codegen", codegen)  # noqa: B010 - a method of torch's, for the time being
+    try:
+        with config.patch(force_disable_caches=True):  # what is taken from a cache is not counted
+            yield found
+    finally:
+        setattr(GraphLowering, "codegen", real)  # noqa: B010
 
 
 def kind_of(line: str) -> str:

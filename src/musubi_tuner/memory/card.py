@@ -1,6 +1,7 @@
 """What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 _HOST_RESERVE = 6 * GIB
 """For the process itself, its loaders and the system's file cache."""
-_DEVICE_MARGIN = 0.94
-"""Of the free device memory; the rest is for the allocator's gaps and libraries' workspaces."""
+_DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
+"""Of the free device memory, by whether the allocator's pieces can grow (runtime/program.py). The rest is for what lies unused between
+tensors (3 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
 
 
 def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
@@ -67,7 +69,13 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
     host = max(0, host - _HOST_RESERVE)
-    return int(free * _DEVICE_MARGIN), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
+    share = _DEVICE_SHARE_IN_FIXED_PIECES if device.type == "cuda" and not _pieces_grow() else _DEVICE_SHARE
+    return int(free * share), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
+
+
+def _pieces_grow() -> bool:
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return sys.platform != "win32" and "expandable_segments:True" in settings
 
 
 def cap_device_memory(device: torch.device, vram_gb: float | None) -> None:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 
 from musubi_tuner.memory.step_model import (
     BYTES_PER_WEIGHT,
+    INT8_IN_FLIGHT,
     LEVELS,
     BlockSeconds,
     CardRates,
@@ -213,6 +214,7 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
         units = level.in_flight_eager
         if limits.compiled:
             units = level.in_flight_low_bit if low_bit else level.in_flight
+        units += INT8_IN_FLIGHT * (weight_format == "int8")
         return units * unit + (2 - level.keeps_text) * text + transient
 
     if inputs_on_host:

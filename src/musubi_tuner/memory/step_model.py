@@ -80,6 +80,8 @@ LEVELS = (
     ),
 )  # fmt: skip
 """The feed-forward's second product is in none: nobody needs its output."""
+INT8_IN_FLIGHT = 6.5
+"""Units more in int8, compiled or not: its products have 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
