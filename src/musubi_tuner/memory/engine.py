@@ -78,10 +78,16 @@ _MOST_GRAPHS = 128
 """Kinds of blocks (level, weight format, adapters) times kinds of batches (masks, conditioning frames, absent streams). A run has a few of
 them; torch's own limit of 8 would end it in the middle."""
 
-_COMPILER: dict[str, Any] = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_opcount_threshold": 100}
+_COMPILER: dict[str, Any] = {
+    "combo_kernels": True,
+    "combo_kernels_pointwise_only": True,
+    "realize_opcount_threshold": 100,
+    "size_asserts": False,
+}
 """Inductor's options: small operations that do not depend on each other, such as the casts of all adapters, go into one kernel. Merged
 reductions are no faster, and run in the blocks of one size that suits none. The threshold is how long a chain of operations grows before
-it is written to memory: at torch's own 30, fp8 wrote eight units of float32 between GELU's gradient and its conversion."""
+it is written to memory: at torch's own 30, fp8 wrote eight units of float32 between GELU's gradient and its conversion.
+Shapes of inputs are what guards have compared already; to assert each once more takes the host 4 % of a step."""
 
 SequenceAxes = Callable[[States, Any], list[tuple[Tensor, int]]]
 """(states, inputs) of a block -> its tensors whose length follows the clip, and which axis of theirs."""
@@ -198,7 +204,8 @@ class _Compiled:
 
     def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
         for tensor, axis in self._axes(states, inputs) if self._axes else ():
-            torch._dynamo.mark_dynamic(tensor, axis)
+            if axis not in getattr(tensor, "_dynamo_dynamic_indices", ()):  # what all blocks share is marked once
+                torch._dynamo.mark_dynamic(tensor, axis)
         self.is_running = True
         try:
             return self._graph(block, states, inputs)
