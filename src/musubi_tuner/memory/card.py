@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +21,47 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 _HOST_RESERVE = 6 * GIB
 """For the process itself, its loaders and the system's file cache."""
+_Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Linears of one size."""
+
+    inputs: int
+    outputs: int
+    count: int
+
+
+_LAYERS = (_Layers(4096, 4096, 6), _Layers(4096, 16384, 1), _Layers(16384, 4096, 1))
+"""Of a block's video stream, without those that read the text."""
+_ROWS = 4352
+"""No length of a linear's: kernels that are compiled for any size are compiled a second time where two sizes agree."""
+_LAYERS_OF_A_CPU = (_Layers(256, 256, 6), _Layers(256, 512, 1), _Layers(512, 256, 1))
 _DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
 """Of the free device memory, by whether the allocator's pieces can grow (runtime/program.py). The rest is for what lies unused between
 tensors (3 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
 
 
 def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
-    """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and operations per second of a whole linear in
-    each low-bit format that the card multiplies in (none on a CPU)."""
+    """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and operations per second of whole linears in each
+    low-bit format that the card multiplies in (none on a CPU). Linears run forward and backward, as many of each size as a block has."""
     cuda = device.type == "cuda"
-    rows, inner, outer, heads = (4096, 4096, 16384, 32) if cuda else (256, 256, 512, 4)
+    rows, heads, layers = (_ROWS, 32, _LAYERS) if cuda else (256, 4, _LAYERS_OF_A_CPU)
     dtype = torch.bfloat16 if cuda else torch.float32
-    a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
-    operations = 2.0 * rows * inner * outer
-    bf16 = operations / seconds_of(lambda: a @ b.t(), device)
-    low = _low_bit_rates(a, b, operations)
+    example = torch.randn(rows, layers[0].inputs, device=device, dtype=dtype)
+    bf16 = _linear_rate(layers, example, lambda weight: partial(F.linear, weight=weight))
+    low = _low_bit_rates(layers, example)
     query = torch.randn(1, heads, rows, 128, device=device, dtype=dtype, requires_grad=True)
+    attention_work = 4.0 * heads * rows * rows * 128
     with torch.no_grad():
-        attention = 4.0 * heads * rows * rows * 128 / seconds_of(lambda: F.scaled_dot_product_attention(query, query, query), device)
+        attention = attention_work / seconds_of(lambda: F.scaled_dot_product_attention(query, query, query), device)
     both = seconds_of(lambda: F.scaled_dot_product_attention(query, query, query).backward(query.detach()), device)
-    source = torch.empty(rows * outer, device=device, dtype=dtype)
+    source = torch.empty(rows * layers[1].outputs, device=device, dtype=dtype)
     size = source.numel() * source.element_size()
     target = torch.empty_like(source)
     host = pinned_memory(size) if cuda else torch.empty(size, dtype=torch.uint8)  # torch would keep its own pinned for good
     device_bytes = torch.empty(size, dtype=torch.uint8, device=device)
-    attention_work = 4.0 * heads * rows * rows * 128
     backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)
     rates = CardRates(
         bf16=bf16,
@@ -104,18 +122,38 @@ def allocator_share(usable: int, total: int, vram_gb: float | None, platform: st
     return min(usable, total, total if vram_gb is None else int(vram_gb * GIB)) / total
 
 
-def _low_bit_rates(a: torch.Tensor, b: torch.Tensor, operations: float) -> dict[str, float]:
-    """Of a whole linear in each format that the card multiplies in, with the conversion of its input."""
-    if not a.is_cuda:
+def _linear_rate(layers: Sequence[_Layers], example: torch.Tensor, make: Callable[[torch.Tensor], _Linear]) -> float:
+    """Operations per second of frozen linears, forward and backward: gradients of inputs alone.
+
+    Args:
+        example: (rows, any) gives rows, device and dtype.
+        make: (outputs, inputs) weight -> the linear.
+    """
+    operations = seconds = 0.0
+    for layer in layers:
+        x = torch.randn_like(example[:, :1].expand(-1, layer.inputs)).requires_grad_()
+        gradient = torch.randn_like(example[:, :1].expand(-1, layer.outputs))
+        run = make(torch.randn(layer.outputs, layer.inputs, device=example.device, dtype=example.dtype))
+        operations += layer.count * 4.0 * example.shape[0] * layer.inputs * layer.outputs
+        seconds += layer.count * seconds_of(lambda: torch.autograd.grad(run(x), x, gradient), example.device)  # noqa: B023 - run at once
+    return operations / seconds
+
+
+def _low_bit_rates(layers: Sequence[_Layers], example: torch.Tensor) -> dict[str, float]:
+    """Of whole linears in each format that the card multiplies in, with the conversion of inputs and gradients."""
+    if not example.is_cuda:
         return {}
-    capability = torch.cuda.get_device_capability(a.device)
+    capability = torch.cuda.get_device_capability(example.device)
     found: dict[str, float] = {}
     for name, first in (("fp8", (8, 9)), ("int8", (8, 0))):
         if capability < first:
             continue
-        codes = quantize(b, name)
         try:
-            found[name] = operations / seconds_of(lambda: low_bit_linear(a, codes), a.device)  # noqa: B023 - run at once
+            found[name] = _linear_rate(
+                layers,
+                example,
+                lambda weight: partial(low_bit_linear, codes=quantize(weight, name)),  # noqa: B023 - run at once
+            )
         except RuntimeError as error:  # a card or build without this product
             log.info("%s products do not run on this card: %s", name, first_line(error))
     return found

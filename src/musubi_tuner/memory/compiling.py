@@ -46,14 +46,15 @@ def compiles_for(tensor: Tensor) -> bool:
 
 def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
     """A chain of small operations on a tensor as one kernel, at any size, where one can be compiled; `function` itself elsewhere, and in
-    a graph that is being compiled, of which it becomes a part."""
+    a graph that is being compiled, of which it becomes a part. Compiled, it takes part in no gradient: one kernel serves all passes."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
     def run(first: Tensor, /, *rest: Rest.args, **named: Rest.kwargs) -> Result:
         if torch.compiler.is_compiling() or not compiles_for(first):
             return function(first, *rest, **named)
-        return compiled()(first, *rest, **named)
+        with torch.no_grad():
+            return compiled()(first.detach(), *rest, **named)
 
     return run
 

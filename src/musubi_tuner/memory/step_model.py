@@ -160,7 +160,7 @@ class CardRates:
 
     bf16: float
     low_bit: float
-    """fp8 or int8 products, without quantizing; that of bf16 where the card has neither."""
+    """fp8 or int8 linears, conversion of their inputs and gradients included; that of bf16 where the card has neither."""
     attention_forward: float
     attention_backward: float
     bandwidth: float
