@@ -1,5 +1,5 @@
-"""Counts what a training step launches on a card, on a machine without one: launches of one block by kind, what its compiled kernels move,
-and the host's time for all of it.
+"""Counts what a training step launches on a card, on a machine without one: launches of one block by kind, and what its
+compiled kernels move. The host's time is counted by `python -m benchmarks.step --simulated`.
 
     python -m benchmarks.launches                           bf16 and fp8 at 768x512x121, rank 32 on attention, nothing recomputed
     python -m benchmarks.launches --formats int8 nf4 --level everything
@@ -13,7 +13,6 @@ import argparse
 import collections
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ class Launches:
 
     forward: collections.Counter[str]
     backward: collections.Counter[str]
-    host_seconds: float
-    """Processor time of forward and backward, the shortest of a few."""
     moved_units: float
     """Read and written by compiled kernels."""
 
@@ -52,14 +49,14 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             return simulated_card.start_again("benchmarks.launches", list(argv), simulated_card.environment(Path(folder)))
     card = Card()
-    print("| weights | direction | " + " | ".join(KINDS) + " | in all | moved units | host ms |")
-    print("|---" * (len(KINDS) + 5) + "|")
+    print("| weights | direction | " + " | ".join(KINDS) + " | in all | moved units |")
+    print("|---" * (len(KINDS) + 4) + "|")
     for weight_format in options.formats:
         found = count(card, weight_format, options.shape, options.level)
         for direction, counter in (("forward", found.forward), ("backward", found.backward)):
             cells = " | ".join(str(counter[kind]) for kind in KINDS)
-            print(f"| {weight_format} | {direction} | {cells} | {counter.total()} | | |")
-        ends = f"**{found.total}** | {found.moved_units:.1f} | {1000 * found.host_seconds:.2f}"
+            print(f"| {weight_format} | {direction} | {cells} | {counter.total()} | |")
+        ends = f"**{found.total}** | {found.moved_units:.1f}"
         print(f"| {weight_format} | both |{' |' * len(KINDS)} {ends} |", flush=True)
     return 0
 
@@ -86,27 +83,24 @@ def count(card: Card, weight_format: str, shape: str, level: str) -> Launches:
         sample = models.make_sample(config, SHAPES[shape], TEXT_TOKENS, device, dtype)
         frames, rows, columns, steps = SHAPES[shape]
         unit = 2 * (frames * rows * columns * config.video_dim + steps * config.audio_dim)
-        seconds = []
         with _kernel_bytes() as moved:
             ours.forward(sample).backward()
         units = sum(moved) / unit
-        for _ in range(6):
-            started = time.process_time()
+        for _ in range(2):
             ours.forward(sample).backward()
-            seconds.append(time.process_time() - started)
             for parameter in ours.adapters.values():  # as the optimizer leaves them: a second gradient would be added by a kernel
                 parameter.grad = None
         with card.watched() as forward:
             loss = ours.forward(sample)
         with card.watched() as backward:
             loss.backward()
-        readings.append((collections.Counter(map(kind_of, forward)), collections.Counter(map(kind_of, backward)), min(seconds)))
+        readings.append((collections.Counter(map(kind_of, forward)), collections.Counter(map(kind_of, backward))))
     few, many = readings
     counters = [
         collections.Counter({kind: (count - less[kind]) // (_MANY - _FEW) for kind, count in more.items()})
-        for less, more in zip(few[:2], many[:2], strict=True)
+        for less, more in zip(few, many, strict=True)
     ]
-    return Launches(counters[0], counters[1], (many[2] - few[2]) / (_MANY - _FEW), units)
+    return Launches(counters[0], counters[1], units)
 
 
 @contextmanager
