@@ -234,6 +234,26 @@ def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog,
     assert capped == [("cpu", 4, 0)]
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_wait_in_the_trial_as_they_do_in_a_step(data, tmp_path, monkeypatch, accumulation):
+    """And none of them is left for the first step."""
+    seen, run_trial = [], prove._run_trial
+
+    def watched(loaded, trial, *arguments):
+        def noted(wrapper, network):
+            seen.append(trial(wrapper, network) and [parameter.grad.abs().sum() for parameter in network.parameters()])
+            return 1.0
+
+        answer = run_trial(loaded, noted, *arguments)
+        assert all(parameter.grad is None for parameter in loaded.network.parameters())
+        return answer
+
+    monkeypatch.setattr(prove, "_run_trial", watched)
+    run(data, tmp_path, "--vram_gb", "4", "--gradient_accumulation_steps", str(accumulation))
+    first, second = (torch.stack(sums) for sums in seen)
+    assert first.sum() > 0 and torch.allclose(second, accumulation * first, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "error",
     [PinningFailed(2**20, 3 * 2**10, "out of memory"), torch.AcceleratorError("CUDA error: out of memory")],

@@ -105,11 +105,6 @@ class Plan:
         return self.seconds * WORSE[self.weight_format]
 
 
-def beside_a_batch(work: Workload) -> int:
-    """Bytes of optimizer states, and of gradients that wait, which are not there yet when a plan is tried."""
-    return int(work.trainable * (work.optimizer_bytes + GRADIENT_BYTES * work.accumulates))
-
-
 def choose_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan | None:
     """The plan with the best score that stays within the limits; None where none does."""
     fitting = [plan for plan in candidates(shape, work, rates, limits) if fits(plan, limits)]

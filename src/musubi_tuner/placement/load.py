@@ -57,7 +57,7 @@ class ModelRequest:
     state_bytes: float = 8.0
     """Kept for each trained weight beside its gradient: `planning.state_bytes`."""
     accumulates: bool = False
-    """A step has several batches, so gradients wait while the next ones are computed."""
+    """A step has several backward passes, so gradients wait while the next ones are computed."""
     processes: Processes
 
 

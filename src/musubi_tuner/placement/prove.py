@@ -17,7 +17,6 @@ from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choi
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
 from musubi_tuner.memory.pinning import PinningFailed, pinned_bytes
-from musubi_tuner.memory.plan import beside_a_batch
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -30,7 +29,7 @@ from musubi_tuner.runtime.processes import Processes
 log = logging.getLogger(__name__)
 
 Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
-"""One forward and backward pass of the largest batch; returns its seconds."""
+"""One forward and backward pass of the largest batch, which leaves its gradients; returns its seconds."""
 
 Result = TypeVar("Result")
 
@@ -90,7 +89,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
             raise error if refused is None else UserError(f"{refused} With less, {error}") from None
         placement = group.gather(found)[0]
         try:
-            return _with_notes(_load_and_prove(request, placement, trial, reserve=beside_a_batch(work)), attention)
+            return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
         except PlanFailed as failed:
             failure = failed.failure
         if failure.kind == "compiler":
@@ -149,7 +148,7 @@ def _let_go(device: torch.device) -> None:
 def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: int) -> LoadedModel:
     """
     Args:
-        reserve: bytes on the device that are taken later: by the optimizer, and by gradients that wait.
+        reserve: bytes on the device that the optimizer will take after the first step.
 
     Raises:
         PlanFailed: in any of the processes.
@@ -215,6 +214,8 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
     trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
     seconds = trial(loaded.wrapper, loaded.network)
     del held
+    for parameter in loaded.network.parameters():
+        parameter.grad = None
     text = f"{seconds:.3f} s"
     if cuda and plan is not None:
         peak = torch.cuda.max_memory_allocated(device)

@@ -274,11 +274,14 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
     trial_rules = dataclasses.replace(rules, purpose="trial", recipe=rules.recipe.with_most_keyframes())  # its draws are nobody else's
     batch = make_batch(draws, config.ltx_mode, trial_rules)
 
+    accumulates = config.optimization.gradient_accumulation_steps > 1
+
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
+        if not accumulates:
+            for parameter in network.parameters():
+                parameter.grad = None
         started = time.perf_counter()
         make_objective(config, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
-        for parameter in network.parameters():
-            parameter.grad = None
         if machine.device.type == "cuda":
             torch.cuda.synchronize(machine.device)
         return time.perf_counter() - started
@@ -302,7 +305,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             clips=largest.spec.batch_size,
         ),
         state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
-        accumulates=config.optimization.gradient_accumulation_steps > 1,
+        accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
         processes=machine.processes,
     )
     return load_model(request, trial)
