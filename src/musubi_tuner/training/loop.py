@@ -15,6 +15,7 @@ from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
 from musubi_tuner.training.last_step import LastStep
+from musubi_tuner.training.metrics import Reading
 from musubi_tuner.training.optimizer import average_gradients, clip
 from musubi_tuner.training.run import Outcome, TrainingRun
 
@@ -29,7 +30,7 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
     """
     started, total = time.monotonic(), run.schedule.total
     bar = Progress("training", total, unit="step", done=run.start_step, shown=run.processes.is_main)
-    last = LastStep(run, outcome, log, bar)
+    last, asked = LastStep(run, outcome, log, bar), _EndAsked(run)
     with Interrupt() as interrupt, bar, _settled(), closing(_batches(run)) as batches, last:
         if run.start_step == 0:
             for hook in hooks:
@@ -42,7 +43,7 @@ def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook
                 last.log(step, norm)
             if not last.device_refuses or run.schedule.is_looked_at(step):
                 last.settle()
-            outcome.interrupted = _in_any_process(run, interrupt.requested) and step < total  # the last step ends the run anyway
+            outcome.interrupted = asked.after_step(interrupt.requested) and step < total  # the last step ends the run anyway
             if outcome.interrupted:
                 last.settle()
             seconds = time.monotonic() - begun
@@ -102,9 +103,19 @@ def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: I
     return norm
 
 
-def _in_any_process(run: TrainingRun, requested: bool) -> bool:
-    if run.processes.count == 1:
-        return requested
-    flag = torch.tensor(float(requested), device=run.device)
-    torch.distributed.all_reduce(flag)
-    return bool(flag)
+class _EndAsked:
+    """Whether a signal has reached any of the processes. On a GPU the answer of a step is read in the next one, so nobody waits for the
+    device; it is the same in all processes, so all end with the same step."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._newest: Reading | None = None
+
+    def after_step(self, requested: bool) -> bool:
+        if self._run.processes.count == 1:
+            return requested
+        flag = torch.full((1,), float(requested), device=self._run.device)
+        torch.distributed.all_reduce(flag)
+        earlier, self._newest = self._newest, Reading(flag)
+        answer = earlier if flag.is_cuda else self._newest
+        return answer is not None and answer.values()[0] > 0
