@@ -4,6 +4,8 @@ plan. Flags after `--` are the trainer's.
     python -m benchmarks.training --shape 768x512x49 -- --vram_gb 15.5 --ram_gb 24      a 16 GB card, on a larger one
     python -m benchmarks.training --shape 768x512x121 -- --weight_format fp8            what a user's run would print
     python -m benchmarks.training --sizes toy                                           anywhere, as a check that it runs
+    python -m benchmarks.training --simulated_gb 7 --blocks 8 --steps 1 -- --no-compile      memory against the plan, without a card: what
+                                                                                        it learns is nothing there, and it says so
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import simulated_card
 from benchmarks.block_counts import RANK, TEXT_TOKENS
 from benchmarks.loading_case import write_checkpoint
 from musubi_tuner.cache import store
@@ -56,6 +59,13 @@ target_frames = [{frames}]
 def main(argv: Sequence[str]) -> int:
     own = list(itertools.takewhile(lambda argument: argument != "--", argv))
     options, passed = _parse(own), argv[len(own) + 1 :]
+    if options.simulated_gb and not simulated_card.Card.is_here():
+        if (problem := simulated_card.obstacle()) is not None:
+            print(f"nothing is run: {problem}", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as folder:
+            settings = simulated_card.environment(Path(folder), gigabytes=options.simulated_gb)
+            return simulated_card.start_again("benchmarks.training", list(argv), settings)
     toy = options.sizes == "toy"
     width, height, frames = (int(part) for part in ("96x64x17" if toy else options.shape).split("x"))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -136,6 +146,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"depth of the checkpoint, 0.8 GB each (default: {BLOCKS})")
     parser.add_argument("--shape", default="768x512x121", help="width x height x frames of the clips (default: 768x512x121)")
     parser.add_argument("--steps", type=int, default=30, help="steps of the run (default: 30)")
+    parser.add_argument("--simulated_gb", type=float, metavar="GB", help="on a simulated card of this size (benchmarks/simulated_card)")
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before (Linux)")
     parser.add_argument("--folder", help="where the checkpoint is written, and removed again")
     return parser.parse_args(argv)
