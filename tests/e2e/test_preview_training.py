@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs, ltxv2_train_network
 from musubi_tuner.generation import decode
-from musubi_tuner.ltxv2.text import pipeline
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.placement import text
 from musubi_tuner.preview import previewer
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
@@ -93,8 +93,8 @@ def test_a_prompt_that_is_not_cached_stops_before_training(project: Path, tiny_f
 def test_prompts_that_were_not_cached_are_encoded_once_for_all_previews(project: Path, tiny_family, monkeypatch) -> None:
     prompts = project / "uncached.txt"
     prompts.write_text("Nobody cached this one --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
-    calls, encode = [], pipeline.encode_prompts
-    monkeypatch.setattr(pipeline, "encode_prompts", lambda recipe, texts: calls.append(list(texts)) or encode(recipe, texts))
+    calls, encode = [], text.encode_prompts
+    monkeypatch.setattr(text, "encode_prompts", lambda recipe, texts: calls.append(list(texts)) or encode(recipe, texts))
     flags = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "1", "--text_encoder", str(tiny_family.gemma)]
     made = train(project, tiny_family.ltx23, "uncached", *flags) / "sample"
     assert len(list(made.glob("*.png"))) == STEPS + 1
@@ -124,11 +124,11 @@ def test_the_stages_of_a_run_come_in_order(project: Path, tiny_family, monkeypat
         order.append("model" if encoders and encoders[0]() is None else "model beside the encoder")
         return real_model(*arguments)
 
-    real_load, real_model = pipeline.load_encoder, setup.load_model
+    real_load, real_model = text.load_encoder, setup.load_model
     spy(ltxv2_train_network, "parse_arguments", "config")
     spy(preflight, "verify_caches", "caches")
-    spy(pipeline, "encode_prompts", "prompts")
-    monkeypatch.setattr(pipeline, "load_encoder", load_encoder)
+    spy(text, "encode_prompts", "prompts")
+    monkeypatch.setattr(text, "load_encoder", load_encoder)
     monkeypatch.setattr(setup, "load_model", load_model)
     spy(FlowMatching, "noise", "inputs")
     spy(OfficialLTXV2Wrapper, "forward", "forward")
