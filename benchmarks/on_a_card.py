@@ -1,6 +1,6 @@
 """The first half hour on a card, in three parts that each end within ten minutes: what is right comes first, then what docs/ says.
 
-    python3 -m benchmarks.on_a_card 1 --output DIR      tests/gpu to its end, then single operations and attention kernels
+    python3 -m benchmarks.on_a_card 1 --output DIR      tests/gpu to its end
     python3 -m benchmarks.on_a_card 2 --output DIR      a step of 8 and of 48 blocks, beside diffusers
     python3 -m benchmarks.on_a_card 3 --output DIR      the trainer itself: a 16 GB card, fp8, streaming
 
@@ -37,6 +37,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--output", type=Path, default=Path("on_a_card"), help="folder for what is printed; default: %(default)s")
     options = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"this torch ({torch.__version__}) sees no GPU: nothing is run", file=sys.stderr)
+        return 2
     options.output.mkdir(parents=True, exist_ok=True)
     results = [run(name, seconds, words.split(), options.output) for name, seconds, words in PARTS[options.part]]
     print("\n" + "\n".join(f"{name:12} {taken:5.0f} s  {ending}" for name, taken, ending in results))

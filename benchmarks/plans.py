@@ -6,7 +6,7 @@ from benchmarks.block_counts import SHAPES, TEXT_TOKENS
 from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 
-GB = 10**9
+GIB = 2**30
 MODEL = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
 RANK_32_ATTENTION = 214_000_000
 
@@ -18,7 +18,7 @@ CARDS = {
     "RTX 3090": (23.5, 71, 200, 62, 52, 0.85, 25, "int8"),
     "RTX 4080": (15.5, 97, 185, 86, 72, 0.66, 25, "fp8"),
 }
-"""GB of memory; TFLOP/s in bf16, in few bits, of attention forward and backward; TB/s; GB/s from the host; the format of few bits.
+"""GiB of memory; TFLOP/s in bf16, in few bits, of attention forward and backward; TB/s; GB/s from the host; the format of few bits.
 Data sheets with float32 accumulation; attention and copies as published for the usual kernels."""
 
 
@@ -38,13 +38,13 @@ def plan_for(card: str, shape: str, *, host_gb: float) -> Plan | None:
         video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
         optimizer_bytes=8,
     )  # fmt: skip
-    limits = Limits(device_bytes=int(0.94 * CARDS[card][0] * GB), host_bytes=int(host_gb * GB), formats=("bf16", CARDS[card][7], "nf4"))
+    limits = Limits(device_bytes=int(0.94 * CARDS[card][0] * GIB), host_bytes=int(host_gb * GIB), formats=("bf16", CARDS[card][7], "nf4"))
     return choose_plan(MODEL, work, rates(card), limits)
 
 
 def table(host_gb: float) -> str:
     """One row for each card and shape; `host_gb` may be pinned."""
-    head = "| card | clip | weights | streamed | recomputed | GB on the card | GB pinned | s a step | of the floor |"
+    head = "| card | clip | weights | streamed | recomputed | GiB on the card | GiB pinned | s a step | of the floor |"
     lines = [head, "|---" * 9 + "|"]
     for card in CARDS:
         for shape in SHAPES:
@@ -55,8 +55,8 @@ def table(host_gb: float) -> str:
             recomputed = ", ".join(f"{name.replace('_', ' ')} ({count})" for name, count in count_levels(plan).items())
             recomputed += ", inputs on the host" if plan.inputs_on_host else ""
             lines.append(
-                f"| {card} | {shape} | {plan.weight_format} | {plan.streamed} of 48 | {recomputed} | {plan.device_bytes / GB:.1f} | "
-                f"{plan.host_bytes / GB:.1f} | {plan.seconds:.2f} | {plan.floor / plan.seconds:.0%} |"
+                f"| {card} | {shape} | {plan.weight_format} | {plan.streamed} of 48 | {recomputed} | {plan.device_bytes / GIB:.1f} | "
+                f"{plan.host_bytes / GIB:.1f} | {plan.seconds:.2f} | {plan.floor / plan.seconds:.0%} |"
             )
     return "\n".join(lines)
 

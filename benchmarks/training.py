@@ -12,6 +12,7 @@ import argparse
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,13 @@ def main(argv: Sequence[str]) -> int:
     toy = options.sizes == "toy"
     width, height, frames = (int(part) for part in ("96x64x17" if toy else options.shape).split("x"))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        needed = 0 if toy else int((options.blocks + 2) * 0.8e9)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            print(
+                f"{folder}: {free / 1e9:.0f} GB are free, and {needed / 1e9:.0f} are written; give another --folder, or fewer --blocks",
+                file=sys.stderr,
+            )
+            return 2
         model = Path(folder) / "synthetic.safetensors"
         write_checkpoint(model, toy=toy, blocks=2 if toy else options.blocks)
         toml = Path(folder) / "dataset.toml"

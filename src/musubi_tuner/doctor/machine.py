@@ -111,7 +111,7 @@ def _triton(device: torch.device) -> str | Note:
     if device.type != "cuda":
         return "not needed: compiling pays on a GPU only"
     if obstacle is not None:
-        return Note(f"blocks run uncompiled, at less than half the speed: {obstacle}")
+        return Note(f"blocks run uncompiled, about half as long again for a step: {obstacle}")
     return f"{importlib.metadata.version('triton') if importlib.util.find_spec('triton') else ''} compiles here".strip()
 
 

@@ -40,7 +40,7 @@ _ROWS = 4352
 _LAYERS_OF_A_CPU = (_Layers(256, 256, 6), _Layers(256, 512, 1), _Layers(512, 256, 1))
 _DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
 """Of the free device memory, by whether the allocator's pieces can grow (runtime/program.py). The rest is for what lies unused between
-tensors (3 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
+tensors (2 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
 
 
 def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:

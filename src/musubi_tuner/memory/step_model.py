@@ -31,7 +31,8 @@ _NF4_BYTES = 0.5 + 2 / 64
 BYTES_PER_WEIGHT = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": _NF4_BYTES}
 
 TRAFFIC_FORWARD, TRAFFIC_BACKWARD = 94.0, 103.0
-"""Units that a compiled block moves outside of its matrix products and attention, LoRA's thin products included."""
+"""Units that a compiled block moves outside of its large products and attention: 34 and 98 by compiled kernels (benchmarks/launches.py),
+the rest by LoRA's thin products, which take their time from memory too. Fitted to an H200."""
 REACHED = 0.5
 """Share of a copy's rate at which they are moved, gaps between small kernels included."""
 TRAFFIC_EAGER = 2.6

@@ -217,7 +217,7 @@ def compiles(options: MemoryOptions, device: torch.device) -> bool:
         return options.compile
     obstacle = obstacle_to_compiling(device)
     if obstacle is not None and device.type == "cuda":
-        log.warning("WARNING: blocks run uncompiled, at less than half the speed: %s", obstacle)
+        log.warning("WARNING: blocks run uncompiled, and a step takes about half as long again: %s", obstacle)
     return obstacle is None
 
 
@@ -244,7 +244,7 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
         return rows
     rows.append(("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"))
     reached, stalled = plan.floor / plan.seconds, plan.stalled / plan.seconds
-    rows.append(("", f"{plan.seconds:.3f} s for the largest batch: {reached:.0%} of what this machine reaches at best in {full}"))
+    rows.append(("", f"{plan.seconds:.3f} s for the largest batch; products and attention alone would take {reached:.0%} of it in {full}"))
     if stalled > _WORTH_A_REMEDY:
         rows.append(("", f"{stalled:.0%} of it waits for streamed weights, which a larger batch_size would hide"))
     return rows

@@ -114,7 +114,7 @@ def _uncompiled(options: MemoryOptions, message: str) -> MemoryOptions:
     """
     if options.compile:
         raise UserError(f"--compile: torch's compiler fails here: {message}. Leave the flag out, or fix the compiler.")
-    log.warning("WARNING: blocks run uncompiled, at less than half the speed: torch's compiler fails here: %s", message)
+    log.warning("WARNING: blocks run uncompiled, and a step takes about half as long again: torch's compiler fails here: %s", message)
     return dataclasses.replace(options, compile=False)
 
 
