@@ -11,16 +11,13 @@ cuDNN: each convolution counts as one launch, without a workspace of its own. Of
 import argparse
 import collections
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import simulated_card
 from benchmarks.launches import kind_of
-from benchmarks.simulated_card import Card, waits
+from benchmarks.simulated_card import Card, run_within, waits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +48,7 @@ class Counts:
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if not Card.is_here():
-        if (problem := simulated_card.obstacle()) is not None:
-            print(f"nothing is counted: {problem}", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as folder:
-            return simulated_card.start_again("benchmarks.encoding", list(argv), simulated_card.environment(Path(folder)))
+        return run_within("benchmarks.encoding", argv)
     from benchmarks.caching import SHAPES
 
     card = Card()

@@ -12,15 +12,12 @@ Moved: bytes that the kernels that are neither product nor attention read and wr
 import argparse
 import collections
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks import simulated_card
-from benchmarks.simulated_card import Card
+from benchmarks.simulated_card import Card, run_within
 
 _FEW, _MANY = 2, 6
 KINDS = ("product", "attention", "compiled", "other kernel", "copy", "fill")
@@ -43,11 +40,7 @@ class Launches:
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if not Card.is_here():
-        if (problem := simulated_card.obstacle()) is not None:
-            print(f"nothing is counted: {problem}", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as folder:
-            return simulated_card.start_again("benchmarks.launches", list(argv), simulated_card.environment(Path(folder)))
+        return run_within("benchmarks.launches", argv)
     card = Card()
     print("| weights | direction | " + " | ".join(KINDS) + " | in all | moved units |")
     print("|---" * (len(KINDS) + 4) + "|")

@@ -10,14 +10,12 @@ limit of the allocator within which it still runs, which counts what lies unused
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks import simulated_card
 from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, config_section
-from benchmarks.simulated_card import Card
+from benchmarks.simulated_card import Card, run_within
+from musubi_tuner.runtime.allocator import GROWING, VARIABLE
 
 BLOCKS = 48
 LENGTHS = ("512x768x49", "768x512x121", "1280x704x121")
@@ -57,14 +55,7 @@ class Peak:
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if not Card.is_here():
-        if (problem := simulated_card.obstacle()) is not None:
-            print(f"nothing is counted: {problem}", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as folder:
-            settings = simulated_card.environment(Path(folder), gigabytes=_CARD_GB)
-            return simulated_card.start_again(
-                "benchmarks.peaks", list(argv), {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **settings}
-            )
+        return run_within("benchmarks.peaks", argv, gigabytes=_CARD_GB, settings={VARIABLE: GROWING})
     Card()
     from musubi_tuner.memory.attention import use_attention
 

@@ -3,10 +3,10 @@
 import sys
 
 from benchmarks.block_counts import SHAPES, TEXT_TOKENS
+from musubi_tuner.memory.card import DEVICE_SHARE, GIB
 from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 
-GIB = 2**30
 MODEL = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
 RANK_32_ATTENTION = 214_000_000
 
@@ -38,7 +38,9 @@ def plan_for(card: str, shape: str, *, host_gb: float) -> Plan | None:
         video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
         optimizer_bytes=8,
     )  # fmt: skip
-    limits = Limits(device_bytes=int(0.94 * CARDS[card][0] * GIB), host_bytes=int(host_gb * GIB), formats=("bf16", CARDS[card][7], "nf4"))
+    limits = Limits(
+        device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=int(host_gb * GIB), formats=("bf16", CARDS[card][7], "nf4")
+    )
     return choose_plan(MODEL, work, rates(card), limits)
 
 

@@ -13,7 +13,6 @@ import platform
 import runpy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -114,12 +113,7 @@ def _simulated(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from benchmarks import simulated_card
 
     if not simulated_card.Card.is_here():
-        if (problem := simulated_card.obstacle()) is not None:
-            print(f"nothing is counted: {problem}", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as folder:
-            settings = simulated_card.environment(Path(folder), gigabytes=256)
-            return simulated_card.start_again("benchmarks.step", list(argv), settings)
+        return simulated_card.run_within("benchmarks.step", argv, gigabytes=256)
     card = simulated_card.Card()
     from benchmarks.step_counts import table
     from musubi_tuner.memory.attention import use_attention

@@ -61,24 +61,20 @@ def main(argv: Sequence[str]) -> int:
     own = list(itertools.takewhile(lambda argument: argument != "--", argv))
     options, passed = _parse(own), argv[len(own) + 1 :]
     if options.simulated_gb and not simulated_card.Card.is_here():
-        if (problem := simulated_card.obstacle()) is not None:
-            print(f"nothing is run: {problem}", file=sys.stderr)
-            return 2
-        with tempfile.TemporaryDirectory() as folder:
-            settings = simulated_card.environment(Path(folder), gigabytes=options.simulated_gb)
-            return simulated_card.start_again("benchmarks.training", list(argv), settings)
+        return simulated_card.run_within("benchmarks.training", argv, gigabytes=options.simulated_gb)
     toy = options.sizes == "toy"
     width, height, frames = (int(part) for part in ("96x64x17" if toy else options.shape).split("x"))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        needed = 0 if toy else int((options.blocks + 2) * 0.8e9)
+        needed = 0 if toy or (options.checkpoint and options.checkpoint.exists()) else int((options.blocks + 2) * 0.8e9)
         if (free := shutil.disk_usage(folder).free) < needed:
             print(
                 f"{folder}: {free / 1e9:.0f} GB are free, and {needed / 1e9:.0f} are written; give another --folder, or fewer --blocks",
                 file=sys.stderr,
             )
             return 2
-        model = Path(folder) / "synthetic.safetensors"
-        write_checkpoint(model, toy=toy, blocks=2 if toy else options.blocks)
+        model = options.checkpoint or Path(folder) / "synthetic.safetensors"
+        if not model.exists():
+            write_checkpoint(model, toy=toy, blocks=2 if toy else options.blocks)
         toml = Path(folder) / "dataset.toml"
         toml.write_text(_TOML.format(width=width, height=height, frames=frames), encoding="utf-8")
         write_caches(toml, open_checkpoint(model), frames=frames, width=width, height=height, tokens=TEXT_TOKENS)
@@ -155,6 +151,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", default="768x512x121", help="width x height x frames of the clips (default: 768x512x121)")
     parser.add_argument("--steps", type=int, default=30, help="steps of the run (default: 30)")
     parser.add_argument("--simulated_gb", type=float, metavar="GB", help="on a simulated card of this size (benchmarks/simulated_card)")
+    parser.add_argument("--checkpoint", type=Path, help="keep the checkpoint as this file, and take it where it is there already")
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before (Linux)")
     parser.add_argument("--folder", help="where the checkpoint is written, and removed again")
     return parser.parse_args(argv)

@@ -9,8 +9,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,9 +72,18 @@ def environment(folder: Path, *, capability: int = 90, gigabytes: float = 80) ->
     return {**os.environ, **own, "SIMULATED_SM": str(capability), "SIMULATED_GB": str(gigabytes), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def start_again(module: str, arguments: list[str], settings: Mapping[str, str]) -> int:
-    """Run `python -m MODULE ARGUMENTS` within that environment; its exit code."""
-    return subprocess.run([sys.executable, "-m", module, *arguments], env=dict(settings)).returncode
+def run_within(module: str, arguments: Sequence[str], *, gigabytes: float = 80, settings: Mapping[str, str] | None = None) -> int:
+    """Run `python -m MODULE ARGUMENTS` on a simulated card, or say why that cannot be; its exit code, or 2.
+
+    Args:
+        settings: variables of the environment, where it has none of these names.
+    """
+    if (problem := obstacle()) is not None:
+        print(f"nothing is counted: {problem}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        own = {**(settings or {}), **environment(Path(folder), gigabytes=gigabytes)}
+        return subprocess.run([sys.executable, "-m", module, *arguments], env=own).returncode
 
 
 @contextmanager

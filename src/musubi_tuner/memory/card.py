@@ -1,7 +1,6 @@
 """What the machine has and reaches: free memory, and a quarter of a second of measuring instead of a table of cards."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from musubi_tuner.memory.compiling import first_line
 from musubi_tuner.memory.pinning import pinnable_bytes, pinned_memory
 from musubi_tuner.memory.quantized import low_bit_linear, quantize
 from musubi_tuner.memory.step_model import CardRates
+from musubi_tuner.runtime.allocator import pieces_grow
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ _LAYERS = (_Layers(4096, 4096, 6), _Layers(4096, 16384, 1), _Layers(16384, 4096,
 _ROWS = 4352
 """No length of a linear's: kernels that are compiled for any size are compiled a second time where two sizes agree."""
 _LAYERS_OF_A_CPU = (_Layers(256, 256, 6), _Layers(256, 512, 1), _Layers(512, 256, 1))
-_DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
-"""Of the free device memory, by whether the allocator's pieces can grow (runtime/program.py). The rest is for what lies unused between
+DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
+"""Of the free device memory, by whether the allocator's pieces can grow (runtime/allocator.py). The rest is for what lies unused between
 tensors (2 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
 
 
@@ -49,10 +49,10 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
     cuda = device.type == "cuda"
     rows, heads, layers = (_ROWS, 32, _LAYERS) if cuda else (256, 4, _LAYERS_OF_A_CPU)
     dtype = torch.bfloat16 if cuda else torch.float32
-    example = torch.randn(rows, layers[0].inputs, device=device, dtype=dtype)
-    bf16 = _linear_rate(layers, example, lambda weight: partial(F.linear, weight=weight))
-    low = _low_bit_rates(layers, example)
-    query = torch.randn(1, heads, rows, 128, device=device, dtype=dtype, requires_grad=True)
+    random = partial(torch.randn, device=device, dtype=dtype)
+    bf16 = _linear_rate(layers, rows, random, lambda weight: partial(F.linear, weight=weight))
+    low = _low_bit_rates(layers, rows, random) if cuda else {}
+    query = random(1, heads, rows, 128, requires_grad=True)
     attention_work = 4.0 * heads * rows * rows * 128
     with torch.no_grad():
         attention = attention_work / seconds_of(lambda: F.scaled_dot_product_attention(query, query, query), device)
@@ -87,13 +87,8 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
     host = max(0, host - _HOST_RESERVE)
-    share = _DEVICE_SHARE_IN_FIXED_PIECES if device.type == "cuda" and not _pieces_grow() else _DEVICE_SHARE
+    share = _DEVICE_SHARE_IN_FIXED_PIECES if device.type == "cuda" and not pieces_grow() else DEVICE_SHARE
     return int(free * share), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
-
-
-def _pieces_grow() -> bool:
-    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return sys.platform != "win32" and "expandable_segments:True" in settings
 
 
 def cap_device_memory(device: torch.device, vram_gb: float | None) -> None:
@@ -122,39 +117,36 @@ def allocator_share(usable: int, total: int, vram_gb: float | None, platform: st
     return min(usable, total, total if vram_gb is None else int(vram_gb * GIB)) / total
 
 
-def _linear_rate(layers: Sequence[_Layers], example: torch.Tensor, make: Callable[[torch.Tensor], _Linear]) -> float:
+def _linear_rate(
+    layers: Sequence[_Layers], rows: int, random: Callable[..., torch.Tensor], make: Callable[[torch.Tensor], _Linear]
+) -> float:
     """Operations per second of frozen linears, forward and backward: gradients of inputs alone.
 
     Args:
-        example: (rows, any) gives rows, device and dtype.
+        random: sizes -> a tensor of the device and dtype that are measured.
         make: (outputs, inputs) weight -> the linear.
     """
     operations = seconds = 0.0
     for layer in layers:
-        x = torch.randn_like(example[:, :1].expand(-1, layer.inputs)).requires_grad_()
-        gradient = torch.randn_like(example[:, :1].expand(-1, layer.outputs))
-        run = make(torch.randn(layer.outputs, layer.inputs, device=example.device, dtype=example.dtype))
-        operations += layer.count * 4.0 * example.shape[0] * layer.inputs * layer.outputs
-        seconds += layer.count * seconds_of(lambda: torch.autograd.grad(run(x), x, gradient), example.device)  # noqa: B023 - run at once
+        x = random(rows, layer.inputs).requires_grad_()
+        gradient = random(rows, layer.outputs)
+        run = make(random(layer.outputs, layer.inputs))
+        operations += layer.count * 4.0 * rows * layer.inputs * layer.outputs
+        seconds += layer.count * seconds_of(lambda: torch.autograd.grad(run(x), x, gradient), x.device)  # noqa: B023 - run at once
     return operations / seconds
 
 
-def _low_bit_rates(layers: Sequence[_Layers], example: torch.Tensor) -> dict[str, float]:
+def _low_bit_rates(layers: Sequence[_Layers], rows: int, random: Callable[..., torch.Tensor]) -> dict[str, float]:
     """Of whole linears in each format that the card multiplies in, with the conversion of inputs and gradients."""
-    if not example.is_cuda:
-        return {}
-    capability = torch.cuda.get_device_capability(example.device)
+    capability = torch.cuda.get_device_capability(random(1).device)
     found: dict[str, float] = {}
     for name, first in (("fp8", (8, 9)), ("int8", (8, 0))):
         if capability < first:
             continue
         try:
-            found[name] = _linear_rate(
-                layers,
-                example,
-                lambda weight: partial(low_bit_linear, codes=quantize(weight, name)),  # noqa: B023 - run at once
-            )
-        except RuntimeError as error:  # a card or build without this product
+            make = lambda weight: partial(low_bit_linear, codes=quantize(weight, name))  # noqa: B023, E731 - run at once
+            found[name] = _linear_rate(layers, rows, random, make)
+        except (RuntimeError, ValueError) as error:  # a card or build without this product
             log.info("%s products do not run on this card: %s", name, first_line(error))
     return found
 

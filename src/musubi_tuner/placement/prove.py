@@ -1,7 +1,6 @@
 """A model loaded for training, its plan verified by two steps of the largest batch, and made leaner where memory does not suffice."""
 
 import dataclasses
-import gc
 import logging
 import math
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
 from musubi_tuner.placement.planning import Machine, Placement, place_by_hand, place_by_plan, read_machine
-from musubi_tuner.runtime.device import is_out_of_host_memory
+from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import Processes
 
@@ -140,9 +139,7 @@ def _let_go(device: torch.device) -> None:
     """Of what a failed plan holds, once the device is done with it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    gc.collect()  # modules and their compiled forms hold each other
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
 
 
 def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: int) -> LoadedModel:

@@ -27,6 +27,7 @@ from musubi_tuner.ltxv2.text.loading import LoadedBytes
 from musubi_tuner.ltxv2.text.pipeline import Features, FeatureStage, TextRecipe, load_finish_stage
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.card import free_memory as memory_to_use
+from musubi_tuner.memory.plan import SLOTS
 from musubi_tuner.memory.regions import Region
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.runtime.device import free_memory
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 _TOGETHER = 8
 """Prompts of a preview that are encoded together."""
-_SLOTS = 2
-"""Layers on the device for all that are streamed."""
 _REMEDY = (
     "Encode with --gemma_load_in_4bit of ltxv2_cache_text_encoder_outputs.py (pip install bitsandbytes), whose encoder takes a quarter, "
     "or close programs that hold memory"
@@ -129,7 +128,7 @@ def stream_layers(
     layers = encoder.layers
     streamed = [layers[number] for number in on_host]
     try:
-        streamer = BlockStreamer(streamed, device, slots=_SLOTS, poison=poison, regions=regions)
+        streamer = BlockStreamer(streamed, device, slots=SLOTS, poison=poison, regions=regions)
     except UserError as error:  # its remedies are those of training
         raise UserError(f"text encoder: {len(streamed)} layers cannot wait in host memory ({error}) {_REMEDY}.") from error
 
@@ -169,7 +168,7 @@ def streamed_count(weights: LoadedBytes, beside: int, device_bytes: int) -> int 
     if sum(weights.layers) <= room:
         return 0
     largest = max(weights.layers)
-    resident = room // largest - _SLOTS
+    resident = room // largest - SLOTS
     return None if resident < 0 else len(weights.layers) - resident
 
 
@@ -192,7 +191,7 @@ def _choose(recipe: TextRecipe, batches: Sequence[TextBatch], sharers: int) -> l
     count = streamed_count(weights, beside, device_bytes)
     where = f"--text_encoder {options.path}"
     if count is None:
-        least = weights.beside + beside + _SLOTS * max(weights.layers)
+        least = weights.beside + beside + SLOTS * max(weights.layers)
         raise UserError(
             f"{where}: with all layers in host memory it still needs {least / GIB:.1f} GiB of the device, of which "
             f"{device_bytes / GIB:.1f} may be used (the largest batch has {batch.texts} texts of {batch.longest} tokens). {_REMEDY}, or "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from musubi_tuner.runtime.allocator import choose_allocator
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid
@@ -27,7 +28,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     way; a signal that asks for the end gives 130. Everything else is our fault and keeps its traceback.
     """
     ending = EndAsCtrlC()
-    _choose_allocator()
+    choose_allocator()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler(sys.stderr)], force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -51,13 +52,6 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
         else:
             raise
     sys.exit(code)
-
-
-def _choose_allocator() -> None:
-    """Have torch take a card's memory in pieces that grow, unless the user has said how: of pieces of fixed sizes more lies unused
-    (docs/explanation/memory.md). It is read when torch is imported. On Windows torch has no such pieces."""
-    if sys.platform != "win32" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _flush_stdout() -> None:
