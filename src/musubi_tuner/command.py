@@ -13,6 +13,7 @@ COMMANDS = {
     "cache-audio": "ltxv2_cache_audio_latents",
     "cache-text": "ltxv2_cache_text_encoder_outputs",
     "train": "ltxv2_train_network",
+    "generate": "ltxv2_generate_video",
     "import-precomputed": "ltxv2_import_precomputed",
     "adopt": "ltxv2_adopt_caches",
     "doctor": "ltxv2_doctor",

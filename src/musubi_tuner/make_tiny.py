@@ -29,6 +29,6 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from musubi_tuner.tiny.checkpoint import write_tiny_family
 
     family = write_tiny_family(config.tiny.output_dir)
-    for path in (family.ltx20, family.ltx23, family.ltx25_transformer, family.gemma, family.t5):
+    for path in (family.ltx20, family.ltx23, family.ltx25_transformer, family.upsampler, family.distilled_lora, family.gemma, family.t5):
         logging.getLogger(__name__).info("%s", path)
     return 0

@@ -34,6 +34,7 @@ MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".
 
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
 TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
+GENERATE = "ltxv2_generate_video"
 
 _DATASET = """\
 [general]
@@ -108,6 +109,10 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ADOPT: (
         "--dataset_config", "dataset.toml", "--ltx_mode", "av", *_MODEL, "--vae", "models/vae.safetensors",
         "--audio_vae", "models/audio_vae.safetensors",
+    ),
+    GENERATE: (
+        *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_encoder", "models/gemma3",
+        "--prompt", "a dog --w 64 --h 64 --f 9 --s 1", "--output_dir", "generated", "--device", "cpu",
     ),
     TINY: ("--output_dir", "tiny"),
 }  # fmt: skip

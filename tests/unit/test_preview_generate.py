@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from musubi_tuner.conditioning.tokens import audio_stream, noised, video_stream
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
+from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.placement.load import load_for_generation
+from musubi_tuner.placement.planning import place_by_hand
 from musubi_tuner.preview.previewer import untouched
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.checkpoint import save_lora
@@ -198,9 +201,12 @@ def test_a_lora_that_is_merged_for_generation_samples_as_the_trained_network(tin
     assert not torch.allclose(generate(plain, parts.sample(plain)).video, expected.video, atol=1e-2)
 
 
-def load_to_generate(path: Path, **options: object) -> OfficialLTXV2Wrapper:
+def load_to_generate(path: Path, *, loras: object = (), **memory: object) -> OfficialLTXV2Wrapper:
+    checkpoint, cpu = open_checkpoint(path), torch.device("cpu")
+    options = MemoryOptions(**{"weight_format": "bf16", "blocks_to_swap": 0, "compile": False, "gradient_checkpointing": False, **memory})
+    placement = place_by_hand(options, read_config(checkpoint).num_layers, cpu)
     return load_for_generation(
-        open_checkpoint(path), mode="av", timestep_format="flowmatch_1_1000", device=torch.device("cpu"), dtype=torch.float32, **options
+        checkpoint, placement, mode="av", timestep_format="flowmatch_1_1000", device=cpu, dtype=torch.float32, loras=loras
     )
 
 

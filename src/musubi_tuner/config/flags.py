@@ -30,15 +30,18 @@ VERSION = f"musubi-tuner-ltxv2 {__version__}"
 _WIDTH, _INDENT = 120, 36
 
 
-def flag(help_text: str, *, default: Any = dataclasses.MISSING, common: bool = False, may_be_empty: bool = False) -> Any:
+def flag(
+    help_text: str, *, default: Any = dataclasses.MISSING, common: bool = False, may_be_empty: bool = False, repeats: bool = False
+) -> Any:
     """A field that is a command line flag.
 
     Args:
         default: without it the flag is required.
         common: shown in `--help`. A program of whose flags none is common shows them all.
         may_be_empty: an empty text is a value of it.
+        repeats: of a list: given again, it adds to what was given before.
     """
-    metadata = {"help": help_text, "common": common, "may_be_empty": may_be_empty}
+    metadata = {"help": help_text, "common": common, "may_be_empty": may_be_empty, "repeats": repeats}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -63,6 +66,7 @@ class Flag:
     help: str
     common: bool
     may_be_empty: bool
+    repeats: bool = False
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -166,6 +170,7 @@ def describe(config_class: type) -> tuple[Flag, ...]:
                 Flag(
                     section=section, group=group, key=field.name, type=kind, is_list=is_list, choices=choices, default=field.default,
                     help=field.metadata["help"], common=field.metadata["common"], may_be_empty=field.metadata["may_be_empty"],
+                    repeats=field.metadata["repeats"],
                 )
             )  # fmt: skip
     return tuple(found)
@@ -213,7 +218,8 @@ def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def read_words(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description: str) -> dict[str, list[str] | bool]:
-    """The words that follow each flag, or whether it is on, by its key. Of a flag given twice the last one counts.
+    """The words that follow each flag, or whether it is on, by its key. Of a flag given twice the last one counts, but for lists that
+    repeat.
 
     Raises:
         UserError: an unknown flag, or one that has no value or too many.
@@ -259,7 +265,8 @@ def _read(argv: Sequence[str], flags: Sequence[Flag], *, prog: str, description:
         values = [value] if equals else values_after(0 if flag.type is bool else len(words) if flag.is_list else 1)
         if not values and flag.type is not bool and not flag.is_list:
             _refuse(f"{name}: needs a value ({flag.help})", prog)
-        found[flag.key] = name in named if flag.type is bool else values
+        before_it = found.get(flag.key) if flag.repeats else None
+        found[flag.key] = name in named if flag.type is bool else [*(_words(before_it) if before_it else ()), *values]
     if unknown:
         unneeded = [f"not needed here, and ignored: {', '.join(ignored)}"] if ignored else []
         _refuse("\n".join(unneeded + unknown), prog)

@@ -33,7 +33,9 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "audio_supervision_warmup_steps": ("strict_audio_warmup_steps",),
     "sample_width": ("width",),
     "sample_height": ("height",),
-    "sample_frames": ("sample_num_frames",),
+    "sample_frames": ("sample_num_frames", "frame_count"),
+    "sample_fps": ("frame_rate",),
+    "sample_prompts": ("from_file",),
 }
 """Our flag -> names that mean the same, in every program that has the flag, on the command line and in `--config_file`."""
 
@@ -240,15 +242,13 @@ INSTEAD: Mapping[str, str] = {
     "flow_shift": "previews: use --discrete_flow_shift X; training: see --timestep_args",
     "guidance_scale": "use --video_cfg_scale X and --audio_cfg_scale X, or --l X in the prompt file",
     "video_rescale_scale": "use --rescale_scale, for both streams",
-    "audio_rescale_scale": "use --rescale_scale, for both streams",
     "video_modality_scale": "use --modality_scale, for both streams",
-    "audio_modality_scale": "use --modality_scale, for both streams",
     "stg_mode": "--stg_scale is of both streams; leave it out",
     "sample_disable_audio": "previews of --ltx_mode av have sound; train with --ltx_mode video for none",
     "sample_audio_only": "--ltx_mode audio previews sound alone",
     "sample_merge_audio": "previews always hold their sound; leave it out",
     "sample_include_reference": "give --v FILE in the prompt file",
-    "sample_two_stage": "previews have one stage; --sample_sampling_preset distilled is the fast one",
+    "sample_two_stage": "previews have one stage; ltxv2_generate_video.py --pipeline two_stage has two",
     # caching
     "vae_spatial_tile_sample_min_size": f"use --vae_spatial_tile_size N of {LATENTS}",
     "cache_before_connector": f"use --text_cache_stage features of {TEXT}",

@@ -1,11 +1,10 @@
 """All options of `ltxv2_train_network.py`."""
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
@@ -13,22 +12,9 @@ from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOp
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
-from musubi_tuner.config.validation import AnyPath, Count, List, NotNegative, Seed, Text, Wording, options
+from musubi_tuner.config.validation import AnyPath, Count, FileName, List, NotNegative, Seed, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
-_LONGEST_NAME = 150
-"""Bytes; what is added to it, and to a temporary file's name, finds room in the 255 that file systems take."""
-
-
-def _as_file_name(value: str) -> str:
-    if not value.strip() or value in (".", "..") or any(sign in '/\\:*?"<>|\x00' for sign in value):
-        raise ValueError('must be a file name without / \\ : * ? " < > |; the folder is --output_dir')
-    if len(os.fsencode(value)) > _LONGEST_NAME:
-        raise ValueError(f"must be at most {_LONGEST_NAME} bytes long, as steps and endings are added to it")
-    return value
-
-
-FileName = Annotated[Text, AfterValidator(_as_file_name)]
 Steps = Annotated[int, Field(ge=1, lt=10**8)]
 """File names have eight digits for them."""
 

@@ -26,6 +26,8 @@ Options = TypeVar("Options")
 
 _LONGEST_SIDE, _LARGEST_COUNT, _LONGEST_SHOWN = 16384, 10**9, 100
 _MOST_LINES = 20
+_LONGEST_NAME = 150
+"""Bytes; what is added to it, and to a temporary file's name, finds room in the 255 that file systems take."""
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -67,6 +69,14 @@ def _in_utf8(value: str) -> str:
     return value
 
 
+def _as_file_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or any(sign in '/\\:*?"<>|\x00' for sign in value):
+        raise ValueError('must be a file name without / \\ : * ? " < > |; the folder is --output_dir')
+    if len(os.fsencode(value)) > _LONGEST_NAME:
+        raise ValueError(f"must be at most {_LONGEST_NAME} bytes long, as steps and endings are added to it")
+    return value
+
+
 def multiple_of_32(value: int) -> int:
     """The value, where it is one.
 
@@ -92,6 +102,7 @@ AnyPath = Annotated[Path, BeforeValidator(as_path)]
 """A path, or text that is one."""
 Text = Annotated[str, AfterValidator(_in_utf8)]
 """Words for an encoder or a file: a command line may hold bytes that are none."""
+FileName = Annotated[Text, AfterValidator(_as_file_name)]
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`Annotated[tuple[X, ...], List]` takes a list too, as TOML and JSON have it."""
 

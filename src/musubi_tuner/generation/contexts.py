@@ -45,6 +45,8 @@ class TextSource:
     """For what is not cached; None where no text encoder was given."""
     command: str = "ltxv2_cache_text_encoder_outputs.py"
     """What caches the texts of the prompts, as it is typed; for messages."""
+    remedy: str = "or give training --text_encoder, which then encodes them before it starts."
+    """What else helps; for messages."""
 
 
 def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:
@@ -65,7 +67,7 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
         rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
         raise UserError(
             f"{len(missing)} text(s) of the sample prompts cannot be used from {source.cache_directory}:\n{rows}\n"
-            f"Run:\n  {source.command}\nor give training --text_encoder, which then encodes them before it starts."
+            f"Run:\n  {source.command}\n{source.remedy}"
         )
     contexts = {}
     for text, path in paths.items():

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.generation.denoise import SampledLatents
+from musubi_tuner.generation.recipe import KEY, recipe_path
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
@@ -94,21 +96,24 @@ def try_decoders(vae: Checkpoint, audio_vae: Checkpoint, streams: set[str]) -> N
         decode_audio([], audio_vae, cpu)
 
 
-def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound: Waveform | None) -> Path:
+def write_sample(stem: Path, prompt: PreviewPrompt, frames: Tensor | None, sound: Waveform | None, recipe: str = "") -> Path:
     """Write one sample and return its path, which is `stem` and an ending.
 
     Args:
         frames: (F, H, W, 3) uint8, or None for sound alone.
         sound: cut or padded to the length of the clip here; None for a silent one.
+        recipe: kept in the file, or beside a wav (generation/recipe.py); empty = none.
     """
     if frames is None:
         assert sound is not None
         path = stem.with_name(f"{stem.name}.wav")
         write_wav(path, fit_audio(sound, prompt.seconds))
+        if recipe:
+            write_bytes(recipe_path(path), recipe.encode())
     elif frames.shape[0] == 1:
         path = stem.with_name(f"{stem.name}.png")
-        write_image(path, frames[0])
+        write_image(path, frames[0], {KEY: recipe} if recipe else None)
     else:
         path = stem.with_name(f"{stem.name}.mp4")
-        write_video(path, frames, prompt.fps, sound)
+        write_video(path, frames, prompt.fps, sound, comment=recipe)
     return path

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,10 +10,10 @@ from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, model_input, video_stream
 from musubi_tuner.flow.guidance import guide
-from musubi_tuner.flow.path import model_sigma, velocity_to_x0
-from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET, ancestral_euler_step, euler_step
+from musubi_tuner.flow.path import add_noise, model_sigma, velocity_to_x0
 from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
+from musubi_tuner.generation.samplers import sample as run_sampler
 from musubi_tuner.generation.sampling import SamplingPlan
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
@@ -46,12 +45,25 @@ class SampledLatents:
     audio: Tensor | None
     """(1, 8, T, 16)"""
 
+    def tokens(self, name: str) -> Tensor:
+        """(1, N, 128) of a stream that there is."""
+        latents = self.video if name == "video" else self.audio
+        assert latents is not None
+        return geometry.patchify_video(latents) if name == "video" else geometry.patchify_audio(latents)
+
 
 @torch.inference_mode()
-def generate(wrapper: OfficialLTXV2Wrapper, sample: SampleInputs, *, advance: Callable[[], object] = lambda: None) -> SampledLatents:
+def generate(
+    wrapper: OfficialLTXV2Wrapper,
+    sample: SampleInputs,
+    *,
+    start: SampledLatents | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> SampledLatents:
     """Latents of one sample. Depends on the prompt's seed alone, not on any global random state.
 
     Args:
+        start: latents of the sample's size that are brought to the first noise level and refined from there; None = noise alone.
         advance: called after each step.
 
     Raises:
@@ -60,17 +72,10 @@ def generate(wrapper: OfficialLTXV2Wrapper, sample: SampleInputs, *, advance: Ca
     device = next(wrapper.parameters()).device
     prompt, plan = sample.prompt, sample.plan
     denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device))
-    values = {name: _initial(prompt, stream, name) for name, stream in denoiser.streams.items()}
-    fresh = {name: generator_for(prompt.seed + STOCHASTIC_SEED_OFFSET, "preview", name) for name in values}
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
-    for step, (sigma, following) in enumerate(pairwise(levels), start=1):
-        for name, x0 in denoiser.predict(values, sigma, step).items():
-            if plan.ancestral:
-                noise = torch.randn(x0.shape, generator=fresh[name]).to(device)
-                values[name] = ancestral_euler_step(values[name], x0, sigma, following, noise)
-            else:
-                values[name] = euler_step(values[name], x0, sigma, following)
-        advance()
+    values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
+    keep = denoiser.keep_clean
+    values = run_sampler(plan.sampler, values, levels, denoiser.predict, keep, seed=prompt.seed, advance=advance)
     return SampledLatents(
         video=geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu() if "video" in values else None,
         audio=geometry.unpatchify_audio(values["audio"]).cpu() if "audio" in values else None,
@@ -97,7 +102,11 @@ class _Denoiser:
                 velocity = getattr(velocities, name)[:, :own].float()
                 self._require_finite(velocity, step, f"{name} velocity of the {which} pass")
                 x0[name][which] = velocity_to_x0(modality.latent[:, :own].float(), velocity, modality.timesteps[:, :own, None])
-        return {name: _lay_clean(self.streams[name], self._guided(name, of_stream)) for name, of_stream in x0.items()}
+        return {name: self.keep_clean(name, self._guided(name, of_stream)) for name, of_stream in x0.items()}
+
+    def keep_clean(self, name: str, values: Tensor) -> Tensor:
+        """A stream's (1, N, C) values, with its conditioning tokens as they are."""
+        return _lay_clean(self.streams[name], values)
 
     def _passes(self) -> dict[str, tuple[TextContext, Perturbations | None]]:
         """Context and perturbations of each forward pass that one step needs: the prompt's own first."""
@@ -143,10 +152,15 @@ def _make_streams(sample: SampleInputs, device: torch.device) -> dict[str, Token
     return condition(streams, conditioning.conditions)
 
 
-def _initial(prompt: PreviewPrompt, stream: TokenStream, name: str) -> Tensor:
-    """(1, N, C) float32 noise, drawn on the CPU so that every device starts from the same; conditioning tokens clean."""
-    noise = torch.randn((1, token_count(prompt, name), stream.clean.shape[2]), generator=generator_for(prompt.seed, "preview", name))
-    return _lay_clean(stream, noise.to(stream.clean.device))
+def _initial(prompt: PreviewPrompt, stream: TokenStream, name: str, start: SampledLatents | None, sigma: Tensor) -> Tensor:
+    """(1, N, C) float32 at level `sigma`: noise, drawn on the CPU so that every device starts from the same, on top of `start`;
+    conditioning tokens clean."""
+    kind = "preview" if start is None else "refine"
+    noise = torch.randn((1, token_count(prompt, name), stream.clean.shape[2]), generator=generator_for(prompt.seed, kind, name))
+    noise = noise.to(stream.clean.device)
+    if start is not None:
+        noise = add_noise(start.tokens(name).to(noise), noise, sigma)
+    return _lay_clean(stream, noise)
 
 
 def _lay_clean(stream: TokenStream, values: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.config.preview import GuidanceOptions, PreviewOptions
 from musubi_tuner.flow.guidance import OFF, GuidanceScales, SamplingDefaults, defaults_for
 from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, mu_for_tokens, shift_of_ltx2
 from musubi_tuner.generation.encode import token_count
+from musubi_tuner.generation.samplers import Sampler
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
@@ -25,8 +26,7 @@ class SamplingPlan:
 
     sigmas: Tensor
     """(steps + 1,) float32, from 1 to 0"""
-    ancestral: bool
-    """Distilled 2.5: each step but the last adds fresh noise."""
+    sampler: Sampler = "euler"
     streams: tuple[str, ...]
     """What is made: "video", "audio" or both. A still has no sound."""
     video: GuidanceScales
@@ -36,6 +36,10 @@ class SamplingPlan:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def ancestral(self) -> bool:
+        return self.sampler == "ancestral"
 
     def scales(self, stream: str) -> GuidanceScales:
         return self.video if stream == "video" else self.audio
@@ -54,35 +58,65 @@ class SamplingPlan:
         return len(self.streams) == 2 and any(self.scales(stream).needs_isolated for stream in self.streams)
 
 
-def make_plan(options: PreviewOptions, prompt: PreviewPrompt, *, mode: str, version: str, num_layers: int) -> SamplingPlan:
+def make_plan(
+    options: GuidanceOptions,
+    prompt: PreviewPrompt,
+    *,
+    mode: str,
+    version: str,
+    num_layers: int,
+    scales: Mapping[str, GuidanceScales] | None = None,
+    steps: int | None = None,
+) -> SamplingPlan:
     """The sampling of one prompt; what the prompt says wins over the command line, and that over the version's defaults.
+
+    Args:
+        scales: guidance by stream in place of the version's.
+        steps: in place of the version's.
 
     Raises:
         UserError: a block that the model does not have.
     """
-    streams = {"video": ("video",), "av": ("video", "audio"), "audio": ("audio",)}[mode]
-    if prompt.frames == 1 and mode == "av":
-        streams = ("video",)
-    if options.sample_sampling_preset == "distilled":
+    streams = streams_of(prompt, mode)
+    if isinstance(options, PreviewOptions) and options.sample_sampling_preset == "distilled":
         if (prompt.steps, prompt.video_cfg, prompt.audio_cfg) != (None, None, None):
             log.warning(
                 "WARNING: %s: --sample_sampling_preset distilled has eight fixed steps and no guidance: steps and scales do not apply.",
                 prompt.where,
             )
-        return SamplingPlan(sigmas=distilled_sigmas(), ancestral=version == "2.5", streams=streams, video=OFF, audio=OFF, stg_blocks=())
+        return distilled_plan(streams, version=version)
     defaults = defaults_for(version)
-    steps = prompt.steps or options.sample_steps or defaults.steps
+    steps = prompt.steps or options.sample_steps or steps or defaults.steps
     sigmas = ltx2_sigmas(steps)
-    if options.sample_scheduler == "flowmatch_discrete":
+    if options.sample_scheduler == "ltx2_by_size":
+        sigmas = ltx2_sigmas(steps, token_count(prompt, "video" if "video" in streams else "audio"))
+    elif options.sample_scheduler == "flowmatch_discrete":
         sigmas = flowmatch_discrete_sigmas(steps, options.discrete_flow_shift or shift_of_ltx2())
     return SamplingPlan(
         sigmas=sigmas,
-        ancestral=False,
         streams=streams,
-        video=_scales(options, defaults.video, prompt.video_cfg, options.video_cfg_scale),
-        audio=_scales(options, defaults.audio, prompt.audio_cfg, options.audio_cfg_scale),
+        video=_scales(options, "video", (scales or {}).get("video", defaults.video), prompt.video_cfg),
+        audio=_scales(options, "audio", (scales or {}).get("audio", defaults.audio), prompt.audio_cfg),
         stg_blocks=_stg_blocks(options, defaults, num_layers),
     )
+
+
+def streams_of(prompt: PreviewPrompt, mode: str) -> tuple[str, ...]:
+    """What a mode makes of a prompt; a still has no sound."""
+    if prompt.frames == 1 and mode == "av":
+        return ("video",)
+    return {"video": ("video",), "av": ("video", "audio"), "audio": ("audio",)}[mode]
+
+
+def distilled_plan(streams: tuple[str, ...], *, version: str) -> SamplingPlan:
+    """The eight fixed steps of distilled checkpoints, without guidance; from 2.5 on each but the last adds fresh noise."""
+    sampler: Sampler = "ancestral" if version == "2.5" else "euler"
+    return SamplingPlan(sigmas=distilled_sigmas(), sampler=sampler, streams=streams, video=OFF, audio=OFF, stg_blocks=())
+
+
+def refining_plan(streams: tuple[str, ...], sampler: Sampler = "euler") -> SamplingPlan:
+    """The three fixed steps of a second stage, without guidance."""
+    return SamplingPlan(sigmas=distilled_sigmas(2), sampler=sampler, streams=streams, video=OFF, audio=OFF, stg_blocks=())
 
 
 def describe_plans(
@@ -116,19 +150,24 @@ def describe_plans(
                 _each(plan, "modality") if len(plan.streams) == 2 else "off",
             )
         )
-        levels.append(f"{prompt.index}: {_preview_mu(options)} in the preview; in training at this size {of_training}")
+        levels.append(f"{prompt.index}: {_preview_mu(options, prompt, plan)} in the preview; in training at this size {of_training}")
     headers = ("prompt", "size", "steps", "cfg", "stg", "rescale", "modality")
     return "\n".join([format_table(rows, headers), "", "mu (shift) of the noise levels, by prompt:", *levels])
 
 
-def _scales(options: PreviewOptions, defaults: GuidanceScales, of_prompt: float | None, of_options: float | None) -> GuidanceScales:
-    """None is "not set"; 0 is a value."""
-    cfg = of_options if of_prompt is None else of_prompt
-    scales = {"cfg": cfg, "stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
+def _scales(options: GuidanceOptions, stream: str, defaults: GuidanceScales, cfg_of_prompt: float | None) -> GuidanceScales:
+    """None is "not set"; 0 is a value. The sound has what both have, unless it has its own."""
+    scales: dict[str, float | None] = {"stg": options.stg_scale, "rescale": options.rescale_scale, "modality": options.modality_scale}
+    cfg = options.video_cfg_scale
+    if stream == "audio":
+        own = {"stg": options.audio_stg_scale, "rescale": options.audio_rescale_scale, "modality": options.audio_modality_scale}
+        scales |= {name: value for name, value in own.items() if value is not None}
+        cfg = options.audio_cfg_scale
+    scales["cfg"] = cfg if cfg_of_prompt is None else cfg_of_prompt
     return dataclasses.replace(defaults, **{name: value for name, value in scales.items() if value is not None})
 
 
-def _stg_blocks(options: PreviewOptions, defaults: SamplingDefaults, num_layers: int) -> tuple[int, ...]:
+def _stg_blocks(options: GuidanceOptions, defaults: SamplingDefaults, num_layers: int) -> tuple[int, ...]:
     """The blocks that were asked for, or the version's; a model with fewer blocks than the released ones takes its last one."""
     for block in options.stg_blocks:
         if not 0 <= block < num_layers:
@@ -140,9 +179,11 @@ def _mu_text(mu: float) -> str:
     return f"{mu:.2f} ({math.exp(mu):.2f})"
 
 
-def _preview_mu(options: PreviewOptions) -> str:
+def _preview_mu(options: PreviewOptions, prompt: PreviewPrompt, plan: SamplingPlan) -> str:
     if options.sample_sampling_preset == "distilled":
         return "fixed levels"
+    if options.sample_scheduler == "ltx2_by_size":
+        return _mu_text(mu_for_tokens(token_count(prompt, plan.streams[0])))
     shift = shift_of_ltx2()
     if options.sample_scheduler == "flowmatch_discrete":
         shift = options.discrete_flow_shift or shift

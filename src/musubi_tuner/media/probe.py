@@ -110,6 +110,16 @@ def probe_video(path: Path) -> VideoInfo:
         )
 
 
+def container_comment(path: Path) -> str | None:
+    """The `comment` of a file's metadata; None where it has none.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    with open_media(path) as container:
+        return container.metadata.get("comment")
+
+
 def probe_audio(path: Path) -> AudioInfo:
     """The first audio stream of a sound file.
 

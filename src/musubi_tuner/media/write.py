@@ -2,7 +2,7 @@
 
 import os
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ def fit_audio(audio: Waveform, seconds: float) -> Waveform:
     return Waveform(samples=torch.cat([kept, padding], dim=1), rate=audio.rate)
 
 
-def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None = None) -> None:
+def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None = None, *, comment: str = "") -> None:
     """An mp4 of H.264 (yuv420p, BT.709 and tagged as that), with AAC where there is `audio`, which is first fitted to the video's length.
 
     Args:
         frames: (F, H, W, 3) uint8 with even H and W.
         fps: frames per second; 23.976 and its kin become the exact fraction.
+        comment: kept in the file's metadata.
 
     Raises:
         UserError: odd sizes, or a disk that is full.
@@ -43,14 +44,21 @@ def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None =
     if height % 2 or width % 2:
         raise UserError(f"{path}: {width}x{height} frames: H.264 in yuv420p takes even sizes.")
     fitted = None if audio is None else fit_audio(audio, count / fps)
-    _replace(path, lambda temporary: _mux(temporary, frames, _rate(fps), fitted))
+    _replace(path, lambda temporary: _mux(temporary, frames, _rate(fps), fitted, comment))
 
 
-def write_image(path: Path, frame: Tensor) -> None:
-    """A png of one (H, W, 3) uint8 frame."""
-    from PIL import Image
+def write_image(path: Path, frame: Tensor, texts: Mapping[str, str] | None = None) -> None:
+    """A png of one (H, W, 3) uint8 frame.
 
-    _replace(path, lambda temporary: Image.fromarray(frame.cpu().numpy()).save(temporary, format="png"))
+    Args:
+        texts: kept in the file's metadata, by keyword.
+    """
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_itxt(keyword, text)
+    _replace(path, lambda temporary: Image.fromarray(frame.cpu().numpy()).save(temporary, format="png", pnginfo=info))
 
 
 def write_wav(path: Path, audio: Waveform) -> None:
@@ -75,10 +83,12 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(10000)
 
 
-def _mux(path: Path, frames: Tensor, rate: Fraction, audio: Waveform | None) -> None:
+def _mux(path: Path, frames: Tensor, rate: Fraction, audio: Waveform | None, comment: str) -> None:
     import av
 
     with av.open(str(path), mode="w", format="mp4") as container:
+        if comment:
+            container.metadata["comment"] = comment
         video = container.add_stream("libx264", rate=rate, options=_H264)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         colors = video.codec_context

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,7 +21,7 @@ from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, report_network, with_base_networks
-from musubi_tuner.placement.planning import BatchTokens, Placement, place_by_hand
+from musubi_tuner.placement.planning import BatchTokens, Placement
 from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -85,27 +84,22 @@ class Weights:
 
 def load_for_generation(
     checkpoint: Checkpoint,
+    placement: Placement,
     *,
     mode: str,
     timestep_format: str,
     device: torch.device,
     dtype: torch.dtype,
-    weight_format: Literal["bf16", "fp8", "int8", "nf4"] = "bf16",
-    blocks_to_swap: int = 0,
     loras: Sequence[tuple[Path, float]] = (),
 ) -> OfficialLTXV2Wrapper:
-    """A model to sample with, without a trained network, a plan or a trial.
+    """A model to sample with, without a trained network or a trial.
 
     Args:
-        weight_format: of the blocks' linears; bf16 leaves all weights in `dtype`.
-        blocks_to_swap: blocks whose weights are streamed from host memory.
         loras: LoRA files that are merged into the weights, each with its strength.
 
     Raises:
         UserError: a checkpoint or a LoRA file that does not fit.
     """
-    memory = MemoryOptions(weight_format=weight_format, blocks_to_swap=blocks_to_swap, compile=False, gradient_checkpointing=False)
-    placement = place_by_hand(memory, read_config(checkpoint).num_layers, device)
     weights = load_weights(
         checkpoint,
         placement,

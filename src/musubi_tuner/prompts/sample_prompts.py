@@ -242,6 +242,19 @@ def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[Pr
     return tuple(_to_prompt(index, where, entry, path.parent, defaults) for index, (where, entry) in enumerate(entries))
 
 
+def prompts_of_lines(lines: Sequence[str], where: str, folder: Path, defaults: PromptDefaults) -> tuple[PreviewPrompt, ...]:
+    """Prompts of a command line, each as a line of a .txt.
+
+    Args:
+        where: for messages; such as the flag.
+        folder: that relative paths of conditioning files start from.
+
+    Raises:
+        UserError: what cannot be used.
+    """
+    return tuple(_to_prompt(index, where, _from_line(where, line), folder, defaults) for index, line in enumerate(lines))
+
+
 def all_prompt_texts(prompts: Sequence[PreviewPrompt]) -> list[str]:
     """Every text that previews of `prompts` need encoded: prompts, negatives, and always the empty prompt; each once."""
     texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative)]

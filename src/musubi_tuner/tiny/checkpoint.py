@@ -18,7 +18,7 @@ from musubi_tuner.cache.store import serialize, write_bytes
 from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
 from musubi_tuner.ltxv2.autoencoders.audio_vae import log_mel
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
-from musubi_tuner.ltxv2.geometry import patchify_audio
+from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, patchify_audio
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.text.features import FeatureExtractor
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
@@ -42,6 +42,10 @@ class TinyFamily:
     """Full single file, 2.3 style."""
     ltx25_transformer: Path
     """Transformer and connectors alone, 2.5 style, as in a split pack."""
+    upsampler: Path
+    """Latent upsampler by 2."""
+    distilled_lora: Path
+    """In the place of the releases' distilled LoRA: random, on the attention of every stream."""
     gemma: Path
     t5: Path
 
@@ -61,6 +65,8 @@ def write_tiny_family(folder: Path) -> TinyFamily:
         ltx20=folder / "ltx2_tiny_2.0.safetensors",
         ltx23=folder / "ltx2_tiny_2.3.safetensors",
         ltx25_transformer=folder / "ltx2_tiny_2.5_transformer.safetensors",
+        upsampler=folder / "ltx2_tiny_spatial_upscaler_x2.safetensors",
+        distilled_lora=folder / "ltx2_tiny_distilled_lora.safetensors",
         gemma=folder / "gemma3",
         t5=folder / "t5",
     )
@@ -68,6 +74,10 @@ def write_tiny_family(folder: Path) -> TinyFamily:
         tensors = transformer_tensors(version) | projection_tensors(version) | frozen_tensors(version)
         write_checkpoint(path, tensors, full_config(version), version)
     write_checkpoint(family.ltx25_transformer, transformer_tensors("2.5"), {"transformer": configs.transformer_section("2.5")}, "2.5")
+    write_bytes(
+        family.upsampler, serialize(upsampler_tensors(), {"config": json.dumps({"spatial_scale": 2.0, "rational_resampler": True})})
+    )
+    write_bytes(family.distilled_lora, serialize(distilled_lora_tensors(), {}))
     write_gemma(family.gemma)
     write_t5(family.t5, width=configs.VIDEO_WIDTH)
     return family
@@ -107,6 +117,24 @@ def projection_tensors(version: str) -> dict[str, Tensor]:
 def frozen_tensors(version: str) -> dict[str, Tensor]:
     """Both VAEs and the vocoder, statistics included."""
     return vae_tensors(version) | audio_tensors(version)
+
+
+def upsampler_tensors() -> dict[str, Tensor]:
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    return _randomized(LTX2LatentUpsamplerModel(in_channels=LATENT_CHANNELS, mid_channels=32, num_blocks_per_stage=1), "upsampler")
+
+
+def distilled_lora_tensors() -> dict[str, Tensor]:
+    """Of rank 4, in the official naming."""
+    model = LTXModel(TransformerConfig.from_checkpoint_config(configs.transformer_section("2.3")))
+    tensors = {}
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and re.search(r"attn\w*\.to_(q|k|v|out\.0)$", name):
+            for leaf, shape in (("lora_A", (4, linear.in_features)), ("lora_B", (linear.out_features, 4))):
+                key = f"diffusion_model.{name}.{leaf}.weight"
+                tensors[key] = 0.1 * torch.randn(shape, generator=generator_for(0, "distilled lora", key)) / shape[1] ** 0.5
+    return tensors
 
 
 def vae_tensors(version: str) -> dict[str, Tensor]:

@@ -1,0 +1,136 @@
+"""Options of generating clips."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from musubi_tuner.config.flags import flag
+from musubi_tuner.config.model import MemoryOptions, Mode, TextTokens
+from musubi_tuner.config.preview import GuidanceOptions
+from musubi_tuner.config.validation import AnyPath, FileName, List, Positive, Seed, Text, Whole, options
+from musubi_tuner.runtime.errors import UserError
+
+LoraStrength = Annotated[float, Field(ge=-100, le=100)]
+
+
+@options
+class ClipOptions:
+    """What is made."""
+
+    prompt: Annotated[tuple[Text, ...], List] = flag(
+        "text of a clip; several make several clips. It may end in the flags of prompt files, such as 'a dog --w 512 --i start.png'",
+        default=(), common=True, repeats=True,
+    )  # fmt: skip
+    sample_prompts: AnyPath | None = flag("prompt file (.txt, .toml or .json), as previews take it", default=None, common=True)
+    negative_prompt: Text | None = flag("what to steer away from, where a prompt names none", default=None, may_be_empty=True)
+    seed: Seed | None = flag("where a prompt names none; default: 10", default=None, common=True)
+    image: AnyPath | None = flag("first frame, where a prompt names none", default=None, common=True)
+    reference_video: AnyPath | None = flag("clip that an IC-LoRA is shown, where a prompt names none", default=None)
+    audio: AnyPath | None = flag("sound that the pictures are made to, where a prompt names none", default=None)
+    output_dir: AnyPath = flag("folder of the clips", default=Path("generated"), common=True)
+    output_name: FileName = flag("what the names of the clips begin with", default="clip")
+    recreate: AnyPath | None = flag(
+        "make this clip again from the recipe in it, with the flags that are given besides; its LoRAs are looked for by their hashes among "
+        "--lora_folder",
+        default=None,
+    )  # fmt: skip
+    lora_folder: AnyPath | None = flag("where --recreate looks for LoRAs, subfolders too", default=None)
+
+
+@options
+class PipelineOptions:
+    """Pipeline."""
+
+    pipeline: Literal["one_stage", "two_stage", "distilled", "distilled_one_stage", "ic_lora", "keyframes", "hq"] = flag(
+        "one_stage: at full size, guided; two_stage: at half size, doubled, refined; distilled and distilled_one_stage: eight steps of a "
+        "distilled checkpoint, with a second stage and without; ic_lora: distilled, shown a reference; keyframes: two_stage from picture "
+        "to picture; hq: two_stage by the second-order sampler",
+        default="one_stage",
+        common=True,
+    )
+    spatial_upsampler_path: AnyPath | None = flag("latent upsampler (x2) between two stages", default=None, common=True)
+    distilled_lora: AnyPath | None = flag("distilled LoRA for the second stage of two_stage, keyframes and hq", default=None, common=True)
+    distilled_lora_strength: LoraStrength | None = flag("default: 1; hq 0.25 and 0.5", default=None)
+
+
+@options
+class LoraOptions:
+    """LoRAs."""
+
+    lora: Annotated[tuple[Text, ...], List] = flag(
+        "FILE, FILE:STRENGTH or FILE:STRENGTH:VIDEO:AUDIO, whose last two multiply it for each stream; 0 is off, 1 as trained",
+        default=(), common=True, repeats=True,
+    )  # fmt: skip
+    lora_weight: Annotated[tuple[AnyPath, ...], List] = flag("the files alone, as musubi-tuner has it", default=(), repeats=True)
+    lora_multiplier: Annotated[tuple[LoraStrength, ...], List] = flag(
+        "strength of each --lora_weight; default: 1", default=(), repeats=True
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoraOptions":
+        if len(self.lora_multiplier) > max(1, len(self.lora_weight)):
+            raise UserError(f"--lora_multiplier: {len(self.lora_multiplier)} numbers for {len(self.lora_weight)} files of --lora_weight.")
+        return self
+
+
+@options
+class GenerationModelOptions:
+    """Model files."""
+
+    ltxv2_model: AnyPath = flag("transformer file, full checkpoint, or folder of a split pack", common=True)
+    vae: AnyPath | None = flag("video VAE; default: --ltxv2_model", default=None)
+    audio_vae: AnyPath | None = flag("audio VAE and vocoder; default: --vae", default=None)
+    text_encoder: str | None = flag("encoder folder (or a hub id in the local cache), for what is not cached", default=None, common=True)
+    text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder", default="gemma")
+    tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
+    max_length: TextTokens | None = flag("cuts prompts to this many tokens", default=None)
+    text_cache: AnyPath | None = flag("folder with texts that were cached for this model, which need no encoder", default=None)
+    ltx_mode: Mode = flag("video with sound, video alone, or sound alone", default="av", common=True)
+    ltxv2_timestep_format: Literal["sd3_0_1", "flowmatch_1_1000", "legacy_0_1000"] = flag(
+        "how noise levels are told to the model; sd3_0_1 is what official pipelines and ComfyUI do", default="sd3_0_1"
+    )
+    device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
+
+
+@options
+class GenerationMemoryOptions:
+    """Memory and speed."""
+
+    vram_gb: Positive | None = flag("use no more device memory than this; default: what is free", default=None, common=True)
+    ram_gb: Positive | None = flag("use no more host memory than this; default: what is free", default=None)
+    weight_format: Literal["auto", "bf16", "fp8", "int8", "nf4"] = flag("how the linears of the blocks are stored", default="auto")
+    blocks_to_swap: Whole | None = flag("blocks whose weights are streamed from host memory; default: as planned", default=None)
+    compile: bool = flag("compile the blocks: a minute before the first clip, faster steps after it", default=False)
+    attn_mode: Literal["auto", "cudnn", "flash", "efficient", "math"] = flag("attention kernel", default="auto")
+
+    def as_of_training(self) -> MemoryOptions:
+        """The same choices, for what places models."""
+        return MemoryOptions(
+            vram_gb=self.vram_gb,
+            ram_gb=self.ram_gb,
+            weight_format=self.weight_format,
+            blocks_to_swap=self.blocks_to_swap,
+            gradient_checkpointing=False,
+            compile=self.compile,
+            attn_mode=self.attn_mode,
+        )
+
+
+@options
+class GenerateConfig:
+    """All sections."""
+
+    clips: ClipOptions
+    pipeline: PipelineOptions
+    loras: LoraOptions
+    guidance: GuidanceOptions
+    model: GenerationModelOptions
+    memory: GenerationMemoryOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateConfig":
+        given = [bool(self.clips.prompt), self.clips.sample_prompts is not None, self.clips.recreate is not None]
+        if sum(given) != 1:
+            raise UserError("give what to make by --prompt TEXT, --sample_prompts FILE or --recreate CLIP, by one of them.")
+        return self

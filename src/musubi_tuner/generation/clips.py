@@ -1,0 +1,269 @@
+"""Makes clips: all that can fail is tried first, then each stage of all clips runs with one load of the model, then they are decoded.
+
+Text encoder, encoders, transformer, upsampler and decoders follow each other on the device, and none waits there for another. What a stage
+has finished lies on disk (`Unfinished`), so that a run that is stopped goes on where it was.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from musubi_tuner.config.generation import GenerateConfig
+from musubi_tuner.generation.contexts import TextContext, TextSource, load_contexts
+from musubi_tuner.generation.decode import decode_samples, try_decoders, write_sample
+from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
+from musubi_tuner.generation.encode import ConditioningEncoders, ConditioningLatents, encode_conditioning, still_crf
+from musubi_tuner.generation.jobs import Job, LoraUse, reference_factors
+from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage, make_stages
+from musubi_tuner.generation.prepare import ModelFiles
+from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
+from musubi_tuner.generation.unfinished import Unfinished
+from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
+from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.versions import detect_version
+from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.networks.reading import newest_file
+from musubi_tuner.networks.stack import NetworkStack, Strength
+from musubi_tuner.placement.sampling import load_for_sampling
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.runtime.device import compute_dtype, free_memory
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all clips of a run share."""
+
+    config: GenerateConfig
+    files: ModelFiles
+    texts: TextSource
+    device: torch.device
+    upsampler: Checkpoint | None
+    """Between two stages."""
+    distilled_lora: Path | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One clip with all that it is made from."""
+
+    job: Job
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    inputs: tuple[SampleInputs, ...]
+    """Of each stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A clip that is there."""
+
+    job: Job
+    path: Path
+    seconds: float
+    """Of sampling; 0 where it was there before."""
+
+
+def make_clips(jobs: Sequence[Job], setting: Setting) -> list[Made]:
+    """The clips of `jobs`, in their order; those that are there already with the same recipe are kept.
+
+    Raises:
+        UserError: anything that cannot be used; before the transformer is loaded, where it can be known by then.
+    """
+    config, folder = setting.config, setting.config.clips.output_dir
+    model = model_identity(setting.files.transformer)
+    recipes = {job: recipe_of(job, config, model) for job in jobs}
+    unfinished = Unfinished(folder)
+    there = {job: path for job in jobs if (path := unfinished.finished(job.stem, recipes[job])) is not None}
+    missing = [job for job in jobs if job not in there]
+    seconds: dict[Job, float] = {}
+    if missing:
+        planned = _prepare(missing, recipes, setting)
+        for number in range(max(len(one.stages) for one in planned)):
+            _run_stage(number, planned, unfinished, setting)
+        there |= _decode(planned, unfinished, setting)
+        seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
+        for one in planned:
+            unfinished.remove(one.job.stem, one.recipe, len(one.stages))
+    return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
+
+
+def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> list[Planned]:
+    """Stages, contexts and conditioning of each clip; every file is looked at."""
+    config, files = setting.config, setting.files
+    transformer, version, mode = read_config(files.transformer), detect_version(files.transformer), config.model.ltx_mode
+    stages = {
+        job: make_stages(
+            config.pipeline.pipeline, job.prompt, config.guidance, config.pipeline, mode=mode, version=version,
+            num_layers=transformer.num_layers,
+        )
+        for job in jobs
+    }  # fmt: skip
+    every = [stage for of_job in stages.values() for stage in of_job]
+    try_decoders(files.vae, files.audio_vae, {stream for stage in every for stream in stage.plan.streams})
+    texts = [stage.prompt.prompt for stage in every]
+    texts += [stage.prompt.negative for stage in every if stage.plan.needs_negative]
+    both = transformer.video_context_width + transformer.audio_context_width
+    widths = (transformer.video_context_width, both) if mode == "video" else (both,)
+    contexts = load_contexts(list(dict.fromkeys(texts)), setting.texts, widths=widths)
+    free_memory(setting.device)
+    encoders = ConditioningEncoders(
+        files.vae, files.audio_vae, setting.device, reference_factors=reference_factors(jobs), still_crf=still_crf(version)
+    )
+    encoded: dict[tuple[PreviewPrompt, tuple[str, ...]], ConditioningLatents] = {}
+    planned = []
+    for job in jobs:
+        inputs = tuple(_inputs(stage, contexts, encoders, encoded) for stage in stages[job])
+        planned.append(Planned(job, recipes[job], stages[job], inputs))
+    encoders.close()
+    return planned
+
+
+def _inputs(
+    stage: Stage,
+    contexts: Mapping[str, TextContext],
+    encoders: ConditioningEncoders,
+    encoded: dict[tuple[PreviewPrompt, tuple[str, ...]], ConditioningLatents],
+) -> SampleInputs:
+    """Prompts that differ in text, seed and guidance alone share what their files are encoded to."""
+    prompt, plan = stage.prompt, stage.plan
+    key = (dataclasses.replace(prompt, index=0, prompt="", negative="", seed=0, steps=None, video_cfg=None, audio_cfg=None), plan.streams)
+    if key not in encoded:
+        encoded[key] = encode_conditioning(prompt, plan.streams, encoders)
+    return SampleInputs(
+        prompt=prompt,
+        plan=plan,
+        positive=contexts[prompt.prompt],
+        negative=contexts[prompt.negative] if plan.needs_negative else None,
+        conditioning=encoded[key],
+    )
+
+
+def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> None:
+    """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
+    waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
+    if not waiting:
+        return
+    starts = _upsampled(number, waiting, unfinished, setting) if number else {}
+    wrapper = load_for_sampling(
+        setting.files.transformer,
+        setting.config.memory.as_of_training(),
+        mode=setting.config.model.ltx_mode,
+        timestep_format=setting.config.model.ltxv2_timestep_format,
+        device=setting.device,
+        dtype=setting.dtype,
+        samples=[one.inputs[number] for one in waiting],
+    )
+    stack = NetworkStack(wrapper.transformer, setting.dtype)
+    order = {networks: place for place, networks in enumerate(dict.fromkeys(_networks(one, number, setting) for one in waiting))}
+    waiting.sort(key=lambda one: order[_networks(one, number, setting)])
+    total = sum(one.inputs[number].plan.steps for one in waiting)
+    title = "sampling" if len(planned[0].stages) == 1 else f"sampling, stage {number + 1} of {len(planned[0].stages)}"
+    with Progress(title, total, unit="step") as bar:
+        for one in waiting:
+            stack.use(_networks(one, number, setting))
+            started = time.perf_counter()
+            latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance)
+            unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
+    del wrapper, stack
+    free_memory(setting.device)
+
+
+def _networks(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
+    stage = one.stages[number]
+    uses: tuple[LoraUse, ...] = one.job.loras if stage.with_loras else ()
+    networks = [(use.path, use.strength) for use in uses]
+    if stage.distilled_lora:
+        assert setting.distilled_lora is not None
+        networks.append((setting.distilled_lora, Strength(stage.distilled_lora, stage.distilled_lora)))
+    return tuple(networks)
+
+
+def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> dict[Job, SampledLatents]:
+    """The latents of the stage before, of the doubled size; sound as it is."""
+    assert setting.upsampler is not None
+    upsample = LatentUpsampler.load(setting.upsampler, setting.files.vae, device=setting.device, dtype=setting.dtype)
+    found = {}
+    for one in waiting:
+        before = unfinished.read(one.job.stem, one.recipe, number - 1)
+        assert before.video is not None
+        found[one.job] = SampledLatents(video=upsample(before.video).cpu(), audio=before.audio)
+    del upsample
+    free_memory(setting.device)
+    return found
+
+
+def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> dict[Job, Path]:
+    latents = [unfinished.read(one.job.stem, one.recipe, len(one.stages) - 1) for one in planned]
+    paths = {}
+    with Progress("decoding", len(planned), unit="clip") as bar:
+        decoded = decode_samples(latents, setting.files.vae, setting.files.audio_vae, setting.device)
+        for one, (frames, sound) in zip(planned, decoded, strict=True):
+            stem = unfinished.free_stem(one.job.stem)
+            sound = _own_sound(one.job.prompt) or sound
+            paths[one.job] = write_sample(stem, one.job.prompt, frames, sound, one.recipe.text)
+            bar.advance()
+    return paths
+
+
+def _own_sound(prompt: PreviewPrompt) -> Waveform | None:
+    """The sound that a clip was made to, as its file has it; None where any of it was generated."""
+    path = prompt.inputs.audio
+    if path is None or prompt.inputs.audio_span is not None or prompt.frames == 1:
+        return None
+    from musubi_tuner.media.audio import read_audio
+    from musubi_tuner.media.probe import probe_audio
+
+    info = probe_audio(path)
+    return read_audio(path, info, info.start, info.start + prompt.seconds)
+
+
+def open_upsampler(config: GenerateConfig) -> Checkpoint | None:
+    """Of a pipeline with two stages.
+
+    Raises:
+        UserError: none is given, or another file.
+    """
+    pipeline, path = config.pipeline.pipeline, config.pipeline.spatial_upsampler_path
+    if pipeline not in TWO_STAGES:
+        return None
+    if path is None:
+        raise UserError(
+            f"--pipeline {pipeline}: needs --spatial_upsampler_path FILE, the latent upsampler (x2) of the model's release. "
+            "one_stage and distilled_one_stage work without."
+        )
+    checkpoint = open_checkpoint(path)
+    upsampler_config(checkpoint)
+    return checkpoint
+
+
+def find_distilled_lora(config: GenerateConfig) -> Path | None:
+    """Of a pipeline whose second stage needs it.
+
+    Raises:
+        UserError: none is given, or it is not there.
+    """
+    pipeline, path = config.pipeline.pipeline, config.pipeline.distilled_lora
+    if pipeline not in WITH_DISTILLED_LORA or config.pipeline.distilled_lora_strength == 0:
+        return None
+    if path is None:
+        raise UserError(
+            f"--pipeline {pipeline}: its second stage has three steps, which only a distilled model can do: give --distilled_lora FILE. "
+            "If --ltxv2_model is distilled itself, take --pipeline distilled, or --distilled_lora_strength 0."
+        )
+    if not path.exists():
+        raise UserError(f"--distilled_lora {path}: is not there.")
+    return newest_file(path)

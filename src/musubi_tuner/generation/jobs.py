@@ -1,0 +1,148 @@
+"""The clips that are to be made: a prompt and the networks it is made with."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.config.generation import GenerateConfig, LoraOptions
+from musubi_tuner.networks.reading import network_metadata, newest_file
+from musubi_tuner.networks.stack import Strength
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt, PromptDefaults, load_prompts, prompts_of_lines
+from musubi_tuner.runtime.errors import UserError
+
+_SEED = 10
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_FACTORS = (
+    ("reference_downscale_factor", "reference_spatial_scale_factor"),
+    ("reference_temporal_scale_factor",),
+)
+"""Metadata of an IC-LoRA: how many times smaller, and slower, than the clip its references are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """A network's file at a strength."""
+
+    path: Path
+    strength: Strength
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One clip."""
+
+    stem: str
+    """Its file's name without ending."""
+    prompt: PreviewPrompt
+    loras: tuple[LoraUse, ...]
+
+
+def parse_lora(text: str) -> LoraUse:
+    """FILE, FILE:STRENGTH or FILE:STRENGTH:VIDEO:AUDIO, read from the right: a colon that no number follows belongs to the file, as in
+    C:\\a.safetensors:0.8.
+
+    Raises:
+        UserError: two numbers, or four and more, behind the file; a file that is not there.
+    """
+    path, numbers = text, []
+    while len(numbers) < 4 and ":" in path and not Path(path).exists():
+        before, _, last = path.rpartition(":")
+        if not before or not _NUMBER.fullmatch(last):
+            break
+        path, numbers = before, [float(last), *numbers]
+    if len(numbers) not in (0, 1, 3):
+        raise UserError(f"--lora {text}: {len(numbers)} numbers behind the file. Give FILE:STRENGTH, or FILE:STRENGTH:VIDEO:AUDIO.")
+    strength, video, audio = (*numbers, 1.0, 1.0)[:3] if len(numbers) == 1 else numbers or (1.0, 1.0, 1.0)
+    return LoraUse(_existing(Path(path), "--lora"), Strength(video, audio) * strength)
+
+
+def chosen_loras(options: LoraOptions) -> tuple[LoraUse, ...]:
+    """Of the command line, in its order.
+
+    Raises:
+        UserError: what `parse_lora` raises.
+    """
+    multipliers = options.lora_multiplier
+    if len(multipliers) == 1:
+        multipliers *= len(options.lora_weight)
+    multipliers += (1.0,) * (len(options.lora_weight) - len(multipliers))
+    plain = [
+        LoraUse(_existing(path, "--lora_weight"), Strength(value, value))
+        for path, value in zip(options.lora_weight, multipliers, strict=True)
+    ]
+    return (*map(parse_lora, options.lora), *plain)
+
+
+def read_prompts(config: GenerateConfig) -> tuple[PreviewPrompt, ...]:
+    """Of --prompt or --sample_prompts, with what the command line adds to those that name nothing of the kind.
+
+    Raises:
+        UserError: what the readers of prompts raise.
+    """
+    clips, guidance = config.clips, config.guidance
+    defaults = PromptDefaults(
+        width=guidance.sample_width,
+        height=guidance.sample_height,
+        frames=guidance.sample_frames,
+        fps=guidance.sample_fps,
+        steps=guidance.sample_steps,
+        seed=_SEED if clips.seed is None else clips.seed,
+    )
+    if clips.sample_prompts is not None:
+        prompts = load_prompts(clips.sample_prompts, defaults)
+    else:
+        prompts = prompts_of_lines(clips.prompt, "--prompt", Path(), defaults)
+    return tuple(_with_inputs(prompt, config) for prompt in prompts)
+
+
+def _with_inputs(prompt: PreviewPrompt, config: GenerateConfig) -> PreviewPrompt:
+    inputs, clips = prompt.inputs, config.clips
+    for name, path in (("image", clips.image), ("reference_video", clips.reference_video), ("audio", clips.audio)):
+        if path is not None and not path.is_file():
+            raise UserError(f"--{name} {path}: is not there.")
+    inputs = dataclasses.replace(
+        inputs,
+        image=inputs.image or clips.image,
+        reference=inputs.reference or clips.reference_video,
+        audio=inputs.audio or clips.audio,
+    )
+    return dataclasses.replace(prompt, negative=prompt.negative or clips.negative_prompt or "", inputs=inputs)
+
+
+def make_jobs(config: GenerateConfig) -> tuple[Job, ...]:
+    """The clips of a command line without a grid."""
+    loras = chosen_loras(config.loras)
+    prompts = read_prompts(config)
+    return tuple(Job(stem=f"{config.clips.output_name}_{prompt.index:02d}_{prompt.seed}", prompt=prompt, loras=loras) for prompt in prompts)
+
+
+def reference_factors(jobs: Sequence[Job]) -> tuple[int, int]:
+    """How many times smaller and slower than a clip its reference is: what the networks say that were trained on references.
+
+    Raises:
+        UserError: two networks that say different things, or one that says nothing that can be read.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in dict.fromkeys(use.path for job in jobs for use in job.loras):
+        metadata = network_metadata(path)
+        said = [next((metadata[key] for key in keys if key in metadata), None) for keys in _FACTORS]
+        if any(value is not None for value in said):
+            try:
+                space, time = (1 if value is None else int(float(value)) for value in said)
+            except ValueError as error:
+                raise UserError(f"{path}: its metadata '{_FACTORS[0][0]}' is no number ({error}).") from error
+            found[space, time] = path
+    if len(found) > 1:
+        (first, one), (second, other), *_ = found.items()
+        raise UserError(
+            f"{one} was trained on references at 1/{first[0]} of the size, {other} at 1/{second[0]}: use one of them at a time."
+        )
+    return next(iter(found), (1, 1))
+
+
+def _existing(path: Path, flag: str) -> Path:
+    if not path.exists():
+        raise UserError(f"{flag} {path}: is not there.")
+    return newest_file(path)

@@ -1,0 +1,145 @@
+"""What a clip was made from, in its own file: prompt, seed, pipeline, guidance, and every file by name and hash.
+
+It lies in the `comment` of an mp4, in a text chunk of a png, and beside a wav, which has no place for it. No path is in it: what another
+machine wrote is never followed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musubi_tuner import __version__
+from musubi_tuner.config.generation import GenerateConfig
+from musubi_tuner.generation.jobs import Job
+from musubi_tuner.ltxv2.versions import transformer_names
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import parse_json
+
+KEY = "ltxv2_recipe"
+_FORMAT = 1
+_OF_THIS_RUN = ("index", "where", "inputs")
+_NOT_IN_THE_DIGEST = ("name", "versions")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Of one clip."""
+
+    facts: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        return json.dumps({KEY: _FORMAT, **self.facts}, ensure_ascii=False, sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """The same for clips that are made from the same."""
+        return hashlib.sha256(json.dumps(_without_names(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_identity(transformer: Checkpoint) -> dict[str, str]:
+    """A transformer's name and the fingerprint of its tensors."""
+    return {"name": transformer.path.name, "fingerprint": transformer.fingerprint(transformer_names(transformer))}
+
+
+def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Recipe:
+    """Of a clip that is to be made.
+
+    Args:
+        model: its `model_identity`.
+    """
+    pipeline = config.pipeline
+    facts: dict[str, Any] = {
+        "prompt": {
+            field.name: getattr(job.prompt, field.name) for field in dataclasses.fields(PreviewPrompt) if field.name not in _OF_THIS_RUN
+        },
+        "inputs": _inputs(job.prompt),
+        "model": dict(model),
+        "mode": config.model.ltx_mode,
+        "timestep_format": config.model.ltxv2_timestep_format,
+        "weight_format": config.memory.weight_format,
+        "pipeline": pipeline.pipeline,
+        "distilled_lora_strength": pipeline.distilled_lora_strength,
+        "guidance": dataclasses.asdict(config.guidance),
+        "loras": [{**_file(use.path), "video": use.strength.video, "audio": use.strength.audio} for use in job.loras],
+        "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
+    }
+    for name in ("spatial_upsampler_path", "distilled_lora"):
+        if (path := getattr(pipeline, name)) is not None:
+            facts[name] = _file(path)
+    return Recipe(json.loads(json.dumps(facts)))
+
+
+def read_recipe(clip: Path) -> Recipe:
+    """From a clip that was made here.
+
+    Raises:
+        UserError: another file, or one whose recipe is of a newer version.
+    """
+    text = _stored_text(clip)
+    if text is None:
+        raise UserError(f"{clip}: holds no recipe; 'ltxv2 generate' writes one into each clip, and other programs may strip it.")
+    facts = parse_json(text, f"{clip}: its recipe")
+    if not isinstance(facts, dict) or facts.pop(KEY, None) != _FORMAT:
+        raise UserError(f"{clip}: its recipe is not of this version of the program.")
+    return Recipe(facts)
+
+
+@functools.lru_cache(maxsize=1024)
+def file_hash(path: Path) -> str:
+    """SHA-256 of all of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe_path(wav: Path) -> Path:
+    """Where a wav's recipe lies."""
+    return wav.with_name(f"{wav.name}.json")
+
+
+def _stored_text(clip: Path) -> str | None:
+    suffix = clip.suffix.lower()
+    if suffix == ".png":
+        from PIL import Image
+
+        with Image.open(clip) as picture:
+            text = picture.info.get(KEY)
+        return text if isinstance(text, str) else None
+    if suffix == ".wav":
+        beside = recipe_path(clip)
+        return beside.read_text(encoding="utf-8") if beside.is_file() else None
+    from musubi_tuner.media.probe import container_comment
+
+    return container_comment(clip)
+
+
+def _inputs(prompt: PreviewPrompt) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(prompt.inputs):
+        value = getattr(prompt.inputs, field.name)
+        if isinstance(value, Path):
+            found[field.name] = _file(value)
+        elif isinstance(value, tuple) and value:
+            found[field.name] = [{"frame": frame, **_file(path)} for frame, path in value]
+        elif value is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found[field.name] = dataclasses.asdict(value)
+    return found
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": file_hash(path)}
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_names(one) for key, one in value.items() if key not in _NOT_IN_THE_DIGEST}
+    return [_without_names(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,68 @@
+"""Latents of clips that are not decoded yet, and which clips are there: what a run that was stopped goes on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.cache.store import read, read_metadata, serialize, write_bytes
+from musubi_tuner.generation.denoise import SampledLatents
+from musubi_tuner.generation.recipe import Recipe, read_recipe
+from musubi_tuner.runtime.errors import UserError
+
+FOLDER = "unfinished"
+_ENDINGS = (".mp4", ".png", ".wav")
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """Of one output folder."""
+
+    folder: Path
+
+    def finished(self, stem: str, recipe: Recipe) -> Path | None:
+        """The clip of this recipe, where there is one under this name."""
+        for path in self._clips(stem):
+            try:
+                if read_recipe(path).digest == recipe.digest:
+                    return path
+            except UserError:  # another program's file
+                continue
+        return None
+
+    def free_stem(self, stem: str) -> Path:
+        """Where a clip is written: never over another."""
+        taken = {path.stem for path in self._clips(stem)}
+        names = [stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 2))]
+        return self.folder / next(name for name in names if name not in taken)
+
+    def has(self, stem: str, recipe: Recipe, stage: int) -> bool:
+        return self._path(stem, recipe, stage).is_file()
+
+    def keep(self, stem: str, recipe: Recipe, stage: int, latents: SampledLatents, seconds: float) -> None:
+        tensors = {name: value for name in ("video", "audio") if (value := getattr(latents, name)) is not None}
+        path = self._path(stem, recipe, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, {"seconds": f"{seconds:.3f}"}))
+
+    def read(self, stem: str, recipe: Recipe, stage: int) -> SampledLatents:
+        tensors = read(self._path(stem, recipe, stage))
+        return SampledLatents(video=tensors.get("video"), audio=tensors.get("audio"))
+
+    def seconds(self, stem: str, recipe: Recipe, stages: int) -> float:
+        """Of sampling, all stages."""
+        return sum(float(read_metadata(self._path(stem, recipe, stage))["seconds"]) for stage in range(stages))
+
+    def remove(self, stem: str, recipe: Recipe, stages: int) -> None:
+        for stage in range(stages):
+            self._path(stem, recipe, stage).unlink(missing_ok=True)
+        if (folder := self.folder / FOLDER).is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _path(self, stem: str, recipe: Recipe, stage: int) -> Path:
+        return self.folder / FOLDER / f"{stem}_{recipe.digest}_{stage}.safetensors"
+
+    def _clips(self, stem: str) -> list[Path]:
+        """By this name, or by it and a number."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if path.suffix in _ENDINGS and path.stem.startswith(stem)]
+        return sorted(path for path in found if path.stem == stem or path.stem[len(stem) :].removeprefix("-").isdigit())

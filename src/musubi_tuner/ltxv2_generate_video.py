@@ -1,0 +1,94 @@
+"""Makes clips with sound from prompts, with any LoRA at any strength: `ltxv2_generate_video.py`, `ltxv2 generate`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.generation import GenerateConfig
+from musubi_tuner.runtime.program import run_program
+
+if TYPE_CHECKING:
+    from musubi_tuner.generation.clips import Setting
+    from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.ltxv2.weights import Checkpoint
+
+log = logging.getLogger(__name__)
+
+PROG = "ltxv2_generate_video.py"
+DESCRIPTION = "Make clips with sound from prompts, with any LoRA at any strength."
+
+
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse(GenerateConfig, argv, prog=prog, description=DESCRIPTION)
+    from musubi_tuner.generation.clips import make_clips
+    from musubi_tuner.generation.jobs import make_jobs
+    from musubi_tuner.runtime.tables import format_table
+
+    jobs = make_jobs(config)
+    made = make_clips(jobs, make_setting(config))
+    rows = [(str(one.path), f"{one.seconds:.1f} s" if one.seconds else "there already") for one in made]
+    log.info("\n%s", format_table(rows, ("clip", "sampling")))
+    return 0
+
+
+def make_setting(config: GenerateConfig) -> Setting:
+    """The files that clips are made with, opened.
+
+    Raises:
+        UserError: one that is missing, or another kind of file.
+    """
+    from musubi_tuner.generation.clips import Setting, find_distilled_lora, open_upsampler
+    from musubi_tuner.generation.prepare import ModelFiles
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import pick_device
+
+    model = config.model
+    checkpoint = open_checkpoint(model.ltxv2_model)
+    return Setting(
+        config=config,
+        files=ModelFiles.beside(checkpoint, model.vae, model.audio_vae),
+        texts=_texts(config, checkpoint),
+        device=pick_device(model.device),
+        upsampler=open_upsampler(config),
+        distilled_lora=find_distilled_lora(config),
+    )
+
+
+def _texts(config: GenerateConfig, checkpoint: Checkpoint) -> TextSource:
+    from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.ltxv2.text.encoders import encoder_options
+    from musubi_tuner.ltxv2.text.pipeline import TextRecipe, text_widths
+    from musubi_tuner.ltxv2.transformer.load import read_config
+    from musubi_tuner.placement.text import encode_prompts
+    from musubi_tuner.runtime.device import pick_device
+
+    model, transformer = config.model, read_config(checkpoint)
+    expected = {"widths": "+".join(map(str, text_widths(transformer, model.ltx_mode)))}
+    if checkpoint.model_version:
+        expected["model_version"] = checkpoint.model_version
+    encode = None
+    if model.text_encoder is not None:
+        options = encoder_options(
+            model.text_encoder,
+            tokenizer=model.tokenizer,
+            backend=model.text_encoder_backend,
+            device=pick_device(model.device),
+            max_length=model.max_length,
+        )
+        recipe = TextRecipe(checkpoint=checkpoint, config=transformer, options=options, mode=model.ltx_mode, stage="context")
+        encode = partial(encode_prompts, recipe)
+    return TextSource(
+        cache_directory=model.text_cache or config.clips.output_dir / "texts",
+        expected=expected,
+        encode=encode,
+        command=f"{PROG} ... --text_encoder FOLDER",
+        remedy="or give the folder of texts that were cached for this model by --text_cache.",
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)
