@@ -71,11 +71,12 @@ def generate(
     """
     device = next(wrapper.parameters()).device
     prompt, plan = sample.prompt, sample.plan
-    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device))
+    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device), _passes(sample, device))
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
     values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
     keep = denoiser.keep_clean
-    values = run_sampler(plan.sampler, values, levels, denoiser.predict, keep, seed=prompt.seed, advance=advance)
+    with wrapper.transformer.remembering_positions():
+        values = run_sampler(plan.sampler, values, levels, denoiser.predict, keep, seed=prompt.seed, advance=advance)
     return SampledLatents(
         video=geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu() if "video" in values else None,
         audio=geometry.unpatchify_audio(values["audio"]).cpu() if "audio" in values else None,
@@ -89,14 +90,15 @@ class _Denoiser:
     wrapper: OfficialLTXV2Wrapper
     sample: SampleInputs
     streams: Mapping[str, TokenStream]
+    passes: Mapping[str, tuple[Tensor, Tensor | None, Perturbations | None]]
+    """Text, mask and perturbations of each forward pass that one step needs, on the device: the prompt's own first."""
 
     def predict(self, values: Mapping[str, Tensor], sigma: Tensor, step: int) -> dict[str, Tensor]:
         """Guided x0 of every stream from its (1, N, C) values at noise level `sigma`; conditioning tokens stay clean."""
         inputs = {name: model_input(stream, values[name], sigma[None]) for name, stream in self.streams.items()}
         x0: dict[str, dict[str, Tensor]] = {name: {} for name in inputs}
-        for which, (context, perturbations) in self._passes().items():
-            text, mask = context.text.to(sigma.device), context.mask_on(sigma.device)
-            velocities = self.wrapper(inputs.get("video"), inputs.get("audio"), text, mask, perturbations)
+        found = self.wrapper.passes(inputs.get("video"), inputs.get("audio"), list(self.passes.values()))
+        for which, velocities in zip(self.passes, found, strict=True):
             for name, modality in inputs.items():
                 own = values[name].shape[1]
                 velocity = getattr(velocities, name)[:, :own].float()
@@ -107,19 +109,6 @@ class _Denoiser:
     def keep_clean(self, name: str, values: Tensor) -> Tensor:
         """A stream's (1, N, C) values, with its conditioning tokens as they are."""
         return _lay_clean(self.streams[name], values)
-
-    def _passes(self) -> dict[str, tuple[TextContext, Perturbations | None]]:
-        """Context and perturbations of each forward pass that one step needs: the prompt's own first."""
-        plan, positive, negative = self.sample.plan, self.sample.positive, self.sample.negative
-        passes: dict[str, tuple[TextContext, Perturbations | None]] = {"prompt": (positive, None)}
-        if plan.needs_negative:
-            assert negative is not None
-            passes["negative"] = (negative, None)
-        if plan.needs_perturbed:
-            passes["perturbed"] = (positive, Perturbations.self_attention(plan.stg_blocks))
-        if plan.needs_isolated:
-            passes["isolated"] = (positive, Perturbations.isolated())
-        return passes
 
     def _guided(self, name: str, x0: Mapping[str, Tensor]) -> Tensor:
         scales = self.sample.plan.scales(name)
@@ -133,6 +122,20 @@ class _Denoiser:
                 "The LoRA may have diverged: lower --learning_rate and resume from an earlier state. "
                 "A preview by --sample_at_first tells whether the base model alone is sound."
             )
+
+
+def _passes(sample: SampleInputs, device: torch.device) -> dict[str, tuple[Tensor, Tensor | None, Perturbations | None]]:
+    plan = sample.plan
+    contexts: dict[str, tuple[TextContext, Perturbations | None]] = {"prompt": (sample.positive, None)}
+    if plan.needs_negative:
+        assert sample.negative is not None
+        contexts["negative"] = (sample.negative, None)
+    if plan.needs_perturbed:
+        contexts["perturbed"] = (sample.positive, Perturbations.self_attention(plan.stg_blocks))
+    if plan.needs_isolated:
+        contexts["isolated"] = (sample.positive, Perturbations.isolated())
+    moved = {id(context): (context.text.to(device), context.mask_on(device)) for context, _ in contexts.values()}
+    return {which: (*moved[id(context)], perturbations) for which, (context, perturbations) in contexts.items()}
 
 
 def _make_streams(sample: SampleInputs, device: torch.device) -> dict[str, TokenStream]:

@@ -108,9 +108,11 @@ class BlockEngine:
         sequence_axes: SequenceAxes | None = None,
         streamer: BlockStreamer | None = None,
         inputs_on_host: bool = False,
+        compiles_always: bool = False,
     ) -> None:
         """
         Args:
+            compiles_always: passes without gradients are compiled while the model evaluates too: of a program that only samples.
             levels: recompute level of each block; None keeps whatever autograd keeps.
             max_rank: the largest rank of the network.
             keeps_sums: as `sums` of `checkpointing.keeps`, where blocks are compiled.
@@ -122,6 +124,7 @@ class BlockEngine:
         if inputs_on_host:
             levels = [Recompute.NOTHING if compiled else None] * len(blocks)
         self._store = HostStore() if inputs_on_host else None
+        self._compiles_always = compiles_always
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
         runs: dict[Recompute | None, RunBlock] = {
@@ -139,7 +142,7 @@ class BlockEngine:
     def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
         """Visit one block: the states after it."""
         with_gradients = torch.is_grad_enabled()
-        run_without_gradients = self._run_without_gradients if block.training else _call
+        run_without_gradients = self._run_without_gradients if block.training or self._compiles_always else _call
         if self._streamer is not None:
             self._streamer.before_forward(block)
         if with_gradients:
@@ -155,6 +158,21 @@ class BlockEngine:
         if self._streamer is not None:
             self._streamer.after_forward(block, last=not with_gradients)
         return states
+
+    @property
+    def streams_weights(self) -> bool:
+        return self._streamer is not None
+
+    def together(self, block: nn.Module, states: Sequence[States], inputs: Sequence[Any]) -> list[States]:
+        """Several passes without gradients visit one block, so that its streamed weights are copied once for all of them."""
+        assert not torch.is_grad_enabled()
+        run = self._run_without_gradients if block.training or self._compiles_always else _call
+        if self._streamer is not None:
+            self._streamer.before_forward(block)
+        after = [run(block, one, given) for one, given in zip(states, inputs, strict=True)]
+        if self._streamer is not None:
+            self._streamer.after_forward(block, last=True)
+        return after
 
     def _gate(self, block: nn.Module, states: States, *, entering: bool) -> States:
         """The states, through a node of autograd's graph that notifies the streamer of the block's backward pass."""

@@ -3,7 +3,7 @@
 `--network_module` names this module; another one with the same `create_network` works in its place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,6 +61,25 @@ class OfficialLTXV2Wrapper(nn.Module):
             text: (B, S, Cv) or (B, S, Cv + Ca) text contexts `[video, audio]`; features of these widths where there are connectors.
             text_mask: (B, S) bool, True = real; None where all are. Of features, the real ones come first.
         """
+        return self.transformer(*self._with_text(video, audio, text, text_mask), perturbations)
+
+    def passes(
+        self, video: Modality | None, audio: Modality | None, texts: Sequence[tuple[Tensor, Tensor | None, Perturbations | None]]
+    ) -> list[Velocity]:
+        """`forward` of the same streams with several texts and perturbations, bit for bit; without gradients.
+
+        Where weights are streamed, all passes go through a block before the next one does, so that it is copied once; elsewhere one
+        pass follows the other, which needs less memory.
+        """
+        if not getattr(self.transformer.run_block, "streams_weights", False):
+            return [self(video, audio, *one) for one in texts]
+        return self.transformer.forward_together(
+            [(*self._with_text(video, audio, text, mask), perturbations) for text, mask, perturbations in texts]
+        )
+
+    def _with_text(
+        self, video: Modality | None, audio: Modality | None, text: Tensor, text_mask: Tensor | None
+    ) -> tuple[Modality | None, Modality | None]:
         video_text, audio_text = self.split_text(text)
         if self.connectors is not None:
             video_text, audio_text = self._connect(self.connectors, video_text, audio_text, text_mask)
@@ -69,7 +88,7 @@ class OfficialLTXV2Wrapper(nn.Module):
             video = replace(video, context=video_text, context_mask=text_mask)
         if audio is not None:
             audio = replace(audio, context=audio_text, context_mask=text_mask)
-        return self.transformer(video, audio, perturbations)
+        return video, audio
 
     def _connect(
         self, connectors: Connectors, video: Tensor, audio: Tensor | None, mask: Tensor | None

@@ -1,5 +1,8 @@
 """The LTX-2 transformer: tokens of one or two streams in, velocity out. Names are the official ones."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,6 +68,27 @@ class StreamParts(NamedTuple):
     max_pos: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """One pass between its entry into the blocks and its way out."""
+
+    video: Modality | None
+    audio: Modality | None
+    states: States
+    v: StreamInputs | None
+    a: StreamInputs | None
+    v_embedded: Tensor | None
+    a_embedded: Tensor | None
+    skips: Perturbations
+    skip_a2v: Skip
+    skip_v2a: Skip
+
+    def inputs_of(self, index: int) -> BlockInputs:
+        own = self.skips
+        skips = BlockSkips(own.skip_video_self.get(index, False), own.skip_audio_self.get(index, False), self.skip_a2v, self.skip_v2a)
+        return BlockInputs(self.v, self.a, skips)
+
+
 class LTXModel(nn.Module):
     """`streams` chooses the subset that is built: ("video", "audio"), ("video",) or ("audio",)."""
 
@@ -95,6 +119,7 @@ class LTXModel(nn.Module):
         self.streams = streams
         self.timestep_rule = timestep_rule
         self.run_block: RunBlock = run_plain
+        self._rotations: dict[tuple[int, tuple[int, ...], int], tuple[Tensor, RopeTable]] | None = None
         if "video" in streams:
             dim = config.video_dim
             self.patchify_proj = nn.Linear(config.in_channels, dim)
@@ -129,6 +154,35 @@ class LTXModel(nn.Module):
 
         A stream that the model has may be left out (None): the other one then runs as if the cross attentions were off.
         """
+        entered = self._enter(video, audio, perturbations)
+        states = entered.states
+        for index, block in enumerate(self.transformer_blocks):
+            states = self.run_block(block, states, entered.inputs_of(index))
+        return self._leave(entered, states)
+
+    def forward_together(self, passes: Sequence[tuple[Modality | None, Modality | None, Perturbations | None]]) -> list[Velocity]:
+        """What `forward` gives for each of several passes, bit for bit; without gradients. Each block runs them all before the next block
+        does, so that weights that are streamed are copied once."""
+        together = getattr(self.run_block, "together", self._together)
+        entered = [self._enter(*one) for one in passes]
+        states = [one.states for one in entered]
+        for index, block in enumerate(self.transformer_blocks):
+            states = together(block, states, [one.inputs_of(index) for one in entered])
+        return [self._leave(one, after) for one, after in zip(entered, states, strict=True)]
+
+    @contextmanager
+    def remembering_positions(self) -> Iterator[None]:
+        """Inside, rotations are computed once for each tensor of positions, which must not be written to: around the sampling of a clip."""
+        self._rotations = {}
+        try:
+            yield
+        finally:
+            self._rotations = None
+
+    def _together(self, block: nn.Module, states: Sequence[States], inputs: Sequence[BlockInputs]) -> list[States]:
+        return [self.run_block(block, one, given) for one, given in zip(states, inputs, strict=True)]
+
+    def _enter(self, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None) -> "_Entered":
         skips = perturbations or Perturbations()
         skip_a2v, skip_v2a = _with_absent(skips.skip_audio_to_video, audio), _with_absent(skips.skip_video_to_audio, video)
         states: States = (None, None)
@@ -139,12 +193,13 @@ class LTXModel(nn.Module):
         if audio is not None:
             states = (states[0], _embed_tokens(self.audio_parts(), audio))
             a, a_embedded = self._stream_inputs(self.audio_parts(), audio, video)
-        for index, block in enumerate(self.transformer_blocks):
-            block_skips = BlockSkips(skips.skip_video_self.get(index, False), skips.skip_audio_self.get(index, False), skip_a2v, skip_v2a)
-            states = self.run_block(block, states, BlockInputs(v, a, block_skips))
+        return _Entered(video, audio, states, v, a, v_embedded, a_embedded, skips, skip_a2v, skip_v2a)
+
+    def _leave(self, entered: "_Entered", states: States) -> Velocity:
+        video, audio = entered.video, entered.audio
         return Velocity(
-            self._head(self.video_parts(), video, states[0], v_embedded) if video is not None and video.enabled else None,
-            self._head(self.audio_parts(), audio, states[1], a_embedded) if audio is not None and audio.enabled else None,
+            self._head(self.video_parts(), video, states[0], entered.v_embedded) if video is not None and video.enabled else None,
+            self._head(self.audio_parts(), audio, states[1], entered.a_embedded) if audio is not None and audio.enabled else None,
         )
 
     def video_parts(self) -> StreamParts:
@@ -204,7 +259,7 @@ class LTXModel(nn.Module):
             cross=None if other is None else self._cross_inputs(parts, own, other),
             context=context if parts.caption_projection is None else parts.caption_projection(context),
             context_mask=key_bias(own.context_mask),
-            rope=self._rope(own.positions.float().mean(-1), parts.max_pos, parts.dim),
+            rope=self._rope(own.positions, parts.max_pos, parts.dim),
             self_mask=self_mask,
             key_mask=key_bias(own.token_mask),
             enabled=own.enabled,
@@ -220,17 +275,27 @@ class LTXModel(nn.Module):
         rows, _ = parts.cross_adaln(levels * config.timestep_scale_multiplier)
         gate_levels, gate_index = own_levels if rule == "own" else other_level
         gate, _ = parts.cross_gate_adaln(gate_levels * config.av_ca_timestep_scale_multiplier)
-        times = own.positions[:, :1].float().mean(-1)
         longest = max(config.positional_embedding_max_pos[0], config.audio_positional_embedding_max_pos[0])
-        rope = self._rope(times, (longest,), config.audio_cross_attention_dim)
+        rope = self._rope(own.positions, (longest,), config.audio_cross_attention_dim)
         return CrossInputs(Modulation(rows, index), Modulation(gate, gate_index), rope)
 
-    def _rope(self, mid_points: Tensor, max_pos: tuple[int, ...], dim: int) -> RopeTable:
+    def _rope(self, positions: Tensor, max_pos: tuple[int, ...], dim: int) -> RopeTable:
+        """Of as many axes of (B, P, N, 2) positions as there are longest ones, from the first."""
+        key = (id(positions), max_pos, dim)
+        if self._rotations is not None and key in self._rotations:
+            return self._rotations[key][1]
         config = self.config
-        double = config.frequencies_precision == "float64"
-        return rope_table(
-            mid_points, max_pos, dim=dim, heads=config.num_attention_heads, theta=config.positional_embedding_theta, double=double
+        table = rope_table(
+            positions[:, : len(max_pos)].float().mean(-1),
+            max_pos,
+            dim=dim,
+            heads=config.num_attention_heads,
+            theta=config.positional_embedding_theta,
+            double=config.frequencies_precision == "float64",
         )
+        if self._rotations is not None:
+            self._rotations[key] = (positions, table)  # which keeps the tensor, and so its id
+        return table
 
     def _head(self, parts: StreamParts, own: Modality, x: Tensor | None, embedded: Tensor | None) -> Tensor:
         assert x is not None and embedded is not None
