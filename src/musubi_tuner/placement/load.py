@@ -78,8 +78,8 @@ class Weights:
     transformer: LTXModel
     errors: dict[str, float]
     """Relative error of each quantized weight."""
-    regions: list[Region]
-    """Host memory of the streamed blocks, in their order."""
+    regions: list[Region] | None
+    """Host memory of the streamed blocks, in their order; None = they still lie on the device."""
 
 
 def load_for_generation(
@@ -108,7 +108,7 @@ def load_for_generation(
         dtype=dtype,
         before=lambda place: with_base_networks(loras, checkpoint, mode, place),
     )
-    _run_blocks(weights, placement, device, max_rank=0)
+    run_blocks(weights, placement, device, max_rank=0, samples=True)
     return OfficialLTXV2Wrapper(weights.transformer, timestep_format).eval()
 
 
@@ -186,7 +186,7 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
         )
         network = network.joined_with(part)
     group_projections(transformer)
-    _run_blocks(weights, placement, device, max_rank=network.max_rank)
+    run_blocks(weights, placement, device, max_rank=network.max_rank)
     return LoadedModel(
         wrapper=OfficialLTXV2Wrapper(transformer, request.timestep_format, connectors).train(),
         network=network,
@@ -207,8 +207,12 @@ def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANet
     return model, adapt
 
 
-def _run_blocks(weights: Weights, placement: Placement, device: torch.device, *, max_rank: int) -> None:
-    """Let an engine run the blocks: it streams, recomputes and compiles them."""
+def run_blocks(weights: Weights, placement: Placement, device: torch.device, *, max_rank: int, samples: bool = False) -> None:
+    """Let an engine run the blocks: it streams, recomputes and compiles them.
+
+    Args:
+        samples: nothing is trained, so what is compiled is passes without gradients.
+    """
     blocks = list(weights.transformer.transformer_blocks)
     streamed = [blocks[index] for index in placement.streamed]
     weights.transformer.run_block = BlockEngine(
@@ -220,6 +224,7 @@ def _run_blocks(weights: Weights, placement: Placement, device: torch.device, *,
         sequence_axes=sequence_axes,
         streamer=BlockStreamer(streamed, device, regions=weights.regions) if streamed else None,
         inputs_on_host=placement.inputs_on_host,
+        compiles_always=samples,
     )
 
 
