@@ -10,6 +10,7 @@ torch (benchmarks/simulated_card), and says so where there is none.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.block_counts import config_section
 from benchmarks.simulated_card import Card, run_within
@@ -54,9 +55,7 @@ def measure(weight_format: str, compiled: bool, options: argparse.Namespace) -> 
     tensors = models.make_weights(config, device, dtype)
     with torch.device("meta"):
         model = LTXModel(config)
-    memory = MemoryOptions(
-        weight_format=weight_format, blocks_to_swap=options.streamed, compile=compiled, gradient_checkpointing=False
-    )  # type: ignore[arg-type]
+    memory = MemoryOptions(weight_format=weight_format, blocks_to_swap=options.streamed, compile=compiled, gradient_checkpointing=False)  # type: ignore[arg-type]
     placement = place_by_hand(memory, BLOCKS, device)
     placer = LowBitPlacer(
         device=device, dtype=dtype, weight_format=placement.weight_format,
@@ -75,12 +74,12 @@ def measure(weight_format: str, compiled: bool, options: argparse.Namespace) -> 
         _measure_size(wrapper, size, weight_format, compiled, options, held)
 
 
-def _measure_size(wrapper, size: str, weight_format: str, compiled: bool, options: argparse.Namespace, held: int) -> None:  # type: ignore[no-untyped-def]
+def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, options: argparse.Namespace, held: int) -> None:
     import torch
 
     from musubi_tuner.config.preview import GuidanceOptions
-    from musubi_tuner.generation.contexts import TextContext
     from musubi_tuner.generation import denoise
+    from musubi_tuner.generation.contexts import TextContext
     from musubi_tuner.generation.denoise import SampleInputs, generate
     from musubi_tuner.generation.sampling import make_plan, refining_plan
     from musubi_tuner.prompts.sample_prompts import PreviewPrompt

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from musubi_tuner.conditioning.conditions import Conditions, Reference
-from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, video_keyframes, video_reference
+from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
+from musubi_tuner.conditioning.tokens import NoiseShare, TokenStream, audio_stream, video_keyframes, video_reference
 
 
 def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dict[str, TokenStream]:
@@ -19,6 +19,7 @@ def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dic
     found = {}
     for name, stream in streams.items():
         own = getattr(conditions, name)
+        strengths = [_strength_of_own(stream, own)]
         if own.weight is not None:
             stream = dataclasses.replace(stream, weight=own.weight if stream.weight is None else stream.weight * own.weight)
         if own.clean is not None:
@@ -26,10 +27,35 @@ def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dic
         if (keyframes := own.keyframes) is not None:
             beside = video_keyframes(keyframes.latents, keyframes.frames, keyframes.fps, keyframes.real)
             stream = append_clean(stream, beside, chosen=None)
+            strengths.append(_strength_of_keyframes(keyframes))
         if own.reference is not None:
-            stream = append_clean(stream, _reference_stream(name, own.reference), own.reference.chosen)
-        found[name] = stream
+            beside = _reference_stream(name, own.reference)
+            stream = append_clean(stream, beside, own.reference.chosen)
+            strengths.append(torch.full_like(beside.clean[..., 0], own.reference.strength))
+        found[name] = _in_part(stream, torch.cat(strengths, dim=1))
     return found
+
+
+def _strength_of_own(stream: TokenStream, own: StreamConditions) -> Tensor:
+    """(B, N) of the clip's own tokens."""
+    if own.clean is None:
+        return torch.zeros_like(stream.clean[..., 0])
+    return own.clean.float() if own.strength is None else own.clean * own.strength
+
+
+def _strength_of_keyframes(keyframes: KeyframeLatents) -> Tensor:
+    """(B, K h w)"""
+    batch, _, count, height, width = keyframes.latents.shape
+    whole = torch.ones(batch, count, device=keyframes.latents.device)
+    return (whole if keyframes.strengths is None else keyframes.strengths).repeat_interleave(height * width, dim=1)
+
+
+def _in_part(stream: TokenStream, strength: Tensor) -> TokenStream:
+    """Conditioning tokens whose strength is below 1 are noisy, at the level that the strength leaves."""
+    if stream.noisy is None or not bool((~stream.noisy & (strength < 1)).any()):
+        return stream
+    shares, index = torch.unique(1 - strength, return_inverse=True)
+    return dataclasses.replace(stream, noisy=strength < 1, share=NoiseShare(shares, index))
 
 
 def keep_clean(stream: TokenStream, clean: Tensor) -> TokenStream:

@@ -26,6 +26,8 @@ class Reference:
     """How many times smaller than the target's its pictures are."""
     temporal_factor: int = 1
     """How many of the target's frames stand for one of its frames."""
+    strength: float = 1.0
+    """As of `StreamConditions`, of all its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class KeyframeLatents:
     """(B,) frames per second of the clip"""
     real: Tensor | None = None
     """(B, K) bool, False = padding, as the item has fewer; None = all are real."""
+    strengths: Tensor | None = None
+    """(B, K) as of `StreamConditions`, of each picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,8 @@ class StreamConditions:
     reference: Reference | None = None
     keyframes: KeyframeLatents | None = None
     """Of video."""
+    strength: Tensor | None = None
+    """(B, N) float32, how far the clip's own conditioning tokens are kept: 1 = clean, 0 = generated; None = 1. Of sampling."""
 
 
 NO_STREAM_CONDITIONS = StreamConditions()

@@ -32,6 +32,22 @@ class TokenStream:
     """(B,) bool, False = this item has no such stream; None = all have it."""
     keyframe_marker: Tensor | None = None
     """(B, N) bool tokens that carry the keyframe embedding of 2.5."""
+    share: "NoiseShare | None" = None
+    """Tokens that are conditioning in part: noisy ones, but at a lower level. None = there are none. Of sampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseShare:
+    """What share of the noise level each token has: 1 - strength of its conditioning."""
+
+    shares: Tensor
+    """(U,) float32, all that occur"""
+    index: Tensor
+    """(B, N) into them"""
+
+    def of_tokens(self) -> Tensor:
+        """(B, N, 1)"""
+        return self.shares[self.index][..., None]
 
 
 def video_stream(latents: Tensor, fps: Tensor) -> TokenStream:
@@ -107,6 +123,8 @@ def model_input(stream: TokenStream, values: Tensor, sigma: Tensor) -> Modality:
         sigma = sigma * stream.noisy.any(dim=1)
         levels = torch.stack([sigma, torch.zeros_like(sigma)], dim=1)
         index = (~stream.noisy).long()
+        if stream.share is not None:
+            levels, index = sigma[:, None] * stream.share.shares, stream.share.index
     return Modality(
         latent=values,
         sigma=sigma,

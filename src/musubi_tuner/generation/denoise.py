@@ -78,8 +78,8 @@ def generate(
     with wrapper.transformer.remembering_positions():
         values = run_sampler(plan.sampler, values, levels, denoiser.predict, keep, seed=prompt.seed, advance=advance)
     return SampledLatents(
-        video=geometry.unpatchify_video(values["video"], *video_cells(prompt)).cpu() if "video" in values else None,
-        audio=geometry.unpatchify_audio(values["audio"]).cpu() if "audio" in values else None,
+        video=geometry.unpatchify_video(_own(values, "video", prompt), *video_cells(prompt)).cpu() if "video" in values else None,
+        audio=geometry.unpatchify_audio(_own(values, "audio", prompt)).cpu() if "audio" in values else None,
     )
 
 
@@ -159,13 +159,34 @@ def _initial(prompt: PreviewPrompt, stream: TokenStream, name: str, start: Sampl
     """(1, N, C) float32 at level `sigma`: noise, drawn on the CPU so that every device starts from the same, on top of `start`;
     conditioning tokens clean."""
     kind = "preview" if start is None else "refine"
-    noise = torch.randn((1, token_count(prompt, name), stream.clean.shape[2]), generator=generator_for(prompt.seed, kind, name))
-    noise = noise.to(stream.clean.device)
+    count = token_count(prompt, name)
+    generator = generator_for(prompt.seed, kind, name)
+    noise = torch.randn((1, count, stream.clean.shape[2]), generator=generator)
+    if stream.share is not None:  # what lies behind the clip is noisy in part
+        noise = torch.cat([noise, torch.randn((1, stream.clean.shape[1] - count, noise.shape[2]), generator=generator)], dim=1)
+    noise = values = noise.to(stream.clean.device)
     if start is not None:
-        noise = add_noise(start.tokens(name).to(noise), noise, sigma)
-    return _lay_clean(stream, noise)
+        values = torch.cat([add_noise(start.tokens(name).to(noise), noise[:, :count], sigma), noise[:, count:]], dim=1)
+    if stream.share is not None:
+        share = stream.share.of_tokens()
+        values = torch.where(share < 1, add_noise(stream.clean, noise, share * sigma), values)
+    return _lay_clean(stream, values, blend=False)
 
 
-def _lay_clean(stream: TokenStream, values: Tensor) -> Tensor:
+def _own(values: Mapping[str, Tensor], name: str, prompt: PreviewPrompt) -> Tensor:
+    """Without tokens of keyframes and references."""
+    return values[name][:, : token_count(prompt, name)]
+
+
+def _lay_clean(stream: TokenStream, values: Tensor, *, blend: bool = True) -> Tensor:
+    """
+    Args:
+        blend: tokens that are conditioning in part are drawn towards it by their strength, as the official code does with predictions.
+    """
     own = values.shape[1]
-    return values if stream.noisy is None else torch.where(stream.noisy[:, :own, None], values, stream.clean[:, :own])
+    if stream.noisy is None:
+        return values
+    if stream.share is not None and blend:
+        share = stream.share.of_tokens()[:, :own]
+        values = torch.where(share < 1, share * values + (1 - share) * stream.clean[:, :own], values)
+    return torch.where(stream.noisy[:, :own, None], values, stream.clean[:, :own])

@@ -119,7 +119,10 @@ def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoder
         audio=audio,
         conditions=Conditions(
             video=StreamConditions(
-                clean=None if clean_video is None else clean_video.flatten()[None], reference=reference, keyframes=keyframes
+                clean=None if clean_video is None else clean_video.flatten()[None],
+                reference=reference,
+                keyframes=keyframes,
+                strength=None if clean_video is None else _strengths_in_place(prompt, clean_video).flatten()[None],
             ),
             audio=StreamConditions(clean=None if clean_audio is None else clean_audio[None], reference=reference_audio),
         ),
@@ -179,6 +182,17 @@ def _video(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
     return latents, clean
 
 
+def _strengths_in_place(prompt: PreviewPrompt, clean: Tensor) -> Tensor:
+    """(F, h, w) float32 of cells that are conditioning: 1, but for pictures of another strength."""
+    strengths = torch.ones(clean.shape)
+    own = dict(prompt.inputs.strengths)
+    for frame, _ in prompt.inputs.keyframes_in_place:
+        strengths[-(-frame // geometry.TEMPORAL_SCALE)] = own.get(frame, 1.0)
+    if prompt.inputs.image is not None:
+        strengths[0] = prompt.inputs.image_strength
+    return strengths
+
+
 def _keyframes(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> KeyframeLatents | None:
     """Pictures beside the sample, each encoded alone: all that the prompt names but for the first image, which is in place."""
     pictures = dict(prompt.inputs.keyframes)
@@ -186,10 +200,12 @@ def _keyframes(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Keyfram
         pictures[prompt.frames - 1] = prompt.inputs.end_image
     if not pictures:
         return None
+    strengths = dict(prompt.inputs.strengths)
     return KeyframeLatents(
         latents=torch.stack([_encode_still(path, prompt, encoders, first=True) for path in pictures.values()], dim=2),
         frames=torch.tensor([[*pictures]], dtype=torch.int32),
         fps=torch.tensor([prompt.fps]),
+        strengths=torch.tensor([[strengths.get(frame, 1.0) for frame in pictures]]),
     )
 
 
@@ -301,7 +317,13 @@ def _reference(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Referen
             )
         frames = _read_clip(prompt.where, "--v", path, (prompt.frames - 1) // temporal + 1, prompt.fps / temporal, (width, height))
     fps = torch.tensor([prompt.fps])
-    return Reference(latents=encoders.video(frames), fps=fps, spatial_factor=factor, temporal_factor=temporal)
+    return Reference(
+        latents=encoders.video(frames),
+        fps=fps,
+        spatial_factor=factor,
+        temporal_factor=temporal,
+        strength=prompt.inputs.reference_strength,
+    )
 
 
 def _kept_video(prompt: PreviewPrompt) -> Tensor:

@@ -109,7 +109,15 @@ def _all_beside(prompt: PreviewPrompt) -> PreviewPrompt:
     pictures = dict((*inputs.keyframes_in_place, *inputs.keyframes))
     if inputs.image is not None:
         pictures[0] = inputs.image
-    beside = dataclasses.replace(inputs, image=None, keyframes=tuple(sorted(pictures.items())), keyframes_in_place=())
+    strengths = dict(inputs.strengths) | ({0: inputs.image_strength} if inputs.image is not None else {})
+    beside = dataclasses.replace(
+        inputs,
+        image=None,
+        image_strength=1.0,
+        keyframes=tuple(sorted(pictures.items())),
+        keyframes_in_place=(),
+        strengths=tuple(sorted(strengths.items())),
+    )
     return dataclasses.replace(prompt, inputs=beside)
 
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, model_validator
 
 from musubi_tuner.config.names import PROMPT_FLAGS
 from musubi_tuner.config.preview import Guidance, Steps
-from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Side, as_path, options, validated
+from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Share, Side, as_path, options, validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, read_text, read_toml
 
@@ -57,6 +57,11 @@ class ConditioningInputs:
 
     image: Path | None = None
     """First frame, in its place."""
+    image_strength: float = 1.0
+    """How far it is kept: 1 = as it is, 0 = not at all."""
+    strengths: tuple[tuple[int, float], ...] = ()
+    """(frame, strength) of keyframes that are not kept as they are."""
+    reference_strength: float = 1.0
     end_image: Path | None = None
     """Last frame, beside the sample."""
     keyframes: tuple[tuple[int, Path], ...] = ()
@@ -108,6 +113,7 @@ class PreviewPrompt:
 
 INPUT_FLAGS = {
     "i": "image_path",
+    "is": "image_strength",
     "ei": "end_image_path",
     "k": "keyframes",
     "kp": "keyframes_in_place",
@@ -118,6 +124,7 @@ INPUT_FLAGS = {
     "a": "input_audio_path",
     "at": "generate_sound_seconds",
     "v": "reference_video_path",
+    "vs": "reference_strength",
     "ra": "reference_audio_path",
 }
 _FLAGS = {
@@ -135,7 +142,7 @@ _FLAGS = {
 }
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
 _WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
-_NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale")
+_NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale", "image_strength", "reference_strength")
 _WITH_NUMBER = rf"({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]"
 _GLUED = re.compile(rf"(?<=\S)--{_WITH_NUMBER}")
 """A flag with its number and no blank before it, as in `A dog.--w 512`."""
@@ -200,6 +207,7 @@ class _Entry:
     guidance_scale: Guidance | None = None
     audio_cfg_scale: Guidance | None = None
     image_path: AnyPath | None = None
+    image_strength: Share | None = None
     end_image_path: AnyPath | None = None
     keyframes: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
     keyframes_in_place: Annotated[tuple[tuple[int, Path], ...], _from_text(_read_keyframes)] = ()
@@ -210,12 +218,19 @@ class _Entry:
     input_audio_path: AnyPath | None = None
     generate_sound_seconds: Annotated[Span | None, _from_text(_read_span)] = None
     reference_video_path: AnyPath | None = None
+    reference_strength: Share | None = None
     reference_audio_path: AnyPath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "_Entry":
         if self.cfg_scale is not None and self.guidance_scale is not None:
             raise UserError("--l and --g both are the CFG scale; give one of them.")
+        for flag, value, of, path in (
+            ("--is", self.image_strength, "the picture of --i", self.image_path),
+            ("--vs", self.reference_strength, "the reference of --v", self.reference_video_path),
+        ):
+            if value is not None and path is None:
+                raise UserError(f"{flag} says how far {of} is kept; give that too.")
         for flag, value in (("--vt", self.generate_seconds), ("--box", self.inpaint_box), ("--crop", self.outpaint_crop)):
             if value is not None and self.input_video_path is None:
                 raise UserError(f"{flag} chooses what of a clip is generated; give the clip by --iv.")
@@ -376,6 +391,14 @@ def _check_pictures(where: str, prompt: PreviewPrompt) -> None:
         raise UserError(f"{where}: --ei and --k {last}=... both give the last frame; keep one.")
 
 
+def _split_strength(path: Path) -> tuple[Path, float | None]:
+    """A picture's name and what follows its last @, where that is a number from 0 to 1: door.png@0.7."""
+    name, at, number = str(path).rpartition("@")
+    if not at or not name or not re.fullmatch(r"0|1|0?\.\d+|[01]\.0*", number):
+        return path, None
+    return Path(name), float(number)
+
+
 def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
     """The files of a prompt; a path counts from here, else from the prompt file's folder."""
 
@@ -388,11 +411,26 @@ def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
     def find(flag: str, path: Path | None) -> Path | None:
         return None if path is None else find_file(flag, path)
 
+    strengths: dict[int, float] = {}
+
+    def find_pictures(flag: str, pictures: tuple[tuple[int, Path], ...]) -> tuple[tuple[int, Path], ...]:
+        found = []
+        for frame, path in pictures:
+            name, strength = _split_strength(path)
+            if strength is not None:
+                strengths[frame] = strength
+            found.append((frame, find_file(f"{flag} {frame}=", name)))
+        return tuple(found)
+
+    keyframes, in_place = find_pictures("k", entry.keyframes), find_pictures("kp", entry.keyframes_in_place)
     return ConditioningInputs(
         image=find("i", entry.image_path),
+        image_strength=1.0 if entry.image_strength is None else entry.image_strength,
         end_image=find("ei", entry.end_image_path),
-        keyframes=tuple((frame, find_file(f"k {frame}=", path)) for frame, path in entry.keyframes),
-        keyframes_in_place=tuple((frame, find_file(f"kp {frame}=", path)) for frame, path in entry.keyframes_in_place),
+        keyframes=keyframes,
+        keyframes_in_place=in_place,
+        strengths=tuple(sorted(strengths.items())),
+        reference_strength=1.0 if entry.reference_strength is None else entry.reference_strength,
         video=find("iv", entry.input_video_path),
         video_span=entry.generate_seconds,
         box=entry.inpaint_box,
