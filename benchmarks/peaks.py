@@ -8,14 +8,20 @@ limit of the allocator within which it still runs, which counts what lies unused
 (benchmarks/simulated_card), and says so where there is none.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from benchmarks.block_counts import RANK, SHAPES, TEXT_TOKENS, config_section
 from benchmarks.simulated_card import Card, run_within
 from musubi_tuner.runtime.allocator import GROWING, VARIABLE
+
+if TYPE_CHECKING:
+    from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 
 BLOCKS = 48
 LENGTHS = ("512x768x49", "768x512x121", "1280x704x121")
@@ -33,6 +39,7 @@ class Variant:
     weight_format: str
     level: str
     compiled: bool
+    network_type: str = "lora"
 
     @property
     def inputs_on_host(self) -> bool:
@@ -64,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     for weight_format in options.formats:
         for run in options.run:
             for level in options.levels:
-                variant = Variant(weight_format, level, run == "compiled")
+                variant = Variant(weight_format, level, run == "compiled", options.network)
                 for shape, peak in measure(variant, options.shapes):
                     cells = (weight_format, run, level.replace("_", " "), shape, f"{peak.planned / 1e9:.2f}")
                     found = (f"{value / 1e9:.2f} ({value / peak.planned - 1:+.1%})" for value in (peak.allocated, peak.needed))
@@ -90,6 +97,7 @@ def measure(variant: Variant, shapes: Sequence[str]) -> Iterator[tuple[str, Peak
     ours = models.ours(
         "ours", config, weights, adapters, level=Recompute(variant.recompute), compiled=variant.compiled,
         weight_format=None if variant.weight_format == "bf16" else variant.weight_format, inputs_on_host=variant.inputs_on_host,
+        network_type=variant.network_type,
     )  # fmt: skip
     weights.clear()
     parameters = list(ours.adapters.values())
@@ -103,24 +111,27 @@ def measure(variant: Variant, shapes: Sequence[str]) -> Iterator[tuple[str, Peak
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        planned = _planned(variant, shape, low_bit, total, sum(parameter.numel() for parameter in parameters))
+        planned = _planned(variant, shape, low_bit, total, ours.network)
         allocated, needed = _peaks(step)
         yield shape, Peak(planned, allocated, needed)
 
 
-def _planned(variant: Variant, shape: str, low_bit: int, total: int, trainable: int) -> int:
+def _planned(variant: Variant, shape: str, low_bit: int, total: int, network: LoRANetwork | None) -> int:
     from benchmarks.plans import rates
     from benchmarks.step import model_and_work
     from musubi_tuner.memory.plan import Limits, candidates
+    from musubi_tuner.placement.adapters import bytes_in_flight
 
+    assert network is not None, "ours has one"
     usual, work = model_and_work(shape, BLOCKS)
     each = low_bit // BLOCKS
     model = type(usual)(
         blocks=BLOCKS, video_dim=usual.video_dim, audio_dim=usual.audio_dim, block_weights=each, other_weights=total - each * BLOCKS
     )
     work = type(work)(
-        video_tokens=work.video_tokens, audio_tokens=work.audio_tokens, text_tokens=work.text_tokens, clips=1, trainable=trainable,
-        optimizer_bytes=8,
+        video_tokens=work.video_tokens, audio_tokens=work.audio_tokens, text_tokens=work.text_tokens, clips=1,
+        trainable=sum(parameter.numel() for parameter in network.parameters()), optimizer_bytes=8,
+        adapters_in_flight=bytes_in_flight(network, video_tokens=work.video_tokens, audio_tokens=work.audio_tokens, compute_bytes=2),
     )  # fmt: skip
     limits = Limits(
         device_bytes=2**60, host_bytes=2**60, formats=(variant.weight_format,), unquantized=0, streamed=0, level=variant.recompute,
@@ -163,6 +174,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=list(LENGTHS), choices=list(SHAPES), help="default: %(default)s")
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS, help="default: all")
     parser.add_argument("--run", nargs="+", default=["compiled", "eager"], choices=["compiled", "eager"], help="default: both")
+    parser.add_argument("--network", default="lora", choices=["lora", "dora", "lokr", "loha"], help="type of adapter (default: lora)")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,7 @@ from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
-from musubi_tuner.networks.lora_ltxv2 import create_network
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from tests.parity.name_maps import to_diffusers
 
 FPS = 24.0
@@ -53,6 +53,8 @@ class Implementation:
     """Returns the loss."""
     adapters: Mapping[str, nn.Parameter]
     """{official name.lora_A or lora_B: parameter}."""
+    network: LoRANetwork | None = None
+    """Ours."""
 
 
 def make_sample(config: TransformerConfig, shape: Sequence[int], text_tokens: int, device: torch.device, dtype: torch.dtype) -> Sample:
@@ -117,8 +119,13 @@ def ours(
     weight_format: str | None = None,
     streamed: int = 0,
     inputs_on_host: bool = False,
+    network_type: str = "lora",
 ) -> Implementation:
-    """The production engine on a pinned recompute level."""
+    """The production engine on a pinned recompute level.
+
+    Args:
+        network_type: other types than `lora` start as they do in training, at the rank of `adapters`.
+    """
     first = next(iter(weights.values()))
     with torch.device("meta"):
         model = LTXModel(config, timestep_rule="cross")
@@ -133,8 +140,11 @@ def ours(
     model.requires_grad_(False)
     placer.swap_linears(model)
     rank = next(value.shape[0] for key, value in adapters.items() if key.endswith("lora_A"))
-    network = create_network(model, dim=rank, alpha=rank, args={}, seed=0)
-    _copy(network.named_parameters(), adapters, first.device)
+    network = create_network(model, dim=rank, alpha=rank, args={"type": network_type}, seed=0)
+    if network_type == "lora":
+        _copy(network.named_parameters(), adapters, first.device)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(first.device)
     group_projections(model)
     blocks = model.transformer_blocks
     chosen = [blocks[index] for index in spread(len(blocks), streamed)]
@@ -142,7 +152,7 @@ def ours(
     model.run_block = BlockEngine(
         blocks,
         [level] * len(blocks),
-        max_rank=rank,
+        max_rank=network.max_rank,
         keeps_sums=adds_everywhere(blocks),
         compiled=compiled,
         sequence_axes=sequence_axes,
@@ -154,7 +164,7 @@ def ours(
         velocity = model(*_modalities(sample))
         return sample.loss(velocity.video, velocity.audio)
 
-    return Implementation(name, forward, network.named_parameters())
+    return Implementation(name, forward, network.named_parameters(), network)
 
 
 def diffusers_peft(

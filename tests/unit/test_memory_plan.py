@@ -203,3 +203,9 @@ def test_block_inputs_on_the_host_leave_three_of_them():
     on_device, on_host = plans
     assert on_host.inputs_on_host and on_host.host_bytes == int(48 * unit_bytes(LARGE, work()))
     assert on_host.device_bytes < on_device.device_bytes
+
+
+def test_what_adapters_take_in_flight_is_in_every_plan():
+    given = limits(80, 48, streamed=10)
+    plain, more = (list(candidates(LARGE, dataclasses.replace(work(), adapters_in_flight=extra), rates(), given)) for extra in (0.0, 1e9))
+    assert {round((one.device_bytes - other.device_bytes) / 1e9, 2) for one, other in zip(more, plain, strict=True)} == {1.0}

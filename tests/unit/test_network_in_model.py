@@ -6,11 +6,13 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.memory import checkpointing
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.networks.types import TYPES
+from musubi_tuner.placement.adapters import bytes_in_flight
 from tests.engine_parts import SHAPES, largest_difference, loss_of, make_input, make_model, taken_gradients
 
 DROPOUT = {"rank_dropout": "0.2", "module_dropout": "0.2", "neuron_dropout": "0.1"}
@@ -106,3 +108,47 @@ def test_every_linear_of_the_model_can_be_adapted(kind):
     assert "patchify_proj" in network.names and "adaln_single.emb.timestep_embedder.linear_1" in network.names
     gradients = step(model, network, batch=2)
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("lora", 2), ("dora", 2), ("lokr", 2), ("lokr", 10_000), ("loha", 2), ("full", 2)])
+def test_products_of_frozen_linears_are_kept_and_wide_products_of_adapters_are_not(kind, dim, monkeypatch):
+    """LoKr and LoHa add something as wide as the output, a third more to keep. Full weights take the place of frozen ones."""
+    products: list[bool] = []
+
+    def kept_by(network_type: str | None) -> int:
+        """Products kept in one block, those that give no more than a rank apart."""
+        source, _ = make_model(layers=1)
+        model = LTXModel(source.config)
+        model.requires_grad_(False)
+        args = {"type": network_type or "lora"} | ({"include_patterns": r"attn1\.to_q"} if network_type in (None, "full") else {})
+        network = create_network(model, dim=dim if network_type else 2, alpha=2, args=args, seed=0)
+        real = checkpointing.keeps
+        products.clear()
+
+        def keeps(level, max_rank, operation, arguments, **named):
+            kept = real(level, max_rank, operation, arguments, **named)
+            if operation in checkpointing._LINEARS and checkpointing._LINEARS[operation](arguments)[1] > network.max_rank:
+                products.append(kept)
+            return kept
+
+        monkeypatch.setattr(checkpointing, "keeps", keeps)
+        model.run_block = BlockEngine(
+            model.transformer_blocks, [Recompute.NOTHING], max_rank=network.max_rank, keeps_trained=network.trains_base_weights
+        )
+        step(model, network)
+        monkeypatch.setattr(checkpointing, "keeps", real)
+        return sum(products)
+
+    frozen = kept_by(None)
+    assert frozen > 20 and kept_by(kind) == frozen
+    assert kind == "full" or len(products) > frozen, "adapters have products too"
+
+
+def test_what_adapters_take_in_flight_is_that_of_the_block_that_has_most():
+    """LoHa's two factors in float32 and their product; LoKr's inner products, for each token that a linear reads."""
+    for kind, columns in (("loha", 128 * 128 * (4 + 4 + 2)), ("lokr", 1000 * 128 * 2)):
+        _, network = adapted(kind, layers=2, include_patterns=r"transformer_blocks\.0\.attn1\.to_(q|k)|transformer_blocks\.1\.attn1\.to_q")
+        for layer in network.layers.values():
+            assert (layer.base.in_features, layer.base.out_features) == (128, 128)
+        assert bytes_in_flight(network, video_tokens=1000, audio_tokens=7, compute_bytes=2) == 2 * columns
+    assert bytes_in_flight(adapted("lora")[1], video_tokens=1000, audio_tokens=7, compute_bytes=2) == 0

@@ -68,14 +68,18 @@ def register_linear(operation: Any, features: Callable[[Sequence[Any]], tuple[in
     _LINEARS[operation] = features
 
 
-def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any], *, sums: bool = False) -> bool:
+def keeps(
+    level: Recompute, max_rank: int, operation: Any, arguments: Sequence[Any], *, sums: bool = False, keeps_trained: bool = False
+) -> bool:
     """Whether the output of one operation is kept.
 
     Args:
-        max_rank: products that contract no more than this are the second half of a LoRA.
+        max_rank: of a LoRA. Products by trained weights are its first half where they give no more than this, and its second half where
+            they contract no more; others are what LoKr and LoHa add, as wide as a linear's output, and are recomputed on every level.
         sums: every attention projection has a LoRA that is added to it within its second product. The sum is kept then, in place of
             what the projection alone gives, and is not computed again. For compiled blocks: uncompiled, what is not kept runs again
             although nobody needs it.
+        keeps_trained: the linears themselves are trained, so products by trained weights are kept as those by frozen ones.
     """
     if level == Recompute.EVERYTHING:
         return False
@@ -86,25 +90,32 @@ def keeps(level: Recompute, max_rank: int, operation: Any, arguments: Sequence[A
     if operation not in _LINEARS:
         return False
     inputs, outputs = _LINEARS[operation](arguments)
-    if inputs <= max_rank:
-        return sums
+    if _weight(operation, arguments).requires_grad and not keeps_trained:
+        if inputs <= max_rank:
+            return sums
+        if outputs > max_rank:
+            return False
     if sums and inputs < 4 * outputs and outputs < 4 * inputs:
         return False  # a projection: those of a feed-forward, of gates and of a LoRA's first half change the width more
     return not (level == Recompute.FEED_FORWARD and outputs >= 4 * inputs)
 
 
-def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False, compiled: bool = False) -> RunBlock:
+def _weight(operation: Any, arguments: Sequence[Any]) -> Tensor:
+    return arguments[2 if operation == _aten.addmm.default else 1]
+
+
+def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False, keeps_trained: bool = False, compiled: bool = False) -> RunBlock:
     """A function that runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so the state of
     the random generators is not kept.
 
     Args:
-        sums: as `keeps`.
+        sums, keeps_trained: as `keeps`.
         compiled: it will be compiled. Without a policy torch 2.11 would keep what autograd functions make within the block (fp8
             linears), although the block is to be recomputed as a whole; uncompiled, a policy costs time at each operation.
     """
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-        kept = keeps(level, max_rank, operation, arguments, sums=sums)
+        kept = keeps(level, max_rank, operation, arguments, sums=sums, keeps_trained=keeps_trained)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     def run(block: nn.Module, states: States, inputs: Any) -> States:

@@ -103,6 +103,7 @@ class BlockEngine:
         *,
         max_rank: int,
         keeps_sums: bool = False,
+        keeps_trained: bool = False,
         compiled: bool = False,
         backend: str = "inductor",
         sequence_axes: SequenceAxes | None = None,
@@ -114,8 +115,9 @@ class BlockEngine:
         Args:
             compiles_always: passes without gradients are compiled while the model evaluates too: of a program that only samples.
             levels: recompute level of each block; None keeps whatever autograd keeps.
-            max_rank: the largest rank of the network.
+            max_rank: the largest rank of the network; see `checkpointing.keeps`.
             keeps_sums: as `sums` of `checkpointing.keeps`, where blocks are compiled.
+            keeps_trained: as `checkpointing.keeps`.
             backend: of torch.compile.
             sequence_axes: needed where `compiled`.
             inputs_on_host: every block is on the level `everything`, and its states wait in host memory; `levels` are not read.
@@ -128,7 +130,9 @@ class BlockEngine:
         self._streamer = streamer
         self._anchors: dict[torch.device, Tensor] = {}
         runs: dict[Recompute | None, RunBlock] = {
-            level: _call if level is None else checkpointed(level, max_rank, sums=keeps_sums and compiled, compiled=compiled)
+            level: _call
+            if level is None
+            else checkpointed(level, max_rank, sums=keeps_sums and compiled, keeps_trained=keeps_trained, compiled=compiled)
             for level in set(levels)
         }
         self._run_without_gradients: RunBlock = _call

@@ -210,7 +210,7 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
         if limits.compiled:
             units = level.in_flight_low_bit if low_bit else level.in_flight
         units += INT8_IN_FLIGHT * (weight_format == "int8")
-        return units * unit + (2 - level.keeps_text) * text + transient
+        return units * unit + (2 - level.keeps_text) * text + transient + work.adapters_in_flight
 
     if inputs_on_host:
         inner = LEVELS[0] if limits.compiled else LEVELS[-1]  # how a block runs when its states are back

@@ -115,6 +115,8 @@ class Workload:
     """Of the optimizer's states, for each trainable weight."""
     accumulates: bool = False
     """Whether gradients of earlier batches wait while a batch is computed."""
+    adapters_in_flight: float = 0.0
+    """Bytes that the adapters of one block take while it runs backward, beside what those of a LoRA do (placement/adapters.py)."""
 
 
 def linear_operations(shape: ModelShape, work: Workload) -> float:

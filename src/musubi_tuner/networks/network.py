@@ -13,6 +13,7 @@ from musubi_tuner.ltxv2.versions import CONNECTORS
 from musubi_tuner.networks.arguments import NetworkArguments
 from musubi_tuner.networks.base import AdapterLayer, Masks, ShapeMismatch
 from musubi_tuner.networks.formats import Contents, check_file, file_keys, to_file
+from musubi_tuner.networks.lora import LoRALayer
 from musubi_tuner.networks.reading import NetworkFile
 from musubi_tuner.networks.targets import count_by_stream, is_audio_side
 from musubi_tuner.runtime.errors import UserError
@@ -35,8 +36,8 @@ class LoRANetwork:
 
     @property
     def max_rank(self) -> int:
-        """The most that the second product of an adapter contracts."""
-        return max(layer.rank for layer in self.layers.values())
+        """The most that the second product of a LoRA or DoRA contracts; 1 for types that have no thin products."""
+        return max(layer.rank if isinstance(layer, LoRALayer) else 1 for layer in self.layers.values())
 
     @property
     def trains_base_weights(self) -> bool:

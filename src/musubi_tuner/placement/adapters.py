@@ -3,6 +3,7 @@ connectors."""
 
 import importlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,10 @@ from musubi_tuner.ltxv2.versions import detect_version, transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
+from musubi_tuner.networks.lycoris import LoHaLayer, LoKrLayer
 from musubi_tuner.networks.merging import BaseNetwork, merging_place
 from musubi_tuner.networks.reading import NetworkFile, read_network
-from musubi_tuner.networks.targets import linear_names, linear_shapes
+from musubi_tuner.networks.targets import is_audio_side, linear_names, linear_shapes
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,25 @@ def make_network(
             "beside the unchanged model. Choose another type, or a recipe without the rule 'reference'."
         )
     return network
+
+
+def bytes_in_flight(network: LoRANetwork, *, video_tokens: int, audio_tokens: int, compute_bytes: int) -> float:
+    """What the adapters of one block take while it runs backward, beside what those of a LoRA do: LoHa's changes of the weights are as
+    large as the weights, two factors in float32 and their product; LoKr's inner products are about as large as the linears' outputs.
+
+    `python -m benchmarks.peaks --network lokr` counts it.
+    """
+    blocks: dict[str, float] = defaultdict(float)
+    for name, layer in network.layers.items():
+        if not name.startswith("transformer_blocks."):
+            continue
+        block = name.split(".")[1]
+        if isinstance(layer, LoHaLayer):
+            blocks[block] += layer.base.out_features * layer.base.in_features * (2 * 4 + compute_bytes)
+        elif isinstance(layer, LoKrLayer):
+            tokens = audio_tokens if is_audio_side(name) else video_tokens
+            blocks[block] += tokens * layer.inner_in * (layer.base.out_features // layer.inner_out) * compute_bytes
+    return max(blocks.values(), default=0.0)
 
 
 def report_network(options: NetworkOptions, transformer: LTXModel, network: LoRANetwork, start: NetworkFile | None) -> None:

@@ -186,7 +186,7 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
         )
         network = network.joined_with(part)
     group_projections(transformer)
-    run_blocks(weights, placement, device, max_rank=network.max_rank)
+    run_blocks(weights, placement, device, max_rank=network.max_rank, keeps_trained=network.trains_base_weights)
     return LoadedModel(
         wrapper=OfficialLTXV2Wrapper(transformer, request.timestep_format, connectors).train(),
         network=network,
@@ -207,10 +207,19 @@ def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANet
     return model, adapt
 
 
-def run_blocks(weights: Weights, placement: Placement, device: torch.device, *, max_rank: int, samples: bool = False) -> None:
+def run_blocks(
+    weights: Weights,
+    placement: Placement,
+    device: torch.device,
+    *,
+    max_rank: int,
+    keeps_trained: bool = False,
+    samples: bool = False,
+) -> None:
     """Let an engine run the blocks: it streams, recomputes and compiles them.
 
     Args:
+        max_rank, keeps_trained: as `BlockEngine`.
         samples: nothing is trained, so what is compiled is passes without gradients.
     """
     blocks = list(weights.transformer.transformer_blocks)
@@ -220,6 +229,7 @@ def run_blocks(weights: Weights, placement: Placement, device: torch.device, *, 
         placement.levels,
         max_rank=max_rank,
         keeps_sums=adds_everywhere(blocks),
+        keeps_trained=keeps_trained,
         compiled=placement.compiled,
         sequence_axes=sequence_axes,
         streamer=BlockStreamer(streamed, device, regions=weights.regions) if streamed else None,

@@ -19,6 +19,7 @@ from musubi_tuner.memory.pinning import PinningFailed, pinned_bytes
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.adapters import bytes_in_flight
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
 from musubi_tuner.placement.planning import Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
@@ -245,6 +246,9 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
         trainable=sum(parameter.numel() for parameter in network.parameters()),
         optimizer_bytes=request.state_bytes,
         accumulates=request.accumulates,
+        adapters_in_flight=bytes_in_flight(
+            network, video_tokens=tokens.video, audio_tokens=tokens.audio, compute_bytes=request.dtype.itemsize
+        ),
     )
     outside = request.network.train_connectors or not all(name.startswith("transformer_blocks.") for name in network.names)
     return shape, work, outside
