@@ -17,7 +17,7 @@ from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import DatasetSpec, load_dataset_config
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Draw, Item, largest_item, list_items, token_counts
+from musubi_tuner.dataset.items import Draw, Item, largest_items, list_items, token_counts
 from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.probe import probe_video
@@ -192,7 +192,7 @@ def test_the_plan_counts_as_many_keyframes_as_may_be_drawn(data) -> None:
     assert token_counts(item, "video", rules.KeyframesBeside(at=("last", "interior"), count=(9, 9)))[0] == own + 2 * 3 * 6
     without = replace(item, clip=replace(item.clip, frames=25, sidecars={}))
     rule = rules.KeyframesBeside(at=("random",), count=(4, 4))
-    assert largest_item([item, without], "video") is without and largest_item([item, without], "video", rule) is item
+    assert largest_items([item, without], "video") == (without,) and largest_items([item, without], "video", rule) == (item,)
 
 
 @pytest.mark.parametrize(

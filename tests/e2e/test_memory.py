@@ -22,7 +22,8 @@ from musubi_tuner.placement.load import ModelRequest
 from musubi_tuner.placement.planning import BatchTokens
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import processes
-from musubi_tuner.training.objective import FlowMatching
+from musubi_tuner.training import setup
+from musubi_tuner.training.objective import BatchObjective, FlowMatching
 from tests import training_parts as parts
 
 
@@ -232,6 +233,20 @@ def test_a_trial_that_runs_out_of_memory_is_planned_again_for_less(data, caplog,
     assert "planning again as if all took 15 % more" in caplog.text
     assert loaded.notes[-1] == ("measured", "0.500 s, forward and backward of the largest batch")
     assert capped == [("cpu", 4, 0)]
+
+
+def test_each_batch_that_may_be_the_largest_is_planned_for_and_tried(data, tmp_path, monkeypatch):
+    tried, planned = [], []
+    backward, plan, run_trial = BatchObjective.backward, prove.place_by_plan, prove._run_trial
+    monkeypatch.setattr(setup, "largest_items", lambda items, *given, **named: tuple(items[:2]))
+    monkeypatch.setattr(BatchObjective, "backward", lambda self, batch, *given: tried.append(batch.names) or backward(self, batch, *given))
+    monkeypatch.setattr(prove, "place_by_plan", lambda *given, **named: planned.append(given[3]) or plan(*given, **named))
+    monkeypatch.setattr(prove, "_run_trial", lambda *given: (run_trial(*given), tried.append("end"))[0])
+    run(data, tmp_path, "--vram_gb", "4", steps=1)
+    first, second = tried[:2]
+    assert first != second and tried[: tried.index("end")] == [first, second] * 2, "two passes of each"
+    (work,) = planned
+    assert len(work.others) == 1 and work.others[0].video_tokens == work.video_tokens > 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

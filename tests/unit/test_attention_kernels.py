@@ -1,5 +1,6 @@
 """Which attention kernels are chosen and asked for, as torch itself reports it. Which one runs on a GPU is seen in tests/gpu."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -139,11 +140,19 @@ def test_on_a_gpu_the_choice_takes_effect_and_is_shown(asked, text, first, tiny_
     """The times are made up, as a CPU has none to measure."""
     plain, masked = ({name: value / 1000 for name, value in times.items()} for times in (BROKEN.plain, BROKEN.masked))
     monkeypatch.setattr(prove, "try_kernels", lambda *arguments, **shape: KernelTimes(plain, masked, BROKEN.failed))
-    request = ModelRequest(
+    assert prove._choose_attention(request_of(tiny_family, asked)) == (("attention", text),)
+    order, enabled = state()
+    assert order[0] == int(KERNELS[first]) and enabled["math"]
+    assert not enabled["cudnn"], "it failed"
+    assert ("cudnn failed in its trial and is not used: no plan was found" in caplog.text) == (asked != "math")
+
+
+def request_of(tiny_family, asked: str = "auto", device: str = "cuda") -> ModelRequest:
+    return ModelRequest(
         checkpoint=open_checkpoint(tiny_family.ltx23),
         mode="video",
         timestep_format="flowmatch_1_1000",
-        device=torch.device("cuda"),
+        device=torch.device(device),
         dtype=torch.bfloat16,
         network=NetworkOptions(),
         seed=0,
@@ -151,8 +160,15 @@ def test_on_a_gpu_the_choice_takes_effect_and_is_shown(asked, text, first, tiny_
         tokens=BatchTokens(video=64, audio=0, text=16, clips=1),
         processes=Processes(index=0, count=1),
     )
-    assert prove._choose_attention(request) == (("attention", text),)
-    order, enabled = state()
-    assert order[0] == int(KERNELS[first]) and enabled["math"]
-    assert not enabled["cudnn"], "it failed"
-    assert ("cudnn failed in its trial and is not used: no plan was found" in caplog.text) == (asked != "math")
+
+
+def test_masks_are_rare_where_no_batch_of_the_run_has_several_clips(tiny_family, monkeypatch) -> None:
+    """Not the largest one alone: its neighbors may be padded."""
+    found = []
+    monkeypatch.setattr(prove, "try_kernels", lambda *arguments, **shape: BROKEN)
+    real = prove.choose_kernels
+    monkeypatch.setattr(prove, "choose_kernels", lambda *given, **named: found.append(named["masks_are_rare"]) or real(*given, **named))
+    request = request_of(tiny_family)
+    for others in ((), (BatchTokens(video=32, audio=8, text=16, clips=4),)):
+        prove._choose_attention(dataclasses.replace(request, other_tokens=others))
+    assert found == [True, False]

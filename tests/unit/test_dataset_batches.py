@@ -14,7 +14,7 @@ from musubi_tuner.conditioning.recipe import Clean, Recipe, SoundPrefix
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
-from musubi_tuner.dataset.items import BatchPlan, Draw, Item
+from musubi_tuner.dataset.items import BatchPlan, Draw, Item, largest_items
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.runtime.errors import UserError
@@ -173,3 +173,19 @@ def test_a_noise_offset_is_one_number_a_channel(tmp_path):
     assert 0.3 < float(difference[0, 0].std()) < 0.7, "128 draws of deviation 0.5"
     assert torch.equal(off.video_noise, plain.video_noise) and torch.equal(moved.audio_noise, plain.audio_noise)
     assert torch.equal(moved.video_sigma, plain.video_sigma)
+
+
+def test_a_batch_that_is_largest_by_its_text_or_its_attention_is_tried_too(tmp_path):
+    """Each clip of a batch has its own text: many small ones take more of it than one long clip."""
+
+    def item(name: str, frames: int, width: int, clips: int, *, seconds: float = 0.0) -> Item:
+        one = make_item(tmp_path, name, steps=round(25 * seconds), batch_size=clips)
+        return replace(one, clip=replace(one.clip, frames=frames, width=width, height=256, end_seconds=seconds, has_audio=bool(seconds)))
+
+    clip, stills, few = item("clip", 49, 768, 1, seconds=2), item("stills", 1, 256, 16), item("few", 1, 256, 8)
+    assert largest_items([few, stills, clip], "av") == (clip, stills)
+    long = item("long", 49, 320, 4)
+    assert largest_items([clip, long, few], "av") == (long, clip, few), "attention of the clip, and text of the few"
+    assert largest_items([clip, long], "video") == (long, clip)
+    assert largest_items([item("sound", 9, 256, 1, seconds=9), clip], "av", widths=(4096, 2048)) == (clip,)
+    assert largest_items([clip, replace(clip, key="like it")], "av") == (clip,)

@@ -209,3 +209,18 @@ def test_what_adapters_take_in_flight_is_in_every_plan():
     given = limits(80, 48, streamed=10)
     plain, more = (list(candidates(LARGE, dataclasses.replace(work(), adapters_in_flight=extra), rates(), given)) for extra in (0.0, 1e9))
     assert {round((one.device_bytes - other.device_bytes) / 1e9, 2) for one, other in zip(more, plain, strict=True)} == {1.0}
+
+
+def test_a_plan_holds_every_batch_that_may_be_the_largest():
+    """One clip, and 16 stills whose texts take more where their keys and values are kept."""
+    clip, stills = work(2688, 51), work(16 * 64, 0, clips=16)
+    given = limits(1000, 1000, streamed=0, formats=("bf16",))
+    found = {}
+    for name, one in (("clip", clip), ("stills", stills), ("both", dataclasses.replace(clip, others=(stills,)))):
+        found[name] = list(candidates(LARGE, one, rates(), given))
+    larger = set()
+    for alone, other, both in zip(*found.values(), strict=True):
+        assert both.device_bytes == max(alone.device_bytes, other.device_bytes) and both.host_bytes >= alone.host_bytes
+        assert both.seconds == alone.seconds, "the first is the one that is timed"
+        larger.add(alone.device_bytes < other.device_bytes)
+    assert larger == {True, False}

@@ -112,9 +112,27 @@ def token_counts(item: Item, mode: str, keyframes: KeyframesBeside | None = None
     return video * clips, audio * clips
 
 
-def largest_item(items: Sequence[Item], mode: str, keyframes: KeyframesBeside | None = None) -> Item:
-    """The item whose batch has the most tokens, as `token_counts` has them."""
-    return max(items, key=lambda item: sum(token_counts(item, mode, keyframes)))
+def largest_items(
+    items: Sequence[Item], mode: str, keyframes: KeyframesBeside | None = None, *, widths: tuple[int, int] = (1, 1)
+) -> tuple[Item, ...]:
+    """Those of whose batches each may be the one that takes the most memory, first that with the longest streams.
+
+    A batch takes memory for its streams (tokens times width), for the text of each clip, and for the scores of attention where a kernel
+    keeps them (tokens of a clip times tokens of the batch). None of these batches has as much as another one by all three.
+
+    Args:
+        widths: of the model's video and audio streams.
+    """
+    found: dict[tuple[int, int, int], Item] = {}
+    for item in items:
+        video, audio = token_counts(item, mode, keyframes)
+        clips, longest = item.spec.batch_size, max(video, audio)
+        found.setdefault((video * widths[0] + audio * widths[1], clips, longest * longest // clips), item)
+    sizes = sorted(found, reverse=True)
+    kept = [
+        own for place, own in enumerate(sizes) if not any(all(map(int.__ge__, other, own)) for other in sizes[:place])
+    ]  # nothing later is as large by the first measure
+    return tuple(found[size] for size in kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limi
         }
         most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
         ways = [
-            (levels, inputs_on_host, _held(shape, work, limits, weight_format, levels, inputs_on_host=inputs_on_host))
+            (levels, inputs_on_host, _most_held(shape, work, limits, weight_format, levels, inputs_on_host=inputs_on_host))
             for levels in _mixtures(shape.blocks, limits.level)
             for inputs_on_host in (False, True)
             if not inputs_on_host or (limits.inputs_may_wait and levels[0] == levels[-1] == LEVELS[-1].name)
@@ -173,7 +173,7 @@ def _plan(
     unit = unit_bytes(shape, work) * limits.compute_bytes / 2
     host = streamed * low_block / limits.sharers
     if inputs_on_host:
-        host += len(levels) * unit
+        host += len(levels) * max(unit_bytes(shape, one) for one in (work, *work.others)) * limits.compute_bytes / 2
     device += held
     forward = sum(seconds[name].forward for name in levels)
     backward = sum(seconds[name].backward for name in levels)
@@ -193,6 +193,14 @@ def _plan(
         stalled=stalled,
         floor=floor_seconds(shape, work, rates),
     )
+
+
+def _most_held(
+    shape: ModelShape, work: Workload, limits: Limits, weight_format: str, levels: Sequence[str], *, inputs_on_host: bool
+) -> float:
+    """Of the largest batch, or of another one that takes more on these levels."""
+    batches = (work, *work.others)
+    return max(_held(shape, batch, limits, weight_format, levels, inputs_on_host=inputs_on_host) for batch in batches)
 
 
 def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str, levels: Sequence[str], *, inputs_on_host: bool) -> float:

@@ -117,6 +117,8 @@ class Workload:
     """Whether gradients of earlier batches wait while a batch is computed."""
     adapters_in_flight: float = 0.0
     """Bytes that the adapters of one block take while it runs backward, beside what those of a LoRA do (placement/adapters.py)."""
+    others: tuple["Workload", ...] = ()
+    """Other batches of the run that may take more memory; a plan holds all of them."""
 
 
 def linear_operations(shape: ModelShape, work: Workload) -> float:

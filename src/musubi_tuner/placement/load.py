@@ -53,6 +53,8 @@ class ModelRequest:
     memory: MemoryOptions
     tokens: BatchTokens
     """Of the largest batch."""
+    other_tokens: tuple[BatchTokens, ...] = ()
+    """Of others that may take more memory for their text or their attention (`dataset.items.largest_items`)."""
     state_bytes: float = 8.0
     """Kept for each trained weight beside its gradient: `planning.state_bytes`."""
     accumulates: bool = False

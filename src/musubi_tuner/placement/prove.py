@@ -224,7 +224,7 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
 def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
     """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
     is trained."""
-    config, tokens = read_config(request.checkpoint), request.tokens
+    config = read_config(request.checkpoint)
     model, adapt = model_on_meta(request)
     low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
     total = sum(p.numel() for p in model.parameters())
@@ -238,18 +238,22 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
         block_weights=low_bit // config.num_layers,
         other_weights=total - low_bit // config.num_layers * config.num_layers,
     )
-    work = Workload(
-        video_tokens=tokens.video,
-        audio_tokens=tokens.audio,
-        text_tokens=tokens.text,
-        clips=tokens.clips,
-        trainable=sum(parameter.numel() for parameter in network.parameters()),
-        optimizer_bytes=request.state_bytes,
-        accumulates=request.accumulates,
-        adapters_in_flight=bytes_in_flight(
-            network, video_tokens=tokens.video, audio_tokens=tokens.audio, compute_bytes=request.dtype.itemsize
-        ),
-    )
+    works = [
+        Workload(
+            video_tokens=tokens.video,
+            audio_tokens=tokens.audio,
+            text_tokens=tokens.text,
+            clips=tokens.clips,
+            trainable=sum(parameter.numel() for parameter in network.parameters()),
+            optimizer_bytes=request.state_bytes,
+            accumulates=request.accumulates,
+            adapters_in_flight=bytes_in_flight(
+                network, video_tokens=tokens.video, audio_tokens=tokens.audio, compute_bytes=request.dtype.itemsize
+            ),
+        )
+        for tokens in (request.tokens, *request.other_tokens)
+    ]
+    work = dataclasses.replace(works[0], others=tuple(works[1:]))
     outside = request.network.train_connectors or not all(name.startswith("transformer_blocks.") for name in network.names)
     return shape, work, outside
 
@@ -277,6 +281,6 @@ def _choose_attention(request: ModelRequest) -> tuple[tuple[str, str], ...]:
     for name, reason in times.failed.items():
         log.warning("WARNING: the attention kernel %s failed in its trial and is not used: %s", name, reason)
     asked = None if mode == "auto" else mode
-    choice = choose_kernels(times, asked=asked, masks_are_rare=tokens.clips == 1)
+    choice = choose_kernels(times, asked=asked, masks_are_rare=all(one.clips == 1 for one in (tokens, *request.other_tokens)))
     use_attention(choice.order)
     return (("attention", describe_choice(times, choice, asked=asked)),)

@@ -13,10 +13,11 @@ from musubi_tuner.cache.names import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.draws import DrawRules
-from musubi_tuner.dataset.items import Draw, largest_item, token_counts
+from musubi_tuner.dataset.items import Draw, Item, largest_items, token_counts
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
@@ -269,24 +270,35 @@ def _prompt_preservation(inputs: RunInputs, device: torch.device) -> PromptPrese
 
 def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None) -> LoadedModel:
     config = inputs.config
-    largest = largest_item(inputs.items, config.ltx_mode, rules.recipe.keyframes)
-    draws = [Draw(largest, epoch=0, repeat=repeat) for repeat in range(largest.spec.batch_size)]
+    model = read_config(inputs.checkpoint)
+    largest = largest_items(inputs.items, config.ltx_mode, rules.recipe.keyframes, widths=(model.video_dim, model.audio_dim))
     trial_rules = dataclasses.replace(rules, purpose="trial", recipe=rules.recipe.with_most_keyframes())  # its draws are nobody else's
-    batch = make_batch(draws, config.ltx_mode, trial_rules)
+    batches = [
+        make_batch([Draw(item, epoch=0, repeat=repeat) for repeat in range(item.spec.batch_size)], config.ltx_mode, trial_rules)
+        for item in largest
+    ]
 
     accumulates = config.optimization.gradient_accumulation_steps > 1
 
     def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
-        if not accumulates:
-            for parameter in network.parameters():
-                parameter.grad = None
-        started = time.perf_counter()
-        make_objective(config, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize(machine.device)
-        return time.perf_counter() - started
+        seconds = []
+        for batch in batches:
+            if not accumulates:
+                for parameter in network.parameters():
+                    parameter.grad = None
+            started = time.perf_counter()
+            make_objective(config, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
+            if machine.device.type == "cuda":
+                torch.cuda.synchronize(machine.device)
+            seconds.append(time.perf_counter() - started)
+        return seconds[0]
 
-    video_tokens, audio_tokens = token_counts(largest, config.ltx_mode, rules.recipe.keyframes)
+    def tokens_of(item: Item, batch: Batch) -> BatchTokens:
+        video, audio = token_counts(item, config.ltx_mode, rules.recipe.keyframes)
+        text = CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1]
+        return BatchTokens(video=video, audio=audio, text=text, clips=item.spec.batch_size)
+
+    sizes = tuple(map(tokens_of, largest, batches))
     request = ModelRequest(
         checkpoint=inputs.checkpoint,
         mode=config.ltx_mode,
@@ -298,12 +310,8 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
         seed=config.optimization.seed,
         shows_references=inputs.shows_references,
         memory=config.memory,
-        tokens=BatchTokens(
-            video=video_tokens,
-            audio=audio_tokens,
-            text=CONTEXT_TOKENS if config.network.train_connectors else batch.text.shape[1],
-            clips=largest.spec.batch_size,
-        ),
+        tokens=sizes[0],
+        other_tokens=sizes[1:],
         state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
         accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
         processes=machine.processes,
