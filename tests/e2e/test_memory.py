@@ -15,6 +15,7 @@ from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Draw
 from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.memory import pinning
 from musubi_tuner.memory.attention import use_default_attention
 from musubi_tuner.memory.pinning import PinningFailed
 from musubi_tuner.placement import planning, prove
@@ -276,7 +277,7 @@ def test_gradients_wait_in_the_trial_as_they_do_in_a_step(data, tmp_path, monkey
 )
 def test_host_memory_that_cannot_be_pinned_is_planned_again_for_less(data, caplog, monkeypatch, error):
     """The toy's plans pin nothing, so less than that is nothing; tests/unit/test_pinning.py has numbers."""
-    monkeypatch.setattr(prove, "pinned_bytes", lambda: 3 * 2**10)
+    monkeypatch.setattr(pinning, "pinned_bytes", lambda: 3 * 2**10)
     trial = FailsFirst(error)
     loaded, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
     assert len(trial.proved) == 3 and loaded.wrapper is trial.proved[1]
@@ -285,7 +286,7 @@ def test_host_memory_that_cannot_be_pinned_is_planned_again_for_less(data, caplo
 
 
 def test_what_cuda_lacks_beside_pinned_memory_is_memory_of_the_device(data, monkeypatch):
-    monkeypatch.setattr(prove, "pinned_bytes", lambda: 0)
+    monkeypatch.setattr(pinning, "pinned_bytes", lambda: 0)
     trial = FailsFirst(torch.AcceleratorError("CUDA error: out of memory"))
     _, ((first, _), (second, _)) = load(data, trial, MemoryOptions(vram_gb=4))
     assert second.device_bytes == int(first.device_bytes / 1.15) and second.host_bytes == first.host_bytes

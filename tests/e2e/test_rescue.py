@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.memory.pinning import PinningFailed
 from musubi_tuner.runtime import lock
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.signals import Interrupt
@@ -24,6 +25,12 @@ from musubi_tuner.training.hooks import Previews, StepLog
 from musubi_tuner.training.objective import BatchObjective
 from tests import training_parts as parts
 
+PIN_THREAD = """Caught AcceleratorError in pin memory thread for device 0.
+Original Traceback (most recent call last):
+  File "pin_memory.py", line 40, in do_one_step
+torch.AcceleratorError: CUDA error: out of memory
+CUDA kernel errors might be asynchronously reported at some other API call
+"""
 LORA, STEPS = "ltxv2_lora", 6
 
 
@@ -116,6 +123,11 @@ os.kill(os.getpid(), signal.SIGKILL)
             "cpu ran out of memory. Cheaper, in this order: --optimizer_type AdamW8bit; .*smaller resolution",
         ),
         (MemoryError(), "the machine ran out of memory"),
+        (
+            torch.AcceleratorError(PIN_THREAD),
+            r"step 3: More host memory could not be pinned.*\(torch.Acc.*out of memory\).*--max_data_loader_n",
+        ),
+        (PinningFailed(2**20, 3 * 2**30, "not permitted"), r"step 3: 1 MiB of host .* beside 3.00 GiB .*\(not permitted\).*--ram_gb"),
         (OSError(errno.EIO, "Input/output error"), "step 3: Input/output error"),
         (RuntimeError("a bug"), "a bug"),
     ],

@@ -9,12 +9,13 @@ import psutil
 import pytest
 import torch
 
+from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory import card, pinning
 from musubi_tuner.memory.card import GIB, allocator_share, cap_device_memory, free_memory
 from musubi_tuner.memory.offload import HostStore
-from musubi_tuner.memory.pinning import PinningFailed, pin, pinnable_bytes, pinned_bytes, pinned_memory
+from musubi_tuner.memory.pinning import PinningFailed, can_pin, pin, pinnable_bytes, pinned_bytes, pinned_memory
 from musubi_tuner.memory.regions import aligned
-from musubi_tuner.placement import prove
+from musubi_tuner.placement import planning, prove
 from musubi_tuner.placement.planning import Machine
 from musubi_tuner.placement.prove import pinning_budget
 
@@ -126,6 +127,22 @@ def test_a_refusal_says_what_was_granted_and_leaves_no_error_behind(driver: dict
         pinned_memory(2**20)
     assert failed.value.granted == 2**19 + 2**18 == sum(one.numel() for one in kept)
     assert 0 in driver, "CUDA would blame the next kernel"
+
+
+def test_where_nothing_can_be_pinned_rates_are_measured_and_nothing_is_planned_to_wait_on_the_host(driver, monkeypatch, caplog) -> None:
+    """The driver pins 1 MiB."""
+    assert can_pin(2**20) and not can_pin(2**20 + 1)
+    gc.collect()
+    assert sum(driver.values()) == 0, "nothing stays pinned"
+    measured = []
+    monkeypatch.setattr(planning, "measure_rates", lambda device, *, pins: measured.append(pins) or (None, {}))
+    monkeypatch.setattr(planning, "free_memory", lambda *given: (15 * GIB, 50 * GIB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    machine = planning.read_machine(CUDA, MemoryOptions(), processes=1)
+    assert (machine.device_bytes, machine.host_bytes, measured) == (15 * GIB, 0, [False])
+    assert "does not let 136 MiB of host memory be pinned" in caplog.text
+    monkeypatch.setattr(planning, "COPIED", 2**20)
+    assert planning.read_machine(CUDA, MemoryOptions(), processes=2).host_bytes == 25 * GIB and measured == [False, True]
 
 
 def states(*tokens: int) -> list[torch.Tensor]:

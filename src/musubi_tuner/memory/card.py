@@ -37,15 +37,24 @@ _LAYERS = (_Layers(4096, 4096, 6), _Layers(4096, 16384, 1), _Layers(16384, 4096,
 """Of a block's video stream, without those that read the text."""
 _ROWS = 4352
 """No length of a linear's: kernels that are compiled for any size are compiled a second time where two sizes agree."""
+COPIED = 2 * _ROWS * _LAYERS[1].outputs
+"""Bytes of a copy that is timed on a GPU."""
 _LAYERS_OF_A_CPU = (_Layers(256, 256, 6), _Layers(256, 512, 1), _Layers(512, 256, 1))
 DEVICE_SHARE, _DEVICE_SHARE_IN_FIXED_PIECES = 0.94, 0.9
 """Of the free device memory, by whether the allocator's pieces can grow (runtime/allocator.py). The rest is for what lies unused between
 tensors (2 % and 9 % at most in bf16, benchmarks/peaks.py) and for libraries' workspaces."""
 
 
-def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
+def measure_rates(device: torch.device, *, pins: bool = True) -> tuple[CardRates, dict[str, float]]:
     """Rates of products, attention and copies at sizes of the model (smaller on a CPU), and operations per second of whole linears in each
-    low-bit format that the card multiplies in (none on a CPU). Linears run forward and backward, as many of each size as a block has."""
+    low-bit format that the card multiplies in (none on a CPU). Linears run forward and backward, as many of each size as a block has.
+
+    Args:
+        pins: copies come from pinned memory, of `COPIED` bytes; otherwise from ordinary memory, which is slower.
+
+    Raises:
+        PinningFailed: the system does not let so much be pinned.
+    """
     cuda = device.type == "cuda"
     rows, heads, layers = (_ROWS, 32, _LAYERS) if cuda else (256, 4, _LAYERS_OF_A_CPU)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -60,7 +69,7 @@ def measure_rates(device: torch.device) -> tuple[CardRates, dict[str, float]]:
     source = torch.empty(rows * layers[1].outputs, device=device, dtype=dtype)
     size = source.numel() * source.element_size()
     target = torch.empty_like(source)
-    host = pinned_memory(size) if cuda else torch.empty(size, dtype=torch.uint8)  # torch would keep its own pinned for good
+    host = pinned_memory(size) if cuda and pins else torch.empty(size, dtype=torch.uint8)  # torch would keep its own pinned for good
     device_bytes = torch.empty(size, dtype=torch.uint8, device=device)
     backward = 2.5 * attention_work / max(both - attention_work / attention, 0.2 * both)
     rates = CardRates(

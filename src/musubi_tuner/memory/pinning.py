@@ -45,6 +45,29 @@ class PinningFailed(UserError):
         self.granted = granted
 
 
+def refusal(error: BaseException) -> PinningFailed | None:
+    """The error in our words, where it says that host memory could not be pinned; None where it is another one.
+
+    torch pins batches on their way to the card, in a thread of its loader too, which gives an error on with its traceback. What CUDA keeps
+    for itself on the card ends with the same error.
+    """
+    if isinstance(error, PinningFailed):
+        return error
+    if not isinstance(error, torch.AcceleratorError) or isinstance(error, torch.OutOfMemoryError):
+        return None
+    reason = next((line.strip() for line in str(error).splitlines() if "out of memory" in line), None)
+    return None if reason is None else PinningFailed(None, pinned_bytes(), reason)
+
+
+def can_pin(size: int) -> bool:
+    """Whether the system lets so many bytes be pinned now."""
+    try:
+        pinned_memory(size)
+    except PinningFailed:
+        return False
+    return True
+
+
 def pinnable_bytes(available: int, total: int, platform: str) -> int:
     """How much of a machine's host memory may be planned with for pinning.
 

@@ -33,9 +33,10 @@ from dataclasses import dataclass
 import torch
 
 from musubi_tuner.config.model import MemoryOptions
-from musubi_tuner.memory.card import GIB, free_memory, measure_rates
+from musubi_tuner.memory.card import COPIED, GIB, free_memory, measure_rates
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.compiling import obstacle_to_compiling
+from musubi_tuner.memory.pinning import can_pin
 from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels, leanest_plan
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.memory.streaming import spread
@@ -117,10 +118,18 @@ def read_machine(device: torch.device, options: MemoryOptions, *, processes: int
     """
     if device.type != "cuda" and options.vram_gb is None:
         return None
-    rates, low_rates = measure_rates(device)
+    pins = device.type != "cuda" or can_pin(COPIED)
+    rates, low_rates = measure_rates(device, pins=pins)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what measuring took counts as free again
     device_bytes, host_bytes = free_memory(device, options.vram_gb, options.ram_gb)
+    if not pins:
+        log.warning(
+            "WARNING: the system does not let %d MiB of host memory be pinned, so nothing is planned to wait there (on Linux 'ulimit -l' "
+            "may be the limit, on Windows other programs that use the card)",
+            COPIED >> 20,
+        )
+        host_bytes = 0
     return Machine(
         device=device, device_bytes=device_bytes, host_bytes=host_bytes // processes, rates=rates, low_rates=low_rates, sharers=sharers
     )

@@ -15,7 +15,7 @@ from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choice, try_kernels, use_attention
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
-from musubi_tuner.memory.pinning import PinningFailed, pinned_bytes
+from musubi_tuner.memory.pinning import PinningFailed, refusal
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -195,10 +195,9 @@ def _failure_of(error: Exception) -> Failure | None:
     inner = getattr(error, "inner_exception", error)
     if isinstance(inner, torch.OutOfMemoryError):
         return Failure("memory", first_line(error))
-    if isinstance(inner, torch.AcceleratorError) and "out of memory" in str(inner):
-        # Not of torch's allocator on the device: of pinned memory, as the steps take a little, or of what CUDA keeps for itself.
-        pinned = pinned_bytes()
-        return Failure("pinning", str(PinningFailed(None, pinned, first_line(inner))), pinned) if pinned else Failure("memory", str(inner))
+    if (refused := refusal(inner)) is not None:  # of what the steps pin, or of what CUDA keeps for itself
+        pins = isinstance(inner, PinningFailed) or refused.granted > 0
+        return Failure("pinning", str(refused), refused.granted) if pins else Failure("memory", first_line(inner))
     message = compiler_message(error)
     return None if message is None else Failure("compiler", message)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.memory.pinning import refusal
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.errors import TemporaryFailure
@@ -72,6 +73,10 @@ def _named(error: Exception, run: TrainingRun, outcome: Outcome) -> Exception:
     step = outcome.step + 1
     if isinstance(error, torch.OutOfMemoryError):
         return TemporaryFailure(f"step {step}: {run.device} ran out of memory. Cheaper, in this order: {'; '.join(_cheaper(run))}.")
+    if (refused := refusal(error)) is not None:
+        return TemporaryFailure(
+            f"step {step}: {refused} Batches on their way to the card are pinned too: fewer wait with --max_data_loader_n_workers 0."
+        )
     if is_out_of_host_memory(error):
         return TemporaryFailure(
             f"step {step}: the machine ran out of memory. Close other programs, give --max_data_loader_n_workers 0, or use a smaller "
