@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from musubi_tuner.memory import compiling, quantized
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize, relative_error
@@ -98,3 +99,58 @@ def test_fused_kernels_equal_the_plain_operations_also_within_a_compiled_graph(w
             torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)  # a code may round the other way
             assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
     assert calls
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_no_rows_give_no_rows(weight_format):
+    x = torch.zeros(0, 128, requires_grad=True)
+    y = quantized.low_bit_linear(x, quantize(weight(), weight_format))
+    y.sum().backward()
+    assert y.shape == (0, 96) and x.grad.shape == (0, 128)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_cpu_without_the_product_is_found_out(error, monkeypatch):
+    def refuse(*given, **named):
+        raise error("not implemented")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert not quantized._cpu_multiplies_fp8()
+
+
+class LargestFloat(TorchDispatchMode):
+    """Bytes of the largest tensor in float32 or int32 that operations give."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float32:
+                self.bytes = max(self.bytes, one.nbytes)
+        return result
+
+
+def test_where_nothing_is_fused_rows_are_taken_some_at_a_time(monkeypatch):
+    """With the same bits; in float32 nothing is held that is as large as the clip."""
+    x = torch.randn(500, 128, generator=torch.Generator().manual_seed(4)).bfloat16()
+    factors, product = torch.rand(128) + 0.5, torch.randint(-(2**20), 2**20, (500, 128), dtype=torch.int32)
+    scales = torch.rand(500, 1), torch.rand(128)
+
+    def everything():
+        found = [quantized._quantize_rows(x, given, dtype) for given in (None, factors) for dtype in (quantized.FP8, torch.int8)]
+        flat = [one.view(torch.uint8) if one.dtype == quantized.FP8 else one for pair in found for one in pair]
+        return [
+            *flat,
+            quantized._scaled(product, *scales, None, torch.bfloat16),
+            quantized._scaled(product, *scales, factors, torch.bfloat16),
+        ]
+
+    with LargestFloat() as whole:
+        wanted = everything()
+    assert whole.bytes == 500 * 128 * 4
+    monkeypatch.setattr(quantized, "_ENTRIES_OF_A_PART", 64 * 128)
+    with LargestFloat() as parts:
+        found = everything()
+    assert parts.bytes == 64 * 128 * 4
+    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(found, wanted, strict=True))

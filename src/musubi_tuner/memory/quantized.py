@@ -22,6 +22,9 @@ FP8 = torch.float8_e4m3fn
 NF4_BLOCK = 64
 _TINY = 1e-12
 _ENTRIES_AT_ONCE = 2**21
+"""Of a weight in nf4, where nothing can be fused."""
+_ENTRIES_OF_A_PART = 2**23
+"""The same of activations: two or three launches more for each of the clip's usual tensors, and 32 MiB for each step in float32."""
 _SMALLEST_INT8_ROWS = 32
 """`torch._int_mm` on CUDA wants more than 16 rows."""
 
@@ -186,18 +189,47 @@ def _nf4_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values.view(codes.shape[0], -1).to(dtype)
 
 
-@fused
+def _parts(tensor: Tensor) -> list[slice]:
+    """Rows that are taken together where nothing can be fused, as the steps between would take many times the tensor's own room."""
+    rows, columns = tensor.shape
+    if torch.compiler.is_compiling() or compiles_for(tensor):
+        return [slice(rows)]
+    many = max(1, _ENTRIES_OF_A_PART // max(1, columns))
+    return [slice(start, start + many) for start in range(0, rows, many)]
+
+
 def _quantize_rows(x: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of `x` (M, K), times (K,) `factors` where there are any, scaled into the range of `dtype`, and their scales (M, 1)."""
+    parts = _parts(x)
+    if len(parts) == 1:
+        return _quantize_part(x, factors, dtype)
+    values, scale = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    for part in parts:
+        values[part], scale[part] = _quantize_part(x[part], factors, dtype)
+    return values, scale
+
+
+@fused
+def _quantize_part(x: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = x.float() if factors is None else x.float() * factors
     scale = x.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _LARGEST[dtype]
     rows = x / scale
     return (rows if dtype == FP8 else rows.round()).to(dtype), scale
 
 
-@fused
 def _scaled(product: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An int32 product (M, N) in the numbers that it stands for."""
+    parts = _parts(product)
+    if len(parts) == 1:
+        return _scaled_part(product, row_scale, scale, bias, dtype)
+    out = torch.empty_like(product, dtype=dtype, memory_format=torch.contiguous_format)
+    for part in parts:
+        out[part] = _scaled_part(product[part], row_scale[part], scale, bias, dtype)
+    return out
+
+
+@fused
+def _scaled_part(product: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = product.float() * row_scale * scale
     return (out if bias is None else out + bias.float()).to(dtype)
 
@@ -226,7 +258,7 @@ def _cpu_multiplies_fp8() -> bool:
     codes, scale = torch.zeros(16, 16, dtype=FP8), torch.ones(16, 1)
     try:
         torch._scaled_mm(codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # which of them differs from torch to torch
         return False
     return True
 
