@@ -2,6 +2,7 @@
 
     python -m benchmarks.peaks                                    48 blocks: every level, compiled and not, bf16 and fp8, three lengths
     python -m benchmarks.peaks --formats nf4 --levels everything --run compiled
+    python -m benchmarks.peaks --network lokr --run eager         other adapters; "eager" compiles small kernels neither, as without triton
 
 Columns: what the planner says; the most that a step (forward, backward, clipping, AdamW) has allocated, weights included; and the smallest
 limit of the allocator within which it still runs, which counts what lies unused between its pieces. It needs a CUDA build of torch
@@ -40,6 +41,8 @@ class Variant:
     level: str
     compiled: bool
     network_type: str = "lora"
+    keeps_scores: bool = False
+    """Attention is run by products and a softmax."""
 
     @property
     def inputs_on_host(self) -> bool:
@@ -66,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
     Card()
     from musubi_tuner.memory.attention import use_attention
 
-    use_attention(("flash", "efficient"))  # the fastest of those that load here
+    use_attention((options.attention,) if options.attention else ("flash", "efficient"))  # the fastest of those that load here
     print("| weights | blocks | recompute | clip | planned GB | allocated | needed |\n|---|---|---|---|---|---|---|")
     for weight_format in options.formats:
         for run in options.run:
             for level in options.levels:
-                variant = Variant(weight_format, level, run == "compiled", options.network)
+                variant = Variant(weight_format, level, run == "compiled", options.network, options.attention == "math")
                 for shape, peak in measure(variant, options.shapes):
                     cells = (weight_format, run, level.replace("_", " "), shape, f"{peak.planned / 1e9:.2f}")
                     found = (f"{value / 1e9:.2f} ({value / peak.planned - 1:+.1%})" for value in (peak.allocated, peak.needed))
@@ -85,9 +88,11 @@ def measure(variant: Variant, shapes: Sequence[str]) -> Iterator[tuple[str, Peak
 
     from benchmarks import step_models as models
     from musubi_tuner.ltxv2.transformer.config import TransformerConfig
+    from musubi_tuner.memory import compiling
     from musubi_tuner.memory.checkpointing import Recompute
 
     torch._dynamo.reset()
+    compiling.compiler_failure = lambda device: None if variant.compiled else "counted as where triton is missing"
     torch.cuda.set_per_process_memory_fraction(1.0)
     config = TransformerConfig.from_checkpoint_config(config_section(False, BLOCKS))
     device, dtype = torch.device("cuda"), torch.bfloat16
@@ -119,6 +124,7 @@ def measure(variant: Variant, shapes: Sequence[str]) -> Iterator[tuple[str, Peak
 def _planned(variant: Variant, shape: str, low_bit: int, total: int, network: LoRANetwork | None) -> int:
     from benchmarks.plans import rates
     from benchmarks.step import model_and_work
+    from musubi_tuner.memory.attention import SCORE_BYTES
     from musubi_tuner.memory.plan import Limits, candidates
     from musubi_tuner.placement.adapters import bytes_in_flight
 
@@ -132,6 +138,7 @@ def _planned(variant: Variant, shape: str, low_bit: int, total: int, network: Lo
         video_tokens=work.video_tokens, audio_tokens=work.audio_tokens, text_tokens=work.text_tokens, clips=1,
         trainable=sum(parameter.numel() for parameter in network.parameters()), optimizer_bytes=8,
         adapters_in_flight=bytes_in_flight(network, video_tokens=work.video_tokens, audio_tokens=work.audio_tokens, compute_bytes=2),
+        scores_bytes=SCORE_BYTES if variant.keeps_scores else 0,
     )  # fmt: skip
     limits = Limits(
         device_bytes=2**60, host_bytes=2**60, formats=(variant.weight_format,), unquantized=0, streamed=0, level=variant.recompute,
@@ -173,8 +180,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8", "int8", "nf4"], help="default: bf16 fp8")
     parser.add_argument("--shapes", nargs="+", default=list(LENGTHS), choices=list(SHAPES), help="default: %(default)s")
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS, help="default: all")
-    parser.add_argument("--run", nargs="+", default=["compiled", "eager"], choices=["compiled", "eager"], help="default: both")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        default=["compiled", "eager"],
+        choices=["compiled", "eager"],
+        help="default: both; eager is without compiled small kernels too",
+    )
     parser.add_argument("--network", default="lora", choices=["lora", "dora", "lokr", "loha"], help="type of adapter (default: lora)")
+    parser.add_argument("--attention", choices=["flash", "efficient", "math"], help="its kernel (default: flash, or efficient for masks)")
     return parser.parse_args(argv)
 
 

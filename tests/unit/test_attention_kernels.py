@@ -140,7 +140,7 @@ def test_on_a_gpu_the_choice_takes_effect_and_is_shown(asked, text, first, tiny_
     """The times are made up, as a CPU has none to measure."""
     plain, masked = ({name: value / 1000 for name, value in times.items()} for times in (BROKEN.plain, BROKEN.masked))
     monkeypatch.setattr(prove, "try_kernels", lambda *arguments, **shape: KernelTimes(plain, masked, BROKEN.failed))
-    assert prove._choose_attention(request_of(tiny_family, asked)) == (("attention", text),)
+    assert prove._choose_attention(request_of(tiny_family, asked)) == ((("attention", text),), first == "math")
     order, enabled = state()
     assert order[0] == int(KERNELS[first]) and enabled["math"]
     assert not enabled["cudnn"], "it failed"
@@ -172,3 +172,17 @@ def test_masks_are_rare_where_no_batch_of_the_run_has_several_clips(tiny_family,
     for others in ((), (BatchTokens(video=32, audio=8, text=16, clips=4),)):
         prove._choose_attention(dataclasses.replace(request, other_tokens=others))
     assert found == [True, False]
+
+
+def test_a_cpu_runs_the_kernels_that_it_has_and_refuses_the_others(tiny_family) -> None:
+    for asked in ("flash", "math"):
+        assert prove._choose_attention(request_of(tiny_family, asked, "cpu")) == ((("attention", f"{asked}, as asked"),), asked == "math")
+    with pytest.raises(UserError, match="--attn_mode cudnn: the cpu does not have it.*flash, math"):
+        prove._choose_attention(request_of(tiny_family, "cudnn", "cpu"))
+    assert prove._choose_attention(request_of(tiny_family, "auto", "cpu")) == ((), False)
+
+
+def test_a_card_that_has_no_other_kernel_keeps_its_scores(tiny_family, monkeypatch) -> None:
+    """As those before sm_80 in bf16."""
+    monkeypatch.setattr(prove, "try_kernels", lambda *arguments, **shape: KernelTimes({"math": 1.0}, {"math": 1.0}, {}))
+    assert prove._choose_attention(request_of(tiny_family))[1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from musubi_tuner.config.model import MemoryOptions
+from musubi_tuner.memory.attention import SCORE_BYTES
 from musubi_tuner.memory.plan import SLOTS, Limits, candidates, choose_plan, count_levels, fits, leanest_plan
 from musubi_tuner.memory.step_model import (
     LEVELS,
@@ -224,3 +225,16 @@ def test_a_plan_holds_every_batch_that_may_be_the_largest():
         assert both.seconds == alone.seconds, "the first is the one that is timed"
         larger.add(alone.device_bytes < other.device_bytes)
     assert larger == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "level", "gigabytes"),
+    [(2688, "everything", 3.17), (6144, "everything", 18.0), (14080, "everything", 98.7), (6144, "nothing", 11.8)],
+)
+def test_scores_of_attention_are_planned_for_where_its_kernel_keeps_them(tokens, level, gigabytes):
+    """What a step took more on a simulated card, uncompiled: `python -m benchmarks.peaks --attention math --run eager`."""
+    given = limits(1000, 1000, streamed=0, formats=("bf16",), level=level, compiled=False)
+    usual = work(tokens, 51 if tokens < 3000 else 126)
+    scored = dataclasses.replace(usual, scores_bytes=SCORE_BYTES)
+    found = [next(iter(candidates(LARGE, one, rates(), given))) for one in (usual, scored)]
+    assert found[1].device_bytes - found[0].device_bytes == pytest.approx(gigabytes * GB, rel=0.06, abs=1.1 * GB)

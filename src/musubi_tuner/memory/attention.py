@@ -26,8 +26,11 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+KERNELS_OF_A_CPU = ("flash", "math")
 _LAST_RESORT = "math"
 """Products and a softmax, which run everywhere and take everything; it keeps all scores, so it is slow and large."""
+SCORE_BYTES = 4
+"""Of each score that it keeps, in float32 whatever the inputs are."""
 _chosen = contextlib.ExitStack()
 
 
@@ -52,6 +55,11 @@ class KernelChoice:
     masked: str
     order: tuple[str, ...]
     """As torch is to try them: after these two those that stand by for other shapes and dtypes, of which none failed."""
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention without a mask keeps its scores, tokens times tokens of each head."""
+        return self.plain == _LAST_RESORT
 
 
 def try_kernels(device: torch.device, dtype: torch.dtype, *, tokens: int, heads: int, head_dim: int) -> KernelTimes:

@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from musubi_tuner.memory.step_model import (
+    ATTENTION_KEPT,
     BYTES_PER_WEIGHT,
     INT8_IN_FLIGHT,
     LEVELS,
@@ -44,6 +45,7 @@ from musubi_tuner.memory.step_model import (
     Workload,
     block_seconds,
     floor_seconds,
+    scores_in_flight,
     text_bytes,
     unit_bytes,
 )
@@ -207,18 +209,21 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
     """The most bytes at any moment of a step, beside weights and optimizer states."""
     unit, text = (bytes_ * limits.compute_bytes / 2 for bytes_ in (unit_bytes(shape, work), text_bytes(shape, work)))
     low_bit = weight_format in ("fp8", "int8")
-    gradients = GRADIENT_BYTES * work.trainable
+    gradients, scores = GRADIENT_BYTES * work.trainable, scores_in_flight(shape, work)
     transient = 4.0 * shape.video_dim**2 * limits.compute_bytes if weight_format == "nf4" else 0.0  # a weight as it is multiplied by
 
     def kept(level: Level) -> float:
-        return (level.kept if limits.compiled else level.kept_eager) * unit + level.keeps_text * text
+        units = level.kept if limits.compiled else level.kept_eager
+        if work.scores_bytes and not level.attention_recomputed:
+            units -= ATTENTION_KEPT
+        return units * unit + level.keeps_text * text
 
     def in_flight(level: Level) -> float:
         units = level.in_flight_eager
         if limits.compiled:
             units = level.in_flight_low_bit if low_bit else level.in_flight
         units += INT8_IN_FLIGHT * (weight_format == "int8")
-        return units * unit + (2 - level.keeps_text) * text + transient + work.adapters_in_flight
+        return max(units * unit, scores) + (2 - level.keeps_text) * text + transient + work.adapters_in_flight
 
     if inputs_on_host:
         inner = LEVELS[0] if limits.compiled else LEVELS[-1]  # how a block runs when its states are back

@@ -85,6 +85,11 @@ INT8_IN_FLIGHT = 6.5
 """Units more in int8, compiled or not: its products have 32 bits."""
 
 
+ATTENTION_KEPT = 2.6
+"""Units among those kept on all levels but the last that are outputs of attention. A kernel that keeps its scores is made of products, so
+the levels see no attention and keep none."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """A transformer's sizes."""
@@ -96,6 +101,8 @@ class ModelShape:
     """Weights of the large linears of one block, which can be stored in few bits."""
     other_weights: int
     """All the rest, which stays in the compute dtype."""
+    heads: int = 32
+    """Of attention, in both streams."""
 
     @property
     def weights(self) -> int:
@@ -117,6 +124,8 @@ class Workload:
     """Whether gradients of earlier batches wait while a batch is computed."""
     adapters_in_flight: float = 0.0
     """Bytes that the adapters of one block take while it runs backward, beside what those of a LoRA do (placement/adapters.py)."""
+    scores_bytes: int = 0
+    """Of one score of attention, where its kernel keeps them (`math`); 0 = it keeps none."""
     others: tuple["Workload", ...] = ()
     """Other batches of the run that may take more memory; a plan holds all of them."""
 
@@ -142,6 +151,14 @@ def attention_operations(shape: ModelShape, work: Workload) -> float:
     video = 4 * v * (v + t) * shape.video_dim
     audio = 4 * (a * a + a * t + 2 * v * a) * shape.audio_dim
     return work.clips * (video + audio)
+
+
+def scores_in_flight(shape: ModelShape, work: Workload) -> float:
+    """Bytes that attention takes for its scores while one block runs backward: the weights of all its attentions, which are recomputed
+    together, and three tensors as large as those of the largest one."""
+    v, a, t = work.video_tokens / work.clips, work.audio_tokens / work.clips, work.text_tokens
+    of_each = (v * v, v * t, a * a, a * t, v * a, v * a)
+    return work.scores_bytes * shape.heads * work.clips * (sum(of_each) + 3 * max(of_each))
 
 
 def adapter_operations(shape: ModelShape, work: Workload) -> float:

@@ -12,7 +12,7 @@ import torch
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.memory.attention import KERNELS, choose_kernels, describe_choice, try_kernels, use_attention
+from musubi_tuner.memory.attention import KERNELS_OF_A_CPU, SCORE_BYTES, choose_kernels, describe_choice, try_kernels, use_attention
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
 from musubi_tuner.memory.pinning import PinningFailed, refusal
@@ -49,6 +49,10 @@ class Failure:
     """Bytes that the host had let this process pin by then."""
 
 
+_KEEPS_SCORES = (
+    " Attention runs by products and a softmax (math), which keeps the scores of all pairs of tokens: it was asked for by --attn_mode, or "
+    "the card has no other kernel for this dtype."
+)
 _GRAVEST_FIRST = ("compiler", "pinning", "memory")
 
 
@@ -70,7 +74,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         TemporaryFailure: the host has no memory left.
     """
     group, device, options = request.processes, request.device, request.memory
-    attention = _choose_attention(request)
+    attention, keeps_scores = _choose_attention(request)
     here = processes_here(group.gather)
     sharers = here if can_share(group.gather) else 1
     machine = read_machine(device, options, processes=here, sharers=sharers)
@@ -78,7 +82,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         loaded = _load(request, place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers))
         return _with_notes(loaded, attention)
     cap_device_memory(device, options.vram_gb)
-    shape, work, outside = _step_to_plan(request)
+    shape, work, outside = _step_to_plan(request, scores_bytes=SCORE_BYTES if keeps_scores else 0)
     full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
     factor, refused = 1.0, None
     for _ in range(_TRIALS):
@@ -86,7 +90,8 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         try:
             found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
         except UserError as error:
-            raise error if refused is None else UserError(f"{refused} With less, {error}") from None
+            told = f"{error}{_KEEPS_SCORES if keeps_scores else ''}"
+            raise UserError(told if refused is None else f"{refused} With less, {told}") from None
         placement = group.gather(found)[0]
         try:
             return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
@@ -103,7 +108,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     raise UserError(
         refused
         or "the largest batch ran out of memory however it was planned. Use a smaller resolution, fewer frames or batch_size 1, or close "
-        "other programs that use the card."
+        f"other programs that use the card.{_KEEPS_SCORES if keeps_scores else ''}"
     )
 
 
@@ -220,7 +225,7 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
     return "measured", f"{text}, forward and backward of the largest batch"
 
 
-def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
+def _step_to_plan(request: ModelRequest, *, scores_bytes: int) -> tuple[ModelShape, Workload, bool]:
     """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
     is trained."""
     config = read_config(request.checkpoint)
@@ -236,6 +241,7 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
         audio_dim=config.audio_dim,
         block_weights=low_bit // config.num_layers,
         other_weights=total - low_bit // config.num_layers * config.num_layers,
+        heads=config.num_attention_heads,
     )
     works = [
         Workload(
@@ -249,6 +255,7 @@ def _step_to_plan(request: ModelRequest) -> tuple[ModelShape, Workload, bool]:
             adapters_in_flight=bytes_in_flight(
                 network, video_tokens=tokens.video, audio_tokens=tokens.audio, compute_bytes=request.dtype.itemsize
             ),
+            scores_bytes=scores_bytes,
         )
         for tokens in (request.tokens, *request.other_tokens)
     ]
@@ -261,14 +268,23 @@ def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> Load
     return dataclasses.replace(loaded, notes=(*loaded.notes, *notes))
 
 
-def _choose_attention(request: ModelRequest) -> tuple[tuple[str, str], ...]:
-    """Set the fastest kernels for the largest clip, tried while the card is still empty; a row for the banner."""
+def _choose_attention(request: ModelRequest) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """Set the fastest kernels for the largest clip, tried while the card is still empty; a row for the banner, and whether what runs keeps
+    its scores.
+
+    Raises:
+        UserError: a kernel that is asked for and not to be had.
+    """
     mode, device, tokens = request.memory.attn_mode, request.device, request.tokens
     if device.type != "cuda" or mode == "math":  # which takes everything
         if mode == "auto":
-            return ()
-        use_attention((mode, *(other for other in KERNELS if other != mode)) if mode != "math" else (mode,))
-        return (("attention", f"{mode}, as asked"),)
+            return (), False
+        if mode not in KERNELS_OF_A_CPU and device.type != "cuda":
+            raise UserError(
+                f"--attn_mode {mode}: the {device.type} does not have it. Leave the flag out, or give one of {', '.join(KERNELS_OF_A_CPU)}."
+            )
+        use_attention((mode, *(other for other in KERNELS_OF_A_CPU if other != mode)) if mode != "math" else (mode,))
+        return (("attention", f"{mode}, as asked"),), mode == "math"
     config = read_config(request.checkpoint)
     times = try_kernels(
         device,
@@ -282,4 +298,4 @@ def _choose_attention(request: ModelRequest) -> tuple[tuple[str, str], ...]:
     asked = None if mode == "auto" else mode
     choice = choose_kernels(times, asked=asked, masks_are_rare=all(one.clips == 1 for one in (tokens, *request.other_tokens)))
     use_attention(choice.order)
-    return (("attention", describe_choice(times, choice, asked=asked)),)
+    return (("attention", describe_choice(times, choice, asked=asked)),), choice.keeps_scores
