@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from musubi_tuner.runtime.allocator import setting_fault
 from tools import environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -105,9 +106,12 @@ def test_an_own_torch_replaces_the_pin(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(line.startswith("diffusers==") for line in lines)
 
 
+SPLIT = "max_split_size_mb:64"
+
+
 @pytest.mark.parametrize("program", ["ltxv2_train_network", "ltxv2_cache_latents", "ltxv2_cache_text_encoder_outputs", "command"])
 def test_the_allocator_is_chosen_before_torch_reads_it(program: str) -> None:
-    """And not where the user has chosen one, by either of its names."""
+    """And not where the user has chosen one, by either of its names. What torch would not take is refused in words: it would abort."""
     code = (
         f"import os, sys, musubi_tuner.{program}\n"
         "from musubi_tuner.runtime.program import run_program\n"
@@ -116,6 +120,31 @@ def test_the_allocator_is_chosen_before_torch_reads_it(program: str) -> None:
     )
     own = {name: value for name, value in os.environ.items() if name not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
     usual = "None" if sys.platform == "win32" else "expandable_segments:True"
-    for further, wanted in (({}, usual), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")):
+    for further, wanted in (({}, usual), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"), ({"PYTORCH_ALLOC_CONF": SPLIT}, SPLIT)):
         answer = subprocess.run([sys.executable, "-c", code], env=own | further, capture_output=True, text=True, check=True)
         assert answer.stdout.split() == [wanted]
+    answer = subprocess.run([sys.executable, "-c", code], env=own | {"PYTORCH_CUDA_ALLOC_CONF": "oops"}, capture_output=True, text=True)
+    assert answer.returncode == 2 and not answer.stdout
+    assert answer.stderr.startswith("error: PYTORCH_CUDA_ALLOC_CONF=oops (") and "expandable_segments:True" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("", None),
+        (" expandable_segments:False , max_split_size_mb:128", None),
+        ("roundup_power2_divisions:[256:1,512:2,>:4],garbage_collection_threshold:0.8", None),
+        ("backend:cudaMallocAsync", None),
+        ("what_is_new:7", None),
+        ("garbage", "'garbage' has no value"),
+        ("expandable_segment:True", "'expandable_segment' is no setting, 'expandable_segments' is"),
+        ("expandable_segments:true", "expandable_segments cannot be 'true'"),
+        ("expandable_segments", "'expandable_segments' has no value"),
+        ("expandable_segments:True,max_split_size_mb:oops", "max_split_size_mb cannot be 'oops'"),
+        ("max_split_size_mb:1", "max_split_size_mb cannot be '1'"),
+        ("garbage_collection_threshold:2", "garbage_collection_threshold cannot be '2'"),
+        ("roundup_power2_divisions:[256:1", "'roundup_power2_divisions:[256:1' is no setting with a value"),
+    ],
+)
+def test_what_torch_does_not_take_as_a_setting_of_its_allocator_is_found(value: str, fault: str | None) -> None:
+    assert setting_fault(value) == fault

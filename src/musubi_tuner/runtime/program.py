@@ -28,7 +28,6 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     way; a signal that asks for the end gives 130. Everything else is our fault and keeps its traceback.
     """
     ending = EndAsCtrlC()
-    choose_allocator()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler(sys.stderr)], force=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -36,6 +35,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        choose_allocator()
         code = main(sys.argv[1:])
         _flush_stdout()
     except (Exception, KeyboardInterrupt) as error:
