@@ -238,3 +238,13 @@ def test_scores_of_attention_are_planned_for_where_its_kernel_keeps_them(tokens,
     scored = dataclasses.replace(usual, scores_bytes=SCORE_BYTES)
     found = [next(iter(candidates(LARGE, one, rates(), given))) for one in (usual, scored)]
     assert found[1].device_bytes - found[0].device_bytes == pytest.approx(gigabytes * GB, rel=0.06, abs=1.1 * GB)
+
+
+def test_of_equally_good_plans_the_one_without_inputs_on_the_host_is_chosen():
+    """Copies that hide behind the computation cost nothing in the count; the room that they make is not needed."""
+    fixed = limits(80, 48, level="everything", streamed=0, formats=("bf16",))
+    on_device, on_host = candidates(LARGE, work(), rates(), fixed)
+    assert on_host.inputs_on_host and on_host.score == on_device.score and on_host.device_bytes < on_device.device_bytes
+    assert not choose_plan(LARGE, work(), rates(), fixed).inputs_on_host
+    less = dataclasses.replace(fixed, device_bytes=on_device.device_bytes - 1)
+    assert choose_plan(LARGE, work(), rates(), less).inputs_on_host, "where it is needed"

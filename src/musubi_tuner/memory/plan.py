@@ -108,9 +108,10 @@ class Plan:
 
 
 def choose_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan | None:
-    """The plan with the best score that stays within the limits; None where none does."""
+    """The plan with the best score that stays within the limits; None where none does. Of equally good ones, that which has least wait on
+    the host: copies that a plan hides take the bus, and pinned memory, all the same."""
     fitting = [plan for plan in candidates(shape, work, rates, limits) if fits(plan, limits)]
-    return min(fitting, key=lambda plan: (round(plan.score, 4), plan.streamed, plan.device_bytes), default=None)
+    return min(fitting, key=lambda plan: (round(plan.score, 4), plan.streamed, plan.inputs_on_host, plan.device_bytes), default=None)
 
 
 def leanest_plan(shape: ModelShape, work: Workload, rates: CardRates, limits: Limits) -> Plan:

@@ -47,8 +47,8 @@ def choose_allocator() -> None:
     for name in (VARIABLE, _OLDER_NAME):
         if (fault := setting_fault(os.environ.get(name, ""))) is not None:
             raise UserError(
-                f"{name}={os.environ[name]} (an environment variable that torch reads): {fault}. Unset it, and what is best here is chosen; "
-                f"or write it as {GROWING}, with several settings separated by commas."
+                f"{name}={os.environ[name]} (an environment variable that torch reads): {fault}. Unset it, and what is best here is "
+                f"chosen; or write it as {GROWING}, with several settings separated by commas."
             )
     if sys.platform != "win32" and not {VARIABLE, _OLDER_NAME} & os.environ.keys():
         os.environ[VARIABLE] = GROWING
