@@ -249,6 +249,18 @@ def test_chunks_reload_the_encoder_and_change_nothing(dataset, tiny_family, monk
     assert len(loads) > 1 and files(dataset) == whole
 
 
+def test_a_batch_of_captions_without_room_is_told_with_a_smaller_one(dataset, tiny_family, monkeypatch):
+    from musubi_tuner.encoding import text
+    from musubi_tuner.runtime.errors import TemporaryFailure
+
+    def fail(*given, **named):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(text.FeatureStage, "encode", fail)
+    with pytest.raises(TemporaryFailure, match=r"\(no room\).*fewer texts run together: --batch_size 4"):
+        cache(dataset, tiny_family, "--batch_size", "8")
+
+
 def test_a_killed_run_is_completed_by_the_next_one(tmp_path, tiny_family):
     draw = random.Random()
     seed = draw.randrange(2**32)

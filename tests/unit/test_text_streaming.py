@@ -15,7 +15,7 @@ from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.placement import text
 from musubi_tuner.placement.text import TextBatch, batch_bytes, load_feature_stage, load_streamed, streamed_count
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.tiny.encoders import write_gemma
 
 CPU = torch.device("cpu")
@@ -183,3 +183,25 @@ def test_a_stage_with_streamed_layers_gives_the_same_features(monkeypatch, recip
     found = load_feature_stage(recipe, [TextBatch(3, 32)]).encode(PROMPTS)
     for one, other in zip(found, wanted, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_encoder_keeps_to_the_memory_that_the_run_may_take(monkeypatch, recipe):
+    """--vram_gb and --ram_gb, and torch's allocator with them, before anything is loaded."""
+    given, capped = [], []
+    monkeypatch.setattr(text, "memory_to_use", lambda *limits: given.append(limits[1:]) or (10, GIB))
+    monkeypatch.setattr(text, "cap_device_memory", lambda device, vram_gb: capped.append((device.type, vram_gb)))
+    load_feature_stage(dataclasses.replace(recipe, options=dataclasses.replace(recipe.options, vram_gb=9)), [TextBatch(1, 4)])
+    assert capped == [("cpu", 9)] and not given
+    card = dataclasses.replace(recipe.options, device=torch.device("cuda"), vram_gb=7.5, ram_gb=20)
+    with pytest.raises(UserError, match=r"may be used by --vram_gb 7\.5 \(the largest batch"):
+        load_feature_stage(dataclasses.replace(recipe, options=card), [TextBatch(1, 4)])
+    assert given == [(7.5, 20)]
+
+
+def test_a_card_without_room_for_texts_is_told_in_words(monkeypatch, recipe):
+    def fail(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr(text.FeatureStage, "encode", fail)
+    with pytest.raises(TemporaryFailure, match=r"were encoded \(CUDA out of memory. Tried\).*--sample_prompts .*--batch_size"):
+        text.encode_prompts(recipe, PROMPTS)

@@ -29,7 +29,7 @@ from musubi_tuner.ltxv2.text.pipeline import (
     text_widths,
 )
 from musubi_tuner.memory.regions import processes_here
-from musubi_tuner.placement.text import TextBatch, load_feature_stage
+from musubi_tuner.placement.text import TextBatch, load_feature_stage, memory_in_words
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
@@ -127,11 +127,12 @@ def encode_texts(todo: Sequence[Todo[str]], recipe: TextRecipe, group: Processes
         mine.sort(key=lambda one: (tokens[one[0]], one[0]))
         for chunk in _chunks(mine, tokens, recipe):
             sizes = [TextBatch(len(batch), max(tokens[text] for text, _ in batch)) for batch in _batches(chunk, batch_size)]
-            stage = load_feature_stage(recipe, sizes, sharers=sharers)
-            features = _encode(stage, chunk, batch_size, show=group.is_main)
-            del stage
-            free_memory(recipe.options.device)
-            failures += _finish(chunk, features, recipe, batch_size, show=group.is_main)
+            with memory_in_words(f"fewer texts run together: --batch_size {max(1, batch_size // 2)}, which goes on where this has ended"):
+                stage = load_feature_stage(recipe, sizes, sharers=sharers)
+                features = _encode(stage, chunk, batch_size, show=group.is_main)
+                del stage
+                free_memory(recipe.options.device)
+                failures += _finish(chunk, features, recipe, batch_size, show=group.is_main)
     return outcome_of([one for _, files in mine for one in files], failures)
 
 

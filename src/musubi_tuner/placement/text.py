@@ -6,7 +6,8 @@ for copying these layers once, so that batches as large as fit are best.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -25,13 +26,14 @@ from musubi_tuner.ltxv2.text.encoders import (
 from musubi_tuner.ltxv2.text.features import extractor_names, load_feature_extractor
 from musubi_tuner.ltxv2.text.loading import LoadedBytes
 from musubi_tuner.ltxv2.text.pipeline import Features, FeatureStage, TextRecipe, load_finish_stage
-from musubi_tuner.memory.card import GIB
+from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.card import free_memory as memory_to_use
+from musubi_tuner.memory.compiling import first_line
 from musubi_tuner.memory.plan import SLOTS
 from musubi_tuner.memory.regions import Region
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.runtime.device import free_memory
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def load_feature_stage(recipe: TextRecipe, batches: Sequence[TextBatch], *, shar
     recipe.check()
     options = recipe.options
     on_host = _choose(recipe, batches, sharers)
+    cap_device_memory(options.device, options.vram_gb)
     encoder, extractor = load_streamed(options, on_host) if on_host else load_encoder(options), None
     if options.backend != "t5":
         extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
@@ -81,17 +84,37 @@ def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Ten
     tokenizer = load_tokenizer(recipe.options)
     tokenizer.tell_of_cut({prompt: f"the prompt '{prompt[:40]}...'" for prompt in prompts})
     batches = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
-    first = load_feature_stage(recipe, [TextBatch(len(batch), max(len(tokenizer(prompt)) for prompt in batch)) for batch in batches])
-    features: list[Features] = []
-    for batch in batches:
-        features += first.encode(batch)
-    del first
-    free_memory(recipe.options.device)
-    second = load_finish_stage(recipe)
-    finished = [pair for start in range(0, len(features), _TOGETHER) for pair in second.finish(features[start : start + _TOGETHER])]
+    with memory_in_words("the prompts are cached by ltxv2_cache_text_encoder_outputs.py, with --sample_prompts and a small --batch_size"):
+        first = load_feature_stage(recipe, [TextBatch(len(batch), max(len(tokenizer(prompt)) for prompt in batch)) for batch in batches])
+        features: list[Features] = []
+        for batch in batches:
+            features += first.encode(batch)
+        del first
+        free_memory(recipe.options.device)
+        second = load_finish_stage(recipe)
+        finished = [pair for start in range(0, len(features), _TOGETHER) for pair in second.finish(features[start : start + _TOGETHER])]
     del second
     free_memory(recipe.options.device)
     return finished
+
+
+@contextmanager
+def memory_in_words(remedy: str) -> Iterator[None]:
+    """Around the encoding of texts.
+
+    Args:
+        remedy: that takes less memory: "... where <remedy>".
+
+    Raises:
+        TemporaryFailure: in place of a device that runs out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TemporaryFailure(
+            f"the card ran out of memory while texts were encoded ({first_line(error)}). Close other programs that hold memory of the "
+            f"card; less is needed where {remedy}."
+        ) from error
 
 
 def load_streamed(options: EncoderOptions, on_host: Sequence[int], *, poison: bool = False) -> TextEncoder:
@@ -172,6 +195,10 @@ def streamed_count(weights: LoadedBytes, beside: int, device_bytes: int) -> int 
     return None if resident < 0 else len(weights.layers) - resident
 
 
+def _capped(options: EncoderOptions) -> str:
+    return "" if options.vram_gb is None else f" by --vram_gb {options.vram_gb:g}"
+
+
 def _choose(recipe: TextRecipe, batches: Sequence[TextBatch], sharers: int) -> list[int]:
     """Numbers of the layers that are streamed.
 
@@ -187,15 +214,15 @@ def _choose(recipe: TextRecipe, batches: Sequence[TextBatch], sharers: int) -> l
     names = [] if options.backend == "t5" else extractor_names(checkpoint).values()
     projection = sum(prod(checkpoint.shape(name)) for name in names) * options.dtype.itemsize
     beside = projection + projection // shape.states + batch_bytes(shape, batch, options)  # a layer's part of it is copied to be used
-    device_bytes, host_bytes = memory_to_use(options.device, None, None)
+    device_bytes, host_bytes = memory_to_use(options.device, options.vram_gb, options.ram_gb)
     count = streamed_count(weights, beside, device_bytes)
     where = f"--text_encoder {options.path}"
     if count is None:
         least = weights.beside + beside + SLOTS * max(weights.layers)
         raise UserError(
             f"{where}: with all layers in host memory it still needs {least / GIB:.1f} GiB of the device, of which "
-            f"{device_bytes / GIB:.1f} may be used (the largest batch has {batch.texts} texts of {batch.longest} tokens). {_REMEDY}, or "
-            "encode fewer texts together (--batch_size 1)."
+            f"{device_bytes / GIB:.1f} may be used{_capped(options)} (the largest batch has {batch.texts} texts of {batch.longest} "
+            f"tokens). {_REMEDY}, or encode fewer texts together (--batch_size 1)."
         )
     on_host = spread(len(weights.layers), count)
     waiting = sum(weights.layers[number] for number in on_host)

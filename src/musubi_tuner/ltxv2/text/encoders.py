@@ -37,6 +37,10 @@ class EncoderOptions:
     max_length: int
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    vram_gb: float | None = None
+    """Device memory (GB of 1024^3 bytes) that may be used; None = what is free."""
+    ram_gb: float | None = None
+    """The same of the host, for layers that wait there."""
 
     @property
     def bits(self) -> int | None:
