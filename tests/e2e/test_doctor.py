@@ -7,9 +7,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_cache_latents, ltxv2_doctor
+from musubi_tuner.doctor import machine
+from musubi_tuner.doctor.findings import Finding
 from musubi_tuner.ltxv2 import reading
 from tests import training_parts as parts
 
@@ -67,6 +70,16 @@ def test_the_machine_alone_needs_no_flags(capsys):
     assert ltxv2_doctor.main([]) == 0
     found = rows(capsys.readouterr().out)
     assert found["packages"][0] == "ok" and "torch" in found["packages"][1] and "free for" in found["disk"][1]
+
+
+@pytest.mark.parametrize(("gpu", "last"), [(False, "there is no GPU: training here would run on the CPU"), (True, "Nothing is wrong.")])
+def test_a_machine_without_a_gpu_is_told_so_in_the_last_line(gpu, last, capsys, monkeypatch):
+    card = Finding("GPU 0", "note", "bf16 is slow before 8.0")
+    monkeypatch.setattr(machine, "_gpus", machine._gpus if not gpu else lambda: iter([card]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ltxv2_doctor.main([]) == 0
+    said = capsys.readouterr().out
+    assert last in said.splitlines()[-1] and (gpu or "would run on the CPU" in rows(said)["GPU"][1])
 
 
 def test_everything_that_is_wrong_has_a_row_of_its_own(data, tiny_family, tmp_path, capsys):

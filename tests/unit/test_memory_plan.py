@@ -248,3 +248,10 @@ def test_of_equally_good_plans_the_one_without_inputs_on_the_host_is_chosen():
     assert not choose_plan(LARGE, work(), rates(), fixed).inputs_on_host
     less = dataclasses.replace(fixed, device_bytes=on_device.device_bytes - 1)
     assert choose_plan(LARGE, work(), rates(), less).inputs_on_host, "where it is needed"
+
+
+def test_where_no_plan_fits_the_cap_and_small_sizes_are_named():
+    machine = Machine(device=torch.device("cuda"), device_bytes=2**20, host_bytes=0, rates=rates(), low_rates={})
+    options = MemoryOptions(vram_gb=0.001, compile=False)
+    with pytest.raises(UserError, match=r"1\.0 MiB by --vram_gb 0\.001 and 0\.0 GiB may .*in 1 clip.*larger --vram_gb"):
+        place_by_plan(options, machine, LARGE, work(), full_format="bf16")

@@ -8,6 +8,8 @@ from typing import Literal
 from musubi_tuner.runtime.errors import UserError
 
 State = Literal["right", "note", "wrong", "skipped"]
+NO_GPU = "GPU"
+"""Subject of the finding that there is none; those of cards have their numbers."""
 _WIDTH, _SUBJECT = 100, 24
 _MARKS: dict[State, str] = {"right": "ok", "note": "note", "wrong": "WRONG", "skipped": "-"}
 
@@ -53,6 +55,10 @@ def write_report(sections: Sequence[tuple[str, Sequence[Finding]]]) -> str:
 
 
 def verdict(sections: Sequence[tuple[str, Sequence[Finding]]]) -> str:
-    """The last line: how many things are wrong."""
+    """The last line: how many things are wrong; where nothing is, whether there is a GPU."""
     wrong = [finding.subject for _, findings in sections for finding in findings if finding.state == "wrong"]
-    return f"{len(wrong)} wrong: {', '.join(wrong)}" if wrong else "Nothing is wrong."
+    if wrong:
+        return f"{len(wrong)} wrong: {', '.join(wrong)}"
+    if any(finding.subject == NO_GPU and finding.state == "note" for _, findings in sections for finding in findings):
+        return "Nothing is wrong, but there is no GPU: training here would run on the CPU, enough for toys alone."
+    return "Nothing is wrong."

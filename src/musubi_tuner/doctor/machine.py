@@ -13,7 +13,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from musubi_tuner.doctor.findings import Finding, Note, look
+from musubi_tuner.doctor.findings import NO_GPU, Finding, Note, look
 from musubi_tuner.memory.card import GIB
 from musubi_tuner.memory.compiling import obstacle_to_compiling
 from musubi_tuner.runtime.errors import UserError
@@ -82,7 +82,12 @@ def _torch() -> str:
 
 def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        yield Finding("GPU", "note", "none that torch can use; training a real model needs one of 16 GB or more")
+        yield Finding(
+            NO_GPU,
+            "note",
+            "none that torch can use: training here would run on the CPU, which is enough for toys alone; a real model needs a GPU of "
+            "16 GB or more",
+        )
         return
     driver = _driver()
     for index in range(torch.cuda.device_count()):

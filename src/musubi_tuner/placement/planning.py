@@ -187,7 +187,7 @@ def place_by_plan(
     )
     plan = choose_plan(shape, work, rates, limits)
     if plan is None:
-        raise UserError(_nothing_fits(leanest_plan(shape, work, rates, limits), machine, work))
+        raise UserError(_nothing_fits(leanest_plan(shape, work, rates, limits), machine, work, options.vram_gb))
     full = plan.weight_format == full_format
     return Placement(
         weight_format=None if full else plan.weight_format,
@@ -273,12 +273,17 @@ def _streamed(blocks: int, unquantized: frozenset[int], count: int) -> tuple[int
     return tuple(choice[place] for place in spread(len(choice), min(count, len(choice))))
 
 
-def _nothing_fits(leanest: Plan, machine: Machine, work: Workload) -> str:
+def _nothing_fits(leanest: Plan, machine: Machine, work: Workload, vram_gb: float | None) -> str:
     recomputed = ", ".join(count_levels(leanest)).replace("_", " ")
+    capped = "" if vram_gb is None else f" by --vram_gb {vram_gb:g}"
     return (
         f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed, recomputing {recomputed}) takes "
-        f"{leanest.device_bytes / GIB:.1f} GiB on the device and {leanest.host_bytes / GIB:.1f} GiB pinned on the host; "
-        f"{machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} GiB may be used. The largest batch has {work.video_tokens} "
-        "video tokens: use a smaller resolution, fewer frames or batch_size 1 in the dataset file, a smaller --network_dim, or AdamW8bit; "
-        "close other programs that hold memory."
+        f"{_size(leanest.device_bytes)} on the device and {_size(leanest.host_bytes)} pinned on the host; "
+        f"{_size(machine.device_bytes)}{capped} and {_size(machine.host_bytes)} may be used. The largest batch has {work.video_tokens} "
+        f"video tokens in {work.clips} clip(s): use a smaller resolution, fewer frames or batch_size 1 in the dataset file, a smaller "
+        f"--network_dim, or AdamW8bit; close other programs that hold memory{'' if vram_gb is None else ', or give a larger --vram_gb'}."
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count == 0 or count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
