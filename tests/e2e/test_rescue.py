@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network
+from musubi_tuner.memory.attention import use_default_attention
 from musubi_tuner.memory.pinning import PinningFailed
 from musubi_tuner.runtime import lock
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
@@ -150,6 +151,18 @@ def test_an_error_in_a_step_leaves_the_state_of_the_step_before(data, undisturbe
     monkeypatch.undo()
     assert train(data, tmp_path, "--autoresume") == 0
     assert same(undisturbed, load_file(tmp_path / f"{LORA}.safetensors"))
+
+
+def test_attention_that_keeps_its_scores_is_named_where_memory_runs_out(data, tmp_path, monkeypatch):
+    def fail(*given):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(BatchObjective, "backward", fail)
+    try:
+        with pytest.raises(TemporaryFailure, match="Cheaper, in this order: leave --attn_mode math out"):
+            train(data, tmp_path, "--attn_mode", "math")
+    finally:
+        use_default_attention()
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_newest_good_file_is_named(data, tmp_path, monkeypatch):

@@ -93,6 +93,8 @@ def _cheaper(run: TrainingRun) -> list[str]:
     choices = []
     if max(item.spec.batch_size for item in run.items) > 1:
         choices.append("batch_size 1 in the dataset file, with --gradient_accumulation_steps for what it was")
+    if memory.attn_mode == "math":
+        choices.append("leave --attn_mode math out, which keeps the scores of all pairs of tokens")
     if memory.gradient_checkpointing is False:
         choices.append("leave --no-gradient_checkpointing out")
     if optimization.optimizer_type.lower() == "adamw":
