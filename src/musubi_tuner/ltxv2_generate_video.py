@@ -78,6 +78,8 @@ def _texts(config: GenerateConfig, checkpoint: Checkpoint) -> TextSource:
             backend=model.text_encoder_backend,
             device=pick_device(model.device),
             max_length=model.max_length,
+            vram_gb=config.memory.vram_gb,
+            ram_gb=config.memory.ram_gb,
         )
         recipe = TextRecipe(checkpoint=checkpoint, config=transformer, options=options, mode=model.ltx_mode, stage="context")
         encode = partial(encode_prompts, recipe)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from musubi_tuner import ltxv2_train_network
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, text_key
 from musubi_tuner.cache.store import write
 from musubi_tuner.config.flags import parse
@@ -188,3 +189,19 @@ def test_stale_contexts_are_refused(tiny_family, tmp_path: Path) -> None:
     wanted = {"projection_fingerprint": "of this model"}
     with pytest.raises(UserError, match="another model's text projection"):
         previewer_of(config, tmp_path, expected=wanted)
+
+
+def test_the_text_encoder_of_prompts_is_given_what_memory_a_run_may_take(tiny_family, tmp_path):
+    flags = ["--dataset_config", str(tmp_path / "d.toml"), "--ltxv2_model", str(tiny_family.ltx23), "--output_dir", str(tmp_path)]
+    flags += [
+        "--ltxv2_timestep_format",
+        "flowmatch_1_1000",
+        "--text_encoder",
+        str(tiny_family.gemma),
+        "--vram_gb",
+        "15.5",
+        "--ram_gb",
+        "24",
+    ]
+    recipe = text_recipe(ltxv2_train_network.parse_arguments(flags), open_checkpoint(tiny_family.ltx23), torch.device("cpu"))
+    assert (recipe.options.vram_gb, recipe.options.ram_gb) == (15.5, 24)

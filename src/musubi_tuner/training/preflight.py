@@ -139,14 +139,15 @@ def text_encoder_options(config: TrainingConfig, device: torch.device) -> Encode
     """Of the encoder of `--text_encoder`, which must be given."""
     model = config.model
     assert model.text_encoder is not None
-    options = encoder_options(
+    return encoder_options(
         model.text_encoder,
         tokenizer=model.tokenizer,
         backend=model.text_encoder_backend or "gemma",
         device=device,
         max_length=model.max_length,
+        vram_gb=config.memory.vram_gb,
+        ram_gb=config.memory.ram_gb,
     )
-    return dataclasses.replace(options, vram_gb=config.memory.vram_gb, ram_gb=config.memory.ram_gb)
 
 
 def text_recipe(config: TrainingConfig, checkpoint: Checkpoint, device: torch.device) -> TextRecipe:

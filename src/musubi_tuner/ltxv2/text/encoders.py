@@ -49,7 +49,15 @@ class EncoderOptions:
 
 
 def encoder_options(
-    path: str, *, tokenizer: str | None, backend: str, device: torch.device, max_length: int | None, dtype: torch.dtype | None = None
+    path: str,
+    *,
+    tokenizer: str | None,
+    backend: str,
+    device: torch.device,
+    max_length: int | None,
+    dtype: torch.dtype | None = None,
+    vram_gb: float | None = None,
+    ram_gb: float | None = None,
 ) -> EncoderOptions:
     """Options with the defaults that caching and training share: bfloat16 on a GPU and float32 on the CPU, the whole context."""
     return EncoderOptions(
@@ -59,6 +67,8 @@ def encoder_options(
         device=device,
         dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
         max_length=max_length or CONTEXT_TOKENS,
+        vram_gb=vram_gb,
+        ram_gb=ram_gb,
     )
 
 
