@@ -17,20 +17,23 @@ from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.contexts import TextContext, TextSource, load_contexts
 from musubi_tuner.generation.decode import decode_samples, try_decoders, write_sample
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
-from musubi_tuner.generation.encode import ConditioningEncoders, ConditioningLatents, encode_conditioning, still_crf
+from musubi_tuner.generation.encode import ConditioningEncoders, ConditioningLatents, encode_conditioning, still_crf, token_count
 from musubi_tuner.generation.jobs import Job, LoraUse, reference_factors
 from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage, make_stages
 from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
 from musubi_tuner.generation.unfinished import Unfinished
 from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
+from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.audio import Waveform
+from musubi_tuner.memory.sampling_plan import SamplingWork
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import NetworkStack, Strength
-from musubi_tuner.placement.sampling import load_for_sampling
+from musubi_tuner.placement.sampling import SamplingRequest, load_for_sampling
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
@@ -158,15 +161,7 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     if not waiting:
         return
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper = load_for_sampling(
-        setting.files.transformer,
-        setting.config.memory.as_of_training(),
-        mode=setting.config.model.ltx_mode,
-        timestep_format=setting.config.model.ltxv2_timestep_format,
-        device=setting.device,
-        dtype=setting.dtype,
-        samples=[one.inputs[number] for one in waiting],
-    )
+    wrapper = _load(number, waiting, setting)
     stack = NetworkStack(wrapper.transformer, setting.dtype)
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_networks(one, number, setting) for one in waiting))}
     waiting.sort(key=lambda one: order[_networks(one, number, setting)])
@@ -180,6 +175,54 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
             unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
     del wrapper, stack
     free_memory(setting.device)
+
+
+def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> OfficialLTXV2Wrapper:
+    """Planned for the largest of these clips, and tried by a step of it."""
+    config = setting.config
+    works = {one.job: _work(one, number, setting) for one in waiting}
+    largest = max(waiting, key=lambda one: (works[one.job].video_tokens + works[one.job].audio_tokens, works[one.job].passes))
+    work = dataclasses.replace(
+        works[largest.job],
+        passes=max(one.passes for one in works.values()),
+        networks_bytes=max(one.networks_bytes for one in works.values()),
+    )
+
+    def trial(wrapper: OfficialLTXV2Wrapper) -> None:
+        inputs = largest.inputs[number]
+        one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
+        stack = NetworkStack(wrapper.transformer, setting.dtype)
+        stack.use(_networks(largest, number, setting))
+        generate(wrapper, dataclasses.replace(inputs, plan=one_step))
+        stack.remove()
+
+    request = SamplingRequest(
+        checkpoint=setting.files.transformer,
+        mode=config.model.ltx_mode,
+        timestep_format=config.model.ltxv2_timestep_format,
+        device=setting.device,
+        dtype=setting.dtype,
+        memory=config.memory.as_of_training(),
+        work=work,
+    )
+    return load_for_sampling(request, trial)
+
+
+def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
+    inputs, plan = one.inputs[number], one.stages[number].plan
+    tokens = {name: token_count(inputs.prompt, name) if name in plan.streams else 0 for name in ("video", "audio")}
+    for name in plan.streams:
+        conditions = getattr(inputs.conditioning.conditions, name)
+        tokens[name] += sum(
+            beside.latents[0, 0].numel() for beside in (conditions.reference, conditions.keyframes) if beside is not None
+        ) // (1 if name == "video" else AUDIO_MEL_BINS)
+    return SamplingWork(
+        video_tokens=tokens["video"],
+        audio_tokens=tokens["audio"],
+        text_tokens=inputs.positive.text.shape[1],
+        passes=1 + plan.needs_negative + plan.needs_perturbed + plan.needs_isolated,
+        networks_bytes=sum(path.stat().st_size for path, strength in _networks(one, number, setting) if strength != Strength(0, 0)),
+    )
 
 
 def _networks(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:

@@ -81,6 +81,13 @@ class NetworkStack:
                     stacked = self._wrapped[name]
                     stacked.added = (*stacked.added, (layer, factor))
 
+    def remove(self) -> None:
+        """Put the model's own linears back."""
+        for name, stacked in self._wrapped.items():
+            owner_name, _, leaf = name.rpartition(".")
+            self._model.get_submodule(owner_name).add_module(leaf, stacked.base)
+        self._wrapped, self._used = {}, {}
+
     def _layers(self, file: NetworkFile) -> dict[str, "AddingLayer | _Difference"]:
         log.info("%s: %s", file.path.name, file.describe())
         if file.left_out:

@@ -149,7 +149,7 @@ def place_by_hand(options: MemoryOptions, blocks: int, device: torch.device, *, 
     return Placement(
         weight_format=weight_format,
         unquantized=unquantized,
-        streamed=_streamed(blocks, unquantized, _asked_for(options, blocks, unquantized) or 0),
+        streamed=streamed_blocks(blocks, unquantized, asked_for(options, blocks, unquantized) or 0),
         levels=(level,) * blocks,
         inputs_on_host=False,
         compiled=compiles(options, device),
@@ -171,7 +171,7 @@ def place_by_plan(
         UserError: nothing fits (says what is missing and what would help), or a format that the device does not multiply in.
     """
     compiled = compiles(options, machine.device)
-    formats, rates = _formats(options, machine, full_format)
+    formats, rates = formats_to_choose(options, machine, full_format)
     unquantized = unquantized_blocks(shape.blocks)
     limits = Limits(
         device_bytes=machine.device_bytes,
@@ -179,7 +179,7 @@ def place_by_plan(
         formats=formats,
         compute_bytes=4 if full_format == "float32" else 2,
         unquantized=len(unquantized),
-        streamed=_asked_for(options, shape.blocks, unquantized if formats != (full_format,) else frozenset()),
+        streamed=asked_for(options, shape.blocks, unquantized if formats != (full_format,) else frozenset()),
         level={None: None, True: Recompute.EVERYTHING.value, False: Recompute.NOTHING.value}[options.gradient_checkpointing],
         compiled=compiled,
         sharers=machine.sharers,
@@ -192,7 +192,7 @@ def place_by_plan(
     return Placement(
         weight_format=None if full else plan.weight_format,
         unquantized=frozenset() if full else unquantized,
-        streamed=_streamed(shape.blocks, frozenset() if full else unquantized, plan.streamed),
+        streamed=streamed_blocks(shape.blocks, frozenset() if full else unquantized, plan.streamed),
         levels=tuple(Recompute(name) for name in plan.levels),
         inputs_on_host=plan.inputs_on_host,
         compiled=compiled,
@@ -201,7 +201,7 @@ def place_by_plan(
     )
 
 
-def _formats(options: MemoryOptions, machine: Machine, full_format: str) -> tuple[tuple[str, ...], CardRates]:
+def formats_to_choose(options: MemoryOptions, machine: Machine, full_format: str) -> tuple[tuple[str, ...], CardRates]:
     """Formats to choose among, and the device's rates with that of the low-bit one among them."""
     wanted, low = options.wanted_format, machine.low_rates
     if wanted == "bf16":
@@ -259,7 +259,7 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     return rows
 
 
-def _asked_for(options: MemoryOptions, blocks: int, unquantized: frozenset[int]) -> int | None:
+def asked_for(options: MemoryOptions, blocks: int, unquantized: frozenset[int]) -> int | None:
     """`--blocks_to_swap`, no more than can be streamed: blocks that stay in full precision stay on the card too."""
     count, most = options.blocks_to_swap, blocks - len(unquantized)
     if count is not None and count > most:
@@ -268,7 +268,7 @@ def _asked_for(options: MemoryOptions, blocks: int, unquantized: frozenset[int])
     return None if count is None else min(count, most)
 
 
-def _streamed(blocks: int, unquantized: frozenset[int], count: int) -> tuple[int, ...]:
+def streamed_blocks(blocks: int, unquantized: frozenset[int], count: int) -> tuple[int, ...]:
     choice = [index for index in range(blocks) if index not in unquantized]
     return tuple(choice[place] for place in spread(len(choice), min(count, len(choice))))
 

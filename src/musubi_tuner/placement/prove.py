@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.attention import KERNELS_OF_A_CPU, SCORE_BYTES, choose_kernels, describe_choice, try_kernels, use_attention
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
@@ -21,7 +22,7 @@ from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.adapters import bytes_in_flight
 from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
-from musubi_tuner.placement.planning import Machine, Placement, place_by_hand, place_by_plan, read_machine
+from musubi_tuner.placement.planning import BatchTokens, Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import Processes
@@ -269,13 +270,23 @@ def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> Load
 
 
 def _choose_attention(request: ModelRequest) -> tuple[tuple[tuple[str, str], ...], bool]:
+    batches = (request.tokens, *request.other_tokens)
+    return choose_attention(request.memory, request.checkpoint, request.device, request.dtype, batches)
+
+
+def choose_attention(
+    options: MemoryOptions, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, batches: Sequence[BatchTokens]
+) -> tuple[tuple[tuple[str, str], ...], bool]:
     """Set the fastest kernels for the largest clip, tried while the card is still empty; a row for the banner, and whether what runs keeps
     its scores.
+
+    Args:
+        batches: of the run; the first is the one that the kernels are tried at.
 
     Raises:
         UserError: a kernel that is asked for and not to be had.
     """
-    mode, device, tokens = request.memory.attn_mode, request.device, request.tokens
+    mode, tokens = options.attn_mode, batches[0]
     if device.type != "cuda" or mode == "math":  # which takes everything
         if mode == "auto":
             return (), False
@@ -285,10 +296,10 @@ def _choose_attention(request: ModelRequest) -> tuple[tuple[tuple[str, str], ...
             )
         use_attention((mode, *(other for other in KERNELS_OF_A_CPU if other != mode)) if mode != "math" else (mode,))
         return (("attention", f"{mode}, as asked"),), mode == "math"
-    config = read_config(request.checkpoint)
+    config = read_config(checkpoint)
     times = try_kernels(
         device,
-        request.dtype,
+        dtype,
         tokens=max(1, (tokens.video or tokens.audio) // tokens.clips),
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim if tokens.video else config.audio_attention_head_dim,
@@ -296,6 +307,6 @@ def _choose_attention(request: ModelRequest) -> tuple[tuple[tuple[str, str], ...
     for name, reason in times.failed.items():
         log.warning("WARNING: the attention kernel %s failed in its trial and is not used: %s", name, reason)
     asked = None if mode == "auto" else mode
-    choice = choose_kernels(times, asked=asked, masks_are_rare=all(one.clips == 1 for one in (tokens, *request.other_tokens)))
+    choice = choose_kernels(times, asked=asked, masks_are_rare=all(one.clips == 1 for one in batches))
     use_attention(choice.order)
     return (("attention", describe_choice(times, choice, asked=asked)),), choice.keeps_scores

@@ -1,30 +1,190 @@
-"""A transformer that samples: where its weights lie, in which format, and how its blocks run."""
+"""A transformer that samples: planned for the largest sample, proved by one step of it, made leaner where memory does not suffice."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from musubi_tuner.config.model import MemoryOptions
-from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.transformer.load import STREAMS, read_config
+from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.memory.card import GIB, cap_device_memory
+from musubi_tuner.memory.plan import Limits
+from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose_sampling_plan, sampling_plans
+from musubi_tuner.memory.step_model import ModelShape
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.placement.load import load_for_generation
-from musubi_tuner.placement.planning import place_by_hand
+from musubi_tuner.placement.load import LOW_BIT, load_for_generation
+from musubi_tuner.placement.planning import (
+    BatchTokens,
+    Machine,
+    Placement,
+    asked_for,
+    compiles,
+    formats_to_choose,
+    place_by_hand,
+    read_machine,
+    streamed_blocks,
+    unquantized_blocks,
+)
+from musubi_tuner.placement.prove import choose_attention
+from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.tables import format_table
 
 log = logging.getLogger(__name__)
 
+_TRIALS = 3
+_AFTER_TOO_LITTLE = 1.15
+"""The budget of the next plan is smaller by this factor after each trial that found too little memory."""
 
-def load_for_sampling(
-    checkpoint: Checkpoint,
-    options: MemoryOptions,
-    *,
-    mode: str,
-    timestep_format: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    samples: Sequence[object],
-) -> OfficialLTXV2Wrapper:
-    """A model to sample `samples` with."""
-    placement = place_by_hand(options, read_config(checkpoint).num_layers, device)
-    return load_for_generation(checkpoint, placement, mode=mode, timestep_format=timestep_format, device=device, dtype=dtype)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingRequest:
+    """A model that is to sample."""
+
+    checkpoint: Checkpoint
+    mode: str
+    """`video`, `av` or `audio`"""
+    timestep_format: str
+    device: torch.device
+    dtype: torch.dtype
+    memory: MemoryOptions
+    work: SamplingWork
+    """The largest sample's."""
+
+
+def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wrapper], object]) -> OfficialLTXV2Wrapper:
+    """Load by the plan and prove it.
+
+    Args:
+        trial: runs one step of the largest sample, with the networks it is made with.
+
+    Raises:
+        UserError: no plan fits, or none held.
+    """
+    device, blocks = request.device, read_config(request.checkpoint).num_layers
+    tokens = BatchTokens(video=request.work.video_tokens, audio=request.work.audio_tokens, text=request.work.text_tokens, clips=1)
+    attention, _ = choose_attention(request.memory, request.checkpoint, device, request.dtype, [tokens])
+    machine = read_machine(device, request.memory, processes=1)
+    if machine is None:
+        return _load(request, place_by_hand(request.memory, blocks, device))
+    cap_device_memory(device, request.memory.vram_gb)
+    factor = 1.0
+    for _ in range(_TRIALS):
+        placement, plan = place_to_sample(request, dataclasses.replace(machine, device_bytes=int(machine.device_bytes / factor)))
+        try:
+            wrapper = _load(request, placement)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            trial(wrapper)
+        except torch.OutOfMemoryError:
+            factor *= _AFTER_TOO_LITTLE
+            log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
+            wrapper = None
+        free_memory(device)
+        if wrapper is not None:
+            log.info("%s", format_table([*describe(placement, plan, request), *_measured(plan, device), *attention], ("sampling", "")))
+            return wrapper
+    raise UserError(
+        "the largest clip ran out of memory however it was planned. Use a smaller size or fewer frames, or close other programs."
+    )
+
+
+def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placement, SamplingPlan]:
+    """The best plan that fits.
+
+    Raises:
+        UserError: none does; says what the leanest takes.
+    """
+    options, shape = request.memory, shape_of(request.checkpoint, request.mode)
+    full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
+    formats, rates = formats_to_choose(options, machine, full_format)
+    unquantized, compiled = unquantized_blocks(shape.blocks), compiles(options, machine.device)
+    limits = Limits(
+        device_bytes=machine.device_bytes,
+        host_bytes=machine.host_bytes,
+        formats=formats,
+        compute_bytes=request.dtype.itemsize,
+        unquantized=len(unquantized),
+        streamed=asked_for(options, shape.blocks, unquantized if formats != (full_format,) else frozenset()),
+        compiled=compiled,
+    )
+    plan = choose_sampling_plan(shape, request.work, rates, limits)
+    if plan is None:
+        leanest = min(sampling_plans(shape, request.work, rates, limits), key=lambda one: (one.device_bytes, one.host_bytes))
+        raise UserError(
+            f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed) takes "
+            f"{leanest.device_bytes / GIB:.1f} GiB on the device and {leanest.host_bytes / GIB:.1f} GiB pinned on the host; "
+            f"{machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} GiB may be used"
+            f"{'' if options.vram_gb is None else f' (--vram_gb {options.vram_gb:g})'}. Use a smaller size or fewer frames, or close other "
+            "programs that hold memory."
+        )
+    full = plan.weight_format == full_format
+    placement = Placement(
+        weight_format=None if full else plan.weight_format,
+        unquantized=frozenset() if full else unquantized,
+        streamed=streamed_blocks(shape.blocks, frozenset() if full else unquantized, plan.streamed),
+        levels=(None,) * shape.blocks,
+        inputs_on_host=False,
+        compiled=compiled,
+        plan=None,
+    )
+    return placement, plan
+
+
+def shape_of(checkpoint: Checkpoint, mode: str) -> ModelShape:
+    """The sizes of the part of a model that `mode` builds."""
+    config = read_config(checkpoint)
+    with torch.device("meta"):
+        model = LTXModel(config, STREAMS[mode])
+    low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
+    each = low_bit // config.num_layers
+    total = sum(p.numel() for p in model.parameters())
+    return ModelShape(
+        blocks=config.num_layers,
+        video_dim=config.video_dim,
+        audio_dim=config.audio_dim,
+        block_weights=each,
+        other_weights=total - each * config.num_layers,
+        heads=config.num_attention_heads,
+    )
+
+
+def describe(placement: Placement, plan: SamplingPlan, request: SamplingRequest) -> list[tuple[str, str]]:
+    """Rows of a table."""
+    blocks, full = len(placement.levels), str(request.dtype).removeprefix("torch.")
+    weights = placement.weight_format or full
+    if placement.unquantized:
+        weights += f" ({len(placement.unquantized)} of {blocks} blocks in {full})"
+    if placement.streamed:
+        weights += f", {len(placement.streamed)} of {blocks} blocks streamed from host memory"
+    rows = [
+        ("weights", weights),
+        ("blocks", "compiled" if placement.compiled else "not compiled"),
+        ("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"),
+        ("", f"{plan.seconds:.2f} s a step of {request.work.passes} pass(es) of the largest sample"),
+    ]
+    if plan.stalled > 0:
+        rows.append(("", f"{plan.stalled / plan.seconds:.0%} of it waits for streamed weights"))
+    return rows
+
+
+def _measured(plan: SamplingPlan, device: torch.device) -> list[tuple[str, str]]:
+    if device.type != "cuda":
+        return []
+    taken = torch.cuda.max_memory_allocated(device)
+    return [("measured", f"{taken / GIB:.2f} GiB on the device ({taken / plan.device_bytes - 1:+.0%} of the prediction), one step")]
+
+
+def _load(request: SamplingRequest, placement: Placement) -> OfficialLTXV2Wrapper:
+    return load_for_generation(
+        request.checkpoint,
+        placement,
+        mode=request.mode,
+        timestep_format=request.timestep_format,
+        device=request.device,
+        dtype=request.dtype,
+    )
