@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     from musubi_tuner.memory.attention import use_attention
 
     use_attention(("flash", "efficient"))
-    print("| weights | blocks | streamed | passes | clip | planned GB | allocated | reserved |\n" + "|---" * 8 + "|")
+    print("| weights | blocks | streamed | passes | clip | planned GB | allocated | reserved |\n" + "|---" * 8 + "|", flush=True)
     for weight_format in options.formats:
         for run in options.run:
             measure(weight_format, run == "compiled", options)
@@ -69,12 +69,11 @@ def measure(weight_format: str, compiled: bool, options: argparse.Namespace) -> 
     run_blocks(weights, placement, device, max_rank=0, samples=True)
     wrapper = OfficialLTXV2Wrapper(model, "sd3_0_1").eval()
     torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
     for size in options.sizes:
-        _measure_size(wrapper, size, weight_format, compiled, options, held)
+        _measure_size(wrapper, size, weight_format, compiled, options)
 
 
-def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, options: argparse.Namespace, held: int) -> None:
+def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, options: argparse.Namespace) -> None:
     import torch
 
     from musubi_tuner.config.preview import GuidanceOptions
@@ -98,13 +97,21 @@ def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, o
             torch.cuda.reset_peak_memory_stats()
             generate(wrapper, sample)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        unit = 2 * (width // 32 * (height // 32) * (1 + frames // 8) * 4096 + 126 * 2048)
         passes = 4 if plan is guided else 1
-        print(
-            f"| {weight_format} | {'compiled' if compiled else 'eager'} | {options.streamed} | {passes} | {size} | "
-            f"{held / 1e9:.2f} + {(allocated - held) / unit:.1f} units | {allocated / 1e9:.2f} | {reserved / 1e9:.2f} |",
-            flush=True,
-        )
+        planned = _planned(weight_format, compiled, options.streamed, width // 32 * (height // 32) * (1 + frames // 8), frames, passes)
+        found = [f"{value / 1e9:.2f} ({value / planned - 1:+.1%})" for value in (allocated, reserved)]
+        cells = (weight_format, "compiled" if compiled else "eager", options.streamed, passes, size, f"{planned / 1e9:.2f}", *found)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def _planned(weight_format: str, compiled: bool, streamed: int, tokens: int, frames: int, passes: int) -> int:
+    from benchmarks.plans import MODEL, rates
+    from musubi_tuner.memory.plan import Limits
+    from musubi_tuner.memory.sampling_plan import SamplingWork, sampling_plans
+
+    work = SamplingWork(video_tokens=tokens, audio_tokens=round(frames / 24 * 25), text_tokens=1024, passes=passes, networks_bytes=0)
+    limits = Limits(device_bytes=2**60, host_bytes=2**60, formats=(weight_format,), streamed=streamed, compiled=compiled)
+    return next(sampling_plans(MODEL, work, rates("H100 80G"), limits)).device_bytes
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
