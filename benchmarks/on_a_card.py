@@ -1,8 +1,8 @@
 """The first half hour on a card, in three parts that each end within ten minutes: what is right comes first, then what docs/ says.
 
     python3 -m benchmarks.on_a_card 1 --output DIR      tests/gpu to its end
-    python3 -m benchmarks.on_a_card 2 --output DIR      a step of 8 and of 48 blocks, beside diffusers
-    python3 -m benchmarks.on_a_card 3 --output DIR      the trainer itself: a 16 GB card, fp8, streaming
+    python3 -m benchmarks.on_a_card 2 --output DIR      steps of 8 blocks beside diffusers, a run of 48
+    python3 -m benchmarks.on_a_card 3 --output DIR      the trainer as on a 16 GB card, and in fp8
 
 Each command is shown with its time and exit code; what it prints lies in DIR too. A command that runs out of its time is ended, and the
 next one starts. docs/development/benchmarks.md, "On a card for the first time", lists what a machine without a network needs.
@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PARTS: dict[str, tuple[tuple[str, int, str], ...]] = {
-    "1": (("tests", 400, "-m pytest tests/gpu -q -n 6 -p no:cacheprovider --durations=10"),),
+    "1": (("tests", 400, "-m pytest tests/gpu -v -n 6 -p no:cacheprovider --durations=10"),),
     "2": (
         ("8_blocks", 300, "-m benchmarks.step --blocks 4 8 --shapes 768x512x121 --impl ours ours-fp8 diffusers --rounds 3"),
-        ("48_blocks", 200, "-m benchmarks.step --blocks 48 --shapes 768x512x121 --impl ours --rounds 3"),
+        ("48_blocks", 200, "-m benchmarks.training --shape 768x512x121 --steps 8"),
     ),
     "3": (
-        ("16_gb", 190, "-m benchmarks.training --shape 768x512x49 --steps 8 -- --vram_gb 15.5 --ram_gb 24"),
-        ("fp8", 190, "-m benchmarks.training --shape 768x512x121 --steps 8 -- --weight_format fp8"),
-        ("streamed", 190, "-m benchmarks.step --blocks 48 --shapes 768x512x121 --impl ours-fp8 ours-fp8-streamed --rounds 3"),
+        ("16_gb", 280, "-m benchmarks.training --shape 768x512x49 --steps 8 -- --vram_gb 15.5 --ram_gb 24"),
+        ("fp8", 220, "-m benchmarks.training --shape 768x512x121 --steps 8 -- --weight_format fp8"),
     ),
 }
 """{part: (name, seconds at most, what Python runs)}."""
