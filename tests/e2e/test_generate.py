@@ -206,3 +206,32 @@ def test_what_is_lacking_is_said_before_the_model_is_loaded(tiny_family, texts, 
     known = {"UP": str(tiny_family.upsampler), "MODEL": str(tiny_family.ltx23)}
     with pytest.raises(UserError, match=says):
         run(tiny_family, texts, tmp_path, *(known.get(flag, flag) for flag in flags))
+
+
+def test_statistics_name_stage_step_and_tensor(tiny_family, texts, tmp_path):
+    flags = ("--prompt", "a dog", "--pipeline", "two_stage", "--debug_sampling", *second_stage(tiny_family))
+    (clip,) = run(tiny_family, texts, tmp_path, *flags)
+    lines = [json.loads(line) for line in (tmp_path / f"{clip.stem}_sampling.jsonl").read_text(encoding="utf-8").splitlines()]
+    guided = [line for line in lines if line["tensor"] == "guided prediction" and line["stream"] == "audio"]
+    assert [(line["stage"], line["step"]) for line in guided] == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+    assert {line["tensor"] for line in lines if line["stage"] == 1} == {
+        "velocity, prompt pass", "velocity, negative pass", "velocity, perturbed pass", "velocity, isolated pass", "guided prediction",
+    }  # fmt: skip
+    assert all(line["min"] <= line["mean"] <= line["max"] for line in lines)
+
+
+def test_nan_is_told_with_stage_and_step(tiny_family, texts, tmp_path, monkeypatch):
+    from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+
+    real, calls = OfficialLTXV2Wrapper.forward, []
+
+    def broken(self, *arguments):
+        velocity = real(self, *arguments)
+        calls.append(1)
+        return velocity._replace(audio=velocity.audio * float("nan")) if len(calls) > 10 else velocity
+
+    monkeypatch.setattr(OfficialLTXV2Wrapper, "forward", broken)
+    with pytest.raises(
+        UserError, match="NaN or infinity in the audio velocity of the isolated pass, step 1 of 2|NaN or infinity in the audio"
+    ):
+        run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--sample_steps", "4")

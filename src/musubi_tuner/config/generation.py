@@ -30,6 +30,7 @@ class ClipOptions:
     audio: AnyPath | None = flag("sound that the pictures are made to, where a prompt names none", default=None)
     output_dir: AnyPath = flag("folder of the clips", default=Path("generated"), common=True)
     output_name: FileName = flag("what the names of the clips begin with", default="clip")
+    debug_sampling: bool = flag("write statistics of every step and tensor beside the clip, as NAME_sampling.jsonl", default=False)
     recreate: AnyPath | None = flag(
         "make this clip again from the recipe in it, with the flags that are given besides; its LoRAs are looked for by their hashes among "
         "--lora_folder",

@@ -23,6 +23,7 @@ from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, S
 from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
 from musubi_tuner.generation.unfinished import Unfinished
+from musubi_tuner.generation.watching import watching
 from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
 from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -171,7 +172,8 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
         for one in waiting:
             stack.use(_networks(one, number, setting))
             started = time.perf_counter()
-            latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance)
+            with watching(setting.config, one.job.stem, number + 1) as watch:
+                latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
             unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
     del wrapper, stack
     free_memory(setting.device)

@@ -52,6 +52,10 @@ class SampledLatents:
         return geometry.patchify_video(latents) if name == "video" else geometry.patchify_audio(latents)
 
 
+Watch = Callable[[int, float, str, str, Tensor], object]
+"""(step, noise level, stream, what it is, values)"""
+
+
 @torch.inference_mode()
 def generate(
     wrapper: OfficialLTXV2Wrapper,
@@ -59,19 +63,21 @@ def generate(
     *,
     start: SampledLatents | None = None,
     advance: Callable[[], object] = lambda: None,
+    watch: Watch | None = None,
 ) -> SampledLatents:
     """Latents of one sample. Depends on the prompt's seed alone, not on any global random state.
 
     Args:
         start: latents of the sample's size that are brought to the first noise level and refined from there; None = noise alone.
         advance: called after each step.
+        watch: is told of every prediction, for diagnostics.
 
     Raises:
         UserError: the model gave NaN or infinity; names the step, the pass and the tensor.
     """
     device = next(wrapper.parameters()).device
     prompt, plan = sample.prompt, sample.plan
-    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device), _passes(sample, device))
+    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device), _passes(sample, device), watch)
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
     values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
     keep = denoiser.keep_clean
@@ -92,6 +98,7 @@ class _Denoiser:
     streams: Mapping[str, TokenStream]
     passes: Mapping[str, tuple[Tensor, Tensor | None, Perturbations | None]]
     """Text, mask and perturbations of each forward pass that one step needs, on the device: the prompt's own first."""
+    watch: Watch | None
 
     def predict(self, values: Mapping[str, Tensor], sigma: Tensor, step: int) -> dict[str, Tensor]:
         """Guided x0 of every stream from its (1, N, C) values at noise level `sigma`; conditioning tokens stay clean."""
@@ -103,8 +110,14 @@ class _Denoiser:
                 own = values[name].shape[1]
                 velocity = getattr(velocities, name)[:, :own].float()
                 self._require_finite(velocity, step, f"{name} velocity of the {which} pass")
+                if self.watch is not None:
+                    self.watch(step, float(sigma), name, f"velocity, {which} pass", velocity)
                 x0[name][which] = velocity_to_x0(modality.latent[:, :own].float(), velocity, modality.timesteps[:, :own, None])
-        return {name: self.keep_clean(name, self._guided(name, of_stream)) for name, of_stream in x0.items()}
+        guided = {name: self.keep_clean(name, self._guided(name, of_stream)) for name, of_stream in x0.items()}
+        if self.watch is not None:
+            for name, value in guided.items():
+                self.watch(step, float(sigma), name, "guided prediction", value)
+        return guided
 
     def keep_clean(self, name: str, values: Tensor) -> Tensor:
         """A stream's (1, N, C) values, with its conditioning tokens as they are."""
@@ -118,7 +131,7 @@ class _Denoiser:
     def _require_finite(self, tensor: Tensor, step: int, what: str) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"preview of {self.sample.prompt.where}: NaN or infinity in the {what}, step {step} of {self.sample.plan.steps}. "
+                f"{self.sample.prompt.where}: NaN or infinity in the {what}, step {step} of {self.sample.plan.steps}. "
                 "The LoRA may have diverged: lower --learning_rate and resume from an earlier state. "
                 "A preview by --sample_at_first tells whether the base model alone is sound."
             )
