@@ -233,3 +233,16 @@ def test_nan_is_told_with_stage_and_step(tiny_family, texts, tmp_path, monkeypat
     monkeypatch.setattr(OfficialLTXV2Wrapper, "forward", broken)
     with pytest.raises(UserError, match="NaN or infinity in the audio velocity of the perturbed pass, step 3 of 4"):
         run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--sample_steps", "4")
+
+
+def test_a_long_clip_is_made_in_windows(tiny_family, texts, tmp_path):
+    flags = ("--prompt", "a dog --f 97", "--window_frames", "33", "--window_overlap", "9", "--sample_width", "64")
+    (clip,) = run(tiny_family, texts, tmp_path, *flags)
+    with av.open(str(clip)) as container:
+        assert len(list(container.decode(video=0))) == 97
+    with av.open(str(clip)) as container:
+        assert abs(sum(frame.samples for frame in container.decode(audio=0)) / 48000 - 97 / 24) < 0.1
+    assert read_recipe(clip).facts["windows"] == [33, 9]
+    for wrong, says in (("16", "8n"), ("9", "at least 17")):
+        with pytest.raises(UserError, match=says):
+            run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--window_frames", wrong)

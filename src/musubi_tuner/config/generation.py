@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.model import MemoryOptions, Mode, TextTokens
 from musubi_tuner.config.preview import GuidanceOptions
-from musubi_tuner.config.validation import AnyPath, FileName, List, Positive, Seed, Text, Whole, options
+from musubi_tuner.config.validation import AnyPath, FileName, Frames, List, Positive, Seed, Text, Whole, options
 from musubi_tuner.runtime.errors import UserError
 
 LoraStrength = Annotated[float, Field(ge=-100, le=100)]
@@ -52,7 +52,21 @@ class PipelineOptions:
     )
     spatial_upsampler_path: AnyPath | None = flag("latent upsampler (x2) between two stages", default=None, common=True)
     distilled_lora: AnyPath | None = flag("distilled LoRA for the second stage of two_stage, keyframes and hq", default=None, common=True)
+    window_frames: Frames | None = flag(
+        "frames, 8n+1, that the model takes of a long clip at once, in windows that overlap; default: all of them", default=None
+    )
+    window_overlap: Frames | None = flag("frames, 8n+1, that neighboring windows share; default: a quarter of a window", default=None)
     distilled_lora_strength: LoraStrength | None = flag("default: 1; hq 0.25 and 0.5", default=None)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PipelineOptions":
+        if self.window_frames is None and self.window_overlap is not None:
+            raise UserError("--window_overlap says how much windows share; give --window_frames too.")
+        if self.window_frames is not None and self.window_frames < 17:
+            raise UserError(f"--window_frames {self.window_frames}: must be at least 17, so that windows can overlap.")
+        if self.window_frames is not None and self.window_overlap is not None and not 1 < self.window_overlap < self.window_frames:
+            raise UserError(f"--window_overlap {self.window_overlap}: must lie between 9 and --window_frames {self.window_frames}.")
+        return self
 
 
 @options

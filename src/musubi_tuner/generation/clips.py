@@ -17,15 +17,24 @@ from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.contexts import TextContext, TextSource, load_contexts
 from musubi_tuner.generation.decode import decode_samples, try_decoders, write_sample
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
-from musubi_tuner.generation.encode import ConditioningEncoders, ConditioningLatents, encode_conditioning, still_crf, token_count
+from musubi_tuner.generation.encode import (
+    ConditioningEncoders,
+    ConditioningLatents,
+    audio_steps,
+    encode_conditioning,
+    still_crf,
+    token_count,
+    video_cells,
+)
 from musubi_tuner.generation.jobs import Job, LoraUse, reference_factors
 from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage, make_stages
 from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
 from musubi_tuner.generation.unfinished import Unfinished
 from musubi_tuner.generation.watching import watching
+from musubi_tuner.generation.windows import WindowSize, spans_of
 from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
-from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS
+from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS, latent_frames
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
@@ -41,6 +50,9 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_OVERLAP = 4
+"""Part of a window that it shares with the next one, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +142,18 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
     encoded: dict[tuple[PreviewPrompt, tuple[str, ...]], ConditioningLatents] = {}
     planned = []
     for job in jobs:
-        inputs = tuple(_inputs(stage, contexts, encoders, encoded) for stage in stages[job])
+        inputs = tuple(_inputs(stage, contexts, encoders, encoded, _window(config)) for stage in stages[job])
         planned.append(Planned(job, recipes[job], stages[job], inputs))
     encoders.close()
     return planned
+
+
+def _window(config: GenerateConfig) -> WindowSize | None:
+    frames, overlap = config.pipeline.window_frames, config.pipeline.window_overlap
+    if frames is None:
+        return None
+    whole = latent_frames(frames)
+    return WindowSize(whole, max(1, whole // _OVERLAP) if overlap is None else latent_frames(overlap) - 1)
 
 
 def _inputs(
@@ -141,6 +161,7 @@ def _inputs(
     contexts: Mapping[str, TextContext],
     encoders: ConditioningEncoders,
     encoded: dict[tuple[PreviewPrompt, tuple[str, ...]], ConditioningLatents],
+    window: WindowSize | None,
 ) -> SampleInputs:
     """Prompts that differ in text, seed and guidance alone share what their files are encoded to."""
     prompt, plan = stage.prompt, stage.plan
@@ -153,6 +174,7 @@ def _inputs(
         positive=contexts[prompt.prompt],
         negative=contexts[prompt.negative] if plan.needs_negative else None,
         conditioning=encoded[key],
+        window=window,
     )
 
 
@@ -212,7 +234,12 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
 
 def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
     inputs, plan = one.inputs[number], one.stages[number].plan
+    frames, height, width = video_cells(inputs.prompt)
     tokens = {name: token_count(inputs.prompt, name) if name in plan.streams else 0 for name in ("video", "audio")}
+    if inputs.window is not None:
+        spans = spans_of(frames, audio_steps(inputs.prompt), inputs.prompt.fps, inputs.window)
+        longest = {name: max(span[name].end - span[name].start for span in spans) for name in ("video", "audio")}
+        tokens = {name: min(count, longest[name] * (height * width if name == "video" else 1)) for name, count in tokens.items()}
     for name in plan.streams:
         conditions = getattr(inputs.conditioning.conditions, name)
         tokens[name] += sum(

@@ -1,5 +1,6 @@
 """From noise to latents: the same noise levels, positions and model inputs as in training, by the same functions."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
 from musubi_tuner.generation.samplers import sample as run_sampler
 from musubi_tuner.generation.sampling import SamplingPlan
+from musubi_tuner.generation.windows import Piece, WindowSize, cut, spans_of
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
@@ -34,6 +36,8 @@ class SampleInputs:
     """None where nothing is guided away from it."""
     conditioning: ConditioningLatents = TEXT_ALONE
     """What the sample is conditioned on besides text."""
+    window: WindowSize | None = None
+    """What the model takes of a long clip at once; None = all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +82,12 @@ def generate(
     device = next(wrapper.parameters()).device
     prompt, plan = sample.prompt, sample.plan
     denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device), _passes(sample, device), watch)
+    predict = denoiser.predict if sample.window is None else _Windowed.of(denoiser, sample.window).predict
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
     values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
     keep = denoiser.keep_clean
     with wrapper.transformer.remembering_positions():
-        values = run_sampler(plan.sampler, values, levels, denoiser.predict, keep, seed=prompt.seed, advance=advance)
+        values = run_sampler(plan.sampler, values, levels, predict, keep, seed=prompt.seed, advance=advance)
     return SampledLatents(
         video=geometry.unpatchify_video(_own(values, "video", prompt), *video_cells(prompt)).cpu() if "video" in values else None,
         audio=geometry.unpatchify_audio(_own(values, "audio", prompt)).cpu() if "audio" in values else None,
@@ -135,6 +140,40 @@ class _Denoiser:
                 "The LoRA may have diverged: lower --learning_rate and resume from an earlier state. "
                 "A preview by --sample_at_first tells whether the base model alone is sound."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Windowed:
+    """Predicts a long clip window by window (generation/windows.py)."""
+
+    pieces: tuple[tuple[_Denoiser, Mapping[str, Piece]], ...]
+
+    @staticmethod
+    def of(whole: _Denoiser, size: WindowSize) -> "_Windowed":
+        prompt, streams = whole.sample.prompt, whole.streams
+        frames, height, width = video_cells(prompt)
+        per_cell = {"video": height * width, "audio": 1}
+        pieces = []
+        for spans in spans_of(frames, audio_steps(prompt), prompt.fps, size):
+            cuts = {
+                name: cut(stream, spans[name], tokens=token_count(prompt, name), per_cell=per_cell[name])
+                for name, stream in streams.items()
+            }
+            own = {name: piece.stream for name, piece in cuts.items()}
+            pieces.append((dataclasses.replace(whole, streams=own), cuts))
+        return _Windowed(tuple(pieces))
+
+    def predict(self, values: Mapping[str, Tensor], sigma: Tensor, step: int) -> dict[str, Tensor]:
+        totals = {name: torch.zeros_like(value) for name, value in values.items()}
+        weights = {name: torch.zeros_like(value[..., :1]) for name, value in values.items()}
+        for denoiser, cuts in self.pieces:
+            index = {name: piece.index[piece.index < values[name].shape[1]] for name, piece in cuts.items()}
+            found = denoiser.predict({name: values[name][:, own] for name, own in index.items()}, sigma, step)
+            for name, x0 in found.items():
+                weight = cuts[name].weights[: len(index[name])]
+                totals[name][:, index[name]] += weight * x0
+                weights[name][:, index[name]] += weight
+        return {name: total / weights[name] for name, total in totals.items()}
 
 
 def _passes(sample: SampleInputs, device: torch.device) -> dict[str, tuple[Tensor, Tensor | None, Perturbations | None]]:

@@ -69,6 +69,7 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
         "weight_format": config.memory.weight_format,
         "pipeline": pipeline.pipeline,
         "distilled_lora_strength": pipeline.distilled_lora_strength,
+        "windows": [pipeline.window_frames, pipeline.window_overlap],
         "guidance": dataclasses.asdict(config.guidance),
         "loras": [{**_file(use.path), "video": use.strength.video, "audio": use.strength.audio} for use in job.loras],
         "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
