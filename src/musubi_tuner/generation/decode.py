@@ -57,8 +57,10 @@ def video_decoder(checkpoint: Checkpoint, device: torch.device) -> Iterator["Vid
 
 def to_frames(vae: "VideoVAE", latents: Tensor) -> Tensor:
     """(1, 128, f, h, w) normalized latents -> (F, H, W, 3) uint8, on the CPU."""
-    pixels = vae.decode(latents)[0].permute(1, 2, 3, 0)
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    parts = []
+    for pixels in vae.decode_in_parts(latents, device=torch.device("cpu")):
+        parts.append(((pixels[0].permute(1, 2, 3, 0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+    return torch.cat(parts)
 
 
 def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Waveform]:

@@ -1,10 +1,11 @@
 """Running a network over a large array in overlapping tiles, blended by linear ramps."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.runtime.device import to_device
@@ -72,17 +73,41 @@ def run_tiled(
         out_shape: shape of the whole result, (B, C, F, H, W).
         run: maps a tile of `x` to a tile of the result, a tensor of its own, exactly as long as its `write` spans.
     """
-    total: Tensor | None = None
-    weight_sum: Tensor | None = None
-    for frames, rows, columns in itertools.product(*spans):
-        tile = run(x[:, :, frames.read, rows.read, columns.read]).float()
-        along = [to_device(span.weights, tile.device) for span in (frames, rows, columns)]
-        weights = along[0][:, None, None] * along[1][None, :, None] * along[2][None, None, :]
-        if total is None or weight_sum is None:
-            total = torch.zeros(out_shape, device=tile.device)
-            weight_sum = torch.zeros(out_shape[2:], device=tile.device)
-        place = (frames.write, rows.write, columns.write)
-        total[(..., *place)] += tile.mul_(weights)
-        weight_sum[place] += weights
-    assert total is not None and weight_sum is not None, "each axis has a tile"
-    return total.div_(weight_sum)
+    return torch.cat(list(run_in_parts(x, spans, out_shape, run)), dim=2)
+
+
+def run_in_parts(
+    x: Tensor,
+    spans: tuple[list[Span], list[Span], list[Span]],
+    out_shape: tuple[int, ...],
+    run: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | None = None,
+) -> Iterator[Tensor]:
+    """What `run_tiled` gives, as consecutive parts along the frames, each as soon as no other tile reaches it.
+
+    Args:
+        device: where tiles are blended; None = where `run` leaves them.
+    """
+    frames, rows, columns = spans
+    total = weight_sum = None
+    begun = 0
+    for place, span in enumerate(frames):
+        for row, column in itertools.product(rows, columns):
+            tile = run(x[:, :, span.read, row.read, column.read]).float()
+            tile = tile if device is None else tile.to(device)
+            along = [to_device(one.weights, tile.device) for one in (span, row, column)]
+            weights = along[0][:, None, None] * along[1][None, :, None] * along[2][None, None, :]
+            if total is None or weight_sum is None:
+                total, weight_sum = (torch.zeros((*lead, 0, *out_shape[3:]), device=tile.device) for lead in (out_shape[:2], ()))
+            if (missing := span.write.stop - begun - total.shape[2]) > 0:
+                total = F.pad(total, (0, 0, 0, 0, 0, missing))
+                weight_sum = F.pad(weight_sum, (0, 0, 0, 0, 0, missing))
+            where = (slice(span.write.start - begun, span.write.stop - begun), row.write, column.write)
+            total[(..., *where)] += tile.mul_(weights)
+            weight_sum[where] += weights
+        assert total is not None and weight_sum is not None, "each axis has a tile"
+        until = frames[place + 1].write.start if place + 1 < len(frames) else out_shape[2]
+        if (count := until - begun) > 0:
+            yield total[:, :, :count] / weight_sum[:count]
+            total, weight_sum, begun = total[:, :, count:].clone(), weight_sum[count:].clone(), until

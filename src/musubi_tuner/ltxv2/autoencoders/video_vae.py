@@ -1,7 +1,7 @@
 """The video VAE: diffusers' network, the official config and weights, latents normalized as the official encoder returns them."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
-from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_tiled
+from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_in_parts, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
@@ -141,13 +141,23 @@ class VideoVAE:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1."""
+        return torch.cat(list(self.decode_in_parts(latents, device=None)), dim=2)
+
+    @torch.inference_mode()
+    def decode_in_parts(self, latents: Tensor, *, device: torch.device | None) -> Iterator[Tensor]:
+        """What `decode` gives, as consecutive parts along the frames, so that nobody has to hold a long clip in float32.
+
+        Args:
+            device: where parts are put together; None = the decoder's.
+        """
         batch, _, *cells = latents.shape
         rows, columns = (_space_spans(count, self._tiles.space, encode=False) for count in cells[1:])
         spans = (_time_spans(cells[0], self._tiles.time), rows, columns)
         if all(len(axis) == 1 for axis in spans):
-            return self._decode(latents)
+            yield self._decode(latents)
+            return
         shape = (batch, 3, (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE)
-        return run_tiled(latents, spans, shape, self._decode)
+        yield from run_in_parts(latents, spans, shape, self._decode, device=device)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         mean = self._network.encode(pixels.to(device=self.device, dtype=self._dtype)).latent_dist.mode().float()
