@@ -18,7 +18,7 @@ from musubi_tuner.config.preview import GuidanceOptions
 from musubi_tuner.flow.res_2s import normal_noise
 from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
-from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents
+from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps
 from musubi_tuner.generation.pipelines import Stage, make_stages
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -230,6 +230,71 @@ def test_a_reference_of_an_ic_lora(official, models, factor, strength):
     item = official.conditioning.VideoConditionByReferenceLatent(latent=latents, downscale_factor=factor, strength=strength)
     shown = ConditioningLatents(conditions=Conditions(video=StreamConditions(reference=reference)))
     compare(official, models, [first, second], [(shown, [item]), (TEXT_ALONE, [])])
+
+
+@pytest.mark.parametrize("pipeline", ["one_stage", "two_stage"])
+def test_sound_that_pictures_are_made_to(official, models, monkeypatch, pipeline):
+    """As v1.2: a stream that is frozen has noise level 0 in everything, and the negative pass keeps its prompt."""
+    wrapper, model = models
+    plain = official.helpers.modality_from_latent_state
+
+    def frozen_at_zero(state, context, sigma, enabled=True):
+        return plain(state, context, sigma * bool(state.denoise_mask.any()), enabled)
+
+    monkeypatch.setattr(official.helpers, "modality_from_latent_state", frozen_at_zero)
+    widths = (wrapper.config.video_context_width, wrapper.config.audio_context_width)
+    stages, before = stages_of(pipeline, wrapper, prompt(), 4), None
+    steps = audio_steps(stages[0].prompt)
+    sound = torch.randn(1, 8, steps, 16, generator=torch.Generator().manual_seed(10))
+    conditioning = ConditioningLatents(
+        audio=sound, conditions=Conditions(audio=StreamConditions(clean=torch.ones(1, steps, dtype=torch.bool)))
+    )
+    for stage in stages:
+        inputs = SampleInputs(
+            prompt=stage.prompt,
+            plan=stage.plan,
+            positive=parts.context(wrapper, 0),
+            negative=parts.context(wrapper, 1) if stage.plan.needs_negative else None,
+            conditioning=conditioning,
+        )
+        start = None
+        if stage.refines:
+            start = SampledLatents(video=before.video.repeat_interleave(2, -1).repeat_interleave(2, -2), audio=sound)
+        ours = generate(wrapper, inputs, start=start)
+        with torch.inference_mode():
+            theirs = official_from_sound(official, model, widths, stage, inputs, sound, start)
+        assert torch.equal(ours.audio, sound)
+        assert (ours.video - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1), stage.prompt.width
+        before = ours
+
+
+def official_from_sound(official, model, widths, stage: Stage, inputs: SampleInputs, sound, start: SampledLatents | None):
+    prompt, scales, helpers = stage.prompt, stage.plan.video, official.helpers
+    video, audio = inputs.positive.text.split(widths, dim=-1)
+    predict = helpers.simple_denoising_func(video, audio, model)
+    if inputs.negative is not None:
+        guiders, none = official.guiders, official.guiders.MultiModalGuiderParams()
+        params = guiders.MultiModalGuiderParams(
+            cfg_scale=scales.cfg, stg_scale=scales.stg, rescale_scale=scales.rescale, modality_scale=scales.modality,
+            stg_blocks=list(stage.plan.stg_blocks),
+        )  # fmt: skip
+        both = [guiders.MultiModalGuider(params, inputs.negative.text.split(widths, dim=-1)[0]), guiders.MultiModalGuider(none)]
+        predict = helpers.multi_modal_guider_denoising_func(*both, v_context=video, a_context=audio, transformer=model)
+    state = helpers.denoise_video_only(
+        output_shape=official.VideoPixelShape(batch=1, frames=prompt.frames, width=prompt.width, height=prompt.height, fps=prompt.fps),
+        conditionings=[],
+        noiser=OurNoise(prompt, "preview" if start is None else "refine"),
+        sigmas=stage.plan.sigmas,
+        stepper=official.steps.EulerDiffusionStep(),
+        denoising_loop_fn=lambda sigmas, v, a, stepper: official.samplers.euler_denoising_loop(sigmas, v, a, stepper, predict),
+        components=official.PipelineComponents(dtype=torch.float32, device=torch.device("cpu")),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        noise_scale=float(stage.plan.sigmas[0]),
+        initial_video_latent=None if start is None else start.video,
+        initial_audio_latent=sound,
+    )
+    return state.latent
 
 
 def test_the_upsampler(official, tiny_family):

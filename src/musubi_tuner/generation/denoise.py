@@ -10,7 +10,7 @@ from torch import Tensor
 from musubi_tuner.conditioning.apply import condition
 from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.conditioning.tokens import TokenStream, audio_stream, model_input, video_stream
-from musubi_tuner.flow.guidance import guide
+from musubi_tuner.flow.guidance import OFF, guide
 from musubi_tuner.flow.path import add_noise, model_sigma, velocity_to_x0
 from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
@@ -80,9 +80,11 @@ def generate(
         UserError: the model gave NaN or infinity; names the step, the pass and the tensor.
     """
     device = next(wrapper.parameters()).device
-    prompt, plan = sample.prompt, sample.plan
-    denoiser = _Denoiser(wrapper, sample, _make_streams(sample, device), _passes(sample, device), watch)
+    streams = _make_streams(sample, device)
+    sample = _guided_where_generated(sample, _frozen(streams))
+    denoiser = _Denoiser(wrapper, sample, streams, _passes(wrapper, sample, streams), watch)
     predict = denoiser.predict if sample.window is None else _Windowed.of(denoiser, sample.window).predict
+    prompt, plan = sample.prompt, sample.plan
     levels = model_sigma(plan.sigmas, wrapper.timestep_format).to(device)
     values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
     keep = denoiser.keep_clean
@@ -176,18 +178,44 @@ class _Windowed:
         return {name: total / weights[name] for name, total in totals.items()}
 
 
-def _passes(sample: SampleInputs, device: torch.device) -> dict[str, tuple[Tensor, Tensor | None, Perturbations | None]]:
-    plan = sample.plan
-    contexts: dict[str, tuple[TextContext, Perturbations | None]] = {"prompt": (sample.positive, None)}
+def _passes(
+    wrapper: OfficialLTXV2Wrapper, sample: SampleInputs, streams: Mapping[str, TokenStream]
+) -> dict[str, tuple[Tensor, Tensor | None, Perturbations | None]]:
+    plan, device = sample.plan, next(iter(streams.values())).clean.device
+    text, mask = sample.positive.text.to(device), sample.positive.mask_on(device)
+    passes: dict[str, tuple[Tensor, Tensor | None, Perturbations | None]] = {"prompt": (text, mask, None)}
     if plan.needs_negative:
         assert sample.negative is not None
-        contexts["negative"] = (sample.negative, None)
+        negative = sample.negative.text.to(device)
+        passes["negative"] = (_without_frozen(wrapper, streams, text, negative), sample.negative.mask_on(device), None)
     if plan.needs_perturbed:
-        contexts["perturbed"] = (sample.positive, Perturbations.self_attention(plan.stg_blocks))
+        blocks = {name: dict.fromkeys(plan.stg_blocks if plan.scales(name).needs_perturbed else (), True) for name in ("video", "audio")}
+        passes["perturbed"] = (text, mask, Perturbations(skip_video_self=blocks["video"], skip_audio_self=blocks["audio"]))
     if plan.needs_isolated:
-        contexts["isolated"] = (sample.positive, Perturbations.isolated())
-    moved = {id(context): (context.text.to(device), context.mask_on(device)) for context, _ in contexts.values()}
-    return {which: (*moved[id(context)], perturbations) for which, (context, perturbations) in contexts.items()}
+        passes["isolated"] = (text, mask, Perturbations.isolated())
+    return passes
+
+
+def _frozen(streams: Mapping[str, TokenStream]) -> set[str]:
+    """Streams that are given as a whole."""
+    return {name for name, stream in streams.items() if stream.noisy is not None and not bool(stream.noisy.any())}
+
+
+def _guided_where_generated(sample: SampleInputs, frozen: set[str]) -> SampleInputs:
+    """Nothing is guided in a stream that is given as a whole."""
+    plan = sample.plan
+    video, audio = (OFF if name in frozen else plan.scales(name) for name in ("video", "audio"))
+    return dataclasses.replace(sample, plan=dataclasses.replace(plan, video=video, audio=audio))
+
+
+def _without_frozen(wrapper: OfficialLTXV2Wrapper, streams: Mapping[str, TokenStream], text: Tensor, negative: Tensor) -> Tensor:
+    """The negative text, but the prompt's for a stream that is given as a whole: as the official pipeline from sound to pictures has it,
+    which steers the pictures alone."""
+    frozen = _frozen(streams)
+    if not frozen or text.shape != negative.shape:
+        return negative
+    pairs = zip(("video", "audio"), wrapper.split_text(text), wrapper.split_text(negative), strict=True)
+    return torch.cat([own if name in frozen else other for name, own, other in pairs if own is not None and other is not None], dim=-1)
 
 
 def _make_streams(sample: SampleInputs, device: torch.device) -> dict[str, TokenStream]:

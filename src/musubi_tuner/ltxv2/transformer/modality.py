@@ -72,11 +72,6 @@ class Perturbations:
     skip_video_to_audio: Skip = False
 
     @classmethod
-    def self_attention(cls, blocks: tuple[int, ...]) -> "Perturbations":
-        """Spatio-temporal guidance: both streams skip self-attention in `blocks`."""
-        return cls(skip_video_self=dict.fromkeys(blocks, True), skip_audio_self=dict.fromkeys(blocks, True))
-
-    @classmethod
     def isolated(cls) -> "Perturbations":
         """Modality guidance: no cross attention between the streams."""
         return cls(skip_audio_to_video=True, skip_video_to_audio=True)
