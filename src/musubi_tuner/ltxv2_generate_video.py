@@ -25,11 +25,19 @@ DESCRIPTION = "Make clips with sound from prompts, with any LoRA at any strength
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(GenerateConfig, argv, prog=prog, description=DESCRIPTION)
     from musubi_tuner.generation.clips import make_clips
-    from musubi_tuner.generation.jobs import make_jobs
+    from musubi_tuner.generation.jobs import chosen_loras, make_jobs, read_prompts
     from musubi_tuner.runtime.tables import format_table
 
-    jobs = make_jobs(config)
-    made = make_clips(jobs, make_setting(config))
+    prompts, loras = read_prompts(config), chosen_loras(config.loras)
+    setting = make_setting(config)
+    if config.grid.wanted:
+        from musubi_tuner.generation.axes import read_axes
+        from musubi_tuner.generation.grid import make_grid
+        from musubi_tuner.generation.sheet import make_cells
+
+        made = make_cells(make_grid(config, read_axes(config.grid), prompts, loras), setting)
+    else:
+        made = make_clips(make_jobs(config, prompts, loras), setting)
     rows = [(str(one.path), f"{one.seconds:.1f} s" if one.seconds else "there already") for one in made]
     log.info("\n%s", format_table(rows, ("clip", "sampling")))
     return 0

@@ -32,11 +32,13 @@ class ClipOptions:
     output_name: FileName = flag("what the names of the clips begin with", default="clip")
     debug_sampling: bool = flag("write statistics of every step and tensor beside the clip, as NAME_sampling.jsonl", default=False)
     recreate: AnyPath | None = flag(
-        "make this clip again from the recipe in it, with the flags that are given besides; its LoRAs are looked for by their hashes among "
-        "--lora_folder",
+        "make this clip again from the recipe in it, with the flags that are given besides; its files are looked for by their hashes",
         default=None,
-    )  # fmt: skip
-    lora_folder: AnyPath | None = flag("where --recreate looks for LoRAs, subfolders too", default=None)
+    )
+    lora_folder: AnyPath | None = flag("where --recreate looks for LoRAs, subfolders too, beside --lora", default=None)
+    input_folder: AnyPath | None = flag(
+        "where --recreate looks for pictures, clips and sounds, subfolders too, beside --image, --audio and --reference_video", default=None
+    )
 
 
 @options
@@ -90,6 +92,23 @@ class LoraOptions:
 
 
 @options
+class GridOptions:
+    """Grid."""
+
+    grid: Annotated[tuple[Text, ...], List] = flag(
+        "AXIS=VALUE,VALUE,...: a clip of each combination, and a page that shows them beside each other. Axes: lora (files, wildcards, "
+        "folders, none), strength, video_strength, audio_strength, seed, prompt (numbers or all), steps, and each flag of guidance that is "
+        "a number",
+        default=(), common=True, repeats=True,
+    )  # fmt: skip
+    grid_file: AnyPath | None = flag("TOML with a list of values by axis; --grid wins over it", default=None)
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.grid) or self.grid_file is not None
+
+
+@options
 class GenerationModelOptions:
     """Model files."""
 
@@ -139,6 +158,7 @@ class GenerateConfig:
     clips: ClipOptions
     pipeline: PipelineOptions
     loras: LoraOptions
+    grid: GridOptions
     guidance: GuidanceOptions
     model: GenerationModelOptions
     memory: GenerationMemoryOptions
@@ -148,4 +168,7 @@ class GenerateConfig:
         given = [bool(self.clips.prompt), self.clips.sample_prompts is not None, self.clips.recreate is not None]
         if sum(given) != 1:
             raise UserError("give what to make by --prompt TEXT, --sample_prompts FILE or --recreate CLIP, by one of them.")
+        for name in ("lora_folder", "input_folder"):
+            if getattr(self.clips, name) is not None and self.clips.recreate is None:
+                raise UserError(f"--{name}: is where --recreate looks for files; give --recreate CLIP, or leave it out.")
         return self

@@ -7,7 +7,7 @@ has finished lies on disk (`Unfinished`), so that a run that is stopped goes on 
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,11 @@ class Setting:
     distilled_lora: Path | None
 
     @property
+    def model(self) -> dict[str, str]:
+        """What recipes know it by."""
+        return model_identity(self.files.transformer, self.files.vae, self.files.audio_vae, self.config.model.ltx_mode)
+
+    @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.device)
 
@@ -93,27 +98,36 @@ class Made:
     """Of sampling; 0 where it was there before."""
 
 
-def make_clips(jobs: Sequence[Job], setting: Setting) -> list[Made]:
+Watch = Callable[[Job, Path | None, float], None]
+"""Told of each clip that has come further: its path, None where it waits to be decoded, and the seconds of its sampling."""
+
+
+def make_clips(jobs: Sequence[Job], setting: Setting, watch: Watch = lambda job, path, seconds: None) -> list[Made]:
     """The clips of `jobs`, in their order; those that are there already with the same recipe are kept.
+
+    Args:
+        watch: called when a clip is found, sampled or written.
 
     Raises:
         UserError: anything that cannot be used; before the transformer is loaded, where it can be known by then.
     """
     config, folder = setting.config, setting.config.clips.output_dir
-    model = model_identity(setting.files.transformer)
+    model = setting.model
     recipes = {job: recipe_of(job, config, model) for job in jobs}
     unfinished = Unfinished(folder)
+    unfinished.clean()
     there = {job: path for job in jobs if (path := unfinished.finished(job.stem, recipes[job])) is not None}
+    for job, path in there.items():
+        unfinished.remove(job.stem, recipes[job])
+        watch(job, path, 0.0)
     missing = [job for job in jobs if job not in there]
     seconds: dict[Job, float] = {}
     if missing:
         planned = _prepare(missing, recipes, setting)
         for number in range(max(len(one.stages) for one in planned)):
-            _run_stage(number, planned, unfinished, setting)
-        there |= _decode(planned, unfinished, setting)
+            _run_stage(number, planned, unfinished, setting, watch)
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
-        for one in planned:
-            unfinished.remove(one.job.stem, one.recipe, len(one.stages))
+        there |= _decode(planned, unfinished, setting, lambda job, path: watch(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
 
 
@@ -123,7 +137,7 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
     transformer, version, mode = read_config(files.transformer), detect_version(files.transformer), config.model.ltx_mode
     stages = {
         job: make_stages(
-            config.pipeline.pipeline, job.prompt, config.guidance, config.pipeline, mode=mode, version=version,
+            config.pipeline.pipeline, job.prompt, job.guidance, config.pipeline, mode=mode, version=version,
             num_layers=transformer.num_layers,
         )
         for job in jobs
@@ -178,7 +192,7 @@ def _inputs(
     )
 
 
-def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> None:
+def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, watch: Watch) -> None:
     """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
     waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
     if not waiting:
@@ -186,6 +200,8 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
     wrapper = _load(number, waiting, setting)
     stack = NetworkStack(wrapper.transformer, setting.dtype)
+    for path in dict.fromkeys(path for one in waiting for path, _ in _networks(one, number, setting)):
+        stack.check(path)
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_networks(one, number, setting) for one in waiting))}
     waiting.sort(key=lambda one: order[_networks(one, number, setting)])
     total = sum(one.inputs[number].plan.steps for one in waiting)
@@ -197,6 +213,8 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
             with watching(setting.config, one.job.stem, number + 1) as watch:
                 latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
             unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
+            if number + 1 == len(one.stages):
+                watch(one.job, None, unfinished.seconds(one.job.stem, one.recipe, len(one.stages)))
     del wrapper, stack
     free_memory(setting.device)
 
@@ -278,7 +296,7 @@ def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, 
     return found
 
 
-def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> dict[Job, Path]:
+def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, written: Callable[[Job, Path], None]) -> dict[Job, Path]:
     latents = [unfinished.read(one.job.stem, one.recipe, len(one.stages) - 1) for one in planned]
     paths = {}
     with Progress("decoding", len(planned), unit="clip") as bar:
@@ -287,6 +305,8 @@ def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting
             stem = unfinished.free_stem(one.job.stem)
             sound = _own_sound(one.job.prompt) or sound
             paths[one.job] = write_sample(stem, one.job.prompt, frames, sound, one.recipe.text)
+            unfinished.remove(one.job.stem, one.recipe)
+            written(one.job, paths[one.job])
             bar.advance()
     return paths
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.config.generation import GenerateConfig, LoraOptions
+from musubi_tuner.config.preview import GuidanceOptions
 from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt, PromptDefaults, load_prompts, prompts_of_lines
@@ -37,6 +38,8 @@ class Job:
     """Its file's name without ending."""
     prompt: PreviewPrompt
     loras: tuple[LoraUse, ...]
+    guidance: GuidanceOptions
+    """What of it the prompt does not name itself."""
 
 
 def parse_lora(text: str) -> LoraUse:
@@ -46,6 +49,17 @@ def parse_lora(text: str) -> LoraUse:
     Raises:
         UserError: two numbers, or four and more, behind the file; a file that is not there.
     """
+    path, numbers = split_lora(text)
+    strength, video, audio = (*numbers, 1.0, 1.0)[:3] if len(numbers) == 1 else numbers or (1.0, 1.0, 1.0)
+    return LoraUse(_existing(Path(path), "--lora"), Strength(video, audio) * strength)
+
+
+def split_lora(text: str) -> tuple[str, list[float]]:
+    """The file of a --lora, and the numbers behind it: none, one or three.
+
+    Raises:
+        UserError: another count of numbers.
+    """
     path, numbers = text, []
     while len(numbers) < 4 and ":" in path and not Path(path).exists():
         before, _, last = path.rpartition(":")
@@ -54,8 +68,7 @@ def parse_lora(text: str) -> LoraUse:
         path, numbers = before, [float(last), *numbers]
     if len(numbers) not in (0, 1, 3):
         raise UserError(f"--lora {text}: {len(numbers)} numbers behind the file. Give FILE:STRENGTH, or FILE:STRENGTH:VIDEO:AUDIO.")
-    strength, video, audio = (*numbers, 1.0, 1.0)[:3] if len(numbers) == 1 else numbers or (1.0, 1.0, 1.0)
-    return LoraUse(_existing(Path(path), "--lora"), Strength(video, audio) * strength)
+    return path, numbers
 
 
 def chosen_loras(options: LoraOptions) -> tuple[LoraUse, ...]:
@@ -111,11 +124,12 @@ def _with_inputs(prompt: PreviewPrompt, config: GenerateConfig) -> PreviewPrompt
     return dataclasses.replace(prompt, negative=prompt.negative or clips.negative_prompt or "", inputs=inputs)
 
 
-def make_jobs(config: GenerateConfig) -> tuple[Job, ...]:
-    """The clips of a command line without a grid."""
-    loras = chosen_loras(config.loras)
-    prompts = read_prompts(config)
-    return tuple(Job(stem=f"{config.clips.output_name}_{prompt.index:02d}_{prompt.seed}", prompt=prompt, loras=loras) for prompt in prompts)
+def make_jobs(config: GenerateConfig, prompts: Sequence[PreviewPrompt], loras: tuple[LoraUse, ...]) -> tuple[Job, ...]:
+    """One clip of each prompt."""
+    name = config.clips.output_name
+    return tuple(
+        Job(stem=f"{name}_{prompt.index:02d}_{prompt.seed}", prompt=prompt, loras=loras, guidance=config.guidance) for prompt in prompts
+    )
 
 
 def reference_factors(jobs: Sequence[Job]) -> tuple[int, int]:

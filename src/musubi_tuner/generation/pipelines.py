@@ -22,6 +22,8 @@ Pipeline = Literal["one_stage", "two_stage", "distilled", "distilled_one_stage",
 TWO_STAGES: frozenset[str] = frozenset({"two_stage", "distilled", "ic_lora", "keyframes", "hq"})
 WITH_DISTILLED_LORA: Mapping[str, tuple[float, float]] = {"two_stage": (0.0, 1.0), "keyframes": (0.0, 1.0), "hq": (0.25, 0.5)}
 """Strength of --distilled_lora in both stages; the other pipelines run on a distilled checkpoint."""
+FIXED_STEPS: frozenset[str] = frozenset({"distilled", "distilled_one_stage", "ic_lora"})
+"""Eight steps, without guidance."""
 _HQ_STEPS = 15
 _HQ = {"video": GuidanceScales(cfg=3, stg=0, rescale=0.45, modality=3), "audio": GuidanceScales(cfg=7, stg=0, rescale=1, modality=3)}
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.jobs import Job
 from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import parse_json
 
 KEY = "ltxv2_recipe"
 _FORMAT = 1
-_OF_THIS_RUN = ("index", "where", "inputs")
+_OF_PROMPT = ("prompt", "negative", "width", "height", "frames", "fps", "seed")
+_BY_PROMPT = ("sample_width", "sample_height", "sample_frames", "sample_fps", "sample_steps", "video_cfg_scale", "audio_cfg_scale")
+"""Flags that hold where a prompt names nothing else: what came of both is in the recipe, so that it is the same however it was said."""
 _NOT_IN_THE_DIGEST = ("name", "versions")
 
 
@@ -46,9 +50,21 @@ class Recipe:
         return hashlib.sha256(json.dumps(_without_names(self.facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def model_identity(transformer: Checkpoint) -> dict[str, str]:
-    """A transformer's name and the fingerprint of its tensors."""
-    return {"name": transformer.path.name, "fingerprint": transformer.fingerprint(transformer_names(transformer))}
+def model_identity(transformer: Checkpoint, vae: Checkpoint, audio_vae: Checkpoint, mode: str) -> dict[str, str]:
+    """A transformer's name, and the fingerprints of its tensors and of the autoencoders of a mode.
+
+    Raises:
+        UserError: a file that holds another part.
+    """
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_names
+    from musubi_tuner.ltxv2.autoencoders.video_vae import vae_names
+
+    found = {"name": transformer.path.name, "fingerprint": transformer.fingerprint(transformer_names(transformer))}
+    if mode != "audio":
+        found["vae"] = vae.fingerprint(vae_names(vae))
+    if mode != "video":
+        found["audio_vae"] = audio_vae.fingerprint(audio_vae_names(audio_vae))
+    return found
 
 
 def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Recipe:
@@ -57,12 +73,11 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
     Args:
         model: its `model_identity`.
     """
-    pipeline = config.pipeline
+    pipeline, prompt, guidance = config.pipeline, job.prompt, job.guidance
+    own = {"video_cfg_scale": prompt.video_cfg, "audio_cfg_scale": prompt.audio_cfg}
     facts: dict[str, Any] = {
-        "prompt": {
-            field.name: getattr(job.prompt, field.name) for field in dataclasses.fields(PreviewPrompt) if field.name not in _OF_THIS_RUN
-        },
-        "inputs": _inputs(job.prompt),
+        "prompt": {name: getattr(prompt, name) for name in _OF_PROMPT} | {"steps": prompt.steps or guidance.sample_steps},
+        "inputs": _inputs(prompt),
         "model": dict(model),
         "mode": config.model.ltx_mode,
         "timestep_format": config.model.ltxv2_timestep_format,
@@ -70,8 +85,13 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
         "pipeline": pipeline.pipeline,
         "distilled_lora_strength": pipeline.distilled_lora_strength,
         "windows": [pipeline.window_frames, pipeline.window_overlap],
-        "guidance": dataclasses.asdict(config.guidance),
-        "loras": [{**_file(use.path), "video": use.strength.video, "audio": use.strength.audio} for use in job.loras],
+        "guidance": {name: value for name, value in dataclasses.asdict(guidance).items() if name not in _BY_PROMPT}
+        | {name: getattr(guidance, name) if value is None else value for name, value in own.items()},
+        "loras": [
+            {**_file(use.path), "video": use.strength.video, "audio": use.strength.audio}
+            for use in job.loras
+            if use.strength != Strength(0, 0)
+        ],
         "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
     }
     for name in ("spatial_upsampler_path", "distilled_lora"):
@@ -132,12 +152,13 @@ def _inputs(prompt: PreviewPrompt) -> dict[str, Any]:
         elif isinstance(value, tuple) and value:
             found[field.name] = [{"frame": frame, **_file(path)} for frame, path in value]
         elif value is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            found[field.name] = dataclasses.asdict(value)
+            numbers = dataclasses.asdict(value).items()
+            found[field.name] = {name: None if math.isinf(number) else number for name, number in numbers}
     return found
 
 
-def _file(path: Path) -> dict[str, str]:
-    return {"name": path.name, "sha256": file_hash(path)}
+def _file(path: Path) -> dict[str, str | int]:
+    return {"name": path.name, "size": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _without_names(value: Any) -> Any:

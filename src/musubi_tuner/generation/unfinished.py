@@ -1,7 +1,10 @@
 """Latents of clips that are not decoded yet, and which clips are there: what a run that was stopped goes on from."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from musubi_tuner.cache.store import read, read_metadata, serialize, write_bytes
 from musubi_tuner.generation.denoise import SampledLatents
@@ -10,6 +13,8 @@ from musubi_tuner.runtime.errors import UserError
 
 FOLDER = "unfinished"
 _ENDINGS = (".mp4", ".png", ".wav")
+_TEMPORARY = re.compile(r"\.(?:[0-9a-f]{12}|.+\.(?:mp4|png|wav))\.(\d{1,9})[\w.]*\.tmp")
+"""Of files that `cache.store` and `media.write` are at, with the process that writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,23 @@ class Unfinished:
         """Of sampling, all stages."""
         return sum(float(read_metadata(self._path(stem, recipe, stage))["seconds"]) for stage in range(stages))
 
-    def remove(self, stem: str, recipe: Recipe, stages: int) -> None:
-        for stage in range(stages):
-            self._path(stem, recipe, stage).unlink(missing_ok=True)
+    def remove(self, stem: str, recipe: Recipe) -> None:
+        """What is kept of a clip that is there now."""
+        beginning = self._path(stem, recipe, 0).name.removesuffix("0.safetensors")
+        if (self.folder / FOLDER).is_dir():
+            for path in [one for one in (self.folder / FOLDER).iterdir() if one.name.startswith(beginning)]:
+                path.unlink(missing_ok=True)
+        self._remove_empty()
+
+    def clean(self) -> None:
+        """Remove what a run that was killed was writing."""
+        for folder in (self.folder, self.folder / FOLDER):
+            for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+                if (match := _TEMPORARY.fullmatch(path.name)) and not psutil.pid_exists(int(match[1])):
+                    path.unlink(missing_ok=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
         if (folder := self.folder / FOLDER).is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
