@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from musubi_tuner.config.flags import parse
+from musubi_tuner.config.flags import Beneath, parse
 from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.runtime.program import run_program
 
@@ -23,13 +24,21 @@ DESCRIPTION = "Make clips with sound from prompts, with any LoRA at any strength
 
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
-    config = parse(GenerateConfig, argv, prog=prog, description=DESCRIPTION)
+    config = parse(GenerateConfig, argv, prog=prog, description=DESCRIPTION, beneath=_of_recipe)
     from musubi_tuner.generation.clips import make_clips
     from musubi_tuner.generation.jobs import chosen_loras, make_jobs, read_prompts
     from musubi_tuner.runtime.tables import format_table
 
-    prompts, loras = read_prompts(config), chosen_loras(config.loras)
-    setting = make_setting(config)
+    if config.clips.recreate is not None:
+        from musubi_tuner.generation.recreate import read_again, tell_differences
+
+        again = read_again(config)
+        prompts, loras = (again.prompt,), again.loras
+        setting = make_setting(config)
+        tell_differences(again.recipe, setting)
+    else:
+        prompts, loras = read_prompts(config), chosen_loras(config.loras)
+        setting = make_setting(config)
     if config.grid.wanted:
         from musubi_tuner.generation.axes import read_axes
         from musubi_tuner.generation.grid import make_grid
@@ -41,6 +50,15 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     rows = [(str(one.path), f"{one.seconds:.1f} s" if one.seconds else "there already") for one in made]
     log.info("\n%s", format_table(rows, ("clip", "sampling")))
     return 0
+
+
+def _of_recipe(given: Mapping[str, Any]) -> Beneath | None:
+    """Flags of the clip that is to be made again."""
+    if not isinstance(clip := given.get("recreate"), str) or not clip:
+        return None
+    from musubi_tuner.generation.recreate import flags_of
+
+    return flags_of(Path(clip))
 
 
 def make_setting(config: GenerateConfig) -> Setting:

@@ -11,7 +11,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
@@ -117,8 +117,28 @@ _CONFIG_FILE = Flag(
 )  # fmt: skip
 
 
-def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Beneath:
+    """Values of flags that command line and config file win over."""
+
+    where: str
+    """What they come from, for messages."""
+    values: Mapping[str, Any]
+    """By the flags' keys."""
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    beneath: Callable[[Mapping[str, Any]], Beneath | None] = lambda given: None,
+) -> Config:
     """Read `argv` (and the TOML named by `--config_file`) into `config_class`.
+
+    Args:
+        beneath: from the values that are given, unchecked, to those that stand beneath them.
 
     Raises:
         UserError: a flag or key that is unknown, missing, or has a value that it does not take.
@@ -135,13 +155,16 @@ def parse(config_class: type[Config], argv: Sequence[str], *, prog: str, descrip
     if ignored:
         log.info("not needed here, ignored: %s", ", ".join(dict.fromkeys(ignored)))
     values = in_file | {key: words if isinstance(words, bool) else _value(by_key[key], words) for key, words in typed.items()}
+    below = beneath(values)
+    if below is not None:
+        values = {**below.values, **values}
     if missing := [f"{flag.name}: {flag.meaning}" for flag in flags if flag.is_required and flag.key not in values]:
         _refuse(f"missing {'; '.join(missing)}", prog)
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
         if key not in typed:
-            return f"{file}: {place} = {shortened(repr(value))}"
+            return f"{below.where if below is not None and key not in in_file else file}: {place} = {shortened(repr(value))}"
         return f"--{key} {shortened(' '.join(word or repr(word) for word in _words(typed[key])))}"
 
     sections: dict[str, dict[str, Any]] = {flag.section: {} for flag in flags}

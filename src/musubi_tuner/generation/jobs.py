@@ -127,6 +127,8 @@ def _with_inputs(prompt: PreviewPrompt, config: GenerateConfig) -> PreviewPrompt
 def make_jobs(config: GenerateConfig, prompts: Sequence[PreviewPrompt], loras: tuple[LoraUse, ...]) -> tuple[Job, ...]:
     """One clip of each prompt."""
     name = config.clips.output_name
+    if config.clips.recreate is not None:
+        return tuple(Job(stem=name, prompt=prompt, loras=loras, guidance=config.guidance) for prompt in prompts)
     return tuple(
         Job(stem=f"{name}_{prompt.index:02d}_{prompt.seed}", prompt=prompt, loras=loras, guidance=config.guidance) for prompt in prompts
     )

@@ -365,6 +365,16 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
         where=where,
         inputs=_find_inputs(where, entry, folder),
     )
+    check_prompt(prompt)
+    return prompt
+
+
+def check_prompt(prompt: PreviewPrompt) -> None:
+    """
+    Raises:
+        UserError: a size beyond what is sampled, or areas and frames outside of it.
+    """
+    where = prompt.where
     for flag, area in (("--box", prompt.inputs.box), ("--crop", prompt.inputs.crop)):
         if area is not None and (area.left + area.width > prompt.width or area.top + area.height > prompt.height):
             corners = f"{area.left},{area.top},{area.width},{area.height}"
@@ -375,7 +385,6 @@ def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: Pr
             f"{where}: {prompt.width}x{prompt.height} with {prompt.frames} frames are {cells} latent cells; the most is {_MOST_CELLS}."
         )
     _check_pictures(where, prompt)
-    return prompt
 
 
 def _check_pictures(where: str, prompt: PreviewPrompt) -> None:
