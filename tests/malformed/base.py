@@ -113,6 +113,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     GENERATE: (
         *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_encoder", "models/gemma3",
         "--prompt", "a dog --w 64 --h 64 --f 9 --s 1", "--output_dir", "generated", "--device", "cpu",
+        "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "1",
     ),
     TINY: ("--output_dir", "tiny"),
 }  # fmt: skip

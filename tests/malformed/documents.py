@@ -17,7 +17,7 @@ _GENERAL = {"resolution": "[96, 64]", "target_frames": "[9]"}
 _ENTRY = {"video_directory": '"clips"', "cache_directory": '"cache"'}
 _PROMPT = {"prompt": '"A disc moves."', "width": "64", "height": "32", "frame_count": "9", "sample_steps": "1"}
 _LINE = {"video_path": '"clips/clip_000.mp4"', "caption": '"A disc."'}
-_NO_DOCUMENTS: Mapping[str, bytes] = {
+NO_DOCUMENTS: Mapping[str, bytes] = {
     "empty": b"",
     "a blank": b" \n",
     "only a mark": b"\xef\xbb\xbf",
@@ -66,7 +66,7 @@ def _no_documents() -> Iterator[Malformed]:
     families |= {f"prompts.{ending}": "prompts" for ending in ("txt", "toml", "json")}
     for name, family in families.items():
         for program, more in users(name):
-            for label, data in _NO_DOCUMENTS.items():
+            for label, data in NO_DOCUMENTS.items():
                 fine = name == "prompts.txt" or label in ("empty", "a blank", "only a mark") and family in ("recipe", "config")
                 yield Malformed(
                     id=f"{family}/{program}/{name} is {label}", program=program, more=more, prepare=writes(name, data),

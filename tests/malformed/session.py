@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from tests.malformed import binaries, classes, documents, flags, folders, media, mutations
+from tests.malformed import binaries, classes, documents, flags, folders, generation, media, mutations
 from tests.malformed.base import Malformed, make_world
 from tests.malformed.runner import Result, bound_memory, run_one
 from tests.settled import Settled
@@ -27,7 +27,7 @@ _EVERY = 4
 def inputs(seed: int, only: Sequence[str] = ()) -> Iterator[Malformed]:
     """All inputs, without end, families mixed by their shares; the same in every run."""
     families: dict[str, list[Malformed]] = {family: [] for family in SHARES}
-    for module in (flags, documents, binaries, folders, media, classes):
+    for module in (flags, generation, documents, binaries, folders, media, classes):
         for malformed in module.systematic():
             families[malformed.family].append(malformed)
     ordered = {family: _mixed(family, found, seed) for family, found in families.items() if not only or family in only}

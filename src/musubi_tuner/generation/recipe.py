@@ -21,6 +21,7 @@ from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.jobs import Job
 from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
@@ -72,6 +73,9 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
 
     Args:
         model: its `model_identity`.
+
+    Raises:
+        UserError: a file that cannot be read.
     """
     pipeline, prompt, guidance = config.pipeline, job.prompt, job.guidance
     own = {"video_cfg_scale": prompt.video_cfg, "audio_cfg_scale": prompt.audio_cfg}
@@ -96,7 +100,7 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
     }
     for name in ("spatial_upsampler_path", "distilled_lora"):
         if (path := getattr(pipeline, name)) is not None:
-            facts[name] = _file(path)
+            facts[name] = _file(newest_file(path), f"--{name} ")
     return Recipe(json.loads(json.dumps(facts)))
 
 
@@ -157,8 +161,11 @@ def _inputs(prompt: PreviewPrompt) -> dict[str, Any]:
     return found
 
 
-def _file(path: Path) -> dict[str, str | int]:
-    return {"name": path.name, "size": path.stat().st_size, "sha256": file_hash(path)}
+def _file(path: Path, named: str = "") -> dict[str, str | int]:
+    try:
+        return {"name": path.name, "size": path.stat().st_size, "sha256": file_hash(path)}
+    except OSError as error:
+        raise UserError(f"{named}{path}: cannot be read ({error.strerror}).") from error
 
 
 def _without_names(value: Any) -> Any:
