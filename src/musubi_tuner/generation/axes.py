@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,8 @@ def _axis(name: str, words: Sequence[str], where: str, folder: Path) -> Axis:
     if name == "prompt" and words == [ALL]:
         return Axis(name, ())
     values = tuple(_number(name, word, where) for word in words)
-    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
-        raise UserError(f"{where}: {twice[0]:g} is there twice.")
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise UserError(f"{where}: {twice[0]} is there twice.")
     return Axis(name, values)
 
 
