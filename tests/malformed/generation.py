@@ -76,7 +76,7 @@ def _words() -> Iterator[Malformed]:
             program=GENERATE,
             more=(f"--grid={text}",),
             expect=expect,
-            names=("grid",) if expect == "refused" else (),
+            names=("grid", "lora", "recipe.toml") if expect == "refused" else (),
         )
 
     yield from (made(text, "refused") for text in _REFUSED)
@@ -112,7 +112,7 @@ def _recipes() -> Iterator[Malformed]:
         yield made(f"without {key}", json.dumps({KEY: 1, **{name: value for name, value in _RECIPE.items() if name != key}}), "any")
     for key in _PROMPT:
         yield from (changed(f"prompt, {key} = {_shown(value)}", "any", prompt=_PROMPT | {key: value}) for value in _ODD if value != 10**15)
-    for key in ("image", "keyframes", "video", "video_span", "box", "crop", "audio", "reference", "no_such"):
+    for key in ("image", "keyframes", "video", "video_span", "box", "crop", "strengths", "image_strength", "audio", "reference", "no_such"):
         yield from (changed(f"inputs, {key} = {_shown(value)}", inputs={key: value}) for value in (*_ODD, _FILE) if value != [])
     for key in (*_FILE, "video", "audio"):
         lora = _FILE | {"video": 1.0, "audio": 1.0}

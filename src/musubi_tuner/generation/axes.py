@@ -12,6 +12,7 @@ from musubi_tuner.config.generation import GridOptions
 from musubi_tuner.config.validation import nearest, shortened
 from musubi_tuner.generation.jobs import LoraUse, parse_lora, split_lora
 from musubi_tuner.networks.formats import CONNECTORS_ENDING
+from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.networks.scales import PEFT_FILE
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.runtime.errors import UserError
@@ -60,7 +61,7 @@ def read_axes(options: GridOptions) -> tuple[Axis, ...]:
             where = f"{options.grid_file}: {name}"
             words = values if isinstance(values, list) else [values]
             if any(isinstance(value, bool) or not isinstance(value, str | int | float) for value in words):
-                raise UserError(f"{where} = {shortened(repr(values))}: must be a list of numbers or texts, such as [0, 0.6, 1].")
+                raise UserError(f"{where}: must be a list of numbers or texts, such as [0, 0.6, 1].")
             in_file[name] = _axis(name, [str(value) for value in words], where, options.grid_file.parent)
     typed: dict[str, Axis] = {}
     for text in options.grid:
@@ -139,7 +140,10 @@ def _loras(word: str, where: str, folder: Path) -> list[LoraUse | None]:
             else:
                 paths = by_step(_networks(map(Path, glob.glob(str(place), recursive=True))))  # noqa: PTH207 - takes absolute ones too
             if paths:
-                return [parse_lora(f"{path}{behind}") for path in paths]
+                uses = [parse_lora(f"{path}{behind}") for path in paths]
+                for use in uses:
+                    network_metadata(use.path)  # which can be read
+                return uses
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -151,11 +151,15 @@ def _inputs(prompt: PreviewPrompt) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(prompt.inputs):
         value = getattr(prompt.inputs, field.name)
+        if value == field.default:
+            continue
         if isinstance(value, Path):
             found[field.name] = _file(value)
-        elif isinstance(value, tuple) and value:
-            found[field.name] = [{"frame": frame, **_file(path)} for frame, path in value]
-        elif value is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        elif isinstance(value, tuple):
+            found[field.name] = [{"frame": frame, **(_file(one) if isinstance(one, Path) else {"strength": one})} for frame, one in value]
+        elif isinstance(value, float):
+            found[field.name] = value
+        else:
             numbers = dataclasses.asdict(value).items()
             found[field.name] = {name: None if math.isinf(number) else number for name, number in numbers}
     return found

@@ -19,7 +19,7 @@ from pydantic import Field
 from musubi_tuner.config.flags import Beneath
 from musubi_tuner.config.generation import GenerateConfig, LoraStrength
 from musubi_tuner.config.preview import GuidanceOptions, Steps
-from musubi_tuner.config.validation import FrameRate, Frames, Seed, Side, Text, Wording, options, shortened, validated
+from musubi_tuner.config.validation import FrameRate, Frames, Seed, Share, Side, Text, Wording, options, shortened, validated
 from musubi_tuner.generation.clips import Setting
 from musubi_tuner.generation.jobs import LoraUse, chosen_loras, split_lora
 from musubi_tuner.generation.recipe import Recipe, file_hash, read_recipe
@@ -84,6 +84,17 @@ class _Lora(_File):
 @options
 class _Keyframe(_File):
     frame: Annotated[int, Field(ge=0, le=100_000)]
+
+
+@options
+class _KeyframeStrength:
+    frame: Annotated[int, Field(ge=0, le=100_000)]
+    strength: Share
+
+
+@options
+class _Number:
+    value: Share
 
 
 @options
@@ -209,6 +220,11 @@ def _read_inputs(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{at}: this version does not know it.")
         if name in ("keyframes", "keyframes_in_place"):
             found[name] = [validated(_Keyframe, one, where=at) for one in _list(facts, name, where)]
+        elif name == "strengths":
+            strengths = [validated(_KeyframeStrength, one, where=at) for one in _list(facts, name, where)]
+            found[name] = tuple((one.frame, one.strength) for one in strengths)
+        elif name in ("image_strength", "reference_strength"):
+            found[name] = validated(_Number, {"value": value}, where=at).value
         elif name in ("video_span", "audio_span"):
             span = validated(_Span, value, where=at)
             found[name] = Span(span.start, float("inf") if span.end is None else span.end)
