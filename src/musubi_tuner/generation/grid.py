@@ -66,7 +66,9 @@ class Grid:
         of_loras = [name for name in names if name in OF_LORAS]
         column = "strength" if "strength" in names else (of_loras or names or [""])[-1]
         columns = names.index(column) if column in names else -1
-        return next((place for place in range(len(names)) if place != columns), -1), columns
+        others = [place for place in range(len(names)) if place != columns]
+        several = [place for place in others if len(self.axes[place].labels) > 1]
+        return (several or others or [-1])[0], columns
 
     @property
     def jobs(self) -> tuple[Job, ...]:

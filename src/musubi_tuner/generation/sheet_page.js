@@ -344,7 +344,7 @@ by("size").addEventListener("input", resize);
 by("size").addEventListener("change", () => remember(VIEW, view));
 resize();
 const there = grid.clips.filter((clip) => clip.file !== null).length;
-by("state").textContent = there === grid.clips.length ? `${there} clips` : `${there} of ${grid.clips.length} clips are there; reload this page for those that have come since. `;
+by("state").textContent = there === grid.clips.length ? `${there} clip${there === 1 ? "" : "s"}` : `${there} of ${grid.clips.length} clips are there; reload this page for those that have come since. `;
 if (there < grid.clips.length) {
   const again = make("button", { type: "button" }, "Reload");
   again.addEventListener("click", () => location.reload());
