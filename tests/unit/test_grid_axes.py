@@ -103,6 +103,12 @@ def test_cells_that_are_the_same_clip_are_made_once(files):
     assert made.layout == (2, 1), "rows that have more than one value"
 
 
+def test_clips_of_one_file_follow_each_other_in_whatever_order_axes_are_given(files):
+    files("a.safetensors", "b.safetensors")
+    made = grid("--grid", "seed=1,2", "--grid", "strength=0.5,1", "--grid", "lora=a.safetensors,b.safetensors")
+    assert [job.loras[0].path.stem for job in made.jobs] == ["a"] * 4 + ["b"] * 4
+
+
 def test_names_are_short_and_no_two_clips_share_one(files):
     long = "n" * 180
     files(

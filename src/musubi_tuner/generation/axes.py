@@ -10,7 +10,7 @@ from typing import Any
 
 from musubi_tuner.config.generation import GridOptions
 from musubi_tuner.config.validation import nearest, shortened
-from musubi_tuner.generation.jobs import LoraUse, parse_lora, split_lora
+from musubi_tuner.generation.jobs import LoraUse, is_there, parse_lora, split_lora
 from musubi_tuner.networks.formats import CONNECTORS_ENDING
 from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.networks.scales import PEFT_FILE
@@ -119,8 +119,8 @@ def _words_of_files(text: str) -> list[str]:
 
 def _is_there(text: str) -> bool:
     try:
-        return Path(split_lora(text)[0]).exists()
-    except (UserError, OSError, ValueError):  # no path at all
+        return is_there(Path(split_lora(text)[0]))
+    except UserError:  # of two numbers
         return False
 
 

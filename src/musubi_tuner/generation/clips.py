@@ -115,7 +115,7 @@ def make_clips(jobs: Sequence[Job], setting: Setting, watch: Watch = lambda job,
     model = setting.model
     recipes = {job: recipe_of(job, config, model) for job in jobs}
     unfinished = Unfinished(folder)
-    unfinished.clean()
+    unfinished.open()
     there = {job: path for job in jobs if (path := unfinished.finished(job.stem, recipes[job])) is not None}
     for job, path in there.items():
         unfinished.remove(job.stem, recipes[job])

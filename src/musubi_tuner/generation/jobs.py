@@ -8,6 +8,7 @@ from pathlib import Path
 
 from musubi_tuner.config.generation import GenerateConfig, LoraOptions
 from musubi_tuner.config.preview import GuidanceOptions
+from musubi_tuner.config.validation import shortened
 from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.sample_prompts import PreviewPrompt, PromptDefaults, load_prompts, prompts_of_lines
@@ -61,7 +62,7 @@ def split_lora(text: str) -> tuple[str, list[float]]:
         UserError: another count of numbers.
     """
     path, numbers = text, []
-    while len(numbers) < 4 and ":" in path and not Path(path).exists():
+    while len(numbers) < 4 and ":" in path and not is_there(Path(path)):
         before, _, last = path.rpartition(":")
         if not before or not _NUMBER.fullmatch(last):
             break
@@ -159,6 +160,14 @@ def reference_factors(jobs: Sequence[Job]) -> tuple[int, int]:
 
 
 def _existing(path: Path, flag: str) -> Path:
-    if not path.exists():
-        raise UserError(f"{flag} {path}: is not there.")
+    if not is_there(path):
+        raise UserError(f"{flag} {shortened(str(path))}: is not there.")
     return newest_file(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; not where the system takes no such path."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -64,10 +64,18 @@ class Unfinished:
                 path.unlink(missing_ok=True)
         self._remove_empty()
 
-    def clean(self) -> None:
-        """Remove what a run that was killed was writing."""
+    def open(self) -> None:
+        """Make the folder, and remove what a run that was killed was writing.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder}: cannot be made ({error.strerror}).") from error
         for folder in (self.folder, self.folder / FOLDER):
-            for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+            for path in folder.glob(".*.tmp"):
                 if (match := _TEMPORARY.fullmatch(path.name)) and not psutil.pid_exists(int(match[1])):
                     path.unlink(missing_ok=True)
         self._remove_empty()
