@@ -98,15 +98,15 @@ class Made:
     """Of sampling; 0 where it was there before."""
 
 
-Watch = Callable[[Job, Path | None, float], None]
+Tell = Callable[[Job, Path | None, float], None]
 """Told of each clip that has come further: its path, None where it waits to be decoded, and the seconds of its sampling."""
 
 
-def make_clips(jobs: Sequence[Job], setting: Setting, watch: Watch = lambda job, path, seconds: None) -> list[Made]:
+def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, path, seconds: None) -> list[Made]:
     """The clips of `jobs`, in their order; those that are there already with the same recipe are kept.
 
     Args:
-        watch: called when a clip is found, sampled or written.
+        tell: called when a clip is found, sampled or written.
 
     Raises:
         UserError: anything that cannot be used; before the transformer is loaded, where it can be known by then.
@@ -119,15 +119,15 @@ def make_clips(jobs: Sequence[Job], setting: Setting, watch: Watch = lambda job,
     there = {job: path for job in jobs if (path := unfinished.finished(job.stem, recipes[job])) is not None}
     for job, path in there.items():
         unfinished.remove(job.stem, recipes[job])
-        watch(job, path, 0.0)
+        tell(job, path, 0.0)
     missing = [job for job in jobs if job not in there]
     seconds: dict[Job, float] = {}
     if missing:
         planned = _prepare(missing, recipes, setting)
         for number in range(max(len(one.stages) for one in planned)):
-            _run_stage(number, planned, unfinished, setting, watch)
+            _run_stage(number, planned, unfinished, setting, tell)
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
-        there |= _decode(planned, unfinished, setting, lambda job, path: watch(job, path, seconds[job]))
+        there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
 
 
@@ -192,7 +192,7 @@ def _inputs(
     )
 
 
-def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, watch: Watch) -> None:
+def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, tell: Tell) -> None:
     """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
     waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
     if not waiting:
@@ -214,7 +214,7 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
                 latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
             unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
             if number + 1 == len(one.stages):
-                watch(one.job, None, unfinished.seconds(one.job.stem, one.recipe, len(one.stages)))
+                tell(one.job, None, unfinished.seconds(one.job.stem, one.recipe, len(one.stages)))
     del wrapper, stack
     free_memory(setting.device)
 

@@ -56,8 +56,8 @@ class Sheet:
         for job, seconds in _earlier_seconds(self.path, recipes).items():
             self._progress[job].seconds = seconds
 
-    def watch(self, job: Job, path: Path | None, seconds: float) -> None:
-        """A clip has come further; as `clips.Watch`."""
+    def tell(self, job: Job, path: Path | None, seconds: float) -> None:
+        """A clip has come further; as `clips.Tell`."""
         one = self._progress[job]
         one.path, one.seconds = path, seconds or one.seconds
         self.write()
@@ -139,7 +139,7 @@ def make_cells(grid: Grid, setting: Setting) -> list[Made]:
     model = setting.model
     sheet = Sheet(grid, {job: recipe_of(job, config, model) for job in grid.jobs}, config.clips.output_dir)
     log.info("grid: %d cells, %d clips; %s shows them as they come", len(grid.cells), len(grid.jobs), sheet.path)
-    made = make_clips(grid.jobs, setting, sheet.watch)
+    made = make_clips(grid.jobs, setting, sheet.tell)
     sheet.write()
     write_sheet_picture(sheet.path.with_suffix(".png"), grid, sheet.paths())
     return made
