@@ -57,6 +57,7 @@ def moved(library: Path, *names: str) -> dict[str, Path]:
         ),
         ("a dog --f 1", ("--sample_scheduler", "ltx2_by_size")),
         ("rain", ("--ltx_mode", "audio")),
+        ("a dog --f 49 --s 1", ("--window_frames", "33", "--window_overlap", "9", "--pipeline", "distilled_one_stage")),
         ("a dog", ("--ltx_mode", "video", "--ltxv2_timestep_format", "flowmatch_1_1000")),
     ],
 )

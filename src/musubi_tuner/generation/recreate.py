@@ -43,6 +43,7 @@ _OF_PROMPT = {
     "width": "sample_width", "height": "sample_height", "frames": "sample_frames", "fps": "sample_fps", "steps": "sample_steps",
     "seed": "seed", "negative": "negative_prompt",
 }  # fmt: skip
+_WINDOWS = ("window_frames", "window_overlap")
 _MODEL = {"fingerprint": "--ltxv2_model", "vae": "--vae", "audio_vae": "--audio_vae"}
 _BESIDE = ("spatial_upsampler_path", "distilled_lora")
 _GIVEN = {"image": "image", "reference": "reference_video", "audio": "audio"}
@@ -137,7 +138,9 @@ def flags_of(clip: Path) -> Beneath:
     known = {field.name for field in dataclasses.fields(GuidanceOptions)} | {
         *_FLAGS.values(),
         *_OF_PROMPT.values(),
+        *_WINDOWS,
     }
+    values |= dict(zip(_WINDOWS, _list(facts, "windows", where)))
     if unknown := sorted(set(values) - known):
         raise UserError(f"{where}: holds '{shortened(unknown[0])}', which this version does not know.")
     values["output_name"] = f"{_as_name(clip.stem)}_again"
