@@ -57,7 +57,8 @@ _TOML = (
 _PROMPT = {"prompt": "a dog", "negative": "", "width": 64, "height": 64, "frames": 1, "fps": 24.0, "seed": 1, "steps": 1}
 _RECIPE: dict[str, Any] = {
     "prompt": _PROMPT, "inputs": {}, "model": {"name": "model", "fingerprint": "0"}, "mode": "av", "timestep_format": "sd3_0_1",
-    "weight_format": "auto", "pipeline": "one_stage", "distilled_lora_strength": None, "guidance": {}, "windows": [None, None], "loras": [], "versions": {},
+    "weight_format": "auto", "pipeline": "one_stage", "distilled_lora_strength": None, "guidance": {},
+    "windows": [None, None], "loras": [], "versions": {},
 }  # fmt: skip
 _FILE = {"name": "a", "size": 5, "sha256": "0" * 64}
 _ODD: tuple[Any, ...] = (None, 5, -1, 1.5, True, "", "five", [], {}, [5], {"a": 1}, "n" * 5000, 10**15, "../a", "/etc/passwd")

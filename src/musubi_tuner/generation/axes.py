@@ -143,7 +143,7 @@ def _loras(word: str, where: str, folder: Path) -> list[LoraUse | None]:
                 uses = [parse_lora(f"{path}{behind}") for path in paths]
                 for use in uses:
                     network_metadata(use.path)  # which can be read
-                return uses
+                return [*uses]
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
