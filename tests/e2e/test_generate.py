@@ -227,3 +227,20 @@ def test_a_long_clip_is_made_in_windows(tiny_family, texts, tmp_path):
     for wrong, says in (("16", "8n"), ("9", "at least 17")):
         with pytest.raises(UserError, match=says):
             run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--window_frames", wrong)
+
+
+def test_enhanced_prompts_are_written_once_and_both_are_kept(tiny_family, texts, tmp_path, monkeypatch):
+    from musubi_tuner.ltxv2.text import enhancing
+
+    calls, real = [], enhancing.enhance
+    monkeypatch.setattr(enhancing, "enhance", lambda *arguments: calls.append(arguments) or real(*arguments))
+    flags = ("--prompt", "a dog", "--enhance_prompt", "default", "--text_encoder", str(tiny_family.gemma))
+    (clip,) = run(tiny_family, texts, tmp_path, *flags)
+    facts = read_recipe(clip).facts
+    assert facts["written"] == "a dog" and facts["prompt"]["prompt"] not in ("a dog", "")
+    assert run(tiny_family, texts, tmp_path, *flags) == [clip] and len(calls) == 1, (
+        "the same command makes the same clip, and writes nothing anew"
+    )
+    assert len(run(tiny_family, texts, tmp_path, *flags, "--prompt_enhancement_seed", "11")) == 2
+    with pytest.raises(UserError, match="give --text_encoder"):
+        run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--enhance_prompt", "default")

@@ -128,6 +128,17 @@ class GenerationModelOptions:
 
 
 @options
+class EnhancementOptions:
+    """Prompt enhancement."""
+
+    enhance_prompt: Text | None = flag(
+        "have the text encoder's model write each prompt out: 'default', or a text file with your own instruction; both prompts are kept",
+        default=None,
+    )
+    prompt_enhancement_seed: Seed = flag("of what it writes; sampling does not depend on it", default=10)
+
+
+@options
 class GenerationMemoryOptions:
     """Memory and speed."""
 
@@ -161,6 +172,7 @@ class GenerateConfig:
     grid: GridOptions
     guidance: GuidanceOptions
     model: GenerationModelOptions
+    enhancement: EnhancementOptions
     memory: GenerationMemoryOptions
 
     @model_validator(mode="after")
@@ -168,6 +180,8 @@ class GenerateConfig:
         given = [bool(self.clips.prompt), self.clips.sample_prompts is not None, self.clips.recreate is not None]
         if sum(given) != 1:
             raise UserError("give what to make by --prompt TEXT, --sample_prompts FILE or --recreate CLIP, by one of them.")
+        if self.enhancement.enhance_prompt is not None and self.model.text_encoder is None:
+            raise UserError("--enhance_prompt: it is the text encoder's model that writes; give --text_encoder FOLDER.")
         for name in ("lora_folder", "input_folder"):
             if getattr(self.clips, name) is not None and self.clips.recreate is None:
                 raise UserError(f"--{name}: is where --recreate looks for files; give --recreate CLIP, or leave it out.")

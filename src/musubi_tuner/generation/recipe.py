@@ -32,7 +32,7 @@ _FORMAT = 1
 _OF_PROMPT = ("prompt", "negative", "width", "height", "frames", "fps", "seed")
 _BY_PROMPT = ("sample_width", "sample_height", "sample_frames", "sample_fps", "sample_steps", "video_cfg_scale", "audio_cfg_scale")
 """Flags that hold where a prompt names nothing else: what came of both is in the recipe, so that it is the same however it was said."""
-_NOT_IN_THE_DIGEST = ("name", "versions")
+_NOT_IN_THE_DIGEST = ("name", "versions", "written")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,8 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
         ],
         "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
     }
+    if prompt.written:
+        facts["written"] = prompt.written
     for name in ("spatial_upsampler_path", "distilled_lora"):
         if (path := getattr(pipeline, name)) is not None:
             facts[name] = _file(newest_file(path), f"--{name} ")

@@ -105,6 +105,8 @@ class PreviewPrompt:
     where: str
     """File and line or entry, for messages."""
     inputs: ConditioningInputs = ConditioningInputs()
+    written: str = ""
+    """What the user wrote, where `prompt` was written out of it by a language model."""
 
     @property
     def seconds(self) -> float:
