@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dev.world.cached import Captions, Encoders, caption_list, character_caption_list, load_captions, load_character_captions
@@ -106,17 +106,22 @@ def tell_ceiling(decoders: Decoders, encoders: Encoders, count: int) -> None:
     print(f"true latents, character: {told(character_scores(others, reading.sights, reading.from_sound))}", flush=True)
 
 
-def tell_samples(model: WorldModel, decoders: Decoders, captions: Captions, count: int, guidances: Sequence[float]) -> None:
-    """Scores of samples of base captions."""
+def tell_samples(
+    model: WorldModel, decoders: Decoders, captions: Captions, count: int, guidances: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Scores of samples of base captions, by guidance; gives the tokens of the last of them."""
+    tokens = (torch.empty(0), torch.empty(0))
     rng = random.Random("prompts")
     subjects = [draw_subject(rng) for _ in range(count)]
     listed = {caption: place for place, caption in enumerate(caption_list())}
     places = torch.tensor([listed[one.caption] for one in subjects], device=captions.states.device)
     for guidance in guidances:
-        reading = decoders.read(*sample(model, captions, places, guidance=guidance, seed=7))
+        tokens = sample(model, captions, places, guidance=guidance, seed=7)
+        reading = decoders.read(*tokens)
         mel = base_scores(subjects, reading.sights, reading.from_mel)["voice"]
         scores = base_scores(subjects, reading.sights, reading.from_sound)
         print(f"{count} samples, guidance {guidance:g}: {told(scores)}; voice by the audio decoder {mel:.2f}", flush=True)
+    return tokens
 
 
 def tell_character(model: WorldModel, decoders: Decoders, folder: Path, count: int, guidance: float) -> None:
@@ -130,26 +135,33 @@ def tell_character(model: WorldModel, decoders: Decoders, folder: Path, count: i
     print(f"{count} samples of the character: {told(character_scores(subjects, reading.sights, reading.from_sound))}", flush=True)
 
 
-def evaluate(folder: Path, device: torch.device, prompts: int, guidances: Sequence[float]) -> None:
-    """Export what lies in `folder`, and print what it reached."""
+def evaluate(folder: Path, out: Path, device: torch.device, prompts: int, guidances: Sequence[float]) -> None:
+    """Export what was trained, print what it reached, and leave the last samples' tokens in `out`.
+
+    Args:
+        folder: holds the autoencoders, the vocoder and captions, and gets the checkpoint.
+        out: holds the transformer.
+    """
     path = folder / "world.safetensors"
-    write_world_checkpoint(path, folder)
+    write_world_checkpoint(path, folder, transformer=out / "transformer.safetensors")
     decoders, captions = Decoders(path, device), load_captions(folder).to(device)
     tell_ceiling(decoders, Encoders(folder, device), prompts)
     model = WorldModel().to(device)
-    model.load_state_dict(load_file(folder / "transformer.safetensors", device=str(device)))
-    tell_samples(model.eval(), decoders, captions, prompts, guidances)
+    model.load_state_dict(load_file(out / "transformer.safetensors", device=str(device)))
+    video, audio = tell_samples(model.eval(), decoders, captions, prompts, guidances)
+    save_file({"video": video.half().cpu().contiguous(), "audio": audio.half().cpu().contiguous()}, out / "samples.safetensors")
     tell_character(model, decoders, folder, prompts, guidances[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of transformer.safetensors; FOLDER itself unless given")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--guidance", type=float, nargs="+", default=(1.0, 3.0))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    evaluate(options.folder, torch.device(options.device), options.prompts, options.guidance)
+    evaluate(options.folder, options.out or options.folder, torch.device(options.device), options.prompts, options.guidance)
 
 
 if __name__ == "__main__":

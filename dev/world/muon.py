@@ -26,7 +26,8 @@ class Muon:
             other_rate: of `others`.
             decay: of matrices, for a step at rate 1.
         """
-        self._matrices, self._others = list(matrices), list(others)
+        self._matrices: list[Tensor] = list(matrices)
+        self._others: list[Tensor] = list(others)
         device = self._matrices[0].device
         self._rate, self._other_rate, self._decay = rate, other_rate, decay
         self._buffers = [torch.zeros_like(one) for one in self._matrices]
@@ -94,5 +95,5 @@ def orthogonalized(stack: Tensor) -> Tensor:
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(_ITERATIONS):
         square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()

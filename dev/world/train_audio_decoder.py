@@ -68,7 +68,8 @@ def thin_decoder() -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import LTX2AudioPixelNorm
 
     torch.manual_seed(1)
-    decoder = AutoencoderKLLTX2Audio(**diffusers_config(audio_vae_section()) | {"base_channels": WIDTH}).decoder
+    network: Any = AutoencoderKLLTX2Audio(**diffusers_config(audio_vae_section()) | {"base_channels": WIDTH})
+    decoder = network.decoder
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LTX2AudioPixelNorm):

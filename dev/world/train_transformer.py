@@ -2,9 +2,9 @@
 
 python -m dev.world.train_transformer FOLDER --seconds N [--device cuda] [--batch 128] [--clips 40000] [--evaluate 96]
 
-FOLDER holds what the other stages left; `transformer.safetensors` (the moving average, in float16) is kept there every half minute, with
-`transformer-state.pt`, from which the same command goes on. Clips are drawn and encoded at the start. On a card the whole step is one CUDA
-graph, so that it is not bound by launches, and products are in TF32; on a processor they are in bfloat16.
+FOLDER holds what the other stages left. Every half minute `transformer.safetensors` (the moving average, in float16) is written into --out,
+and into FOLDER `transformer-state.pt`, from which the same command goes on. Clips are drawn and encoded at the start. On a card the whole
+step is one CUDA graph, so that it is not bound by launches, and products are in TF32; on a processor they are in bfloat16.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dev.world.cached import Captions, Clips, Encoders, caption_list, load_captions, make_clips
@@ -58,6 +58,11 @@ class Training:
         self._levels = torch.stack([_level_table(tokens, seed) for tokens in (VIDEO_TOKENS, AUDIO_TOKENS)]).to(device)
         self._run: Callable[[], None] = self._step
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Begin with weights of an earlier training."""
+        for model in (self.model, self.average):
+            model.load_state_dict(weights)
+
     def step(self, number: int, share: float) -> None:
         """One update.
 
@@ -92,7 +97,8 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         with torch.no_grad():
-            mine, kept = list(self.model.parameters()), list(self.average.parameters())
+            mine: list[Tensor] = list(self.model.parameters())
+            kept: list[Tensor] = list(self.average.parameters())
             change = torch._foreach_sub(mine, kept)
             torch._foreach_mul_(change, self._pull)
             torch._foreach_add_(kept, change)
@@ -123,6 +129,8 @@ class Training:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for the weights; FOLDER itself unless given")
+    parser.add_argument("--start", type=Path, help="weights to begin with, an earlier transformer.safetensors; nothing unless given")
     parser.add_argument("--seconds", type=float, required=True, help="of training, those of runs before included")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=128)
@@ -146,22 +154,28 @@ def main() -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     training = Training(captions, clips, options.batch, options.seed)
+    if options.start:
+        training.load(load_file(options.start))
     if device.type == "cuda":
         training.capture()
         print(f"the step is a graph after {time.monotonic() - started:.1f} s", flush=True)
-    train(training, options.folder, options.seconds, options.save_seconds)
+    out = options.out or options.folder
+    out.mkdir(parents=True, exist_ok=True)
+    train(training, options.folder, out, options.seconds, options.save_seconds)
     if options.evaluate:
         from dev.world.evaluate import evaluate
 
         torch.set_float32_matmul_precision("highest")
-        evaluate(options.folder, device, options.evaluate, options.guidance)
+        evaluate(options.folder, out, device, options.evaluate, options.guidance)
     print(f"done after {time.monotonic() - started:.1f} s", flush=True)
 
 
-def train(training: Training, folder: Path, seconds: float, save_seconds: float) -> None:
+def train(training: Training, folder: Path, out: Path, seconds: float, save_seconds: float) -> None:
     """As many steps as fit.
 
     Args:
+        folder: of the state.
+        out: of the weights.
         seconds: of training in all; the state in `folder` says how many have gone by.
 
     Raises:
@@ -186,12 +200,13 @@ def train(training: Training, folder: Path, seconds: float, save_seconds: float)
             rate = (step - told_step) / (now - told)
             print(f"{elapsed:.0f} s, step {step}: video {video:.4f}, sound {audio:.4f}, {rate:.1f} steps a second", flush=True)
             if not math.isfinite(video + audio):
-                raise SystemExit(f"the loss is not finite at step {step}; {folder / 'transformer.safetensors'} is from before")
+                raise SystemExit(f"the loss is not finite at step {step}; {out / 'transformer.safetensors'} is from before")
             training.losses.zero_()
             told, told_step = now, step
-            if now - saved > save_seconds or elapsed >= seconds:
-                _save(training, folder, state, step, elapsed)
+            if now - saved > save_seconds:
+                _save(training, out, state, step, elapsed)
                 saved = now
+    _save(training, out, state, step, elapsed)
 
 
 def _share(step: int, gone: float) -> float:
@@ -199,12 +214,12 @@ def _share(step: int, gone: float) -> float:
     return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.0, 1 - gone) / FALL + 0.005)
 
 
-def _save(training: Training, folder: Path, state: Path, step: int, elapsed: float) -> None:
+def _save(training: Training, out: Path, state: Path, step: int, elapsed: float) -> None:
     """The average as it is exported, and all that going on needs."""
     average = training.average.state_dict()
-    temporary = folder / "transformer.tmp"
+    temporary = out / "transformer.tmp"
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()}, temporary)
-    temporary.replace(folder / "transformer.safetensors")
+    temporary.replace(out / "transformer.safetensors")
     whole = {"model": training.model.state_dict(), "average": average, "optimizer": training.optimizer.state_dict()}
     temporary = state.with_suffix(".tmp")
     torch.save({"step": step, "seconds": elapsed, **whole}, temporary)

@@ -74,7 +74,8 @@ def new_decoder() -> Any:
     """diffusers' decoder of the world's `vae` section, its weights as torch draws them."""
     from diffusers import AutoencoderKLLTX2Video
 
-    return AutoencoderKLLTX2Video(**diffusers_config(vae_section())).decoder
+    network: Any = AutoencoderKLLTX2Video(**diffusers_config(vae_section()))
+    return network.decoder
 
 
 def train(

@@ -61,11 +61,11 @@ class WorldModel(nn.Module):
         bias = torch.where(places[None] < lengths[:, None], 0.0, _NOTHING)
         bias = torch.cat([bias, (CONTEXT_TOKENS - lengths[:, None]).log()], 1)[:, None, None]
 
-        def run_block(block: nn.Module, at: States, inputs: BlockInputs) -> States:
+        def run_block(block: nn.Module, states: States, inputs: BlockInputs) -> States:
             assert inputs.video is not None and inputs.audio is not None
             mask = bias.to(inputs.video.context.dtype)
             video, audio = (one._replace(context_mask=mask) for one in (inputs.video, inputs.audio))
-            return block(at, BlockInputs(video, audio, inputs.skips))
+            return block(states, BlockInputs(video, audio, inputs.skips))
 
         self.model.run_block = run_block
         batch = video.shape[0]

@@ -33,13 +33,17 @@ KEPT = ("video", "audio", "vocoder", "transformer")
 """Files of weights that were trained, `NAME.safetensors` each."""
 
 
-def write_world_checkpoint(path: Path, folder: Path) -> None:
+def write_world_checkpoint(path: Path, folder: Path, *, transformer: Path | None = None) -> None:
     """Write the whole checkpoint.
 
     Args:
         folder: holds the files `KEPT`.
+        transformer: the file of its weights, where it lies elsewhere.
     """
-    parts = {name: load_file(folder / f"{name}.safetensors") for name in KEPT}
+    files = {name: folder / f"{name}.safetensors" for name in KEPT}
+    if transformer is not None:
+        files["transformer"] = transformer
+    parts = {name: load_file(file) for name, file in files.items()}
     tensors = transformer_tensors(parts["transformer"]) | video_tensors(parts["video"])
     tensors |= audio_tensors(parts["audio"]) | vocoder_tensors(parts["vocoder"])
     write_checkpoint(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, configs.full_config(), configs.VERSION)
