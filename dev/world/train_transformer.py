@@ -160,7 +160,6 @@ def main() -> None:
         training.capture()
         print(f"the step is a graph after {time.monotonic() - started:.1f} s", flush=True)
     out = options.out or options.folder
-    out.mkdir(parents=True, exist_ok=True)
     train(training, options.folder, out, options.seconds, options.save_seconds)
     if options.evaluate:
         from dev.world.evaluate import evaluate
@@ -217,6 +216,7 @@ def _share(step: int, gone: float) -> float:
 def _save(training: Training, out: Path, state: Path, step: int, elapsed: float) -> None:
     """The average as it is exported, and all that going on needs."""
     average = training.average.state_dict()
+    out.mkdir(parents=True, exist_ok=True)
     temporary = out / "transformer.tmp"
     save_file({name: tensor.half().contiguous() for name, tensor in average.items()}, temporary)
     temporary.replace(out / "transformer.safetensors")
