@@ -67,11 +67,14 @@ class Encoders:
         self._video_statistics, self._audio_statistics = ((one.pop("mean"), one.pop("std")) for one in (video, audio))
         self._video, self._audio = VideoEncoder(**video), AudioEncoder(**audio)
 
-    @torch.inference_mode()
-    def tokens(self, subjects: list[Subject] | list[CharacterSubject], rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Clips of the subjects, drawn and encoded: (B, 27, 128) and (B, 18, 128) normalized tokens, float16."""
+    def draw(self, subjects: list[Subject] | list[CharacterSubject], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Clips of the subjects: frames (B, 17, 96, 96, 3) uint8 and samples (B, n), on the device."""
         frames = draw_scenes([scene_of(one, rng) for one in subjects], self.device)
-        waves = draw_sounds([sound_of(one, rng) for one in subjects], self.device)
+        return frames, draw_sounds([sound_of(one, rng) for one in subjects], self.device)
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 27, 128) and (B, 18, 128) normalized tokens, float16."""
         video = patchify_video(self._video.encode(to_pixels(frames)))
         audio = patchify_audio(self._audio.encode(log_mel(waves[:, None].expand(-1, 2, -1))))
         pairs = ((video, self._video_statistics), (audio, self._audio_statistics))
@@ -89,7 +92,7 @@ def make_clips(encoders: Encoders, count: int, seed: int, captions: list[str]) -
     rng = random.Random(f"clips|{seed}")
     together = _TOGETHER.get(encoders.device.type, _TOGETHER_ELSEWHERE)
     subjects = [draw_subject(rng) for _ in range(count)]
-    parts = [encoders.tokens(subjects[start : start + together], rng) for start in range(0, count, together)]
+    parts = [encoders.encode(*encoders.draw(subjects[start : start + together], rng)) for start in range(0, count, together)]
     return Clips(
         video=torch.cat([video for video, _ in parts]),
         audio=torch.cat([audio for _, audio in parts]),

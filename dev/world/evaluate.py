@@ -26,7 +26,7 @@ from musubi_tuner.media.audio import resample
 from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
 from musubi_tuner.tiny.world.scorer import Hearing, Sight, base_scores, character_scores, hear, hear_mel, see
 from musubi_tuner.tiny.world.sounds import RATE
-from musubi_tuner.tiny.world.subjects import CharacterSubject, Subject, draw_character, draw_subject
+from musubi_tuner.tiny.world.subjects import draw_character, draw_subject
 
 STEPS = 30
 _TOGETHER = 16
@@ -34,8 +34,10 @@ _TOGETHER = 16
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was read from decoded clips."""
+    """Decoded clips, and what was read from them."""
 
+    frames: Tensor
+    """(B, 17, 96, 96, 3) 0 to 255"""
     sights: list[Sight]
     from_mel: list[Hearing]
     """Of the spectrograms that the audio decoder gives."""
@@ -60,10 +62,11 @@ class Decoders:
 
     def read(self, video: Tensor, audio: Tensor) -> Reading:
         """Of (B, 27, 128) and (B, 18, 128) normalized tokens."""
+        frames = self.frames(video)
         mels = self._audio.decode(unpatchify_audio(audio.float()))
         waves = torch.cat([self._vocoder(some) for some in mels.split(_TOGETHER)]).cpu()
         waves = resample(waves, self._vocoder.sampling_rate, RATE)
-        return Reading([see(one) for one in self.frames(video)], [hear_mel(one) for one in mels.cpu()], [hear(one) for one in waves])
+        return Reading(frames, [see(one) for one in frames], [hear_mel(one) for one in mels.cpu()], [hear(one) for one in waves])
 
 
 @torch.no_grad()
@@ -94,16 +97,29 @@ def told(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
+def decibels(frames: Tensor, true: Tensor) -> float:
+    """Peak signal-to-noise ratio, the mean over clips."""
+    errors = (frames - true.cpu().float()).square().flatten(1).mean(1)
+    return float((10 * torch.log10(255**2 / errors)).mean())
+
+
 def tell_ceiling(decoders: Decoders, encoders: Encoders, count: int) -> None:
     """What the scorer reads from decoded true latents: no sample can do better."""
     rng = random.Random("ceiling")
-    subjects: list[Subject] = [draw_subject(rng) for _ in range(count)]
-    others: list[CharacterSubject] = [draw_character(rng) for _ in range(count)]
-    reading = decoders.read(*encoders.tokens(subjects, rng))
-    print(f"true latents, base, by the vocoder: {told(base_scores(subjects, reading.sights, reading.from_sound))}")
-    print(f"true latents, base, by the audio decoder: {told(base_scores(subjects, reading.sights, reading.from_mel))}")
-    reading = decoders.read(*encoders.tokens(others, rng))
-    print(f"true latents, character: {told(character_scores(others, reading.sights, reading.from_sound))}", flush=True)
+    subjects = [draw_subject(rng) for _ in range(count)]
+    others = [draw_character(rng) for _ in range(count)]
+    frames, waves = encoders.draw(subjects, rng)
+    reading = decoders.read(*encoders.encode(frames, waves))
+    heard = base_scores(subjects, reading.sights, reading.from_mel)["voice"]
+    scores = told(base_scores(subjects, reading.sights, reading.from_sound))
+    print(f"true latents, base, {decibels(reading.frames, frames):.1f} dB: {scores}; voice by the audio decoder {heard:.2f}")
+    frames, waves = encoders.draw(others, rng)
+    reading = decoders.read(*encoders.encode(frames, waves))
+    heard = character_scores(others, reading.sights, reading.from_mel)["voice"]
+    scores = told(character_scores(others, reading.sights, reading.from_sound))
+    print(
+        f"true latents, character, {decibels(reading.frames, frames):.1f} dB: {scores}; voice by the audio decoder {heard:.2f}", flush=True
+    )
 
 
 def tell_samples(
