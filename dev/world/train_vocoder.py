@@ -24,7 +24,7 @@ from musubi_tuner.tiny.world.sounds import SAMPLES
 _BATCH = 4
 _MEL_NOISE, _LATENT_NOISE = 0.1, 0.1
 _WINDOWS = (256, 1024)
-_RATE, _OTHER_RATE = 0.02, 2e-3
+_RATE, _OTHER_RATE = 5e-3, 1e-3
 _EVERY = 100
 
 
@@ -87,7 +87,7 @@ def train(folder: Path, steps: int, generator: Any) -> None:
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
-        optimizer.set_share(share_at(step, steps, fall=0.6))
+        optimizer.set_share(share_at(step, steps, fall=0.8))
         optimizer.step()
         if (step + 1) % _EVERY == 0:
             with torch.no_grad():
