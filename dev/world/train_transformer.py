@@ -25,7 +25,7 @@ from dev.world.transformer import AUDIO_TOKENS, VIDEO_TOKENS, WorldModel
 from musubi_tuner.flow.path import add_noise, velocity_target
 from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma
 
-RATE, OTHER_RATE, DECAY = 0.02, 2e-3, 0.02
+RATE, OTHER_RATE, DECAY = 0.012, 1.5e-3, 0.02
 WARMUP, FALL = 100, 0.45
 """Steps; share of the time in which the rate falls."""
 AUDIO_WEIGHT = 0.5
