@@ -19,12 +19,14 @@ from dev.world.train_audio_decoder import prepare, thin_decoder
 from musubi_tuner.ltxv2.autoencoders.audio_vae import log_mel
 from musubi_tuner.ltxv2.autoencoders.vocoder import two_stage_config
 from musubi_tuner.tiny.world.configs import vocoder_section
-from musubi_tuner.tiny.world.sounds import SAMPLES
+from musubi_tuner.tiny.world.sounds import SAMPLES, Sound, partials_of
 
 _BATCH = 4
 _MEL_NOISE, _LATENT_NOISE = 0.1, 0.1
 _WINDOWS = (256, 1024)
-_RATE, _OTHER_RATE = 5e-3, 1e-3
+_BRIGHT = 0.25
+_STAGES = (("vocoder", 5e-3, 1e-3), ("vocoder-2", 3e-3, 6e-4))
+"""Name, learning rates of kernels and of all else."""
 _EVERY = 100
 
 
@@ -32,11 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, nargs=2, default=(2500, 1500))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     network = new_vocoder()
-    train(options.folder, options.steps, network.vocoder)
+    for (name, rate, other_rate), steps in zip(_STAGES, options.steps, strict=True):
+        train(options.folder, name, steps, network.vocoder, (rate, other_rate))
     named = {f"vocoder.{name}": tensor.detach().contiguous() for name, tensor in network.vocoder.named_parameters()}
     save_file(named, options.folder / "vocoder.safetensors")
 
@@ -70,19 +73,19 @@ class Spectrograms:
         return self._decoder(latents)
 
 
-def train(folder: Path, steps: int, generator: Any) -> None:
-    """Waveform, and magnitudes at two resolutions, plain and in logarithms."""
+def train(folder: Path, name: str, steps: int, generator: Any, rates: tuple[float, float]) -> None:
+    """One stage. Waveform, and magnitudes at two resolutions, plain and in logarithms."""
     kernels = [one for key, one in generator.named_parameters() if one.ndim > 1 and "conv_out" not in key]
     others = [one for key, one in generator.named_parameters() if one.ndim < 2 or "conv_out" in key]
-    optimizer = Muon(kernels, others, rate=_RATE, other_rate=_OTHER_RATE)
-    stage = Stage(folder, "vocoder", steps, {"generator": generator, "optimizer": optimizer})
+    optimizer = Muon(kernels, others, rate=rates[0], other_rate=rates[1])
+    stage = Stage(folder, name, steps, {"generator": generator, "optimizer": optimizer})
     spectrograms = Spectrograms(folder)
     rng = stage.rng(-1)
     held_out = any_waves([any_sound(rng) for _ in range(12)], rng)
     held_out_mel = spectrograms(held_out, random.Random(2))
     for step in stage:
         rng = stage.rng(step)
-        waves = any_waves([any_sound(rng) for _ in range(_BATCH)], rng)
+        waves = any_waves([vocoder_sound(rng) for _ in range(_BATCH)], rng)
         loss = difference(generator(spectrograms(waves, rng)), waves)
         optimizer.zero_grad()
         loss.backward()
@@ -98,6 +101,15 @@ def train(folder: Path, steps: int, generator: Any) -> None:
             off = (mel[:, :, :hops].clamp(min=-6) - wanted[:, :, :hops].clamp(min=-6)).abs().mean()
             losses = (float(loss.detach()), float(difference(made, held_out)))
             stage.tell(f"step {step + 1} of {steps}: loss {losses[0]:.3f}, {losses[1]:.3f} held out, mel off by {float(off):.3f}")
+
+
+def vocoder_sound(rng: random.Random) -> Sound:
+    """Any sound, and bright ones more often than the world has them: a vocoder finds high partials last."""
+    sound = any_sound(rng)
+    if rng.random() < _BRIGHT:
+        bright = partials_of(rng.choice(("buzz", "reed")), 100.0 * rng.randint(6, 12))
+        return Sound(partials=bright, beats=sound.beats, level=sound.level, start=sound.start)
+    return sound
 
 
 def difference(made: Tensor, waves: Tensor) -> Tensor:
