@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--clips", type=int, default=40000)
+    parser.add_argument("--eager", action="store_true", help="on a card: launch each kernel by itself, several times slower")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of a processor; 0: as many as torch takes")
     parser.add_argument("--save_seconds", type=float, default=30)
@@ -156,7 +157,7 @@ def main() -> None:
     training = Training(captions, clips, options.batch, options.seed)
     if options.start:
         training.load(load_file(options.start))
-    if device.type == "cuda":
+    if device.type == "cuda" and not options.eager:
         training.capture()
         print(f"the step is a graph after {time.monotonic() - started:.1f} s", flush=True)
     out = options.out or options.folder
