@@ -146,7 +146,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.evaluate:
-        import diffusers  # noqa: F401 (missing, it shall be missed before the work and not after)
+        # Missing, it shall be missed before the work and not after.
+        from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video  # noqa: F401
+        from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE  # noqa: F401
     torch.backends.cudnn.allow_tf32 = False  # in encoders and decoders; the transformer's products are set below
     started = time.monotonic()
     captions = load_captions(options.folder).to(device)

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=2, default=(4500, 3000))
+    parser.add_argument("--steps", type=int, nargs=2, default=(3600, 1800))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     encoder, mean, std = prepare(options.folder)

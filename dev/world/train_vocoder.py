@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=2, default=(2500, 1500))
+    parser.add_argument("--steps", type=int, nargs=2, default=(2500, 1000))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     network = new_vocoder()
