@@ -147,7 +147,7 @@ def vae_tensors(version: str) -> dict[str, Tensor]:
     with torch.no_grad():
         means = network.encode(_pictures(), return_dict=False)[0].mode().transpose(0, 1).flatten(1)
     blocks = len(section["encoder_blocks"])
-    tensors = {_official_vae_name(name, blocks): tensor for name, tensor in parts.items() if not name.startswith("latents_")}
+    tensors = {official_vae_name(name, blocks): tensor for name, tensor in parts.items() if not name.startswith("latents_")}
     tensors |= {MEAN: means.mean(1), STD: means.std(1) + 1e-3}
     return {video_vae.PREFIX + name: tensor for name, tensor in tensors.items()}
 
@@ -178,10 +178,10 @@ def _vocoder_tensors(version: str) -> dict[str, Tensor]:
         if name in parameters:
             parts[name] = parts[name] * 0.5  # quiet: residual branches add up to a waveform that would clip throughout
         if name.endswith("forward_basis"):
-            parts[name] = _fourier_basis(section["bwe"]["n_fft"])
+            parts[name] = fourier_basis(section["bwe"]["n_fft"])
         elif name.endswith("mel_basis"):
-            parts[name] = _mel_basis(tuple(parts[name].shape))
-    return {_official_vocoder_name(name): tensor for name, tensor in parts.items()}
+            parts[name] = mel_basis(tuple(parts[name].shape))
+    return {official_vocoder_name(name): tensor for name, tensor in parts.items()}
 
 
 def _randomized(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def _sounds() -> Tensor:
     return tones + 0.02 * torch.randn(4, 2, 16000, generator=generator)
 
 
-def _fourier_basis(size: int) -> Tensor:
+def fourier_basis(size: int) -> Tensor:
     """(size + 2, 1, size) windowed cosines, then sines: a short-time Fourier transform as a convolution."""
     bins = torch.arange(size // 2 + 1, dtype=torch.float64)[:, None]
     angles = 2 * math.pi * bins * torch.arange(size, dtype=torch.float64) / size
@@ -237,7 +237,7 @@ def _fourier_basis(size: int) -> Tensor:
     return (torch.cat([angles.cos(), -angles.sin()]) * window).float()[:, None]
 
 
-def _mel_basis(shape: tuple[int, ...]) -> Tensor:
+def mel_basis(shape: tuple[int, ...]) -> Tensor:
     """(mels, bins) overlapping triangles, denser at low frequencies."""
     mels, bins = shape
     edges = (torch.linspace(0, 1, mels + 2, dtype=torch.float64) ** 2) * (bins - 1)
@@ -248,7 +248,7 @@ def _mel_basis(shape: tuple[int, ...]) -> Tensor:
     return (triangles.clamp(min=0) / 8).float()
 
 
-def _official_vae_name(name: str, encoder_blocks: int) -> str:
+def official_vae_name(name: str, encoder_blocks: int) -> str:
     """The inverse of `video_vae.to_diffusers_name`."""
     rules: Sequence[tuple[str, Any]] = (
         (r"encoder\.mid_block\.", f"encoder.down_blocks.{encoder_blocks - 1}."),
@@ -265,7 +265,7 @@ def _official_vae_name(name: str, encoder_blocks: int) -> str:
     return name.replace("resnets", "res_blocks")
 
 
-def _official_vocoder_name(name: str) -> str:
+def official_vocoder_name(name: str) -> str:
     """The inverse of `vocoder.to_diffusers_name`."""
     name = name.replace("upsamplers.", "ups.").replace("resnets.", "resblocks.")
     name = name.replace("conv_in", "conv_pre").replace("conv_out", "conv_post").replace("act_out", "act_post")

@@ -103,15 +103,15 @@ def vae_section(version: str) -> dict[str, Any]:
         encoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
         decoder = [(0, "all"), (0, "all"), (1, "all"), (1, None)]
         return section | {
-            "encoder_blocks": _blocks(encoder, "_res", (1, 1, 1)),
-            "decoder_blocks": _blocks(decoder, "", (2, 2, 2), residual=True),
+            "encoder_blocks": blocks(encoder, "_res", (1, 1, 1)),
+            "decoder_blocks": blocks(decoder, "", (2, 2, 2), residual=True),
         }
     encoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     decoder = [(0, "all"), (0, "all"), (1, "space"), (1, "time"), (1, None)]
     return section | {
         "spatial_padding_mode": "zeros",
-        "encoder_blocks": _blocks(encoder, "_res", (1, 1, 1, 1)),
-        "decoder_blocks": _blocks(decoder, "", (2, 2, 1, 2)),
+        "encoder_blocks": blocks(encoder, "_res", (1, 1, 1, 1)),
+        "decoder_blocks": blocks(decoder, "", (2, 2, 1, 2)),
     }
 
 
@@ -174,7 +174,7 @@ def vocoder_section(version: str) -> dict[str, Any]:
     return {"vocoder": main, "bwe": second}
 
 
-def _blocks(levels: Sequence[tuple[int, str | None]], suffix: str, multipliers: tuple[int, ...], *, residual: bool = False) -> list[Any]:
+def blocks(levels: Sequence[tuple[int, str | None]], suffix: str, multipliers: tuple[int, ...], *, residual: bool = False) -> list[Any]:
     """(residual units, kind of the compression after them) of each level -> the official list."""
     blocks: list[Any] = []
     for place, (units, kind) in enumerate(levels):

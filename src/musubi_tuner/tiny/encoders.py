@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,14 @@ def corpus() -> list[str]:
     return [line for line in text.splitlines() if line]
 
 
-def write_gemma(folder: Path, *, width: int = configs.GEMMA_WIDTH, layers: int = configs.GEMMA_LAYERS) -> None:
-    """A Gemma 3 text model whose tokenizer puts BOS first and no EOS, as the real one's."""
+def write_gemma(
+    folder: Path, *, width: int = configs.GEMMA_WIDTH, layers: int = configs.GEMMA_LAYERS, sentences: Sequence[str] | None = None
+) -> None:
+    """A Gemma 3 text model whose tokenizer puts BOS first and no EOS, as the real one's.
+
+    Args:
+        sentences: that its tokenizer is trained on; None takes those of `corpus`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
@@ -33,7 +40,8 @@ def write_gemma(folder: Path, *, width: int = configs.GEMMA_WIDTH, layers: int =
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus(), trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        corpus() if sentences is None else sentences,
+        trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     fast = PreTrainedTokenizerFast(
