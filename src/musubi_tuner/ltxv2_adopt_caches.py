@@ -40,6 +40,7 @@ def _claims(config: AdoptConfig) -> Claims:
     from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
     from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
     from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
+    from musubi_tuner.ltxv2.text.packed import with_projection
     from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint, text_widths
     from musubi_tuner.ltxv2.transformer.load import read_config
     from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -65,7 +66,9 @@ def _claims(config: AdoptConfig) -> Claims:
             "audio_vae": "" if data.ltx_mode == "video" else audio_vae_fingerprint(audio_vae),
             "text": text,
         },
-        projection=projection_fingerprint(checkpoint) if model.text_encoder_backend == "gemma" else "none",
+        projection=projection_fingerprint(with_projection(checkpoint, model.text_encoder))
+        if model.text_encoder_backend == "gemma"
+        else "none",
         model_version=checkpoint.model_version,
         backend=model.text_encoder_backend,
         stage=data.text_cache_stage,

@@ -93,7 +93,7 @@ def _encoders(model: ImportModelOptions, checkpoint: Checkpoint, recipe: TextRec
         latents="" if recipe.mode == "audio" else video_vae_fingerprint(vae),
         audio="" if recipe.mode == "video" else audio_vae_fingerprint(audio_vae),
         text="not told" if model.text_encoder is None else encoder_fingerprint(recipe.options),
-        projection=projection_fingerprint(checkpoint),
+        projection=projection_fingerprint(recipe.whole),
         model_version=checkpoint.model_version,
     )
 

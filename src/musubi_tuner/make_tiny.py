@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 
 from musubi_tuner.config.flags import flag, parse
 from musubi_tuner.config.validation import AnyPath, options
@@ -29,6 +30,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from musubi_tuner.tiny.checkpoint import write_tiny_family
 
     family = write_tiny_family(config.tiny.output_dir)
-    for path in (family.ltx20, family.ltx23, family.ltx25_transformer, family.upsampler, family.distilled_lora, family.gemma, family.t5):
-        logging.getLogger(__name__).info("%s", path)
+    for field in fields(family):
+        if (path := getattr(family, field.name)) != family.folder:
+            logging.getLogger(__name__).info("%s", path)
     return 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -171,6 +172,20 @@ def test_int8_that_no_declaration_covers_is_refused_where_others_have_one(stored
     for text in ("[", '{"layers": 1}', '{"layers": {"a": 1}}'):
         with pytest.raises(UserError, match="_quantization_metadata"):
             load(stored({}, _quantization_metadata=text))
+
+
+def test_files_of_a_pack_each_declare_their_own_layers(tmp_path):
+    """An int8 transformer and its int8 text encoder in one folder."""
+    for file in ("a", "b"):
+        tensors = {f"{file}.weight": torch.ones(4, 4, dtype=torch.int8), f"{file}.weight_scale": torch.ones(4, 1)}
+        layers = {"_quantization_metadata": json.dumps({"layers": {file: INT8}})}
+        save_file(tensors, tmp_path / f"{file}.safetensors", metadata=layers)
+    for pack in (open_checkpoint(tmp_path), open_checkpoint(tmp_path / "a.safetensors")):
+        read = read_quantization(pack, {name: name for name in pack.names()})
+        assert read.receipt == f"int8, one scale a row, {len(pack.names()) // 2} linears"
+    save_file({"c": torch.ones(1)}, tmp_path / "c.safetensors", metadata={"_quantization_metadata": "[]"})
+    with pytest.raises(UserError, match="c.safetensors: its '_quantization_metadata' metadata has no 'layers'"):
+        open_checkpoint(tmp_path)
 
 
 def test_scales_of_the_stream_that_is_not_built_do_no_harm(tiny_family, tmp_path):

@@ -97,7 +97,7 @@ class TextModelOptions:
     """Models."""
 
     ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
-    text_encoder: str = flag("encoder folder, or a hub id that is in the local cache")
+    text_encoder: str = flag("encoder folder, the one file of LTX-2.5's, or a hub id that is in the local cache")
     text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder; released models take gemma", default="gemma")
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
     max_length: TextTokens = flag("captions are cut to this many tokens; the context stays 1024", default=1024)
@@ -167,7 +167,7 @@ class ImportModelOptions:
     ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
     vae: AnyPath | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("full checkpoint or audio VAE file; default: --vae", default=None)
-    text_encoder: str | None = flag("encoder folder; needed where training is given one too", default=None)
+    text_encoder: str | None = flag("encoder folder or file; needed where training is given one too", default=None)
 
 
 @options
@@ -216,7 +216,7 @@ class AdoptModelOptions:
     ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
     vae: AnyPath | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("full checkpoint or audio VAE file; default: --vae", default=None)
-    text_encoder: str | None = flag("encoder folder; needed where training is given one too", default=None)
+    text_encoder: str | None = flag("encoder folder or file; needed where training is given one too", default=None)
     text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder", default="gemma")
     max_length: TextTokens | None = flag("captions were cut to this many tokens; default: 1024", default=None)
 

@@ -115,7 +115,9 @@ class GenerationModelOptions:
     ltxv2_model: AnyPath = flag("transformer file, full checkpoint, or folder of a split pack", common=True)
     vae: AnyPath | None = flag("video VAE; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("audio VAE and vocoder; default: --vae", default=None)
-    text_encoder: str | None = flag("encoder folder (or a hub id in the local cache), for what is not cached", default=None, common=True)
+    text_encoder: str | None = flag(
+        "encoder folder, file of LTX-2.5's, or hub id in the local cache, for what is not cached", default=None, common=True
+    )
     text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder", default="gemma")
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
     max_length: TextTokens | None = flag("cuts prompts to this many tokens", default=None)

@@ -21,7 +21,7 @@ class ModelOptions:
     vae: AnyPath | None = flag("video VAE for previews; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("audio VAE and vocoder for previews; default: --vae", default=None)
     text_encoder: str | None = flag(
-        "encoder folder (or a hub id in the local cache), for prompts that were not cached", default=None, common=True
+        "encoder folder, file of LTX-2.5's, or hub id in the local cache, for prompts that were not cached", default=None, common=True
     )
     text_encoder_backend: Literal["gemma", "t5"] | None = flag("must agree with the cached captions", default=None)
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)

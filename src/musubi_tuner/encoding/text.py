@@ -97,7 +97,7 @@ def _common_metadata(recipe: TextRecipe) -> dict[str, str]:
     return {
         "model_version": recipe.checkpoint.model_version,
         "encoder_fingerprint": encoder_fingerprint(options),
-        "projection_fingerprint": projection_fingerprint(recipe.checkpoint) if options.backend == "gemma" else "none",
+        "projection_fingerprint": projection_fingerprint(recipe.whole) if options.backend == "gemma" else "none",
         "encoding": canonical(encoding),
         "stage": recipe.stage,
         "backend": options.backend,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.ltxv2.weights import QUANTIZATION, Checkpoint
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import parse_json
 
@@ -31,7 +31,6 @@ _LEAVES = (*_SCALES, _DECLARATION, "input_scale", "scale_input")
 """What lies beside a weight, by the last part of its name."""
 _MARKER = "scaled_fp8"
 
-_METADATA = "_quantization_metadata"
 _FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
 """Declared formats that are read, and the dtype of their codes."""
 _NEUTRAL = ("format", "convrot", "convrot_groupsize", "full_precision_matrix_mult", "orig_dtype", "orig_shape", "per_row")
@@ -148,7 +147,7 @@ def _form(checkpoint: Checkpoint, names: Mapping[str, str], name: str, declared:
         if dtype in _NAMES and owner != name and any(other.rpartition(".")[2] in _SCALES for other in names):
             _check_plain_cast(checkpoint.tensor(names[name]), where)
         return _Form(None, 0) if dtype in _NAMES else None
-    if dtype == torch.int8 and layer is None and (declared or _METADATA in checkpoint.metadata):
+    if dtype == torch.int8 and layer is None and (declared or QUANTIZATION in checkpoint.metadata):
         raise UserError(f"{where} is int8 without a declaration, which others have: whether it is rotated cannot be told. {_REMEDY}")
     group = _group(where, shape, layer)
     scale = _scale(checkpoint, names[scales[0]], where, shape)
@@ -207,9 +206,9 @@ def _group(where: str, shape: tuple[int, ...], layer: Mapping[str, Any] | None) 
 def _declarations(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """{name of a weight: its declaration}, from the metadata and from the tensors beside the weights."""
     found: dict[str, Mapping[str, Any]] = {}
-    if _METADATA in checkpoint.metadata:
-        where = f"{checkpoint.path}: its '{_METADATA}' metadata"
-        content = parse_json(checkpoint.metadata[_METADATA], where)
+    if QUANTIZATION in checkpoint.metadata:
+        where = f"{checkpoint.path}: its '{QUANTIZATION}' metadata"
+        content = parse_json(checkpoint.metadata[QUANTIZATION], where)
         layers = content.get("layers") if isinstance(content, dict) else None
         if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
             raise UserError(f"{where} has no 'layers', an object for each quantized layer. {_REMEDY}")

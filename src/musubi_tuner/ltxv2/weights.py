@@ -4,6 +4,7 @@ Only the tensors that are asked for are read: a 46 GB file costs its header plus
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ _DTYPES = {
 }
 _SAMPLE_BYTES = 4096
 INDEX_ENDING = ".safetensors.index.json"
+QUANTIZATION = "_quantization_metadata"
+"""Metadata that name the quantized layers of a file: {"layers": {...}}."""
 SECTIONS = ("transformer", "vae", "audio_vae", "vocoder")
 """Of the `config` metadata; each is an object."""
 _REWRITTEN = "The file is damaged or was rewritten by another tool: use the release's own file."
@@ -150,9 +153,11 @@ def open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     entries: dict[str, TensorEntry] = {}
+    layers: dict[str, Any] = {}
     for file in files:
         header = read_header(file)
         metadata |= header.metadata
+        layers |= _quantized_layers(file, header.metadata) if len(files) > 1 else {}
         config |= _parse_config(file, header.metadata)
         file_entries = {name: _entry(file, name, stored) for name, stored in header.tensors.items()}
         twice = entries.keys() & file_entries.keys()
@@ -162,7 +167,21 @@ def open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
                 "A folder must hold one split pack only; move the other checkpoint away or give one file."
             )
         entries |= file_entries
+    if layers:  # of all files, where other metadata are those of the last one
+        metadata[QUANTIZATION] = json.dumps({"layers": layers})
     return Checkpoint(path=path, metadata=metadata, config=config, entries=entries)
+
+
+def _quantized_layers(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata declare of its own layers."""
+    if QUANTIZATION not in metadata:
+        return {}
+    where = f"{file}: its '{QUANTIZATION}' metadata"
+    content = parse_json(metadata[QUANTIZATION], where)
+    layers = content.get("layers") if isinstance(content, dict) else None
+    if not isinstance(layers, dict):
+        raise UserError(f"{where} has no 'layers', an object for each quantized layer. {_REWRITTEN}")
+    return layers
 
 
 def shards_of(index: Path) -> list[Path]:

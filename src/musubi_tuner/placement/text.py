@@ -70,7 +70,7 @@ def load_feature_stage(recipe: TextRecipe, batches: Sequence[TextBatch], *, shar
     cap_device_memory(options.device, options.vram_gb)
     encoder, extractor = load_streamed(options, on_host) if on_host else load_encoder(options), None
     if options.backend != "t5":
-        extractor = load_feature_extractor(recipe.checkpoint, encoder.width, device=options.device, dtype=options.dtype)
+        extractor = load_feature_extractor(recipe.whole, encoder.width, device=options.device, dtype=options.dtype)
     return FeatureStage(encoder, extractor, options.dtype)
 
 
@@ -205,7 +205,7 @@ def _choose(recipe: TextRecipe, batches: Sequence[TextBatch], sharers: int) -> l
     Raises:
         UserError: device or host have too little memory.
     """
-    options, checkpoint = recipe.options, recipe.checkpoint
+    options, checkpoint = recipe.options, recipe.whole
     weights = encoder_bytes(options) if options.device.type == "cuda" else None
     if weights is None:
         return []

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
 from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, patchify_audio
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.text.features import FeatureExtractor
+from musubi_tuner.ltxv2.text.packed import SOURCE, VERSION
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import configs
-from musubi_tuner.tiny.encoders import write_gemma, write_t5
+from musubi_tuner.tiny.encoders import pack_gemma4, write_gemma, write_gemma4, write_t5
 
 TRANSFORMER = "model.diffusion_model."
 
@@ -41,12 +43,20 @@ class TinyFamily:
     ltx23: Path
     """Full single file, 2.3 style."""
     ltx25_transformer: Path
-    """Transformer and connectors alone, 2.5 style, as in a split pack."""
+    """Transformer and connectors alone, 2.5 style, as in a split pack, whose other files follow."""
+    ltx25_vae: Path
+    """Video VAE with the conv decoder, its names without a prefix."""
+    ltx25_audio_vae: Path
+    """Audio VAE and vocoder."""
+    ltx25_gemma: Path
+    """Text encoder and projection in one file."""
     upsampler: Path
     """Latent upsampler by 2."""
     distilled_lora: Path
     """In the place of the releases' distilled LoRA: random, on the attention of every stream."""
     gemma: Path
+    gemma4: Path
+    """The text encoder of 2.5 as a folder."""
     t5: Path
 
 
@@ -65,28 +75,53 @@ def write_tiny_family(folder: Path) -> TinyFamily:
         ltx20=folder / "ltx2_tiny_2.0.safetensors",
         ltx23=folder / "ltx2_tiny_2.3.safetensors",
         ltx25_transformer=folder / "ltx2_tiny_2.5_transformer.safetensors",
+        ltx25_vae=folder / "ltx2_tiny_2.5_video_vae_conv.safetensors",
+        ltx25_audio_vae=folder / "ltx2_tiny_2.5_audio_vae.safetensors",
+        ltx25_gemma=folder / "gemma4_tiny_with_proj_2.5.safetensors",
         upsampler=folder / "ltx2_tiny_spatial_upscaler_x2.safetensors",
         distilled_lora=folder / "ltx2_tiny_distilled_lora.safetensors",
         gemma=folder / "gemma3",
+        gemma4=folder / "gemma4",
         t5=folder / "t5",
     )
     for version, path in (("2.0", family.ltx20), ("2.3", family.ltx23)):
-        tensors = transformer_tensors(version) | projection_tensors(version) | frozen_tensors(version)
+        frozen = frozen_tensors(version)
+        tensors = transformer_tensors(version) | projection_tensors(version) | frozen
         write_checkpoint(path, tensors, full_config(version), version)
-    write_checkpoint(family.ltx25_transformer, transformer_tensors("2.5"), {"transformer": configs.transformer_section("2.5")}, "2.5")
+    write_gemma(family.gemma)
+    write_gemma4(family.gemma4)
+    _write_pack(family, frozen)
     write_bytes(
         family.upsampler, serialize(upsampler_tensors(), {"config": json.dumps({"spatial_scale": 2.0, "rational_resampler": True})})
     )
     write_bytes(family.distilled_lora, serialize(distilled_lora_tensors(), {}))
-    write_gemma(family.gemma)
     write_t5(family.t5, width=configs.VIDEO_WIDTH)
     return family
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: str) -> None:
-    """One safetensors file with `config` and `model_version` metadata."""
-    metadata = {"config": json.dumps(config, sort_keys=True), "model_version": configs.MODEL_VERSIONS[version]}
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: str, further: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """One safetensors file with `config`, `model_version` and `further` metadata."""
+    metadata = {"config": json.dumps(config, sort_keys=True), "model_version": configs.MODEL_VERSIONS[version], **further}
     write_bytes(path, serialize(tensors, metadata))
+
+
+def _write_pack(family: TinyFamily, frozen: Mapping[str, Tensor]) -> None:
+    """The files of 2.5.
+
+    Args:
+        frozen: VAEs and vocoder of 2.3, which 2.5 shares: the latents of both are the same.
+    """
+    config = full_config("2.5")
+    source = {SOURCE: json.dumps({VERSION: configs.GEMMA4_VERSION})}
+    write_checkpoint(family.ltx25_transformer, transformer_tensors("2.5"), {"transformer": config["transformer"]}, "2.5", source)
+    video = {name.removeprefix(video_vae.PREFIX): tensor for name, tensor in frozen.items() if name.startswith(video_vae.PREFIX)}
+    write_checkpoint(family.ltx25_vae, video, {"vae": config["vae"]}, "2.5")
+    sound = {name: tensor for name, tensor in frozen.items() if name.startswith((audio_vae.PREFIX, vocoder.PREFIX))}
+    write_checkpoint(family.ltx25_audio_vae, sound, {key: config[key] for key in ("audio_vae", "vocoder")}, "2.5")
+    tensors, metadata = pack_gemma4(family.gemma4, projection_tensors("2.5"))
+    write_bytes(family.ltx25_gemma, serialize(tensors, metadata))
 
 
 def full_config(version: str) -> dict[str, Any]:
@@ -107,10 +142,10 @@ def transformer_tensors(version: str) -> dict[str, Tensor]:
     return {TRANSFORMER + name: tensor for name, tensor in parts.items()}
 
 
-def projection_tensors(version: str) -> dict[str, Tensor]:
-    """The text projection for the tiny Gemma."""
+def projection_tensors(version: str, *, states: int = configs.GEMMA_LAYERS + 1) -> dict[str, Tensor]:
+    """The text projection for the tiny Gemmas, which give so many hidden states."""
     video, audio = (configs.CAPTION_CHANNELS,) * 2 if version == "2.0" else (configs.VIDEO_WIDTH, configs.AUDIO_WIDTH)
-    extractor = FeatureExtractor(configs.GEMMA_WIDTH, configs.GEMMA_LAYERS + 1, video, audio, version="V1" if version == "2.0" else "V2")
+    extractor = FeatureExtractor(configs.GEMMA_WIDTH, states, video, audio, version="V1" if version == "2.0" else "V2")
     return {f"text_embedding_projection.{name}": tensor for name, tensor in _randomized(extractor, f"projection {version}").items()}
 
 

@@ -7,6 +7,8 @@ HEADS, VIDEO_HEAD, AUDIO_HEAD, LAYERS = 4, 32, 16, 2
 VIDEO_WIDTH, AUDIO_WIDTH = HEADS * VIDEO_HEAD, HEADS * AUDIO_HEAD
 CAPTION_CHANNELS = 48
 GEMMA_WIDTH, GEMMA_LAYERS = 32, 3
+GEMMA4_VERSION = "gemma4-12b-ltx-v1"
+"""Release of LTX-2.5's text encoder, which its config and the transformer's metadata name."""
 REGISTERS = 128
 MODEL_VERSIONS = {"2.0": "2.0.0", "2.3": "2.3.0", "2.5": "2.5.1"}
 

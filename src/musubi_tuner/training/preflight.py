@@ -22,7 +22,8 @@ from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.verify import Wanted, verify_caches
 from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options, is_folder
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options, is_local
+from musubi_tuner.ltxv2.text.packed import with_projection
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
@@ -110,7 +111,7 @@ def check_output_folder(folder: Path) -> None:
 
 def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
     """Fingerprints of every encoder that can be looked at: the VAEs where a file holds them, connectors and projection, the encoder's
-    folder."""
+    folder or file."""
     mode, model = config.ltx_mode, config.model
     vae = checkpoint if model.vae is None else open_checkpoint(model.vae)
     audio_vae = vae if model.audio_vae is None else open_checkpoint(model.audio_vae)
@@ -121,11 +122,12 @@ def wanted_caches(config: TrainingConfig, checkpoint: Checkpoint) -> Wanted:
         text["backend"] = model.text_encoder_backend
     if model.max_length is not None:
         text["max_length"] = str(model.max_length)
-    if model.text_encoder_backend != "t5" and _holds(checkpoint, "text_embedding_projection."):
-        text["projection_fingerprint"] = projection_fingerprint(checkpoint)
+    whole = with_projection(checkpoint, model.text_encoder)
+    if model.text_encoder_backend != "t5" and _holds(whole, "text_embedding_projection."):
+        text["projection_fingerprint"] = projection_fingerprint(whole)
     if checkpoint.model_version:
         text["model_version"] = checkpoint.model_version
-    if model.text_encoder is not None and is_folder(model.text_encoder, "--text_encoder"):
+    if model.text_encoder is not None and is_local(model.text_encoder, "--text_encoder"):
         text["encoder_fingerprint"] = encoder_fingerprint(text_encoder_options(config, torch.device("cpu")))
     return Wanted(latents=latents, audio=audio, text=text, arguments=caching_arguments(config))
 

@@ -1,8 +1,9 @@
-"""Text encoders, all from transformers: prompts -> hidden states of their tokens. Gemma 3 and T5; Gemma 4 has its place in `BACKENDS`."""
+"""Text encoders, all from transformers: prompts -> hidden states of their tokens. Gemma 3, the Gemma 4 of LTX-2.5, and T5."""
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.text.loading import LoadedBytes, OnHost, layers_of, load_model, loaded_bytes
+from musubi_tuner.ltxv2.text.packed import GEMMA4, is_packed, packed_config, tokenizer_folder
 from musubi_tuner.runtime.device import to_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
 
 log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, tuple[str, ...]] = {"gemma": ("gemma3", "gemma3_text"), "t5": ("t5",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"gemma": ("gemma3", "gemma3_text", *GEMMA4), "t5": ("t5",)}
 """{backend: model types of its config.json}."""
 
 CONTEXT_TOKENS = 1024
@@ -97,9 +99,14 @@ class HiddenStates:
 class PromptTokenizer:
     """Prompts -> token ids, as the encoder takes them."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, start: Sequence[int] = ()) -> None:
+        """
+        Args:
+            start: ids that are put before what the tokenizer makes.
+        """
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._start = list(start)
 
     @property
     def padding(self) -> int:
@@ -107,7 +114,8 @@ class PromptTokenizer:
 
     def __call__(self, prompt: str) -> list[int]:
         """Ids of the stripped prompt with what the tokenizer adds (Gemma: BOS first, no EOS), cut to `max_length`."""
-        return self._tokenizer(prompt.strip(), truncation=True, max_length=self._max_length)["input_ids"]
+        longest = self._max_length - len(self._start)
+        return self._start + self._tokenizer(prompt.strip(), truncation=True, max_length=longest)["input_ids"]
 
     def tell_of_cut(self, names: Mapping[str, str]) -> None:
         """Warn of prompts that are longer than `max_length`.
@@ -115,7 +123,7 @@ class PromptTokenizer:
         Args:
             names: what each prompt is called.
         """
-        tokens = {prompt: len(self._tokenizer(prompt.strip(), verbose=False)["input_ids"]) for prompt in names}
+        tokens = {prompt: len(self._start) + len(self._tokenizer(prompt.strip(), verbose=False)["input_ids"]) for prompt in names}
         cut = [f"{names[prompt]} ({count:,} tokens)" for prompt, count in tokens.items() if count > self._max_length]
         if cut:
             log.warning(
@@ -174,7 +182,7 @@ def read_encoder_shape(options: EncoderOptions) -> EncoderShape:
     Raises:
         UserError: no such encoder here, or of another type than the backend.
     """
-    config = _read_config(options)
+    config = read_encoder_config(options)
     config = getattr(config, "text_config", config)
     inner = config.d_ff if options.backend == "t5" else config.intermediate_size
     return EncoderShape(config.hidden_size, config.num_hidden_layers + 1, inner, config.num_attention_heads)
@@ -182,6 +190,8 @@ def read_encoder_shape(options: EncoderOptions) -> EncoderShape:
 
 def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     """The tokenizer alone.
+
+    That of LTX-2.5's Gemma 4 adds no BOS, which the model was trained with all the same; it is put before every prompt here.
 
     Raises:
         UserError: it is not here, or it is none of the backend's kind.
@@ -191,7 +201,8 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     flag = "--tokenizer" if options.tokenizer else "--text_encoder"
     name = options.tokenizer or options.path
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(name, flag), local_files_only=True)
+        with _tokenizer_files(name, flag) as folder:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         start = tokenizer("")["input_ids"]
     except UserError:
         raise
@@ -199,12 +210,24 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
         raise UserError(
             f"{flag} {name}: holds no tokenizer that transformers can read ({error}). Give its folder with --tokenizer."
         ) from error
-    if options.backend == "gemma" and start != [tokenizer.bos_token_id]:
+    bos = tokenizer.bos_token_id
+    adds_none = options.backend == "gemma" and start == [] and bos is not None and read_encoder_config(options).model_type in GEMMA4
+    if options.backend == "gemma" and start != [bos] and not adds_none:
         raise UserError(
             f"{flag} {name}: its tokenizer makes {start} of an empty prompt; a Gemma tokenizer puts BOS first and adds no EOS. "
             "Give the tokenizer of the encoder."
         )
-    return PromptTokenizer(tokenizer, options.max_length)
+    return PromptTokenizer(tokenizer, options.max_length, [bos] if adds_none else [])
+
+
+@contextmanager
+def _tokenizer_files(name: str, flag: str) -> Iterator[Path]:
+    path = Path(resolve_model(name, flag))
+    if path.is_dir():
+        yield path
+    else:
+        with tokenizer_folder(path) as folder:
+            yield folder
 
 
 def encoder_bytes(options: EncoderOptions) -> LoadedBytes | None:
@@ -213,14 +236,14 @@ def encoder_bytes(options: EncoderOptions) -> LoadedBytes | None:
     Raises:
         UserError: what `read_encoder_shape` raises, or no weights.
     """
-    config = _read_config(options)
+    config = read_encoder_config(options)
     if options.bits is not None:
         return None
     return loaded_bytes(Path(resolve_model(options.path, "--text_encoder")), config, backend=options.backend, dtype=options.dtype)
 
 
 def load_encoder(options: EncoderOptions, *, on_host: OnHost | None = None) -> TextEncoder:
-    """Load encoder and tokenizer from a local folder, or from a hub id that is already in the local cache; never downloads.
+    """Load encoder and tokenizer from a local folder, a packed file, or a hub id that is already in the local cache; never downloads.
 
     Args:
         on_host: layers that are left in host memory; somebody has to bring them to the device before they run.
@@ -228,52 +251,72 @@ def load_encoder(options: EncoderOptions, *, on_host: OnHost | None = None) -> T
     Raises:
         UserError: neither is there, the model is of another type than the backend, and what `load_model` raises.
     """
-    config = _read_config(options)
-    folder = Path(resolve_model(options.path, "--text_encoder"))
+    config = read_encoder_config(options)
+    source = Path(resolve_model(options.path, "--text_encoder"))
     tokenizer = load_tokenizer(options)
     model = load_model(
-        folder, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=options.bits, on_host=on_host or {}
+        source, config, backend=options.backend, device=options.device, dtype=options.dtype, bits=options.bits, on_host=on_host or {}
     )
     return TextEncoder(model, tokenizer, options)
 
 
-def _read_config(options: EncoderOptions) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+def read_encoder_config(options: EncoderOptions) -> Any:
+    """The encoder's config, as transformers has it: of a folder's config.json, or of a packed file's metadata.
 
-    path = resolve_model(options.path, "--text_encoder")
-    file = Path(path) / "config.json"
-    if file.is_file() and not isinstance(read_json(file), dict):
+    Raises:
+        UserError: no such encoder here, of another type than the backend, or of one that the installed transformers does not know.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+
+    path = Path(resolve_model(options.path, "--text_encoder"))
+    where, file, packed = f"--text_encoder {options.path}", path / "config.json", path.is_file()
+    content = packed_config(path) if packed else read_json(file) if file.is_file() else {}
+    if not isinstance(content, dict):
         raise UserError(f"{file}: is no JSON object. Download the encoder's config.json again.")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"--text_encoder {options.path}: its config.json cannot be read ({error}). Give the folder of a model.") from error
-    if config.model_type not in BACKENDS[options.backend]:
+    kind = str(content.get("model_type"))
+    if kind in GEMMA4 and kind not in CONFIG_MAPPING:
         raise UserError(
-            f"--text_encoder {options.path}: its model type is '{config.model_type}'; --text_encoder_backend {options.backend} takes "
+            f"{where}: the Gemma 4 of LTX-2.5 ('{kind}'), which transformers {__version__} does not know. Install a newer one: "
+            "pip install --upgrade transformers (constraints.txt has the version that the tests pass with)."
+        )
+    config: Any = None
+    try:
+        if not packed:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            kind = config.model_type
+        elif kind in CONFIG_MAPPING:
+            config = AutoConfig.for_model(**content)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"{where}: its config.json cannot be read ({error}). Give the folder of a model.") from error
+    if kind not in BACKENDS[options.backend]:
+        raise UserError(
+            f"{where}: its model type is '{kind}'; --text_encoder_backend {options.backend} takes "
             f"{' or '.join(BACKENDS[options.backend])}. Backends are {', '.join(BACKENDS)}."
         )
     return config
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
-    """Identity of the encoder's and the tokenizer's files, whatever their folders are called.
+    """Identity of the encoder's and the tokenizer's files, whatever their folders, or a packed file, are called.
 
     Weights are hashed by samples, so a 24 GB folder takes a second.
 
     Raises:
         UserError: a file that cannot be read, or no such folder.
     """
-    folders = [resolve_model(options.path, "--text_encoder")]
+    places = [resolve_model(options.path, "--text_encoder")]
     if options.tokenizer:
-        folders.append(resolve_model(options.tokenizer, "--tokenizer"))
+        places.append(resolve_model(options.tokenizer, "--tokenizer"))
     digest = hashlib.sha256()
-    for folder in dict.fromkeys(folders):
-        files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors", ".model") and path.is_file())
-        for path in files:
+    for place in dict.fromkeys(map(Path, places)):
+        packed = place.is_file()
+        found = (
+            [] if packed else [path for path in place.iterdir() if path.suffix in (".json", ".safetensors", ".model") and path.is_file()]
+        )
+        for path in [place] if packed else sorted(found):
             size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
+            digest.update(f"{'packed' if packed else path.name} {size}".encode())
             try:
                 with path.open("rb") as file:
                     for block in range(16):
@@ -284,27 +327,27 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     return digest.hexdigest()[:32]
 
 
-def is_folder(name: str, flag: str) -> bool:
-    """Whether an encoder is given by its folder, and not by a hub id.
+def is_local(name: str, flag: str) -> bool:
+    """Whether an encoder is given by its folder or file, and not by a hub id.
 
     Raises:
         UserError: a name that no path can have.
     """
     try:
-        return Path(name).is_dir()
+        return Path(name).is_dir() or Path(name).is_file()
     except OSError as error:
         raise UserError(f"{flag} {name:.100}: no encoder can be there ({error.strerror}). Give its folder.") from error
 
 
 def resolve_model(name: str, flag: str) -> str:
-    """A local folder as it is, or the folder of a hub id in the local cache.
+    """A local folder or packed file as it is, or the folder of a hub id in the local cache.
 
     Raises:
         UserError: neither is there.
     """
     if "://" in name:
         raise UserError(f"{flag} {name}: a URL. Encoders are local folders: download it first and give its path.")
-    if is_folder(name, flag):
+    if is_local(name, flag) and (Path(name).is_dir() or is_packed(Path(name))):
         return str(Path(name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -313,7 +356,10 @@ def resolve_model(name: str, flag: str) -> str:
         return snapshot_download(name, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError) as error:
         if Path(name).is_file():
-            raise UserError(f"{flag} {name}: is a file. Give the folder that holds the encoder's config.json and weights.") from error
+            raise UserError(
+                f"{flag} {name}: is a file, and not one that carries its config ('gemma_config' in its metadata), as the text encoder of "
+                "LTX-2.5 does. Give the folder that holds the encoder's config.json and weights."
+            ) from error
         raise UserError(
             f"{flag} {name}: neither a local folder nor a model in the local Hugging Face cache. Nothing is downloaded here: "
             f"run 'hf download {name}' first, or give the folder."

@@ -81,8 +81,8 @@ def extractor_names(checkpoint: Checkpoint) -> dict[str, str]:
     names = checkpoint.with_prefix(PREFIX)
     if not any(name.endswith("aggregate_embed.weight") for name in names):
         raise UserError(
-            f"{checkpoint.path}: holds no text projection ('{PREFIX}...'). Give --ltxv2_model the full checkpoint, or, of a split pack, "
-            "its folder with the text encoder file in it."
+            f"{checkpoint.path}: holds no text projection ('{PREFIX}...'). Give --ltxv2_model the full checkpoint, or, of LTX-2.5, "
+            "--text_encoder the encoder's file, which holds the projection (gemma4-12b-with-proj-ltx-2.5...)."
         )
     return names
 
@@ -103,7 +103,7 @@ def check_encoder_fits(checkpoint: Checkpoint, width: int, states: int) -> None:
         raise UserError(
             f"the text encoder gives {states} states of width {width}, {width * states} features a token; the text projection of "
             f"{checkpoint.path.name} takes {flat}. It is the wrong --text_encoder for this --ltxv2_model "
-            "(LTX-2 and 2.3 take Gemma 3 12B: 49 x 3840 = 188160)."
+            "(LTX-2 and 2.3 take Gemma 3 12B, and 2.5 its own Gemma 4: 49 x 3840 = 188160)."
         )
 
 

@@ -1,4 +1,4 @@
-"""From an encoder's folder to its language model, strictly: every tensor of it is in the files, and no other.
+"""From an encoder's folder or file to its language model, strictly: every tensor of it is in the files, and no other.
 
 Plain and 8-bit files (`ltxv2.quantization`) are read as checkpoints are, straight to the device, whatever prefix their names have. Only
 what bitsandbytes makes or has made, and pickled weights, are left to transformers, which is held to the same rule.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.filling import cast, fill
 from musubi_tuner.ltxv2.quantization import read_quantization
+from musubi_tuner.ltxv2.text.packed import GEMMA4
 from musubi_tuner.ltxv2.weights import INDEX_ENDING, Checkpoint, open_files, shards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.headers import GGUF, SUFFIXES
@@ -26,8 +27,8 @@ _PREFIXES = ("model.language_model.", "language_model.model.", "language_model."
 """Before the names of a language model: of transformers 5, of older ones (the hub's Gemma 3), of ComfyUI's single files, and bare."""
 
 _ASIDE = (
-    "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_projector.", "lm_head.", "decoder.", "spiece_model",
-    "tokenizer_json", "hf_asset__",
+    "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_projector.", "embed_vision.", "embed_audio.", "lm_head.",
+    "decoder.", "spiece_model", "tokenizer_json", "hf_asset__", "text_embedding_projection.",
 )  # fmt: skip
 """Beside a language model under its own prefix: towers, heads and packed files, which caching texts needs none of."""
 
@@ -61,15 +62,15 @@ def layers_of(model: nn.Module, backend: str) -> list[nn.Module]:
     return list(model.get_submodule(_LAYERS[backend]).children())
 
 
-def loaded_bytes(folder: Path, config: Any, *, backend: str, dtype: torch.dtype) -> LoadedBytes | None:
+def loaded_bytes(source: Path, config: Any, *, backend: str, dtype: torch.dtype) -> LoadedBytes | None:
     """Of an encoder whose files are read here; None where transformers loads it.
 
     Raises:
         UserError: no weights, or a config.json that no encoder can be built by.
     """
-    if _prequantized(folder, config) or not weight_files(folder):
+    if _prequantized(source, config) or not weight_files(source):
         return None
-    model = _on_meta(folder, config, backend)
+    model = _on_meta(source, config, backend)
     model.tie_weights()
     layers, beside = [0] * len(layers_of(model, backend)), 0
     for name, tensor in model.named_parameters():
@@ -82,7 +83,7 @@ def loaded_bytes(folder: Path, config: Any, *, backend: str, dtype: torch.dtype)
 
 
 def load_model(
-    folder: Path,
+    source: Path,
     config: Any,
     *,
     backend: str,
@@ -94,6 +95,7 @@ def load_model(
     """The language model, frozen.
 
     Args:
+        source: folder or packed file.
         config: of transformers, of the whole model.
         bits: 8 or 4: quantized by bitsandbytes while it is loaded.
         on_host: layers that are left in host memory, of an encoder that `loaded_bytes` knows.
@@ -102,11 +104,11 @@ def load_model(
         UserError: no weights, files that cannot be read, tensors that are missing, unexpected, of another shape or not finite, a
             quantization that is not read, or bitsandbytes wanted and missing.
     """
-    stored = _prequantized(folder, config)
+    stored = _prequantized(source, config)
     if bits is not None or stored:
-        _import_bitsandbytes(f"{folder}: prequantized, it needs" if stored else "--gemma_load_in_8bit and --gemma_load_in_4bit need")
-    files = weight_files(folder)
-    checkpoint = open_files(folder, files) if files else None
+        _import_bitsandbytes(f"{source}: prequantized, it needs" if stored else "--gemma_load_in_8bit and --gemma_load_in_4bit need")
+    files = weight_files(source)
+    checkpoint = open_files(source, files) if files else None
     if checkpoint is not None and bits is None and not stored:
         return _filled(checkpoint, config, backend=backend, device=device, dtype=dtype, on_host=on_host)
     assert not on_host, "layers are left on the host by this file's own reading alone"
@@ -117,11 +119,12 @@ def load_model(
         extra["device_map"] = {"": device}
     if bits is not None and not stored:
         extra["quantization_config"] = _quantization(bits, dtype)
-    return _loaded_by_transformers(folder, config, backend, {"dtype": dtype, **extra}, device)
+    return _loaded_by_transformers(source, config, backend, {"dtype": dtype, **extra}, device)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of an encoder: `model.safetensors`, those that its index names, or the only one or the shards that are there.
+def weight_files(source: Path) -> list[Path]:
+    """The safetensors files of an encoder: a packed file itself; of a folder `model.safetensors`, those that its index names, or the only
+    one or the shards that are there.
 
     Returns:
         Nothing where the folder has pickled weights alone.
@@ -129,22 +132,24 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: no weights, a shard that is missing, or several files none of which is the model's.
     """
-    whole, index = folder / "model.safetensors", folder / f"model{INDEX_ENDING}"
+    if source.is_file():
+        return [source]
+    whole, index = source / "model.safetensors", source / f"model{INDEX_ENDING}"
     if whole.is_file():
         return [whole]
     if index.is_file():
         return shards_of(index)
-    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files = [file for file in sorted(source.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
     shards = [file for file in files if "-of-" in file.name]
     if len(files) == 1 or (shards and shards == files):
         return files
     if files:
-        raise UserError(f"{folder}: holds {', '.join(file.name for file in files)}: which of them is the encoder? Keep one of them there.")
-    if any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{source}: holds {', '.join(file.name for file in files)}: which of them is the encoder? Keep one of them there.")
+    if any(source.glob("pytorch_model*.bin")):
         return []
-    if gguf := next(folder.glob("*.gguf"), None):
+    if gguf := next(source.glob("*.gguf"), None):
         raise UserError(f"{gguf}: {GGUF}")
-    raise UserError(f"{folder}: the folder holds no weights (model.safetensors). Download the encoder's weights into it.")
+    raise UserError(f"{source}: the folder holds no weights (model.safetensors). Download the encoder's weights into it.")
 
 
 def language_names(checkpoint: Checkpoint, expected: Collection[str]) -> dict[str, str]:
@@ -213,36 +218,65 @@ def _language_class(config: Any, backend: str) -> tuple[type, Any]:
         from transformers import T5EncoderModel
 
         return T5EncoderModel, config
+    own = getattr(config, "text_config", config)
+    if config.model_type in GEMMA4:
+        from transformers import Gemma4UnifiedTextModel
+
+        return Gemma4UnifiedTextModel, own
     from transformers import Gemma3TextModel
 
-    return Gemma3TextModel, getattr(config, "text_config", config)
+    return Gemma3TextModel, own
 
 
-def _loaded_by_transformers(folder: Path, config: Any, backend: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:
-    kind: Any = _language_class(config, backend)[0]
+def _whole_class(config: Any) -> Any:
+    """Of a model whose language model has towers beside it; None where it stands alone."""
     if config.model_type == "gemma3":
         from transformers import Gemma3ForConditionalGeneration
 
-        kind = Gemma3ForConditionalGeneration
+        return Gemma3ForConditionalGeneration
+    if config.model_type == "gemma4_unified":
+        from transformers import Gemma4UnifiedForConditionalGeneration
+
+        return Gemma4UnifiedForConditionalGeneration
+    return None
+
+
+def _loaded_by_transformers(source: Path, config: Any, backend: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:
+    language, own_config = _language_class(config, backend)
+    whole = None if source.is_file() else _whole_class(config)
+    kind: Any = whole or language
     try:
         with _quiet():
-            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+            if source.is_file():
+                model, info = _from_packed(source, kind, own_config, options)
+            else:
+                model, info = kind.from_pretrained(source, local_files_only=True, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: transformers cannot load the encoder ({error}). {_REMEDY}") from error
+        raise UserError(f"{source}: transformers cannot load the encoder ({error}). {_REMEDY}") from error
     problems = []
     for what in ("missing", "unexpected"):
         names = sorted(name for name in info[f"{what}_keys"] if not any(part in f"{name}." for part in _ASIDE))
         if names:
             problems.append(f"{what} {len(names)} tensor(s), first '{names[0]}'")
     if problems:
-        raise UserError(f"{folder}: its tensors do not fit {kind.__name__}: {'; '.join(problems)}. {_REMEDY}")
-    if config.model_type == "gemma3":
+        raise UserError(f"{source}: its tensors do not fit {kind.__name__}: {'; '.join(problems)}. {_REMEDY}")
+    if whole is not None:
         model = model.model.language_model
     if "device_map" not in options:
         model = model.to(device)
     return model.requires_grad_(False).eval()
+
+
+def _from_packed(source: Path, kind: Any, config: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A language model under names of its own, by slices of the file: each tensor is read when its turn comes."""
+    from safetensors import safe_open
+
+    names = language_names(open_files(source, [source]), _on_meta(source, config, "gemma").state_dict())
+    with safe_open(source, framework="pt") as file:
+        slices = {name: file.get_slice(full) for name, full in names.items()}
+        return kind.from_pretrained(None, config=config, state_dict=slices, output_loading_info=True, **options)
 
 
 @contextmanager
@@ -261,14 +295,14 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _prequantized(folder: Path, config: Any) -> bool:
+def _prequantized(source: Path, config: Any) -> bool:
     """Whether the config says that bitsandbytes has made the weights."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return False
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     if method != "bitsandbytes":
-        raise UserError(f"{folder}: an encoder prequantized by {method!r}, which is not read. Give the bf16 folder of the same model.")
+        raise UserError(f"{source}: an encoder prequantized by {method!r}, which is not read. Give the bf16 folder of the same model.")
     return True
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from musubi_tuner.ltxv2.text.connectors import Connectors, connector_names, load_connectors
-from musubi_tuner.ltxv2.text.encoders import EncoderOptions, PromptTokenizer, TextEncoder, read_encoder_shape
+from musubi_tuner.ltxv2.text.encoders import EncoderOptions, PromptTokenizer, TextEncoder, read_encoder_config, read_encoder_shape
 from musubi_tuner.ltxv2.text.features import FeatureExtractor, check_encoder_fits, extractor_names
+from musubi_tuner.ltxv2.text.packed import check_belongs, with_projection
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -28,18 +29,24 @@ class TextRecipe:
     """What turns a prompt into a cached text."""
 
     checkpoint: Checkpoint
-    """Holds projection and connectors."""
+    """Holds the connectors, and the projection where the encoder's file does not."""
     config: TransformerConfig
     options: EncoderOptions
     mode: Literal["video", "av", "audio"]
     """`video` keeps the video stream alone."""
     stage: Literal["context", "features"]
 
+    @property
+    def whole(self) -> Checkpoint:
+        """The checkpoint with its text projection, wherever that lies."""
+        return with_projection(self.checkpoint, self.options.path)
+
     def check(self) -> None:
         """Whether the parts fit each other, from configs and headers alone.
 
         Raises:
-            UserError: an encoder whose width fits neither the projection nor, with T5, the transformer; missing projection or connectors.
+            UserError: an encoder whose width fits neither the projection nor, with T5, the transformer, or that the checkpoint was not
+                trained with; missing projection or connectors.
         """
         shape = read_encoder_shape(self.options)
         if self.options.backend == "t5":
@@ -50,7 +57,9 @@ class TextRecipe:
                     "gemma, which the released models were trained with."
                 )
             return
-        check_encoder_fits(self.checkpoint, shape.width, shape.states)
+        extractor_names(self.whole)
+        check_belongs(self.checkpoint, self.options.path, read_encoder_config(self.options))
+        check_encoder_fits(self.whole, shape.width, shape.states)
         if self.stage == "context":
             connector_names(self.checkpoint)
 

@@ -1,0 +1,146 @@
+"""LTX-2.5 the whole way on its tiny split pack: caches, a LoRA with previews, clips with sound. Text by the packed Gemma 4."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from musubi_tuner import (
+    ltxv2_cache_audio_latents,
+    ltxv2_cache_latents,
+    ltxv2_cache_text_encoder_outputs,
+    ltxv2_generate_video,
+    ltxv2_train_network,
+)
+from musubi_tuner.cache import store
+from musubi_tuner.cache.names import text_name
+from musubi_tuner.generation.recipe import read_recipe
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.tiny.clips import write_clips
+from tests.training_parts import losses, read_tensors
+
+TOML = "[general]\nresolution = [64, 64]\ntarget_frames = [9]\n[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\n"
+PROMPT = "A red disc --w 64 --h 64 --f 9 --s 2"
+
+
+@dataclass(frozen=True)
+class Project:
+    """A dataset and its caches."""
+
+    folder: Path
+    model: Path
+    vae: Path
+    sound: Path
+    encoder: Path
+
+    @property
+    def common(self) -> list[str]:
+        return ["--dataset_config", str(self.folder / "dataset.toml"), "--ltx_mode", "av", "--device", "cpu"]
+
+    @property
+    def files(self) -> list[str]:
+        return ["--ltxv2_model", str(self.model), "--vae", str(self.vae), "--audio_vae", str(self.sound)]
+
+    def cache_texts(self, *flags: str) -> int:
+        arguments = ["--ltxv2_model", str(self.model), "--text_encoder", str(self.encoder), *flags]
+        return ltxv2_cache_text_encoder_outputs.main([*self.common, *arguments])
+
+    def train(self, name: str, *flags: str) -> Path:
+        more = ["--ltxv2_timestep_format", "flowmatch_1_1000", "--network_dim", "4", "--network_alpha", "4", "--mixed_precision", "no"]
+        more += ["--max_train_steps", "2", "--max_data_loader_n_workers", "0", "--learning_rate", "1e-2", *flags]
+        assert ltxv2_train_network.main([*self.common, *self.files, *more, "--output_dir", str(self.folder / name)]) == 0
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def project(tiny_family, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("two point five")
+    write_clips(folder / "clips", count=2, frames=9, width=64, height=64)
+    (folder / "dataset.toml").write_text(TOML, encoding="utf-8")
+    (folder / "prompts.txt").write_text(f"{PROMPT}\n", encoding="utf-8")
+    family = tiny_family
+    made = Project(folder, family.ltx25_transformer, family.ltx25_vae, family.ltx25_audio_vae, family.ltx25_gemma)
+    assert ltxv2_cache_latents.main([*made.common, "--vae", str(made.vae)]) == 0
+    assert ltxv2_cache_audio_latents.main([*made.common, "--audio_vae", str(made.sound)]) == 0
+    assert made.cache_texts("--sample_prompts", str(folder / "prompts.txt")) == 0
+    return made
+
+
+def plays(path: Path) -> bool:
+    with av.open(str(path)) as container:
+        pictures = len(list(container.decode(video=0)))
+    with av.open(str(path)) as container:
+        return pictures == 9 and sum(frame.samples for frame in container.decode(audio=0)) > 0
+
+
+def test_a_lora_is_trained_and_previewed_from_cached_texts(project):
+    before = {path: path.read_bytes() for path in (project.folder / "cache").rglob("*.safetensors")}
+    made = project.train(
+        "cached", "--sample_prompts", str(project.folder / "prompts.txt"), "--sample_at_first", "--sample_every_n_steps", "2"
+    )
+    assert [len(losses(made)), *map(plays, sorted((made / "sample").glob("*.mp4")))] == [2, True, True]
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_previews_encode_a_prompt_that_was_not_cached(project):
+    (project.folder / "new.txt").write_text("Nobody cached this --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
+    made = project.train("encoded", "--sample_prompts", str(project.folder / "new.txt"), "--text_encoder", str(project.encoder))
+    assert len(list((made / "sample").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("pipeline", ["one_stage", "distilled", "two_stage"])
+def test_pipelines_play_with_sound(project, tiny_family, tmp_path, pipeline):
+    size = ["--sample_width", "128", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--device", "cpu"]
+    second = ["--spatial_upsampler_path", str(tiny_family.upsampler), "--distilled_lora", str(tiny_family.distilled_lora)]
+    text = ["--text_encoder", str(project.encoder), "--prompt", "a dog", "--pipeline", pipeline, "--output_dir", str(tmp_path)]
+    assert ltxv2_generate_video.main([*project.files, *size, *second, *text]) == 0
+    (path,) = tmp_path.glob("*.mp4")
+    assert plays(path) and read_recipe(path).facts["pipeline"] == pipeline
+
+
+def test_file_folder_and_pack_make_the_same_texts(project, tiny_family, tmp_path):
+    """The projection from the encoder's file, or from the folder of the whole pack; the encoder from its file or its own folder."""
+    stem = next((project.folder / "cache").glob("*_ltxv2_te.safetensors")).name.removesuffix("_ltxv2_te.safetensors")
+    wanted = read_tensors(project.folder / "cache" / text_name(stem))["text_bfloat16"]
+    projection = store.read_metadata(project.folder / "cache" / text_name(stem))["projection_fingerprint"]
+    pack = tmp_path / "pack"
+    for path in (tiny_family.ltx25_transformer, tiny_family.ltx25_vae, tiny_family.ltx25_audio_vae, tiny_family.ltx25_gemma):
+        (pack / path.stem).mkdir(parents=True)
+        shutil.copy(path, pack / path.stem)
+    for name, encoder in (("file", tiny_family.ltx25_gemma), ("folder", tiny_family.gemma4)):
+        folder = tmp_path / name
+        shutil.copytree(project.folder / "clips", folder / "clips")
+        shutil.copy(project.folder / "dataset.toml", folder)
+        other = replace(project, folder=folder, model=pack, vae=pack, sound=pack, encoder=encoder)
+        assert other.cache_texts() == 0
+        found = folder / "cache" / text_name(stem)
+        assert torch.equal(read_tensors(found)["text_bfloat16"], wanted)
+        assert store.read_metadata(found)["projection_fingerprint"] == projection
+
+
+def test_a_renamed_encoder_encodes_nothing_again(project, tmp_path, monkeypatch):
+    from musubi_tuner.ltxv2.text.pipeline import FeatureStage
+
+    renamed = shutil.copy(project.encoder, tmp_path / "another name.safetensors")
+    monkeypatch.setattr(FeatureStage, "encode", lambda *given: pytest.fail("encoded again"))
+    assert replace(project, encoder=Path(renamed)).cache_texts("--skip_existing") == 0
+
+
+def test_texts_of_another_encoder_are_told_before_training(project, tiny_family):
+    with pytest.raises(UserError, match="made with another encoder"):
+        project.train("other", "--text_encoder", str(tiny_family.gemma4))
+
+
+def test_gemma_3_is_refused_for_2_5_and_gemma_4_for_2_3(project, tiny_family):
+    with pytest.raises(UserError, match=r"gemma3: a Gemma 3; .* is LTX-2\.5, which was trained with the Gemma 4 of its release"):
+        pack = project.folder / "pack"
+        pack.mkdir()
+        for path in (tiny_family.ltx25_transformer, tiny_family.ltx25_gemma):
+            shutil.copy(path, pack)
+        replace(project, model=pack, encoder=tiny_family.gemma).cache_texts()
+    for encoder in (tiny_family.gemma4, tiny_family.ltx25_gemma):
+        with pytest.raises(UserError, match=r"a Gemma 4; ltx2_tiny_2\.3\.safetensors is LTX-2\.3, which was trained with Gemma 3 12B"):
+            replace(project, model=tiny_family.ltx23, encoder=encoder).cache_texts()
