@@ -1,7 +1,9 @@
-"""Counts what caching launches on a card, on a machine without one: a clip through the video VAE's encoder, captions through Gemma 3 12B.
+"""Counts what caching launches on a card, on a machine without one: a clip through the video VAE's encoder, captions through Gemma 3 12B
+or the Gemma 4 of LTX-2.5.
 
     python -m benchmarks.encoding                           clips of four sizes, captions of three
     python -m benchmarks.encoding --streamed 6              besides, layers of a smaller encoder that are streamed
+    python -m benchmarks.encoding --shapes --encoder gemma4 captions of 2.5 alone
 
 For each: launches, times that the host waits for the card while it issues them, and the most memory above the weights, with what was
 expected of it. It needs a CUDA build of torch, and says so where there is none (benchmarks/simulated_card). The simulated card has no
@@ -57,12 +59,15 @@ def main(argv: Sequence[str]) -> int:
     for name in options.shapes:
         print(count_clip(card, SHAPES[name]).row(name), flush=True)
     for texts, longest in _CAPTIONS:
-        print(count_captions(card, texts, longest, layers=_LAYERS, streamed=0).row(f"{texts} captions, {longest} tokens"), flush=True)
+        print(
+            count_captions(card, options.encoder, texts, longest, layers=_LAYERS, streamed=0).row(f"{texts} captions, {longest} tokens"),
+            flush=True,
+        )
     if options.streamed:
         texts, longest = _CAPTIONS[1]
         for streamed in (0, options.streamed):
             title = f"{texts} captions, {longest} tokens, {options.streamed} layers, {streamed} of them streamed"
-            print(count_captions(card, texts, longest, layers=options.streamed, streamed=streamed).row(title), flush=True)
+            print(count_captions(card, options.encoder, texts, longest, layers=options.streamed, streamed=streamed).row(title), flush=True)
     return 0
 
 
@@ -81,13 +86,13 @@ def count_clip(card: Card, shape: tuple[int, int, int]) -> Counts:
     return counts
 
 
-def count_captions(card: Card, texts: int, longest: int, *, layers: int, streamed: int) -> Counts:
+def count_captions(card: Card, encoder: str, texts: int, longest: int, *, layers: int, streamed: int) -> Counts:
     """A batch of captions, from words to features on the host, once others have been encoded."""
     from musubi_tuner.ltxv2.text.encoders import EncoderShape
     from musubi_tuner.placement.text import TextBatch, batch_bytes
 
     options = _encoder_options()
-    stage = _make_stage(options, layers, streamed)
+    stage = _make_stage(encoder, options, layers, streamed)
     shape = EncoderShape(width=_GEMMA["hidden_size"], states=layers + 1, inner=_GEMMA["intermediate_size"], heads=16)
     prompts = [" ".join(["word"] * (longest - 3 * place)) for place in range(texts)]
     of_projection = _GEMMA["hidden_size"] * sum(_PROJECTED) * options.dtype.itemsize
@@ -96,16 +101,21 @@ def count_captions(card: Card, texts: int, longest: int, *, layers: int, streame
 
 
 _GEMMA = {
-    "vocab_size": 262208,
     "hidden_size": 3840,
     "intermediate_size": 15360,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 256,
-    "query_pre_attn_scalar": 256,
     "sliding_window": 1024,
 }
-"""Gemma 3 12B."""
+"""Of both encoders."""
+_OWN = {
+    "gemma3": {"vocab_size": 262208, "query_pre_attn_scalar": 256},
+    "gemma4": {"vocab_size": 262144, "global_head_dim": 512, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+}
+"""Of Gemma 3 12B, and of the Gemma 4 of LTX-2.5."""
+_KINDS = {"gemma3": "gemma3_text", "gemma4": "gemma4_unified_text"}
+"""Their names in transformers."""
 _PROJECTED = (4096, 2048)
 """Widths of both streams of 2.3."""
 
@@ -118,10 +128,10 @@ def _encoder_options() -> Any:
     return encoder_options("gemma", tokenizer=None, backend="gemma", device=torch.device("cuda"), max_length=None)
 
 
-def _make_stage(options: Any, layers: int, streamed: int) -> "FeatureStage":
+def _make_stage(encoder: str, options: Any, layers: int, streamed: int) -> "FeatureStage":
     """Encoder and text projection without numbers, as the caching program has them."""
     import torch
-    from transformers import Gemma3TextConfig, Gemma3TextModel
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     from musubi_tuner.ltxv2.text.encoders import PromptTokenizer, TextEncoder
     from musubi_tuner.ltxv2.text.features import FeatureExtractor
@@ -130,7 +140,8 @@ def _make_stage(options: Any, layers: int, streamed: int) -> "FeatureStage":
     from musubi_tuner.placement.text import stream_layers
 
     with torch.device("meta"):
-        model = Gemma3TextModel(Gemma3TextConfig(**_GEMMA, num_hidden_layers=layers)).to(options.dtype)
+        config = CONFIG_MAPPING[_KINDS[encoder]](**_GEMMA, **_OWN[encoder], num_hidden_layers=layers)
+        model = MODEL_MAPPING[type(config)](config).to(options.dtype)
         extractor = FeatureExtractor(_GEMMA["hidden_size"], layers + 1, *_PROJECTED, version="V2").to(options.dtype)
     on_host = spread(layers, streamed)
     for number in on_host:
@@ -139,10 +150,10 @@ def _make_stage(options: Any, layers: int, streamed: int) -> "FeatureStage":
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in own):
             module.to_empty(device=options.device, recurse=False)
-    encoder = TextEncoder(model.requires_grad_(False).eval(), PromptTokenizer(_Words(), options.max_length), options)
+    loaded = TextEncoder(model.requires_grad_(False).eval(), PromptTokenizer(_Words(), options.max_length), options)
     if on_host:
-        stream_layers(encoder, on_host, options.device)
-    return FeatureStage(encoder, extractor.to_empty(device=options.device).requires_grad_(False).eval(), options.dtype)
+        stream_layers(loaded, on_host, options.device)
+    return FeatureStage(loaded, extractor.to_empty(device=options.device).requires_grad_(False).eval(), options.dtype)
 
 
 class _Words:
@@ -197,6 +208,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.encoding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="clips (default: all)")
+    parser.add_argument("--encoder", default="gemma3", choices=list(_KINDS), help="of captions (default: gemma3)")
     parser.add_argument("--streamed", type=int, default=0, help="streamed layers; each takes 0.45 GB of this machine (default: 0)")
     return parser.parse_args(argv)
 

@@ -253,13 +253,14 @@ def test_layouts_of_the_video_vae_agree_and_encoding_waits_for_nothing():
     assert all(0 < value < 60 for value in times.seconds.values())
 
 
-def test_streamed_layers_of_a_text_encoder_give_the_same_states(tmp_path):
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_streamed_layers_of_a_text_encoder_give_the_same_states(tmp_path, kind):
     pytest.importorskip("transformers")
     from musubi_tuner.ltxv2.text.encoders import encoder_options, load_encoder
     from musubi_tuner.placement.text import load_streamed
-    from musubi_tuner.tiny.encoders import write_gemma
+    from musubi_tuner.tiny.encoders import write_gemma, write_gemma4
 
-    write_gemma(tmp_path / "gemma", layers=7)
+    (write_gemma if kind == "gemma3" else write_gemma4)(tmp_path / "gemma", layers=7)
     options = encoder_options(str(tmp_path / "gemma"), tokenizer=None, backend="gemma", device=CUDA, max_length=None)
     prompts = ["A dog barks.", "The rain taps on the roof while an old man waits quietly beside the neon sign."]
     wanted = load_encoder(options).encode(prompts).layers
