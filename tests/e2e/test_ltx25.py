@@ -85,14 +85,29 @@ def test_a_lora_is_trained_and_previewed_from_cached_texts(project):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_the_file_with_the_diffusion_decoder_caches_the_same_latents_and_previews(project, tiny_family, tmp_path):
+    other = replace(project, folder=tmp_path, vae=tiny_family.ltx25_diffusion_vae)
+    shutil.copytree(project.folder / "clips", tmp_path / "clips")
+    shutil.copy(project.folder / "dataset.toml", tmp_path)
+    assert ltxv2_cache_latents.main([*other.common, "--vae", str(other.vae)]) == 0
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        found, wanted = read_tensors(path), read_tensors(project.folder / "cache" / path.name)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+    seen = replace(project, vae=other.vae).train("diffusion", "--sample_prompts", str(project.folder / "prompts.txt"))
+    assert [plays(path) for path in (seen / "sample").glob("*.mp4")] == [True]
+
+
 def test_previews_encode_a_prompt_that_was_not_cached(project):
     (project.folder / "new.txt").write_text("Nobody cached this --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
     made = project.train("encoded", "--sample_prompts", str(project.folder / "new.txt"), "--text_encoder", str(project.encoder))
     assert len(list((made / "sample").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize("pipeline", ["one_stage", "distilled", "two_stage"])
-def test_pipelines_play_with_sound(project, tiny_family, tmp_path, pipeline):
+@pytest.mark.parametrize(
+    ("pipeline", "decoder"), [("one_stage", "conv"), ("one_stage", "diffusion"), ("distilled", "conv"), ("two_stage", "conv")]
+)
+def test_pipelines_play_with_sound(project, tiny_family, tmp_path, pipeline, decoder):
+    project = replace(project, vae=tiny_family.ltx25_vae if decoder == "conv" else tiny_family.ltx25_diffusion_vae)
     size = ["--sample_width", "128", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--device", "cpu"]
     second = ["--spatial_upsampler_path", str(tiny_family.upsampler), "--distilled_lora", str(tiny_family.distilled_lora)]
     text = ["--text_encoder", str(project.encoder), "--prompt", "a dog", "--pipeline", pipeline, "--output_dir", str(tmp_path)]

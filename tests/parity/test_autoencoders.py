@@ -215,7 +215,7 @@ def test_a_split_pack_gives_the_same_audio_parts(checkpoint, tmp_path):
     assert Vocoder.load(pack, device="cpu").sampling_rate == Vocoder.load(checkpoint, device="cpu").sampling_rate
 
 
-def test_diffusion_vae_encodes_and_its_decoder_is_refused_with_the_remedy(checkpoint, tmp_path):
+def test_diffusion_vae_encodes_and_a_decoder_that_cannot_be_built_is_refused_with_the_remedy(checkpoint, tmp_path):
     """Its config is nested, and its encoder and statistics are those of the file with the plain decoder."""
     from safetensors.torch import save_file
 

@@ -102,10 +102,10 @@ def test_names_of_every_layout_give_the_same_states(tiny_family, folder, prefix,
     assert all(torch.equal(one, other) for one, other in zip(states(folder), states(tiny_family.gemma), strict=True))
 
 
-def quantized(tensors, dtype, leaf, *, rows):
+def quantized(tensors, dtype, leaf, *, rows, part="layers"):
     found = dict(tensors)
     for name, value in tensors.items():
-        if value.ndim == 2 and "layers" in name:
+        if value.ndim == 2 and part in name:
             scale = (value.abs().amax(1, keepdim=True) if rows else value.abs().max()) / LARGEST[dtype]
             codes = value / scale
             found[name] = (codes if dtype.is_floating_point else codes.round()).to(dtype)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options, load_encoder, read_encoder_config
+from musubi_tuner.ltxv2.text.features import load_feature_extractor
 from musubi_tuner.ltxv2.text.packed import check_belongs, tokenizer_folder, with_projection
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -51,16 +52,16 @@ def test_the_files_own_names_are_those_of_the_release(tiny_family):
     assert not folder.exists()
 
 
-def rotated(tensors):
+def rotated(tensors, part="layers"):
     """As ComfyUI's int8 ConvRot files: rows of a linear rotated in groups of 16 inputs, declared beside the codes."""
     step = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
     turn = torch.kron(step, step)
-    found = {name: value for name, value in tensors.items() if value.ndim != 2 or "layers" not in name}
+    found = {name: value for name, value in tensors.items() if value.ndim != 2 or part not in name}
     for name, value in tensors.items():
         if name not in found:
             found[name] = (value.view(value.shape[0], -1, 16) @ turn).view_as(value)
     declared = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}).encode()
-    made = quantized(found, torch.int8, "weight_scale", rows=True)
+    made = quantized(found, torch.int8, "weight_scale", rows=True, part=part)
     codes = [name for name, value in made.items() if value.dtype == torch.int8]
     return made | {f"{name.removesuffix('weight')}comfy_quant": torch.tensor(list(declared), dtype=torch.uint8) for name in codes}
 
@@ -85,6 +86,25 @@ def test_the_projection_comes_from_the_encoder_only_where_the_checkpoint_has_non
     assert with_projection(transformer, None) is with_projection(transformer, str(tiny_family.gemma4)) is transformer
     own = open_checkpoint(tiny_family.ltx23)
     assert with_projection(own, str(tiny_family.ltx25_gemma)) is own
+
+
+def test_a_rotated_projection_is_rotated_back(tiny_family, packed):
+    """Declared in the header of the encoder's file, which is not the checkpoint's."""
+    transformer, prefix = open_checkpoint(tiny_family.ltx25_transformer), "text_embedding_projection."
+    names = [f"{prefix}{stream}_aggregate_embed" for stream in ("video", "audio")]
+
+    def change(tensors):
+        chosen = {f"{name}.weight": tensors[f"{name}.weight"] for name in names}
+        found = {key: value for key, value in rotated(chosen, part=prefix).items() if not key.endswith("comfy_quant")}
+        return tensors | found
+
+    layers = {name: {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16} for name in names}
+    rewrite(packed, change, _quantization_metadata=json.dumps({"layers": layers}))
+    found, wanted = (
+        load_feature_extractor(with_projection(transformer, str(path)), 32, device="cpu", dtype=torch.float32).video_aggregate_embed.weight
+        for path in (packed, tiny_family.ltx25_gemma)
+    )
+    assert 0 < float((found - wanted).norm()) < 0.02 * float(wanted.norm())
 
 
 def belongs(checkpoint, encoder, **metadata):

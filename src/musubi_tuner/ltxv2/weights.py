@@ -157,7 +157,7 @@ def open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
     for file in files:
         header = read_header(file)
         metadata |= header.metadata
-        layers |= _quantized_layers(file, header.metadata) if len(files) > 1 else {}
+        layers |= quantized_layers(file, header.metadata) if len(files) > 1 else {}
         config |= _parse_config(file, header.metadata)
         file_entries = {name: _entry(file, name, stored) for name, stored in header.tensors.items()}
         twice = entries.keys() & file_entries.keys()
@@ -172,8 +172,12 @@ def open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
     return Checkpoint(path=path, metadata=metadata, config=config, entries=entries)
 
 
-def _quantized_layers(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file's metadata declare of its own layers."""
+def quantized_layers(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata declare of its own layers.
+
+    Raises:
+        UserError: metadata that declare nothing of the kind.
+    """
     if QUANTIZATION not in metadata:
         return {}
     where = f"{file}: its '{QUANTIZATION}' metadata"

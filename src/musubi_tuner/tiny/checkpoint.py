@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.cache.store import serialize, write_bytes
-from musubi_tuner.ltxv2.autoencoders import audio_vae, video_vae, vocoder
+from musubi_tuner.ltxv2.autoencoders import audio_vae, diffusion_decoder, video_vae, vocoder
 from musubi_tuner.ltxv2.autoencoders.audio_vae import log_mel
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
 from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, patchify_audio
@@ -46,6 +46,8 @@ class TinyFamily:
     """Transformer and connectors alone, 2.5 style, as in a split pack, whose other files follow."""
     ltx25_vae: Path
     """Video VAE with the conv decoder, its names without a prefix."""
+    ltx25_diffusion_vae: Path
+    """The same encoder, with the diffusion decoder."""
     ltx25_audio_vae: Path
     """Audio VAE and vocoder."""
     ltx25_gemma: Path
@@ -76,6 +78,7 @@ def write_tiny_family(folder: Path) -> TinyFamily:
         ltx23=folder / "ltx2_tiny_2.3.safetensors",
         ltx25_transformer=folder / "ltx2_tiny_2.5_transformer.safetensors",
         ltx25_vae=folder / "ltx2_tiny_2.5_video_vae_conv.safetensors",
+        ltx25_diffusion_vae=folder / "ltx2_tiny_2.5_video_vae.safetensors",
         ltx25_audio_vae=folder / "ltx2_tiny_2.5_audio_vae.safetensors",
         ltx25_gemma=folder / "gemma4_tiny_with_proj_2.5.safetensors",
         upsampler=folder / "ltx2_tiny_spatial_upscaler_x2.safetensors",
@@ -118,6 +121,8 @@ def _write_pack(family: TinyFamily, frozen: Mapping[str, Tensor]) -> None:
     write_checkpoint(family.ltx25_transformer, transformer_tensors("2.5"), {"transformer": config["transformer"]}, "2.5", source)
     video = {name.removeprefix(video_vae.PREFIX): tensor for name, tensor in frozen.items() if name.startswith(video_vae.PREFIX)}
     write_checkpoint(family.ltx25_vae, video, {"vae": config["vae"]}, "2.5")
+    encoder = {name: tensor for name, tensor in video.items() if not name.startswith("decoder.")}
+    write_checkpoint(family.ltx25_diffusion_vae, encoder | diffusion_decoder_tensors(), {"vae": configs.diffusion_vae_section()}, "2.5")
     sound = {name: tensor for name, tensor in frozen.items() if name.startswith((audio_vae.PREFIX, vocoder.PREFIX))}
     write_checkpoint(family.ltx25_audio_vae, sound, {key: config[key] for key in ("audio_vae", "vocoder")}, "2.5")
     tensors, metadata = pack_gemma4(family.gemma4, projection_tensors("2.5"))
@@ -185,6 +190,16 @@ def vae_tensors(version: str) -> dict[str, Tensor]:
     tensors = {official_vae_name(name, blocks): tensor for name, tensor in parts.items() if not name.startswith("latents_")}
     tensors |= {MEAN: means.mean(1), STD: means.std(1) + 1e-3}
     return {video_vae.PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def diffusion_decoder_tensors() -> dict[str, Tensor]:
+    """The diffusion decoder of 2.5, its names without a prefix."""
+    from diffusers import LTX2VideoDiffusionDecoderModel
+
+    network: Any = LTX2VideoDiffusionDecoderModel(**diffusion_decoder.diffusers_config(configs.diffusion_vae_section()))
+    diffusion_decoder.fuse_attention(network)
+    parts = _randomized(network, "diffusion decoder")
+    return {_official_decoder_name(name): tensor for name, tensor in parts.items() if not name.startswith("latents_")}
 
 
 def audio_tensors(version: str) -> dict[str, Tensor]:
@@ -298,6 +313,13 @@ def official_vae_name(name: str, encoder_blocks: int) -> str:
             name = re.sub(pattern, replacement, name, count=1)
             break
     return name.replace("resnets", "res_blocks")
+
+
+def _official_decoder_name(name: str) -> str:
+    """The inverse of `diffusion_decoder.to_diffusers_name`."""
+    for official, theirs in diffusion_decoder.RENAMED:
+        name = name.replace(theirs, official)
+    return name
 
 
 def official_vocoder_name(name: str) -> str:

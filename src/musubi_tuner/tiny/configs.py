@@ -117,6 +117,41 @@ def vae_section(version: str) -> dict[str, Any]:
     }
 
 
+def diffusion_vae_section() -> dict[str, Any]:
+    """`vae` of 2.5 with the diffusion decoder: the encoder of the other file under keys of its own."""
+    flat = vae_section("2.5")
+    encoder = {
+        "_class_name": "Encoder",
+        "dims": 3,
+        "in_channels": 3,
+        "out_channels": 128,
+        "blocks": flat["encoder_blocks"],
+        "patch_size": 4,
+        "latent_log_var": "constant",
+        "norm_layer": "pixel_norm",
+        "base_channels": 128,
+        "spatial_padding_mode": "zeros",
+    }
+    decoder = {
+        "_class_name": "NADiffusionDecoder",
+        "in_channels": 128,
+        "out_channels": 3,
+        "patch_size": 4,
+        "head_dim": 16,
+        "stage_channels": [64, 32, 16, 16, 16],
+        "stage_depths": [1, 1, 1, 1, 2],
+        "stage_kernels": [[3, 3, 3]] * 5,
+        "upsamples": [[[1, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 1]],
+        "spatial_padding_mode": "zeros",
+        "resampler_kind": "linear",
+        "stage5_kernel": [3, 5, 5],
+        "t_emb_dim": 32,
+        "timestep_scale_multiplier": 1000.0,
+        "default_num_inference_steps": 1,
+    }
+    return {"_class_name": "CausalDiffusionVAE", "dims": 3, "encoder": encoder, "decoder": decoder, "model_output_type": "x0"}
+
+
 def audio_vae_section() -> dict[str, Any]:
     """`audio_vae`: 128 base channels, as the statistics are that long, and one unit a level."""
     network = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.diffusion_decoder import CLASS, DiffusionDecoder
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_in_parts, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
@@ -20,6 +21,8 @@ _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
 _ANY_DECODER = (("res_x", {"num_layers": 0}), ("compress_all", {}), ("res_x", {"num_layers": 0}))
 """Stands in where the decoder is not wanted: diffusers' class cannot be built without one."""
 _CONVERTED_FRAMES = 8
+_LOG_VARIANCES = ("uniform", "constant")
+"""Of the latents, in one channel beside their means, which alone are used; the second is that of the file with the diffusion decoder."""
 _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 
@@ -53,8 +56,13 @@ ENCODER_TILES = TileSizes(pixels=1280, frames=32)
 class VideoVAE:
     """Pixels in -1..1 <-> normalized latents."""
 
-    def __init__(self, network: Any, tiles: TileSizes, dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, tiles: TileSizes, dtype: torch.dtype, diffusion: DiffusionDecoder | None = None) -> None:
+        """
+        Args:
+            diffusion: decodes in place of the network.
+        """
         self._network = network
+        self._diffusion = diffusion
         self._tiles = tiles
         self._dtype = dtype
         if network.encoder is not None:
@@ -73,16 +81,15 @@ class VideoVAE:
         """Build from the checkpoint's `vae` section and load the wanted parts, frozen.
 
         Raises:
-            UserError: no video VAE in the file, a config that this is not written for, or the diffusion decoder of 2.5.
+            UserError: no video VAE in the file, or a config that this is not written for.
         """
         from diffusers import AutoencoderKLLTX2Video
 
         component = find_vae(checkpoint)
-        if "decoder" in parts and component.config.get("_class_name") == "CausalDiffusionVAE":
-            raise UserError(
-                f"{checkpoint.path}: its video decoder is the diffusion decoder of 2.5, which previews do not run. "
-                "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
-            )
+        usual, diffusion = TileSizes() if "decoder" in parts else ENCODER_TILES, None
+        if "decoder" in parts and component.config.get("_class_name") == CLASS:
+            diffusion = DiffusionDecoder.load(component, checkpoint, device=device, dtype=dtype)
+            parts = tuple(part for part in parts if part != "decoder")
         with building_from(checkpoint, "vae"), torch.device("meta"):
             config = encoder_section(component.config)
             if "decoder" not in parts:
@@ -97,8 +104,7 @@ class VideoVAE:
             for name, full in component.names.items()
             if name.startswith(wanted) or name in (MEAN, STD)
         }
-        usual = TileSizes() if "decoder" in parts else ENCODER_TILES
-        return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or usual, dtype)
+        return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or usual, dtype, diffusion)
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +156,10 @@ class VideoVAE:
         Args:
             device: where parts are put together; None = the decoder's.
         """
+        if self._diffusion is not None:
+            pixels = self._diffusion.decode(self._raw(latents))
+            yield pixels if device is None else pixels.to(device)
+            return
         batch, _, *cells = latents.shape
         rows, columns = (_space_spans(count, self._tiles.space, encode=False) for count in cells[1:])
         spans = (_time_spans(cells[0], self._tiles.time), rows, columns)
@@ -164,8 +174,11 @@ class VideoVAE:
         return (mean - self._statistic("latents_mean")) / self._statistic("latents_std")
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = latents.to(self.device).float() * self._statistic("latents_std") + self._statistic("latents_mean")
-        return self._network.decode(raw.to(self._dtype), return_dict=False)[0].float()
+        return self._network.decode(self._raw(latents).to(self._dtype), return_dict=False)[0].float()
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        """On the VAE's own scale, float32."""
+        return latents.to(self.device).float() * self._statistic("latents_std") + self._statistic("latents_mean")
 
     def _statistic(self, name: str) -> Tensor:
         return getattr(self._network, name).float().view(1, -1, 1, 1, 1)
@@ -226,9 +239,9 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a value or a block that this is not written for.
     """
-    for key, value in (("dims", 3), ("norm_layer", "pixel_norm"), ("latent_log_var", "uniform"), ("causal_decoder", False)):
-        if config.get(key, value) != value:
-            raise UserError(f"checkpoint config: vae.{key} is {config[key]!r}; only {value!r} is supported.")
+    for key, *values in (("dims", 3), ("norm_layer", "pixel_norm"), ("latent_log_var", *_LOG_VARIANCES), ("causal_decoder", False)):
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"checkpoint config: vae.{key} is {config[key]!r}; only {' and '.join(map(repr, values))} is supported.")
     latent_channels = config.get("latent_channels", 128)
     encoder = _parse_blocks(config["encoder_blocks"], "_res")
     decoder = _parse_blocks(config.get("decoder_blocks", ()), "")

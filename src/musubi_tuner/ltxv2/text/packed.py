@@ -11,6 +11,7 @@ in the metadata `gemma_source_checkpoint`.
 """
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 
 from musubi_tuner.ltxv2.text.features import PREFIX
 from musubi_tuner.ltxv2.versions import detect_version
-from musubi_tuner.ltxv2.weights import Checkpoint, open_files
+from musubi_tuner.ltxv2.weights import QUANTIZATION, Checkpoint, open_files, quantized_layers
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import parse_json
 from musubi_tuner.runtime.headers import SUFFIXES
@@ -92,7 +93,9 @@ def with_projection(checkpoint: Checkpoint, encoder: str | None) -> Checkpoint:
         return checkpoint
     packed = open_files(Path(encoder), [Path(encoder)])
     projection = {name: entry for name, entry in packed.entries.items() if name.startswith(PREFIX)}
-    return dataclasses.replace(checkpoint, entries={**checkpoint.entries, **projection})
+    layers = [quantized_layers(one.path, one.metadata) for one in (checkpoint, packed)]
+    declared = {QUANTIZATION: json.dumps({"layers": layers[0] | layers[1]})} if any(layers) else {}
+    return dataclasses.replace(checkpoint, entries={**checkpoint.entries, **projection}, metadata={**checkpoint.metadata, **declared})
 
 
 def check_belongs(checkpoint: Checkpoint, encoder: str, config: Any) -> None:
