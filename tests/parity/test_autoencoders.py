@@ -16,8 +16,10 @@ from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.text.connectors import load_connectors
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.media.audio import resample
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import configs
+from musubi_tuner.tiny.checkpoint import vae_tensors
 
 STYLES = ("ltx20", "ltx23")
 
@@ -72,6 +74,32 @@ def test_video_vae_equals_ltx_core(checkpoint):
     decoded = ours.decode(latents)
     assert decoded.shape == frames.shape
     assert float((decoded - decoder(latents)).abs().max()) < 1e-4
+
+
+@torch.no_grad()
+def test_a_decoder_conditioned_on_a_timestep_equals_ltx_core(checkpoint, tmp_path):
+    """Its noise is added before the clip is cut into tiles."""
+    from ltx_core.model.video_vae.model_configurator import VideoDecoderConfigurator
+    from safetensors.torch import save_file
+
+    version = checkpoint.model_version[:3]
+    values = vae_tensors(version, timestep_conditioning=True)
+    section = checkpoint.config["vae"] | {"timestep_conditioning": True}
+    save_file(values, tmp_path / "vae.safetensors", metadata={"config": json.dumps({"vae": section})})
+    decoder = filled(
+        VideoDecoderConfigurator.from_config({"vae": section}), {name[4:]: value for name, value in values.items()}, "decoder."
+    )
+    ours = VideoVAE.load(open_checkpoint(tmp_path / "vae.safetensors"), device="cpu", dtype=torch.float32)
+    latents = torch.randn(2, 128, 3, 2, 3, generator=torch.Generator().manual_seed(4))
+    found, wanted = ours.decode(latents), decoder(latents, generator=generator_for(0, "decoder noise"))
+    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    assert torch.equal(found, ours.decode(latents))
+    assert float((found - decoder(latents, timestep=torch.full((2,), 0.5), generator=generator_for(0, "decoder noise"))).abs().max()) > 1e-3
+    plain = decoder(latents, generator=generator_for(0, "another"))
+    assert float((found - plain).abs().max()) > 1e-3
+    with pytest.raises(UserError, match="block 0 has 'inject_noise'"):
+        blocks = [["res_x", {"num_layers": 0, "inject_noise": True}], *section["decoder_blocks"][1:]]
+        video_vae.diffusers_config(section | {"decoder_blocks": blocks})
 
 
 @torch.no_grad()

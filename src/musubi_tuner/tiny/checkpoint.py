@@ -177,10 +177,14 @@ def distilled_lora_tensors() -> dict[str, Tensor]:
     return tensors
 
 
-def vae_tensors(version: str) -> dict[str, Tensor]:
+def vae_tensors(version: str, **changes: Any) -> dict[str, Tensor]:
+    """
+    Args:
+        changes: of keys of the `vae` section.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 
-    section = configs.vae_section(version)
+    section = configs.vae_section(version) | changes
     network = AutoencoderKLLTX2Video(**video_vae.diffusers_config(section)).eval()
     parts = _randomized(network, f"vae {version}")
     network.load_state_dict(parts)
@@ -244,6 +248,8 @@ def _randomized(module: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _random(key: str, tensor: Tensor, name: str) -> Tensor:
+    if not tensor.ndim:  # the multiplier of timesteps
+        return tensor.detach().clone()
     noise = torch.randn(tensor.shape, generator=generator_for(0, name, key))
     if re.search(r"norm\d?\.weight$", key):
         return 1 + 0.1 * noise
@@ -304,9 +310,10 @@ def official_vae_name(name: str, encoder_blocks: int) -> str:
         (r"encoder\.mid_block\.", f"encoder.down_blocks.{encoder_blocks - 1}."),
         (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", lambda m: f"encoder.down_blocks.{2 * int(m[1]) + 1}."),
         (r"encoder\.down_blocks\.(\d+)\.(?=resnets)", lambda m: f"encoder.down_blocks.{2 * int(m[1])}."),
+        (r"decoder\.(?=time_embedder|scale_shift_table)", "decoder.last_"),
         (r"decoder\.mid_block\.", "decoder.up_blocks.0."),
         (r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"decoder.up_blocks.{2 * int(m[1]) + 1}."),
-        (r"decoder\.up_blocks\.(\d+)\.(?=resnets)", lambda m: f"decoder.up_blocks.{2 * int(m[1]) + 2}."),
+        (r"decoder\.up_blocks\.(\d+)\.(?=resnets|time_embedder)", lambda m: f"decoder.up_blocks.{2 * int(m[1]) + 2}."),
     )
     for pattern, replacement in rules:
         if re.match(pattern, name):

@@ -14,6 +14,7 @@ from musubi_tuner.ltxv2.autoencoders.diffusion_decoder import CLASS, DiffusionDe
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_in_parts, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
+from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "vae."
@@ -23,6 +24,8 @@ _ANY_DECODER = (("res_x", {"num_layers": 0}), ("compress_all", {}), ("res_x", {"
 _CONVERTED_FRAMES = 8
 _LOG_VARIANCES = ("uniform", "constant")
 """Of the latents, in one channel beside their means, which alone are used; the second is that of the file with the diffusion decoder."""
+_DECODER_NOISE, _DECODER_TIMESTEP = 0.025, 0.05
+"""Share of noise in latents, and the timestep told, of a decoder that is conditioned on one; those of the official code."""
 _STRIDES = {"space": "spatial", "time": "temporal", "all": "spatiotemporal"}
 
 
@@ -146,7 +149,10 @@ class VideoVAE:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1."""
+        """(B, 128, f, h, w) normalized -> (B, 3, 8(f-1)+1, 32h, 32w) float32, about -1..1.
+
+        A decoder that is conditioned on a timestep takes away a little noise, which is the same for every clip here.
+        """
         return torch.cat(list(self.decode_in_parts(latents, device=None)), dim=2)
 
     @torch.inference_mode()
@@ -160,6 +166,9 @@ class VideoVAE:
             pixels = self._diffusion.decode(self._raw(latents))
             yield pixels if device is None else pixels.to(device)
             return
+        if self._network.config.timestep_conditioning:
+            noise = torch.randn(latents.shape, generator=generator_for(0, "decoder noise")).to(latents)
+            latents = (1 - _DECODER_NOISE) * latents + _DECODER_NOISE * noise
         batch, _, *cells = latents.shape
         rows, columns = (_space_spans(count, self._tiles.space, encode=False) for count in cells[1:])
         spans = (_time_spans(cells[0], self._tiles.time), rows, columns)
@@ -174,7 +183,10 @@ class VideoVAE:
         return (mean - self._statistic("latents_mean")) / self._statistic("latents_std")
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._network.decode(self._raw(latents).to(self._dtype), return_dict=False)[0].float()
+        timestep = None
+        if self._network.config.timestep_conditioning:
+            timestep = torch.full(latents.shape[:1], _DECODER_TIMESTEP, device=self.device, dtype=self._dtype)
+        return self._network.decode(self._raw(latents).to(self._dtype), timestep, return_dict=False)[0].float()
 
     def _raw(self, latents: Tensor) -> Tensor:
         """On the VAE's own scale, float32."""
@@ -305,6 +317,8 @@ def _parse_blocks(blocks: Any, suffix: str) -> _Blocks:
     for place, (name, options) in enumerate(blocks):
         if place % 2 == 0 and name == "res_x":
             layers.append(options["num_layers"])
+            if options.get("inject_noise"):
+                raise UserError(f"checkpoint config: vae block {place} has 'inject_noise', which is not supported.")
             continue
         match = re.fullmatch(r"compress_(space|time|all)" + suffix, name)
         if place % 2 == 0 or match is None:
