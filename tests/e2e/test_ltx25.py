@@ -18,8 +18,10 @@ from musubi_tuner import (
 from musubi_tuner.cache import store
 from musubi_tuner.cache.names import text_name
 from musubi_tuner.generation.recipe import read_recipe
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips
+from musubi_tuner.training.preflight import wanted_caches
 from tests.training_parts import losses, read_tensors
 
 TOML = "[general]\nresolution = [64, 64]\ntarget_frames = [9]\n[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\n"
@@ -147,6 +149,17 @@ def test_a_renamed_encoder_encodes_nothing_again(project, tmp_path, monkeypatch)
 def test_texts_of_another_encoder_are_told_before_training(project, tiny_family):
     with pytest.raises(UserError, match="made with another encoder"):
         project.train("other", "--text_encoder", str(tiny_family.gemma4))
+
+
+def test_training_holds_cached_texts_against_the_projection_in_the_encoders_file(project):
+    """The transformer's file has none, so without --text_encoder nothing is known of it."""
+    cached = store.read_metadata(next((project.folder / "cache").glob("*_ltxv2_te.safetensors")))["projection_fingerprint"]
+    common = [*project.common, "--ltxv2_model", str(project.model), "--ltxv2_timestep_format", "flowmatch_1_1000", "--output_dir", "o"]
+    found = []
+    for flags in (["--text_encoder", str(project.encoder)], []):
+        config = ltxv2_train_network.parse_arguments([*common, *flags], "train")
+        found.append(wanted_caches(config, open_checkpoint(project.model)).text.get("projection_fingerprint"))
+    assert found == [cached, None]
 
 
 def test_gemma_3_is_refused_for_2_5_and_gemma_4_for_2_3(project, tiny_family):

@@ -267,3 +267,15 @@ def test_streamed_layers_of_a_text_encoder_give_the_same_states(tmp_path, kind):
     encoder = load_streamed(options, [0, 2, 3, 5, 6], poison=True)
     for _ in range(3):
         assert all(torch.equal(one, other) for one, other in zip(encoder.encode(prompts).layers, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
+def test_neighborhood_attention_of_the_diffusion_decoder_is_that_of_the_cpu(dtype, tolerance):
+    from musubi_tuner.ltxv2.autoencoders.neighborhood import neighborhood_attention
+
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(1, 9, 20, 13, 2, 64, generator=generator) for _ in range(3)]
+    given[0] *= 0.125
+    wanted = neighborhood_attention(*given, (3, 7, 7))
+    found = neighborhood_attention(*(one.to(CUDA, dtype) for one in given), (3, 7, 7))
+    assert float((found.float().cpu() - wanted).norm()) < tolerance * float(wanted.norm())
