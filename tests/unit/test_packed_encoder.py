@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options, load_encoder, read_encoder_config
+from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options, load_encoder, load_tokenizer, read_encoder_config
 from musubi_tuner.ltxv2.text.features import load_feature_extractor
 from musubi_tuner.ltxv2.text.packed import check_belongs, tokenizer_folder, with_projection
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -180,6 +180,22 @@ def test_a_transformers_that_is_too_old_is_named(tiny_family, monkeypatch):
     for path in (tiny_family.ltx25_gemma, tiny_family.gemma4):
         with pytest.raises(UserError, match=r"'gemma4_unified'\), which transformers .* does not know.*pip install --upgrade transformers"):
             read_encoder_config(options(path))
+
+
+def test_the_packed_tokenizer_is_taken_as_it_is(tiny_family, packed):
+    """Gemma's own class builds what stands around the words anew, whatever the file says."""
+
+    def change(tensors):
+        blob = "hf_asset__tokenizer_config.json"
+        content = json.loads(bytes(tensors[blob].tolist())) | {
+            "tokenizer_class": "GemmaTokenizer",
+            "processor_class": "Gemma4UnifiedProcessor",
+        }
+        return tensors | {blob: torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)}
+
+    rewrite(packed, change)
+    ids, wanted = (load_tokenizer(options(path))(PROMPTS[0]) for path in (packed, tiny_family.gemma4))
+    assert ids == wanted
 
 
 def test_a_tokenizer_may_be_given_beside_the_file(tiny_family, packed):

@@ -196,13 +196,15 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
     Raises:
         UserError: it is not here, or it is none of the backend's kind.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     flag = "--tokenizer" if options.tokenizer else "--text_encoder"
     name = options.tokenizer or options.path
     try:
-        with _tokenizer_files(name, flag) as folder:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with _tokenizer_files(name, flag) as (folder, packed):
+            # A packed tokenizer.json is taken as it is: the class that its config names would build the steps around its words anew.
+            kind = PreTrainedTokenizerFast if packed else AutoTokenizer
+            tokenizer: Any = kind.from_pretrained(folder, local_files_only=True)
         start = tokenizer("")["input_ids"]
     except UserError:
         raise
@@ -221,13 +223,14 @@ def load_tokenizer(options: EncoderOptions) -> PromptTokenizer:
 
 
 @contextmanager
-def _tokenizer_files(name: str, flag: str) -> Iterator[Path]:
+def _tokenizer_files(name: str, flag: str) -> Iterator[tuple[Path, bool]]:
+    """Their folder, and whether they came from a packed file."""
     path = Path(resolve_model(name, flag))
     if path.is_dir():
-        yield path
+        yield path, False
     else:
         with tokenizer_folder(path) as folder:
-            yield folder
+            yield folder, True
 
 
 def encoder_bytes(options: EncoderOptions) -> LoadedBytes | None:
