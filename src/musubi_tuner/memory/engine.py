@@ -70,6 +70,7 @@ from torch import Tensor, nn
 from musubi_tuner.memory.checkpointing import Recompute, RunBlock, States, checkpointed
 from musubi_tuner.memory.compiling import add_in_place
 from musubi_tuner.memory.offload import HostStore, as_states, run_from_host
+from musubi_tuner.memory.quantized import QuantizedLinear
 from musubi_tuner.memory.streaming import BlockStreamer
 
 log = logging.getLogger(__name__)
@@ -139,8 +140,8 @@ class BlockEngine:
         if compiled:
             _allow_many_graphs()
             add_in_place(max_rank)
-            runs = {level: _Compiled(run, backend, sequence_axes) for level, run in runs.items()}
-            self._run_without_gradients = _Compiled(_call, backend, sequence_axes)
+            runs = {level: _Compiled(run, backend, sequence_axes, _recomputing(level)) for level, run in runs.items()}
+            self._run_without_gradients = _Compiled(_call, backend, sequence_axes, "without gradients")
         self._run_with_gradients = {block: runs[level] for block, level in zip(blocks, levels, strict=True)}
 
     def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
@@ -217,22 +218,27 @@ def _call(block: nn.Module, states: States, inputs: Any) -> States:
 class _Compiled:
     """Runs blocks as one graph, with their lengths marked as dynamic."""
 
-    def __init__(self, run: RunBlock, backend: str, sequence_axes: SequenceAxes | None) -> None:
+    def __init__(self, run: RunBlock, backend: str, sequence_axes: SequenceAxes | None, name: str) -> None:
+        """
+        Args:
+            name: how it runs them, for the log.
+        """
         options = _COMPILER if backend == "inductor" else None
         self._graph = torch.compile(run, fullgraph=True, backend=backend, options=options)
         self._axes = sequence_axes
-        self.is_running = False
+        self.name = name
+        self.running: nn.Module | None = None
         _log_compilation(self)
 
     def __call__(self, block: nn.Module, states: States, inputs: Any) -> States:
         for tensor, axis in self._axes(states, inputs) if self._axes else ():
             if axis not in getattr(tensor, "_dynamo_dynamic_indices", ()):  # what all blocks share is marked once
                 torch._dynamo.mark_dynamic(tensor, axis)
-        self.is_running = True
+        self.running = block
         try:
             return self._graph(block, states, inputs)
         finally:
-            self.is_running = False
+            self.running = None
 
 
 def _allow_many_graphs() -> None:
@@ -247,6 +253,12 @@ def _is_no_policy_warning(record: logging.LogRecord) -> bool:
     return "context_fn is passed" not in record.getMessage()
 
 
+def _recomputing(level: Recompute | None) -> str:
+    if level in (None, Recompute.NOTHING):
+        return "without recomputation"
+    return f"recomputing {level.replace('_', ' ')}"
+
+
 def _log_compilation(compiled: _Compiled) -> None:
     """Log whenever a block is compiled, so that a step of a minute has a reason that the user can read."""
     from torch._dynamo.callback import callback_handler
@@ -254,8 +266,13 @@ def _log_compilation(compiled: _Compiled) -> None:
     reference = weakref.ref(compiled)
 
     def on_start(_: object) -> None:
-        running = reference()
-        if running is not None and running.is_running:
-            log.info("compiling the blocks, as a kind of block or batch is new in this run; it takes up to a minute")
+        compiled = reference()
+        if compiled is not None and compiled.running is not None:
+            few = any(isinstance(module, QuantizedLinear) for module in compiled.running.modules())
+            log.info(
+                "compiling the blocks that run %s%s, as they or the batch are new in this run; it takes up to a minute",
+                compiled.name,
+                " in few bits" if few else "",
+            )
 
     callback_handler.register_start_callback(on_start)
