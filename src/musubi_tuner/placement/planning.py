@@ -278,12 +278,14 @@ def _nothing_fits(leanest: Plan, machine: Machine, work: Workload, vram_gb: floa
     capped = "" if vram_gb is None else f" by --vram_gb {vram_gb:g}"
     return (
         f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed, recomputing {recomputed}) takes "
-        f"{_size(leanest.device_bytes)} on the device and {_size(leanest.host_bytes)} pinned on the host; "
-        f"{_size(machine.device_bytes)}{capped} and {_size(machine.host_bytes)} may be used. The largest batch has {work.video_tokens} "
-        f"video tokens in {work.clips} clip(s): use a smaller resolution, fewer frames or batch_size 1 in the dataset file, a smaller "
-        f"--network_dim, or AdamW8bit; close other programs that hold memory{'' if vram_gb is None else ', or give a larger --vram_gb'}."
+        f"{size_in_words(leanest.device_bytes)} on the device and {size_in_words(leanest.host_bytes)} pinned on the host; "
+        f"{size_in_words(machine.device_bytes)}{capped} and {size_in_words(machine.host_bytes)} may be used. The largest batch has "
+        f"{work.video_tokens} video tokens in {work.clips} clip(s): use a smaller resolution, fewer frames or batch_size 1 in the dataset "
+        "file, a smaller --network_dim, or AdamW8bit; close other programs that hold memory"
+        f"{'' if vram_gb is None else ', or give a larger --vram_gb'}."
     )
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Bytes as people read them: small ones in MiB."""
     return f"{count / GIB:.1f} GiB" if count == 0 or count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"

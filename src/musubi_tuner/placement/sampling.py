@@ -26,6 +26,7 @@ from musubi_tuner.placement.planning import (
     formats_to_choose,
     place_by_hand,
     read_machine,
+    size_in_words,
     streamed_blocks,
     unquantized_blocks,
 )
@@ -117,8 +118,8 @@ def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placeme
         leanest = min(sampling_plans(shape, request.work, rates, limits), key=lambda one: (one.device_bytes, one.host_bytes))
         raise UserError(
             f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed) takes "
-            f"{leanest.device_bytes / GIB:.1f} GiB on the device and {leanest.host_bytes / GIB:.1f} GiB pinned on the host; "
-            f"{machine.device_bytes / GIB:.1f} and {machine.host_bytes / GIB:.1f} GiB may be used"
+            f"{size_in_words(leanest.device_bytes)} on the device and {size_in_words(leanest.host_bytes)} pinned on the host; "
+            f"{size_in_words(machine.device_bytes)} and {size_in_words(machine.host_bytes)} may be used"
             f"{'' if options.vram_gb is None else f' (--vram_gb {options.vram_gb:g})'}. Use a smaller size or fewer frames, or close other "
             "programs that hold memory."
         )
