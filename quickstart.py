@@ -103,7 +103,7 @@ def summary(seconds: float) -> str:
     previews = sorted((training / "sample").glob("quickstart_*.mp4"))
     lines = [f"\nDone in {seconds:.0f} s. To look at:"]
     lines += [f"  {path.relative_to(ROOT)}" for path in previews]
-    lines += [f"  {(training / name).relative_to(ROOT)}" for name in ("quickstart-loss.png", "quickstart.safetensors")]
+    lines += [f"  {(training / name).relative_to(ROOT)}" for name in ("report.html", "quickstart.safetensors")]
     lines.append(
         "The toy's weights are random, its decoders' too, so the previews are noise to eye and ear. The way to them is the real one."
     )

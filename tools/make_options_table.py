@@ -18,11 +18,13 @@ from musubi_tuner import (
     ltxv2_cache_text_encoder_outputs,
     ltxv2_generate_video,
     ltxv2_import_precomputed,
+    ltxv2_report,
     ltxv2_train_network,
 )
 from musubi_tuner.config.caching import AdoptConfig, AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
 from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.generation import GenerateConfig
+from musubi_tuner.config.report import ReportConfig
 from musubi_tuner.config.training import TrainingConfig
 
 OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
@@ -57,6 +59,7 @@ PROGRAMS = (
     Program(ltxv2_cache_text_encoder_outputs, TextCachingConfig),
     Program(ltxv2_train_network, TrainingConfig),
     Program(ltxv2_generate_video, GenerateConfig),
+    Program(ltxv2_report, ReportConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
     Program(ltxv2_adopt_caches, AdoptConfig),
 )

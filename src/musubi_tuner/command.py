@@ -14,6 +14,7 @@ COMMANDS = {
     "cache-text": "ltxv2_cache_text_encoder_outputs",
     "train": "ltxv2_train_network",
     "generate": "ltxv2_generate_video",
+    "report": "ltxv2_report",
     "import-precomputed": "ltxv2_import_precomputed",
     "adopt": "ltxv2_adopt_caches",
     "doctor": "ltxv2_doctor",

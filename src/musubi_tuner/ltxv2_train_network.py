@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from musubi_tuner.config.flags import parse
 from musubi_tuner.config.training import TrainingConfig
-from musubi_tuner.runtime.program import EXIT_INTERRUPTED, EXIT_NOT_ALL, quoted, run_program
+from musubi_tuner.runtime.program import EXIT_INTERRUPTED, EXIT_NOT_ALL, command_line, quoted, run_program
 
 if TYPE_CHECKING:
     from musubi_tuner.preview.previewer import Previewer
@@ -28,7 +28,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     from musubi_tuner.training.loop import train
     from musubi_tuner.training.metrics import loss_path
     from musubi_tuner.training.preflight import check_inputs
-    from musubi_tuner.training.report import draw_losses, summary
+    from musubi_tuner.training.report import summary
+    from musubi_tuner.training.reporting import Reporting, write_page_of
     from musubi_tuner.training.rescue import Restart, rescue
     from musubi_tuner.training.run import Outcome
     from musubi_tuner.training.setup import build_run, make_hooks, make_machine
@@ -38,7 +39,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         inputs = check_inputs(config)
         if nothing_left(inputs, group):
             if group.is_main and loss_path(config.saving.output_dir, config.saving.output_name).is_file():
-                draw_losses(config.saving.output_dir, config.saving.output_name)  # a run that was killed at its last save has not
+                write_page_of(config.saving.output_dir)  # a run that was killed at its last save has not
             return 0
         preview = make_preview(inputs) if group.is_main else None
         run = build_run(inputs, make_machine(config, group))
@@ -46,11 +47,12 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
             clear_earlier(config.saving)
             tell_of_later(config.saving, run.start_step)
         outcome, restart = Outcome(step=run.start_step), Restart(prog, argv, config.saving.autoresume)
-        with rescue(run, outcome, restart):
-            train(run, outcome, *make_hooks(run, inputs, preview))
+        reporting = Reporting(run, inputs, command_line(prog, argv))
+        with reporting.kept(outcome), rescue(run, outcome, restart):
+            step_log, hooks = make_hooks(run, inputs, preview)
+            train(run, outcome, step_log, [*hooks, reporting])
         run.trackers.close()
         if group.is_main:
-            draw_losses(run.output_dir, run.name)
             log.info("\n%s", summary(run, outcome, restart))
     if outcome.interrupted:
         return EXIT_INTERRUPTED

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner.generation import clips, sheet
+from musubi_tuner.generation import clips
 from musubi_tuner.generation.recipe import read_recipe
 from musubi_tuner.generation.unfinished import FOLDER
 from musubi_tuner.networks.formats import CONNECTORS_ENDING
+from musubi_tuner.page.fill import as_json
 from musubi_tuner.runtime.errors import UserError
 from tests.e2e.test_generate import SIZE, run
 
@@ -246,5 +247,5 @@ def test_a_lora_that_does_not_fit_is_found_before_the_first_cell(tiny_family, te
 
 def test_the_page_is_written_whole(undisturbed, monkeypatch):
     """Each time: what is read meanwhile is a whole page."""
-    assert sheet.as_json({"a": "</script>"}) == '{"a":"\\u003c/script\\u003e"}'
+    assert as_json({"a": "</script>"}) == '{"a":"\\u003c/script\\u003e"}'
     assert not list(undisturbed.glob(".*"))

@@ -68,7 +68,8 @@ def test_losses_of_both_streams_are_written_and_drawn(output: Path) -> None:
     assert all(math.isfinite(row["loss_video"]) and math.isfinite(row["loss_audio"]) for row in trained)
     held_out = [row["validation/loss_video"] for row in rows if "validation/loss_video" in row]
     assert len(held_out) > 2
-    assert (output / "training" / "quickstart-loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "training" / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "validation/loss_video" in page
 
 
 def test_the_lora_file_is_written(output: Path) -> None:

@@ -255,19 +255,19 @@ def test_a_finished_lora_is_not_overwritten_unless_asked_for(data, tmp_path, cap
     with pytest.raises(UserError, match="holds an earlier run of this --output_name.*--autoresume goes on.*--overwrite"):
         train(data, tmp_path, "--seed", "7")
     assert before == ((tmp_path / f"{LORA}.safetensors").read_bytes(), parts.losses(tmp_path))
-    curve = tmp_path / f"{LORA}-loss.png"
-    drawn = curve.read_bytes()
-    curve.unlink()
+    page = tmp_path / "report.html"
+    written = page.read_bytes()
+    page.unlink()
     with caplog.at_level("INFO"):
         assert train(data, tmp_path, "--autoresume") == 0
-    assert curve.read_bytes() == drawn, "a run that is killed after its last save has not drawn it"
+    assert page.read_bytes() == written, "a run that is killed after its last save has not written it"
     assert f"nothing is left to do: {tmp_path / LORA}.safetensors has been trained for 6 of 6 steps" in caplog.text
     shutil.rmtree(tmp_path / f"{LORA}-step00000003-state")
     shutil.rmtree(tmp_path / f"{LORA}-step00000006-state")
     with pytest.raises(UserError, match="trained for 6 of 9 steps, and there is no state"):
         train(data, tmp_path, "--autoresume", "--max_train_steps", "9")
     assert train(data, tmp_path, "--overwrite", "--max_train_steps", "2") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {f"{LORA}.safetensors", f"{LORA}-loss.jsonl", f"{LORA}-loss.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{LORA}.safetensors", f"{LORA}-loss.jsonl", f"{LORA}-report.json", "report.html"}
     with pytest.raises(UserError, match="--overwrite with --autoresume"):
         train(data, tmp_path, "--overwrite", "--autoresume")
 

@@ -54,7 +54,7 @@ def banner(caplog) -> dict[str, str]:
     return rows
 
 
-def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path, caplog):
+def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_page(data, tmp_path, caplog):
     with caplog.at_level("INFO"):
         lora = run(data, tmp_path, "--max_train_steps", "3", "--save_every_n_steps", "2")
     rows = banner(caplog)
@@ -68,7 +68,7 @@ def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_curve(data, tmp_path, 
     assert not any("alpha" in name or "gate_logits" in name for name in lora)
     assert {tensor.dtype for tensor in lora.values()} == {torch.bfloat16}
     assert {path.name for path in tmp_path.iterdir()} == {
-        "ltxv2_lora.safetensors", "ltxv2_lora-step00000002.safetensors", "ltxv2_lora-loss.jsonl", "ltxv2_lora-loss.png",
+        "ltxv2_lora.safetensors", "ltxv2_lora-step00000002.safetensors", "ltxv2_lora-loss.jsonl", "ltxv2_lora-report.json", "report.html",
     }  # fmt: skip
     rows = parts.losses(tmp_path)
     steps = [row for row in rows if "loss_video" in row]

@@ -6,11 +6,8 @@ docs/reference/picks.md.
 """
 
 import hashlib
-import html
-import importlib.resources
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +21,9 @@ from musubi_tuner.generation.grid import Grid
 from musubi_tuner.generation.jobs import Job
 from musubi_tuner.generation.recipe import Recipe, recipe_of
 from musubi_tuner.generation.sheet_picture import write_sheet_picture
+from musubi_tuner.page.fill import MEDIA_KINDS, data_of, fill, part
 
 log = logging.getLogger(__name__)
-
-_PAGE, _STYLE, _SCRIPT = "sheet_page.html", "sheet_page.css", "sheet_page.js"
-_KINDS = {".mp4": "video", ".png": "image", ".wav": "sound"}
-_DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -64,10 +58,9 @@ class Sheet:
 
     def write(self) -> None:
         """The page as of now."""
-        parts = importlib.resources.files("musubi_tuner.generation")
-        page, style, script = (parts.joinpath(name).read_text(encoding="utf-8") for name in (_PAGE, _STYLE, _SCRIPT))
-        filled = {"title": html.escape(self._grid.name), "style": style.strip(), "script": script.strip(), "data": as_json(self._facts())}
-        write_bytes(self.path, re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], page).encode())
+        own = part("musubi_tuner.generation", "sheet_page.js")
+        page = part("musubi_tuner.generation", "sheet_page.html")
+        write_bytes(self.path, fill(page, title=self._grid.name, data=self._facts(), script=own).encode())
 
     def paths(self) -> dict[Job, Path]:
         """Of the clips that are there."""
@@ -94,7 +87,7 @@ class Sheet:
             "id": place,
             "file": None if path is None else path.name,
             "href": None if path is None else quote(path.name),
-            "kind": None if path is None else _KINDS[path.suffix],
+            "kind": None if path is None else MEDIA_KINDS[path.suffix],
             "seconds": round(progress.seconds, 3),
             "index": job.prompt.index,
             "prompt": job.prompt.prompt,
@@ -110,19 +103,10 @@ class Sheet:
         return hashlib.sha256(json.dumps([self._grid.name, models]).encode()).hexdigest()[:16]
 
 
-def as_json(value: Any) -> str:
-    """JSON that may stand within a <script>."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
-
-
 def _earlier_seconds(path: Path, recipes: Mapping[Job, Recipe]) -> dict[Job, float]:
     """What the page of a run before this one says of clips that are still of the same recipe."""
     try:
-        match = _DATA.search(path.read_text(encoding="utf-8"))
-        clips = json.loads(match[1])["clips"] if match else []
+        clips = data_of(path)["clips"]
         known = {str(clip["recipe"]): float(clip["seconds"]) for clip in clips}
     except (OSError, ValueError, KeyError, TypeError):  # no page of ours, which is then replaced
         return {}

@@ -15,6 +15,7 @@ from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training import checkpoint, state
 from musubi_tuner.training.metrics import loss_path
+from musubi_tuner.training.page.record import record_path
 from musubi_tuner.training.preflight import RunInputs, check_output_folder
 from musubi_tuner.training.run import make_schedule
 
@@ -132,7 +133,8 @@ def clear_earlier(saving: SavingOptions) -> None:
         for path in found:
             path.unlink()
         state.remove_states(folder, name)
-        loss_path(folder, name).unlink(missing_ok=True)
+        for path in (loss_path(folder, name), record_path(folder, name)):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--overwrite: {error.filename}: cannot be removed ({error.strerror}). Choose another --output_name.") from error
 

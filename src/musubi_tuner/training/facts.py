@@ -10,7 +10,6 @@ from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
-from musubi_tuner.placement.load import LoadedModel
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.preflight import RunInputs, reference_facts
@@ -122,8 +121,13 @@ def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dic
     }
 
 
-def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: LoadedModel) -> str:
+def banner(inputs: RunInputs, run: TrainingRun) -> str:
     """What is about to be trained, in one table."""
+    return format_table(banner_rows(inputs, run), ("training", ""))
+
+
+def banner_rows(inputs: RunInputs, run: TrainingRun) -> list[tuple[str, str]]:
+    """Its rows."""
     config = inputs.config
     streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
     heard = sum(item.clip.has_audio for item in inputs.items)
@@ -132,7 +136,7 @@ def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: Loaded
     rows = [
         (
             "model",
-            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {machine.dtype}".replace(
+            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {run.dtype}".replace(
                 "torch.", ""
             ),
         ),
@@ -143,8 +147,7 @@ def banner(inputs: RunInputs, machine: Machine, run: TrainingRun, loaded: Loaded
         (
             "run",
             f"{run.schedule.total} steps, {run.schedule.steps_per_epoch:.4g} steps an epoch, {run.processes.count} "
-            f"process(es), {machine.device}",
+            f"process(es), {run.device}",
         ),
     ]
-    rows += [*describe_placement(loaded.placement, machine.dtype), *loaded.notes]
-    return format_table(rows, ("training", ""))
+    return [*rows, *describe_placement(run.placement, run.dtype), *run.notes]

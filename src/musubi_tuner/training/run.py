@@ -16,6 +16,7 @@ from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import BatchPlan, Item
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.placement.planning import Placement
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
@@ -105,6 +106,8 @@ class TrainingRun:
     config: TrainingConfig
     processes: Processes
     device: torch.device
+    dtype: torch.dtype
+    """As of `Machine`."""
     wrapper: OfficialLTXV2Wrapper
     network: LoRANetwork
     objective: BatchObjective
@@ -128,6 +131,10 @@ class TrainingRun:
     """None where the weights count as they are."""
     watched: Mapping[str, Watched]
     """What has a state of its own beside network and optimizer."""
+    placement: Placement
+    """How the model is held and run."""
+    notes: Sequence[tuple[str, str]]
+    """What was measured of it: rows for the banner."""
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

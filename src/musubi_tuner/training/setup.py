@@ -135,6 +135,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         config=config,
         processes=machine.processes,
         device=machine.device,
+        dtype=machine.dtype,
         wrapper=loaded.wrapper,
         network=network,
         objective=make_objective(config, loaded.wrapper, network, balance=balance, prompt=prompt),
@@ -152,9 +153,11 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         supervision=supervision,
         average=average,
         watched=watched,
+        placement=loaded.placement,
+        notes=loaded.notes,
     )
     if machine.processes.is_main:
-        log.info(banner(inputs, machine, run, loaded))
+        log.info(banner(inputs, run))
         if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
             log.warning(
                 "WARNING: --ltx_mode av, and none of the %d items has sound: the video alone is trained, and nothing holds the sound that "
