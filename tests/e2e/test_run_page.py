@@ -91,6 +91,9 @@ def test_held_out_loss_its_gap_and_the_best_checkpoint_are_named(data, tmp_path)
     assert run["best"]["file"] in ("ltxv2_lora-step00000002.safetensors", "ltxv2_lora.safetensors")
     labels = [(receipt["label"], receipt["held_out"]) for receipt in run["record"]["datasets"]]
     assert labels == [("datasets[0]", False), ("validation_datasets[0]", True)]
+    trimmed = run["record"]["datasets"][0]["sources"]
+    assert [(source, what) for source, what, _ in trimmed] == [(f"clip_{number:03d}.mp4", "trimmed") for number in range(3)]
+    assert all(why for _, _, why in trimmed), "what the caching programs have left"
 
 
 def test_a_page_that_cannot_be_written_costs_a_warning(data, tmp_path, monkeypatch, caplog):

@@ -1,11 +1,15 @@
 """The page of runs: what is drawn of a loss file, what is found in a folder, and that nothing of a user's gets into it unescaped."""
 
+import dataclasses
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from musubi_tuner.cache.names import is_cache_name
+from musubi_tuner.cache.receipts import SourceReceipt, read_receipts, receipts_path, write_receipts
 from musubi_tuner.page.fill import data_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.page.losses import MOST_POINTS, best_of, curves, gaps
@@ -84,6 +88,29 @@ def test_a_record_is_read_as_it_was_written_and_a_damaged_one_is_refused(tmp_pat
     record_path(tmp_path, "mila").write_text('{"name": 3}', encoding="utf-8")
     with pytest.raises(UserError, match=r"mila-report.json: is no record of a run: name: .*Remove it"):
         read_record(record_path(tmp_path, "mila"))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    cache_directory: Path
+    label: str = "datasets[0]"
+    kind: str = "video"
+
+    def settings(self) -> dict:
+        return {}
+
+
+def test_receipts_of_sources_are_read_as_they_were_written(tmp_path):
+    dataset = Dataset(tmp_path)
+    rows = [SourceReceipt(source="a\udcff.mp4", outcome="trimmed", note=NASTY, clips=1, seconds=2.5)]
+    assert read_receipts(dataset) is None
+    write_receipts(dataset, rows)
+    path, before = receipts_path(dataset), receipts_path(dataset).stat().st_mtime_ns
+    write_receipts(dataset, rows)
+    assert path.stat().st_mtime_ns == before and is_cache_name(path.name), "it is no source of a dataset whose cache lies among its clips"
+    assert read_receipts(dataset) == [dataclasses.replace(rows[0], source="a\\udcff.mp4")]
+    path.write_text('[{"source": 1}]', encoding="utf-8")
+    assert read_receipts(dataset) is None
 
 
 def test_previews_of_an_earlier_run_of_the_name_are_left_out(tmp_path):

@@ -60,9 +60,14 @@ def index_name(digest: str) -> str:
     return f"ltxv2_index_{digest}{INDEX_ENDING}"
 
 
+def receipts_name(index: str) -> str:
+    """Of what became of the sources of a dataset, by the name of its index."""
+    return index.replace("ltxv2_index_", "ltxv2_sources_", 1)
+
+
 def is_cache_name(name: str) -> bool:
     """Whether a file or folder of such a name is ours."""
-    is_index = name.startswith("ltxv2_index_") and name.endswith(INDEX_ENDING)
+    is_index = name.startswith(("ltxv2_index_", "ltxv2_sources_")) and name.endswith(INDEX_ENDING)
     return name == PROMPT_FOLDER or is_index or name.endswith(".safetensors") and "_ltxv2" in name
 
 

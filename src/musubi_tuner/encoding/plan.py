@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.index import DatasetIndex, printable
 from musubi_tuner.cache.names import audio_only_name, image_latent_name, mirrored_name, text_name, too_long, video_latent_name
+from musubi_tuner.cache.receipts import SourceReceipt
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.encoding.look import MediaFile, Probed, Unreadable, look_into
@@ -94,6 +95,19 @@ class DatasetPlan:
     def index(self) -> DatasetIndex:
         lost = tuple((row.source, row.note) for row in self.rows if row.outcome in ("dropped", "failed"))
         return DatasetIndex(settings=self.spec.settings(), clips=tuple(planned.clip for planned in self.clips), dropped=lost)
+
+    @property
+    def receipts(self) -> list[SourceReceipt]:
+        return [
+            SourceReceipt(
+                source=row.source,
+                outcome=row.outcome,
+                note="; ".join(filter(None, (row.note, *row.warnings))),
+                clips=row.clips,
+                seconds=round(float(row.seconds), 3),
+            )
+            for row in self.rows
+        ]
 
 
 def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tuple[DatasetPlan, ...]:

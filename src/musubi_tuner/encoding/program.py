@@ -7,6 +7,7 @@ from pathlib import Path
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
 from musubi_tuner.cache.names import INDEX_ENDING
+from musubi_tuner.cache.receipts import write_receipts
 from musubi_tuner.cache.sidecars import KINDS, SidecarKind
 from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
@@ -50,6 +51,7 @@ def plan_and_index(
             for plan in plans:
                 store.clean_temporaries(plan.spec.cache_directory, (*endings, INDEX_ENDING))
                 write_index(plan.spec, plan.index)
+                write_receipts(plan.spec, plan.receipts)
     group.barrier()
     return plans
 

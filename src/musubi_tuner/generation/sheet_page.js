@@ -76,62 +76,6 @@ function draw() {
   hear(null);
   drawPicks();
 }
-
-const there = one.figure.getBoundingClientRect(), dx = there.left - here.left, dy = there.top - here.top;
-    const along = dx * across + dy * down, aside = Math.abs(dx * down) + Math.abs(dy * across);
-    if (one !== current && along > 4 && along + 3 * aside < least) [best, least] = [one, along + 3 * aside];
-  }
-  return best;
-}
-document.addEventListener("keydown", (event) => {
-  const { target, key } = event;
-  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("select, input")) return;
-  if (target.closest("button, a, summary") && (key === " " || key === "Enter")) return;
-  const speeds = [...by("speed").options].map((option) => option.value);
-  const faster = (step) => {
-    by("speed").value = speeds[Math.min(Math.max(0, speeds.indexOf(by("speed").value) + step), speeds.length - 1)];
-    by("speed").dispatchEvent(new Event("change"));
-  };
-  const actions = {
-    " ": () => (playing ? stopAll() : startAll()),
-    Enter: () => current && hear(heard === current ? null : current),
-    j: () => seek(time - 1),
-    l: () => seek(time + 1),
-    ",": () => seek(time - 1 / grid.fps),
-    ".": () => seek(time + 1 / grid.fps),
-    "[": () => faster(-1),
-    "]": () => faster(1),
-    b: () => current?.pick && !current.pick.disabled && choose(current),
-    Escape: () => { first = null; drawPicks(); },
-  };
-  const arrow = key.startsWith("Arrow");
-  const action = actions[key.length === 1 ? key.toLowerCase() : key];
-  if (!arrow && !action) return;
-  event.preventDefault();
-  if (arrow) neighbour(key)?.figure.focus();
-  else action();
-});
-
-by("play").addEventListener("click", () => (playing ? stopAll() : startAll()));
-by("seek").addEventListener("input", () => seek(Number(by("seek").value)));
-by("speed").addEventListener("change", () => played().forEach((one) => { one.media.playbackRate = Number(by("speed").value); }));
-by("download").addEventListener("click", download);
-by("clear").addEventListener("click", () => {
-  const made = new Set(pairs().map(({ pick }) => pick));
-  if (!confirm(`Remove ${made.size} pick(s)?`)) return;
-  picks = picks.filter((pick) => !made.has(pick));
-  remember(PICKS, picks);
-  drawPicks();
-});
-for (const name of ["loop", "hover"]) {
-  by(name).checked = view[name];
-  by(name).addEventListener("change", () => { view[name] = by(name).checked; remember(VIEW, view); });
-}
-by("size").value = String(view.size);
-const resize = () => { view.size = Number(by("size").value); document.documentElement.style.setProperty("--size", `${view.size}px`); };
-by("size").addEventListener("input", resize);
-by("size").addEventListener("change", () => remember(VIEW, view));
-resize();
 const there = grid.clips.filter((clip) => clip.file !== null).length;
 by("state").textContent = there === grid.clips.length ? `${there} clip${there === 1 ? "" : "s"}` : `${there} of ${grid.clips.length} clips are there; reload this page for those that have come since. `;
 if (there < grid.clips.length) {

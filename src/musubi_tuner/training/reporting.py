@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.cache.index import read_index
+from musubi_tuner.cache.receipts import read_receipts
 from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.flags import VERSION, describe
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _MOST_CLIPS = 300
 """Of a dataset, that are listed."""
+_MOST_SOURCES = 1000
+"""Of a dataset, of which there is something to say."""
 _PATIENCE = 50
 """How many times as long as it took to write the page lies between it and the next one."""
 
@@ -188,8 +191,16 @@ def _receipt(spec: DatasetSpec, items: tuple[Item, ...], toml: Path, *, held_out
         clips=[_clip_receipt(item) for item in own[:_MOST_CLIPS]],
         more=max(0, len(own) - _MOST_CLIPS),
         seconds=round(sum(item.clip.seconds for item in own if item.clip.frames != 1), 3),
-        sources=[(source, "dropped", why) for source, why in read_index(spec, toml).dropped],
+        sources=_sources(spec, toml),
     )
+
+
+def _sources(spec: DatasetSpec, toml: Path) -> list[tuple[str, str, str]]:
+    """Those of which there is something to say."""
+    receipts = read_receipts(spec)
+    if receipts is None:  # of caches of before, or of other tools
+        return [(source, "dropped", why) for source, why in read_index(spec, toml).dropped]
+    return [(one.source, one.outcome, one.note) for one in receipts if one.note or one.outcome != "kept"][:_MOST_SOURCES]
 
 
 def _clip_receipt(item: Item) -> ClipReceipt:

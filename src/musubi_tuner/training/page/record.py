@@ -56,7 +56,7 @@ class DatasetReceipt:
     seconds: float
     """Of all clips."""
     sources: list[tuple[str, str, str]] = field(default_factory=list)
-    """(source, `trimmed`, `dropped` or `failed`, why)"""
+    """(source, `kept`, `trimmed`, `dropped` or `failed`, why): those of which there is something to say."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -176,7 +176,7 @@ function receiptOf(receipt) {
   const count = receipt.clips.length + receipt.more, heard = receipt.clips.filter((clip) => clip.sound).length;
   const repeats = receipt.repeats > 1 ? `, each ${receipt.repeats} times an epoch` : "";
   const parts = [make("h3", {}, `${receipt.label}${receipt.held_out ? " (held out)" : ""}: ${receipt.folder}`), make("p", {}, `${count} clip(s), ${heard} with sound${lengths}${repeats}`)];
-  if (receipt.sources.length) parts.push(details(`Sources that are not used whole (${receipt.sources.length})`, table(["source", "what", "why"], receipt.sources)));
+  if (receipt.sources.length) parts.push(details(`Sources that were trimmed, dropped, or are worth a look (${receipt.sources.length})`, table(["source", "what", "why"], receipt.sources)));
   const rows = receipt.clips.map((clip) => [clip.name, clip.caption, clip.seconds ? short(clip.seconds) : "still", clip.start ? short(clip.start) : "", clip.frames ? String(clip.frames) : "", clip.size, clip.sound ? "yes" : "no"]);
   const more = receipt.more ? [make("p", {}, `... and ${receipt.more} more.`)] : [];
   if (rows.length) parts.push(details(`Clips (${count})`, table(["clip", "caption", "seconds", "from", "frames", "size", "sound"], rows, [2, 3, 4]), ...more));

@@ -1,0 +1,179 @@
+"""The page of a run and that of a grid in a real browser: opened from disk, played, filtered, compared, picked from.
+
+Needs Chromium (of the system's packages) and playwright (`pip install -c constraints.txt -e .[browser]`); skips without them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner import ltxv2_report
+from musubi_tuner.training.page.record import Prompt, Record, write_record
+from musubi_tuner.training.page.runs import find_runs
+from musubi_tuner.training.page.write import write_page
+from tests.e2e.test_grid import checkpoints as checkpoints  # a fixture
+from tests.e2e.test_grid import grid_flags, run
+from tests.e2e.test_preview_training import project as project
+from tests.e2e.test_run_page import runs as runs
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+NASTY = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = \'taken\'"> & "'
+OF_PLAYED = "[...document.querySelectorAll('video')].map((one) => [one.currentTime, one.muted, one.paused])"
+SEEN = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 800}}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra 'browser')")
+    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(CHROMIUM)} is installed")
+    with playwright.sync_playwright() as engine:
+        opened = engine.chromium.launch(executable_path=path, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page from disk; at the end, nothing may have gone wrong in it, and nothing come from elsewhere."""
+    contexts, wrong = [], []
+
+    def opened(path: Path, *, size: str = "wide", **more):
+        context = browser.new_context(viewport=SEEN[size], accept_downloads=True, **more)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "requestfailed",
+            lambda request: wrong.append(f"{request.url}: {request.failure}") if "ERR_ABORTED" not in str(request.failure) else None,
+        )
+        page.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url))
+        page.goto(path.resolve().as_uri())
+        page.wait_for_function("[...document.querySelectorAll('video')].every((one) => one.readyState >= 1)")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def plays_together(page) -> None:
+    page.uncheck("#hover")
+    page.click("#play")
+    page.wait_for_function("[...document.querySelectorAll('video')].every((one) => one.currentTime > 0.05)")
+    page.click("#play")
+    times = [time for time, _, _ in page.evaluate(OF_PLAYED)]
+    assert len(times) > 1 and max(times) - min(times) < 0.2
+    page.evaluate("seek(0.2)")
+    assert all(abs(time - 0.2) < 0.01 for time, _, _ in page.evaluate(OF_PLAYED))
+
+
+def one_is_heard(page) -> None:
+    sounds = page.locator(".cell button[aria-pressed]")
+    for place in (0, 1):
+        sounds.nth(place).click()
+        muted = [muted for _, muted, _ in page.evaluate(OF_PLAYED)]
+        assert muted == [other != place for other in range(len(muted))]
+    sounds.nth(1).click()
+    assert all(muted for _, muted, _ in page.evaluate(OF_PLAYED))
+
+
+def test_the_page_of_a_run_plays_filters_and_keeps_picks(runs, visit):
+    page = visit(runs[0] / "report.html")
+    assert page.locator("#grid thead th").all_inner_texts() == ["step 0, the base", "step 2", "step 4"]
+    assert page.locator("#grid tbody tr").count() == 2
+    plays_together(page)
+    one_is_heard(page)
+    assert page.locator("#chart-losses path").count() >= 2 and page.locator("#chart-levels path").count() >= 2
+    page.select_option("#against", "minutes")
+    assert page.locator("#chart-losses svg[role=img]").get_attribute("aria-label").startswith("Losses against minutes. video: ")
+    page.locator("#chart-losses svg[role=img]").press("ArrowLeft")
+    assert "minutes" in page.locator("#chart-losses .readout").inner_text()
+    page.get_by_role("button", name="audio", exact=True).first.click()
+    assert "audio" not in page.locator("#chart-losses svg[role=img]").get_attribute("aria-label")
+    page.fill("#layout input[type=search]", "a still")
+    assert page.locator("#grid tbody tr").count() == 1
+    page.fill("#layout input[type=search]", "")
+    page.locator("#layout select").select_option("last")
+    assert page.locator("#grid thead th").all_inner_texts() == ["step 0, the base", "step 4"]
+
+    page.locator(".cell button", has_text="Better").nth(1).click()
+    assert page.locator(".cell button", has_text="than this").nth(1).is_disabled(), "another prompt"
+    page.locator(".cell button", has_text="than this").first.click()
+    page.reload()
+    with page.expect_download() as saved:
+        page.click("#download")
+    assert saved.value.suggested_filename == "lora_picks.jsonl"
+    (line,) = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
+    pick = json.loads(line)
+    assert (pick["ltxv2_pick"], pick["prompt"], pick["seed"]) == (1, "A red disc", 10)
+    assert pick["better"]["file"] == "lora_s00000004_00_10.mp4" and pick["worse"]["file"] == "lora_s00000000_00_10.mp4"
+    assert pick["worse"]["loras"] == [] and pick["better"]["loras"][0]["name"] == "lora-step00000004.safetensors"
+
+
+def test_runs_are_compared_in_one_file(runs, visit, tmp_path):
+    assert ltxv2_report.main([*map(str, runs), "--embed", "--output", str(tmp_path / "both.html")]) == 0
+    page = visit(tmp_path / "both.html")
+    heads = page.locator("#grid thead th")
+    assert heads.all_inner_texts() == [f"page {name}/lora: {step}" for name in ("one", "two") for step in ("step 0, the base", "step 4")]
+    assert {"page one/lora: video", "page two/lora: audio"} <= set(page.locator("#chart-losses .legend button").all_inner_texts())
+    plays_together(page)
+    assert page.locator("#set").get_by_role("row", name="--seed 42 7").count() == 1
+    page.get_by_role("checkbox", name="page one/lora").uncheck()
+    assert heads.count() == 2 and "page one" not in page.locator("#chart-losses").inner_text()
+    page.reload()
+    assert heads.count() == 2, "kept"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_it_and_text_has_contrast(runs, visit, scheme):
+    page = visit(runs[0] / "report.html", size="phone", color_scheme=scheme, is_mobile=True, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= SEEN["phone"]["width"], "nothing but the grid scrolls sideways"
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= SEEN["phone"]["width"]
+    light = """(name) => { const probe = document.body.appendChild(document.createElement('i')); probe.style.color = `var(${name})`;
+      const parts = getComputedStyle(probe).color.match(/[0-9.]+/g).slice(0, 3).map((part) => part / 255);
+      probe.remove();
+      const [r, g, b] = parts.map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b; }"""
+    ground = page.evaluate(light, "--ground")
+    for name, least in {"--ink": 7, "--faint": 4.5, "--mark": 4.5, **{f"--c{place}": 4.5 for place in range(6)}}.items():
+        other = page.evaluate(light, name)
+        assert (max(ground, other) + 0.05) / (min(ground, other) + 0.05) >= least, name
+    unnamed = """[...document.querySelectorAll('button, select, input, img, svg[role=img]')].filter((one) =>
+      !(one.innerText || one.ariaLabel || one.alt || one.labels?.length)).length"""
+    assert page.evaluate(unnamed) == 0, "every control and picture has a name"
+
+
+def test_what_users_wrote_does_nothing(visit, tmp_path):
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "x_s00000000_00_1.png").write_bytes(b"")
+    record = Record(
+        name="x", program=NASTY, started="2026-01-01T00:00:00+00:00", command=NASTY, device=NASTY, total=1, step=1,
+        prompts=[Prompt(index=0, prompt=NASTY, negative=NASTY, seed=1, fps=24.0)], plan=[(NASTY, NASTY)], settings=[(NASTY, NASTY, "")],
+    )  # fmt: skip
+    write_record(tmp_path, record)
+    write_page(tmp_path / "report.html", find_runs(tmp_path))
+    page = visit(tmp_path / "report.html")
+    assert page.title() == "x" and page.locator("#grid tbody th .label").inner_text() == NASTY
+    assert page.locator("pre").inner_text() == NASTY and page.locator("img:not(.cell img)").count() == 0
+
+
+def test_the_page_of_a_grid_plays_turns_and_keeps_picks(tiny_family, texts, checkpoints, visit, tmp_path):
+    run(tiny_family, texts, tmp_path, *grid_flags(checkpoints)[:-2])
+    page = visit(tmp_path / "grid.html")
+    assert page.locator("#grid tbody tr").count() == 3
+    plays_together(page)
+    one_is_heard(page)
+    page.get_by_label("Rows").select_option("strength")
+    assert page.locator("#grid tbody tr").count() == 2 and page.locator("#grid thead th").count() == 4, "the base stands apart"
+    page.locator(".cell button", has_text="Better").first.click()
+    page.locator(".cell button", has_text="than this").first.click()
+    page.reload()
+    assert page.locator("#list li").count() == 1
