@@ -40,9 +40,10 @@ def run(data: parts.Data, folder: Path, monkeypatch, *, ahead: bool) -> None:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All that a run has written: tensors, the losses, and what its states tell beside the sums of their files."""
+    """All that a run has written: tensors, the losses, and what its states tell beside the sums of their files. Its page tells
+    times, which are never the same."""
     found: dict[str, object] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-report.json")):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
             found[name] = plain(load_file(path))

@@ -11,8 +11,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOS
 """No room, or none left of what this user may have."""
 
 
-def write_whole(path: Path, data: bytes, temporary: Path) -> None:
+def write_whole(path: Path, data: bytes, temporary: Path, *, lasting: bool = True) -> None:
     """Replace `path` by `data`, written first to `temporary` in the same folder.
+
+    Args:
+        lasting: wait until a power cut would leave it whole; for what can be made again that is not worth the wait.
 
     Raises:
         OSError: it could not be written; the old file, if any, is untouched.
@@ -21,12 +24,14 @@ def write_whole(path: Path, data: bytes, temporary: Path) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if lasting:
+        sync_folder(path.parent)
 
 
 def write_folder(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:

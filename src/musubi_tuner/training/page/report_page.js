@@ -1,5 +1,5 @@
 const runs = data.runs, several = runs.length > 1;
-const STREAMS = ["video", "audio"], GIB = 2 ** 30;
+const STREAMS = ["video", "audio"], GIB = 2 ** 30, HELD_OUT = "7 4", SOUND = "2 3";
 Object.assign(view, { steps: several ? "last" : "4", prompts: "", shut: [], against: "steps", smoothing: 0.8, stream: "video", levelsOf: 0 });
 for (const name of ["steps", "prompts", "against", "stream"]) if (typeof before[name] === "string") view[name] = before[name];
 if (Array.isArray(before.shut)) view.shut = before.shut.filter((place) => place in runs);
@@ -104,8 +104,8 @@ function lossSeries() {
     const color = several ? place : index, audio = several && index === 1;
     const trained = run.losses[`loss_${stream}`], held = run.losses[`validation/loss_${stream}`];
     return [
-      ...(trained ? curve(named(run, stream), placed(run, trained), color, { dashed: audio }) : []),
-      ...(held ? [{ name: named(run, `${stream}, held out`), points: placed(run, held), color, dashed: true, dotted: true }] : []),
+      ...(trained ? curve(named(run, stream), placed(run, trained), color, { dashed: audio ? SOUND : "" }) : []),
+      ...(held ? [{ name: named(run, `${stream}, held out`), points: placed(run, held), color, dashed: audio ? "2 3 7 3" : HELD_OUT, dotted: true }] : []),
     ];
   }));
 }
@@ -115,7 +115,7 @@ function levelSeries(run) {
   const rangeOf = (name) => Math.min(3, Math.floor(Number(name.split("sigma")[1]) * 4));
   return [
     ...ranges.flatMap((name) => curve(`noise ${name.split("_").at(-1).replace("-", " to ")}`, placed(run, run.losses[name]), Math.round(Number(name.split("_").at(-1).split("-")[0]) * 4))),
-    ...held.map((name) => ({ name: `held out, noise ${name.split("sigma")[1]}`, points: placed(run, run.losses[name]), color: rangeOf(name), dashed: true, dotted: true })),
+    ...held.map((name) => ({ name: `held out, noise ${name.split("sigma")[1]}`, points: placed(run, run.losses[name]), color: rangeOf(name), dashed: HELD_OUT, dotted: true })),
   ];
 }
 function drawCharts() {
@@ -123,7 +123,7 @@ function drawCharts() {
   const about = (title, y, more = {}) => ({ title, x: against, y, ...more });
   chart(by("chart-losses"), lossSeries(), about("Losses", "loss"));
   chart(by("chart-levels"), levelSeries(runs[view.levelsOf]), about("Losses by noise level", "loss", { empty: "The loss file has none of this stream." }));
-  const gaps = runs.flatMap((run, place) => !isOpen(place) ? [] : STREAMS.filter((stream) => run.gaps[stream]).map((stream, index) => ({ name: named(run, stream), points: placed(run, run.gaps[stream]), color: several ? place : index, dashed: several && index === 1, dotted: true })));
+  const gaps = runs.flatMap((run, place) => !isOpen(place) ? [] : STREAMS.filter((stream) => run.gaps[stream]).map((stream, index) => ({ name: named(run, stream), points: placed(run, run.gaps[stream]), color: several ? place : index, dashed: several && stream === "audio" ? SOUND : "", dotted: true })));
   by("gap-part").hidden = gaps.length === 0;
   if (gaps.length) chart(by("chart-gap"), gaps, about("Held-out less training loss", "loss"));
   const pace = runs.flatMap((run, place) => isOpen(place) && run.record ? curve(named(run, "seconds a step"), placed(run, run.record.pace.map((point) => [point[0], point[2]])), place) : []);

@@ -1,5 +1,5 @@
 // Curves as SVG: small enough to be in every page. A series has name, points [[x, y], ...], color (of the palette), and may be faint (drawn
-// without a say in the range), dashed, or dotted (a mark at each point).
+// without a say in the range), dashed (lengths of dash and gap), or dotted (a mark at each point).
 const PALETTE = 6, HIGH = 300, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 34;
 const hidden = new Set();
 
@@ -26,7 +26,7 @@ function range(series, axis) {
 function strokeOf(one) {
   const stroke = { stroke: `var(--c${one.color % PALETTE})`, "stroke-width": one.faint ? 1 : 2, fill: "none", "stroke-linejoin": "round" };
   if (one.faint) stroke["stroke-opacity"] = 0.35;
-  if (one.dashed) stroke["stroke-dasharray"] = "6 4";
+  if (one.dashed) stroke["stroke-dasharray"] = one.dashed;
   return stroke;
 }
 

@@ -36,7 +36,8 @@ def write_page(path: Path, runs: Sequence[FoundRun], *, embed: bool = False) -> 
     script = "\n".join(part(_PACKAGE, name) for name in ("report_page_charts.js", "report_page.js"))
     page = part(_PACKAGE, "report_page.html")
     text = fill(page, title=title, data=facts(runs, path.parent, embed=embed), script=script, style=part(_PACKAGE, "report_page.css"))
-    write_whole(path, text.encode("utf-8", "backslashreplace"), path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+    written = text.encode("utf-8", "backslashreplace")
+    write_whole(path, written, path.with_name(f".{path.name}.{os.getpid()}.tmp"), lasting=False)
 
 
 def facts(runs: Sequence[FoundRun], folder: Path, *, embed: bool = False) -> dict[str, Any]:
