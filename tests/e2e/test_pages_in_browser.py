@@ -1,9 +1,11 @@
 """The page of a run and that of a grid in a real browser: opened from disk, played, filtered, compared, picked from.
 
 Needs Chromium (of the system's packages) and playwright (`pip install -c constraints.txt -e .[browser]`); skips without them.
+SCREENSHOTS names a folder for pictures of the pages.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +90,8 @@ def test_the_page_of_a_run_plays_filters_and_keeps_picks(runs, visit):
     page = visit(runs[0] / "report.html")
     assert page.locator("#grid thead th").all_inner_texts() == ["step 0, the base", "step 2", "step 4"]
     assert page.locator("#grid tbody tr").count() == 2
+    if "SCREENSHOTS" in os.environ:
+        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / "run.png", full_page=True)
     plays_together(page)
     one_is_heard(page)
     assert page.locator("#chart-losses path").count() >= 2 and page.locator("#chart-levels path").count() >= 2
@@ -123,6 +127,8 @@ def test_runs_are_compared_in_one_file(runs, visit, tmp_path):
     heads = page.locator("#grid thead th")
     assert heads.all_inner_texts() == [f"page {name}/lora: {step}" for name in ("one", "two") for step in ("step 0, the base", "step 4")]
     assert {"page one/lora: video", "page two/lora: audio"} <= set(page.locator("#chart-losses .legend button").all_inner_texts())
+    if "SCREENSHOTS" in os.environ:
+        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / "compared.png", full_page=True)
     plays_together(page)
     assert page.locator("#set").get_by_role("row", name="--seed 42 7").count() == 1
     page.get_by_role("checkbox", name="page one/lora").uncheck()

@@ -1,6 +1,7 @@
 """The page that a run keeps: what is on it, that it costs the run nothing, and the page that compares runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,13 @@ def test_held_out_loss_its_gap_and_the_best_checkpoint_are_named(data, tmp_path)
 def test_a_page_that_cannot_be_written_costs_a_warning(data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(reporting, "_PATIENCE", 0)
     (tmp_path / "report.html").mkdir()
+    left = [tmp_path / ".ltxv2_lora.1-report.json.tmp", tmp_path / ".report.html.1.tmp", tmp_path / ".report.html.2.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[1], (0, 0))
     parts_run(data, tmp_path, "--save_every_n_steps", "1")
     assert caplog.text.count("the run's page is not written") == 1
+    assert [path.exists() for path in left] == [False, False, True], "what a killed run has left; another run may be writing the last one"
     plain = tmp_path / "plain"
     parts_run(data, plain, "--save_every_n_steps", "1")
     assert (plain / "ltxv2_lora-loss.jsonl").read_bytes() == (tmp_path / "ltxv2_lora-loss.jsonl").read_bytes()

@@ -81,6 +81,7 @@ def test_the_wheel_trains_outside_the_checkout(installed: Path, tmp_path: Path, 
     answer = run(installed, tmp_path, tmp_path / "run.py", words)
     assert answer.returncode == 0, f"{answer.stdout}\n{answer.stderr}"
     assert (tmp_path / "training" / "quickstart.safetensors").is_file()
+    assert (tmp_path / "training" / "report.html").is_file(), "its styles and scripts are in the wheel"
 
 
 def of_the_wheel(command: list[object]) -> tuple[str, list[str]]:

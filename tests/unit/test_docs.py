@@ -42,6 +42,7 @@ SEARCHES = {
     "EMA": "how-to/regularization.md",
     "LyCORIS": "how-to/networks.md",
     "validation videos": "how-to/previews.md",
+    "dashboard": "how-to/report.md",
     "bucket": "reference/dataset_toml.md",
     "resum": "how-to/train.md",
     "timestep sampling": "explanation/noise_levels.md",

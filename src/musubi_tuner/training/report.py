@@ -3,6 +3,7 @@
 import torch
 
 from musubi_tuner.runtime.tables import format_table
+from musubi_tuner.training.page.write import PAGE
 from musubi_tuner.training.rescue import Restart
 from musubi_tuner.training.run import Outcome, TrainingRun
 
@@ -20,6 +21,8 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart) -> str:
         if name in outcome.last_validation:
             rows.append((name, f"{outcome.first_validation[name]:.4f} -> {outcome.last_validation[name]:.4f}"))
     rows += [("written", str(path)) for path in outcome.files[-4:]]
+    if (page := run.output_dir / PAGE).is_file():
+        rows.append(("to look at", str(page)))
     text = format_table(rows, ("done" if not outcome.interrupted else "interrupted", ""))
     state = next((path for path in reversed(outcome.files) if path.is_dir()), None)  # none where no place took it
     if outcome.interrupted and state is not None:

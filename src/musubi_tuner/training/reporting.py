@@ -4,8 +4,9 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.facts import banner_rows
 from musubi_tuner.training.hooks import Hook
 from musubi_tuner.training.page.record import (
+    ENDING,
     MOST_POINTS,
     ClipReceipt,
     DatasetReceipt,
@@ -43,6 +45,8 @@ _MOST_CLIPS = 300
 """Of a dataset, that are listed."""
 _MOST_SOURCES = 1000
 """Of a dataset, of which there is something to say."""
+_STALE = 600
+"""Seconds after which nobody writes a file any more."""
 _PATIENCE = 50
 """How many times as long as it took to write the page lies between it and the next one."""
 
@@ -62,6 +66,7 @@ class Reporting(Hook):
         self._every = max(1, run.schedule.total // MOST_POINTS)
         self._seconds: list[float] = []
         if run.processes.is_main:
+            _remove_leftovers(run.output_dir, run.name)
             try:
                 self._record = _record_of(run, inputs, command)
             except (OSError, UserError) as error:
@@ -111,7 +116,7 @@ class Reporting(Hook):
             others = [found for found in find_runs(run.output_dir) if found.name != run.name]
             found = sorted([*others, find_run(run.output_dir, run.name, record)], key=lambda one: one.name)
             write_page(run.output_dir / PAGE, found)
-        except (OSError, UserError) as error:
+        except Exception as error:  # of the disk, and of files of other runs, which anyone may have changed
             self._warn(error)
         self._next = time.monotonic() + _PATIENCE * (time.monotonic() - started)
 
@@ -119,6 +124,14 @@ class Reporting(Hook):
         if not self._warned:
             log.warning("WARNING: %s: the run's page is not written (%s); training goes on", self._run.output_dir / PAGE, reason(error))
         self._warned = True
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """What killed runs have begun to write; the page is of all runs of the folder, of which another one may be writing it now."""
+    with suppress(OSError):
+        pages = [path for path in folder.glob(f".{PAGE}.*.tmp") if time.time() - path.stat().st_mtime > _STALE]
+        for path in [*pages, *folder.glob(f".{escape(name)}.[0-9]*{ENDING}.tmp")]:
+            path.unlink(missing_ok=True)
 
 
 def write_page_of(folder: Path) -> None:

@@ -114,7 +114,7 @@ def write_record(folder: Path, record: Record) -> None:
     """
     path = record_path(folder, record.name)
     data = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "backslashreplace")
-    write_whole(path, data, path.with_name(f".{record.name}.{os.getpid()}-report.tmp"), lasting=False)
+    write_whole(path, data, path.with_name(f".{record.name}.{os.getpid()}{ENDING}.tmp"), lasting=False)
 
 
 def read_record(path: Path) -> Record:
