@@ -20,10 +20,11 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(ReportConfig, words, prog=prog, description=DESCRIPTION)
     from musubi_tuner.runtime.disk import reason
     from musubi_tuner.runtime.errors import UserError
+    from musubi_tuner.runtime.files import real_path
     from musubi_tuner.training.page.runs import find_runs
     from musubi_tuner.training.page.write import write_page
 
-    folders = list(dict.fromkeys(folder.resolve() for folder in config.report.runs))
+    folders = list(dict.fromkeys(real_path(folder) for folder in config.report.runs))
     if not folders:
         raise UserError("--runs: names no folder. Give the --output_dir of one run or of several.")
     found = [run for folder in folders for run in find_runs(folder)]

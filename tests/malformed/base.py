@@ -34,7 +34,7 @@ MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".
 
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
 TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
-GENERATE = "ltxv2_generate_video"
+GENERATE, REPORT = "ltxv2_generate_video", "ltxv2_report"
 
 _DATASET = """\
 [general]
@@ -115,6 +115,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         "--prompt", "a dog --w 64 --h 64 --f 9 --s 1", "--output_dir", "generated", "--device", "cpu",
         "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "1",
     ),
+    REPORT: ("--runs", "trained", "--output", "page.html"),
     TINY: ("--output_dir", "tiny"),
 }  # fmt: skip
 """Flags with which a program accepts the world as it is."""
@@ -181,6 +182,7 @@ def make_world(folder: Path) -> Path:
     finally:
         os.chdir(before)
     _write_precomputed(making)
+    put(making, "trained/lora-loss.jsonl", '{"step": 1, "loss_video": 0.5}\n')
     (making / "complete").write_text(made_by, encoding="utf-8")
     if done.is_file() and done.read_text(encoding="utf-8") == made_by:
         shutil.rmtree(making)  # another process was faster
