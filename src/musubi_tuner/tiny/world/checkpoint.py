@@ -31,10 +31,12 @@ from musubi_tuner.tiny.world.video_encoder import VideoEncoder
 
 KEPT = ("video", "audio", "vocoder", "transformer")
 """Files of weights that were trained, `NAME.safetensors` each."""
+DATA = Path(__file__).parent / "data"
+"""Where this package holds them."""
 
 
-def write_world_checkpoint(path: Path, folder: Path, *, transformer: Path | None = None) -> None:
-    """Write the whole checkpoint.
+def write_world_checkpoint(path: Path, folder: Path = DATA, *, transformer: Path | None = None) -> None:
+    """Write the whole checkpoint; the same bytes each time.
 
     Args:
         folder: holds the files `KEPT`.
