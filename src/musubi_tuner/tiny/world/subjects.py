@@ -5,7 +5,10 @@ and fro between two pitches. Nothing that is fitted (tokenizer, autoencoders, vo
 """
 
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+from musubi_tuner.runtime.errors import UserError
 
 Color = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
@@ -71,6 +74,9 @@ class CharacterSubject:
         return f"A {CHARACTER} {self.motion} on a {self.ground} ground."
 
 
+_EXAMPLE = Subject(color="red", shape="circle", motion="moves left", ground="dark", pitch="low", timbre="hum")
+
+
 def draw_subject(rng: random.Random) -> Subject:
     """Every word evenly and by itself."""
     return Subject(
@@ -85,6 +91,31 @@ def draw_subject(rng: random.Random) -> Subject:
 
 def draw_character(rng: random.Random) -> CharacterSubject:
     return CharacterSubject(motion=rng.choice(MOTIONS), ground=rng.choice(tuple(GROUNDS)))
+
+
+def draw_each_voice(count: int, rng: random.Random) -> list[Subject]:
+    """Subjects whose voices take turns, so that each is there as often as can be; all other words as in `draw_subject`."""
+    voices = [(pitch, timbre) for timbre in TIMBRES for pitch in PITCHES]
+    turns = [voices[place % len(voices)] for place in range(count)]
+    return [replace(draw_subject(rng), pitch=pitch, timbre=timbre) for pitch, timbre in turns]
+
+
+def subject_of(caption: str) -> Subject | CharacterSubject:
+    """The clip that a caption of the world describes.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    ways, grounds = "|".join(MOTIONS), "|".join(GROUNDS)
+    character = re.fullmatch(rf"A {CHARACTER} (?P<motion>{ways}) on a (?P<ground>{grounds}) ground\.", caption)
+    if character is not None:
+        return CharacterSubject(**character.groupdict())
+    thing = rf"A (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)}) (?P<motion>{ways})"
+    voice = rf"(?P<pitch>{'|'.join(PITCHES)}) (?P<timbre>{'|'.join(TIMBRES)})"
+    base = re.fullmatch(rf"{thing} on a (?P<ground>{grounds}) ground with a {voice}\.", caption)
+    if base is None:
+        raise UserError(f"'{caption}' is no caption of the small world, which read as '{_EXAMPLE.caption}'.")
+    return Subject(**base.groupdict())
 
 
 def all_captions() -> list[str]:

@@ -1,0 +1,27 @@
+"""The small world of the quickstart, its model and a lesson for a LoRA: python tools/make_world.py FOLDER"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
+from musubi_tuner.tiny.world.lesson import Lesson, write_lesson
+from musubi_tuner.tiny.world.text import write_world_gemma
+
+CHARACTER_PROMPTS, BASE_PROMPTS, STEPS = 6, 9, 12
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args(arguments).folder
+    models = folder / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    write_world_checkpoint(models / "world.safetensors")
+    write_world_gemma(models / "gemma3")
+    write_lesson(folder, Lesson(character_prompts=CHARACTER_PROMPTS, base_prompts=BASE_PROMPTS, steps=STEPS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
