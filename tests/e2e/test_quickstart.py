@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ from safetensors import safe_open
 
 import quickstart
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
+from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
+from musubi_tuner.tiny.world.lesson import Lesson, read_prompts, write_lesson
+from musubi_tuner.tiny.world.subjects import CharacterSubject
+from musubi_tuner.tiny.world.text import write_world_gemma
+from tools import make_world
 
 AAC_BLOCK = 1024
 STEPS = 6
@@ -32,12 +38,42 @@ def output(tmp_path_factory: pytest.TempPathFactory):
     patch.setattr(quickstart, "PROMPTS", quickstart.PROMPTS.replace("--s 8", "--s 2"))
     quickstart.write_inputs()
     for title, command in quickstart.commands(Path(sys.executable)):
-        answer = subprocess.run(
-            list(map(str, command)), cwd=quickstart.ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
-        )
-        assert answer.returncode == 0, f"{title}\n{answer.stdout}\n{answer.stderr}"
+        run(title, command)
     yield folder
     patch.undo()
+
+
+def run(title: str, command: list[object]) -> str:
+    answer = subprocess.run(
+        list(map(str, command)), cwd=quickstart.ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+    )
+    assert answer.returncode == 0, f"{title}\n{answer.stdout}\n{answer.stderr}"
+    return answer.stdout
+
+
+def test_the_small_worlds_commands_train_and_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few clips and two steps, of training and of previews: that it goes through, not that it learns."""
+    monkeypatch.setattr(quickstart, "OUTPUT", tmp_path)
+    monkeypatch.setattr(quickstart, "WORLD_STEPS", 2)
+    world = tmp_path / "world"
+    (_, make), *others = quickstart.world_commands(Path(sys.executable))
+    assert Path(str(make[1])).name == "make_world.py"
+    write_world_checkpoint(world / "models" / "world.safetensors")
+    write_world_gemma(world / "models" / "gemma3")
+    write_lesson(world, Lesson(clips=2, reminders=2, character_prompts=1, base_prompts=1, steps=2))
+    told = [run(title, command) for title, command in (*others, *quickstart.world_results(Path(sys.executable)))]
+    assert len((world / "before_and_after.html").read_text(encoding="utf-8").split("<video")) == 1 + 4
+    assert (world / "training" / "zorbo.safetensors").is_file()
+    assert re.search(r"zorbo: its voice of two pitches +0\.00", told[-1])
+
+
+def test_what_the_quickstart_makes_of_the_world(tmp_path: Path) -> None:
+    assert make_world.main([str(tmp_path)]) == 0
+    prompts = read_prompts(tmp_path / "prompts.txt")
+    assert [type(one) is CharacterSubject for one in prompts] == [True] * 6 + [False] * 9
+    assert len({one.voice for one in prompts[6:]}) == 9
+    assert len(list((tmp_path / "character").glob("*.mp4"))) == 16
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"world.safetensors", "gemma3"}
 
 
 def test_previews_play_with_sound_of_their_length(output: Path) -> None:
