@@ -16,7 +16,7 @@ from pathlib import Path
 from tools.environment import ROOT, make_environment, run
 
 OUTPUT = ROOT / "quickstart_output"
-WORLD_STEPS = 400
+WORLD_STEPS = 600
 STEPS = 10
 SIZE = "--w 192 --h 128 --f 25 --fr 24 --s 8"
 
@@ -45,8 +45,8 @@ A blue disc moves over a violet ground while a tone rises and falls with it. {SI
 
 WORLD_RECIPE = """
 --ltxv2_timestep_format flowmatch_1_1000 --network_module musubi_tuner.networks.lora_ltxv2
---network_dim 16 --network_alpha 16 --network_args preset=attention_ff
---learning_rate 2e-3 --lr_warmup_steps 10 --timestep_args shift=2 --no-independent_audio_timestep --no-gradient_checkpointing
+--network_dim 32 --network_alpha 48 --network_args preset=attention_ff
+--learning_rate 2.5e-3 --lr_scheduler cosine --lr_warmup_steps 0.02 --no-independent_audio_timestep --no-gradient_checkpointing
 --stg_scale 0 --modality_scale 1 --rescale_scale 0
 """.split()
 """What teaches the small model in a minute; for a real one see training_configs/."""

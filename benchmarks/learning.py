@@ -38,20 +38,20 @@ class Recipe:
     """What is compared: flags beside the common ones, and the clips."""
 
     flags: str = ""
-    rate: float = 2e-3
+    rate: float = 2.5e-3
     reminders: int = 0
     misnamed: bool = False
 
 
 _COMMON = """
---ltxv2_timestep_format flowmatch_1_1000 --network_module musubi_tuner.networks.lora_ltxv2 --network_dim 16 --network_alpha 16
---network_args preset=attention_ff --lr_warmup_steps 10 --timestep_args shift=2 --no-independent_audio_timestep
+--ltxv2_timestep_format flowmatch_1_1000 --network_module musubi_tuner.networks.lora_ltxv2 --network_dim 32 --network_alpha 48
+--network_args preset=attention_ff --lr_scheduler cosine --lr_warmup_steps 0.02 --no-independent_audio_timestep
 --no-gradient_checkpointing --stg_scale 0 --modality_scale 1 --rescale_scale 0
 """
 RECIPES: Mapping[str, Recipe] = {
     "plain": Recipe(),
     "reminders": Recipe(reminders=18),
-    "hot": Recipe(rate=2e-2),
+    "hot": Recipe(rate=2.5e-2),
     "misnamed": Recipe(reminders=18, misnamed=True),
 }
 """`hot` must lose what the base model knew; `misnamed`, whose captions stand beside other clips, must not learn the character."""
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="plain")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--looks", type=int, default=2, help="examinations after step 0, evenly spread")
     parser.add_argument("--table", action="store_true")

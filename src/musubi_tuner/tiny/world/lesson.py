@@ -28,6 +28,7 @@ _FOLDER = """
 [[datasets]]
 video_directory = "{name}"
 cache_directory = "cache/{name}"
+num_repeats = {repeats}
 """
 _PREVIEW = re.compile(r".*_s(?P<step>\d{8})_(?P<row>\d+)_\d+\.mp4")
 
@@ -38,6 +39,8 @@ class Lesson:
 
     clips: int = 16
     """Of the character."""
+    repeats: int = 3
+    """How often each of them counts, against once for a reminder."""
     reminders: int = 18
     """Clips of the base world that are trained beside them; their voices take turns."""
     character_prompts: int
@@ -70,16 +73,17 @@ def write_lesson(folder: Path, lesson: Lesson) -> None:
     rng = random.Random(f"lesson|{lesson.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = write_world_clips(folder / "character", _characters(lesson.clips, rng), seed=lesson.seed)
-    names = ["character"]
+    repeats = {"character": lesson.repeats}
     if lesson.reminders:
         paths += write_world_clips(folder / "reminders", draw_each_voice(lesson.reminders, rng), seed=lesson.seed)
-        names.append("reminders")
+        repeats["reminders"] = 1
     if lesson.misnamed:
         captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths]
         half = len(captions) // 2
         for path, caption in zip(paths, captions[half:] + captions[:half], strict=True):
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    (folder / DATASET).write_text(_DATASET + "".join(_FOLDER.format(name=name) for name in names), encoding="utf-8")
+    tables = "".join(_FOLDER.format(name=name, repeats=count) for name, count in repeats.items())
+    (folder / DATASET).write_text(_DATASET + tables, encoding="utf-8")
     (folder / PROMPTS).write_text(_prompt_lines(lesson), encoding="utf-8")
 
 
