@@ -145,7 +145,7 @@ def launch(python: Path) -> list[object]:
 
 def summary(seconds: float) -> str:
     world = OUTPUT / "world"
-    names = ("before_and_after.html", "before_and_after.png", "training/zorbo-loss.png", "training/zorbo.safetensors")
+    names = ("before_and_after.html", "before_and_after.png", "training/report.html", "training/zorbo.safetensors")
     lines = [f"\nDone in {seconds:.0f} s. To look at and listen to:"]
     return "\n".join(lines + [f"  {(world / name).relative_to(ROOT)}" for name in names])
 
