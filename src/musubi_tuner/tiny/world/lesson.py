@@ -48,7 +48,7 @@ class Lesson:
     """Their voices take turns too."""
     steps: int
     """Of sampling a preview."""
-    guidance: float = 2.0
+    guidance: float = 3.0
     """Of both streams."""
     seed: int = 0
     """Of the clips; prompts are the same for all seeds."""
