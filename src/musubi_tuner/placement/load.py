@@ -17,6 +17,7 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.regions import Gather, Region, share_regions
+from musubi_tuner.memory.step_model import ModelShape
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -194,6 +195,24 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
         network=network,
         placement=placement,
         notes=_describe_errors(weights.errors),
+    )
+
+
+def shape_of(model: LTXModel, *, beside: int = 0) -> ModelShape:
+    """A model's sizes, for plans.
+
+    Args:
+        beside: weights of what lies on the device with it.
+    """
+    config = model.config
+    each = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name)) // config.num_layers
+    return ModelShape(
+        blocks=config.num_layers,
+        video_dim=config.video_dim,
+        audio_dim=config.audio_dim,
+        block_weights=each,
+        other_weights=sum(p.numel() for p in model.parameters()) + beside - each * config.num_layers,
+        heads=config.num_attention_heads,
     )
 
 

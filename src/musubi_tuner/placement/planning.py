@@ -230,8 +230,8 @@ def compiles(options: MemoryOptions, device: torch.device) -> bool:
     return obstacle is None
 
 
-def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[str, str]]:
-    """Rows for the banner."""
+def describe_weights(placement: Placement, dtype: torch.dtype) -> str:
+    """In which format they are, and where."""
     blocks, full = len(placement.levels), str(dtype).removeprefix("torch.")
     weights = placement.weight_format or full
     if placement.unquantized:
@@ -239,13 +239,19 @@ def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[s
     if placement.streamed:
         weights += f", {len(placement.streamed)} of {blocks} blocks streamed from host memory"
         weights += f" that {placement.sharers} processes share" if placement.sharers > 1 else ""
+    return weights
+
+
+def describe_placement(placement: Placement, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """Rows for the banner."""
+    full = str(dtype).removeprefix("torch.")
     names = {None: "none, left to autograd", Recompute.NOTHING: "none"}
     counts = {level: placement.levels.count(level) for level in placement.levels}
     recomputed = ", ".join(
         f"{names.get(level) or str(level).replace('_', ' ')} ({count} block{'s' if count > 1 else ''})" for level, count in counts.items()
     )
     rows = [
-        ("weights", weights),
+        ("weights", describe_weights(placement, dtype)),
         ("recomputation", recomputed + (", block inputs on the host" if placement.inputs_on_host else "")),
         ("blocks", "compiled" if placement.compiled else "not compiled"),
     ]

@@ -21,7 +21,7 @@ from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
 from musubi_tuner.placement.adapters import bytes_in_flight
-from musubi_tuner.placement.load import LOW_BIT, LoadedModel, ModelRequest, assemble, load_request, model_on_meta
+from musubi_tuner.placement.load import LoadedModel, ModelRequest, assemble, load_request, model_on_meta, shape_of
 from musubi_tuner.placement.planning import BatchTokens, Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
@@ -35,7 +35,7 @@ Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
 Result = TypeVar("Result")
 
 _TRIALS = 4
-_AFTER_TOO_LITTLE = 1.15
+AFTER_TOO_LITTLE = 1.15
 """The budget of the next plan is smaller by this factor after each trial that found too little memory."""
 
 
@@ -103,7 +103,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         elif failure.kind == "pinning":
             refused, machine = failure.message, _with_less_to_pin(machine, placement, failure)
         else:
-            factor *= _AFTER_TOO_LITTLE
+            factor *= AFTER_TOO_LITTLE
             log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
         _let_go(device)
     raise UserError(
@@ -139,7 +139,7 @@ def _with_less_to_pin(machine: Machine, placement: Placement, failure: Failure) 
 
 def pinning_budget(planned: int, granted: int) -> int:
     """Bytes that the next plan may pin, where one of `planned` bytes was granted so many: fewer, as steps and loaders pin a little too."""
-    return int(min(granted, planned) / _AFTER_TOO_LITTLE)
+    return int(min(granted, planned) / AFTER_TOO_LITTLE)
 
 
 def _let_go(device: torch.device) -> None:
@@ -229,21 +229,12 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
 def _step_to_plan(request: ModelRequest, *, scores_bytes: int) -> tuple[ModelShape, Workload, bool]:
     """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
     is trained."""
-    config = read_config(request.checkpoint)
     model, adapt = model_on_meta(request)
-    low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
-    total = sum(p.numel() for p in model.parameters())
+    beside = 0
     if request.network.train_connectors:
-        total += sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
+        beside = sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
+    shape = shape_of(model, beside=beside)
     network = adapt()
-    shape = ModelShape(
-        blocks=config.num_layers,
-        video_dim=config.video_dim,
-        audio_dim=config.audio_dim,
-        block_weights=low_bit // config.num_layers,
-        other_weights=total - low_bit // config.num_layers * config.num_layers,
-        heads=config.num_attention_heads,
-    )
     works = [
         Workload(
             video_tokens=tokens.video,

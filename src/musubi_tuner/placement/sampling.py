@@ -14,15 +14,15 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.plan import Limits
 from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose_sampling_plan, sampling_plans
-from musubi_tuner.memory.step_model import ModelShape
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.placement.load import LOW_BIT, load_for_generation
+from musubi_tuner.placement.load import load_for_generation, shape_of
 from musubi_tuner.placement.planning import (
     BatchTokens,
     Machine,
     Placement,
     asked_for,
     compiles,
+    describe_weights,
     formats_to_choose,
     place_by_hand,
     read_machine,
@@ -30,7 +30,7 @@ from musubi_tuner.placement.planning import (
     streamed_blocks,
     unquantized_blocks,
 )
-from musubi_tuner.placement.prove import choose_attention
+from musubi_tuner.placement.prove import AFTER_TOO_LITTLE, choose_attention
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
@@ -38,8 +38,6 @@ from musubi_tuner.runtime.tables import format_table
 log = logging.getLogger(__name__)
 
 _TRIALS = 3
-_AFTER_TOO_LITTLE = 1.15
-"""The budget of the next plan is smaller by this factor after each trial that found too little memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +80,7 @@ def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wr
                 torch.cuda.reset_peak_memory_stats(device)
             trial(wrapper)
         except torch.OutOfMemoryError:
-            factor *= _AFTER_TOO_LITTLE
+            factor *= AFTER_TOO_LITTLE
             log.warning("WARNING: the plan ran out of memory in its trial; planning again as if all took %.0f %% more", 100 * factor - 100)
             wrapper = None
         free_memory(device)
@@ -100,7 +98,9 @@ def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placeme
     Raises:
         UserError: none does; says what the leanest takes.
     """
-    options, shape = request.memory, shape_of(request.checkpoint, request.mode)
+    options = request.memory
+    with torch.device("meta"):
+        shape = shape_of(LTXModel(read_config(request.checkpoint), STREAMS[request.mode]))
     full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
     formats, rates = formats_to_choose(options, machine, full_format)
     unquantized, compiled = unquantized_blocks(shape.blocks), compiles(options, machine.device)
@@ -136,34 +136,10 @@ def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placeme
     return placement, plan
 
 
-def shape_of(checkpoint: Checkpoint, mode: str) -> ModelShape:
-    """The sizes of the part of a model that `mode` builds."""
-    config = read_config(checkpoint)
-    with torch.device("meta"):
-        model = LTXModel(config, STREAMS[mode])
-    low_bit = sum(p.numel() for name, p in model.named_parameters() if LOW_BIT.fullmatch(name))
-    each = low_bit // config.num_layers
-    total = sum(p.numel() for p in model.parameters())
-    return ModelShape(
-        blocks=config.num_layers,
-        video_dim=config.video_dim,
-        audio_dim=config.audio_dim,
-        block_weights=each,
-        other_weights=total - each * config.num_layers,
-        heads=config.num_attention_heads,
-    )
-
-
 def describe(placement: Placement, plan: SamplingPlan, request: SamplingRequest) -> list[tuple[str, str]]:
     """Rows of a table."""
-    blocks, full = len(placement.levels), str(request.dtype).removeprefix("torch.")
-    weights = placement.weight_format or full
-    if placement.unquantized:
-        weights += f" ({len(placement.unquantized)} of {blocks} blocks in {full})"
-    if placement.streamed:
-        weights += f", {len(placement.streamed)} of {blocks} blocks streamed from host memory"
     rows = [
-        ("weights", weights),
+        ("weights", describe_weights(placement, request.dtype)),
         ("blocks", "compiled" if placement.compiled else "not compiled"),
         ("predicted", f"{plan.device_bytes / GIB:.2f} GiB on the device, {plan.host_bytes / GIB:.2f} GiB pinned on the host"),
         ("", f"{plan.seconds:.2f} s a step of {request.work.passes} pass(es) of the largest sample"),
