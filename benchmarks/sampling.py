@@ -81,7 +81,7 @@ def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, o
     from musubi_tuner.generation.contexts import TextContext
     from musubi_tuner.generation.denoise import SampleInputs, generate
     from musubi_tuner.generation.sampling import make_plan, refining_plan
-    from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+    from musubi_tuner.prompts.prompt import PreviewPrompt
 
     denoise._Denoiser._require_finite = lambda *_: None  # values are none here
     width, height, frames = SIZES[size]

@@ -14,7 +14,7 @@ from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper, create_network
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 
 TEXT_TOKENS = 16
 

@@ -23,7 +23,7 @@ from musubi_tuner.generation.pipelines import Stage, make_stages
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.prompts.sample_prompts import ConditioningInputs, PreviewPrompt
+from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt
 from musubi_tuner.runtime.draws import generator_for
 from tests import preview_parts as parts
 from tests.parity.test_sampling_loop import official_model

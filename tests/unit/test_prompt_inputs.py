@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner.prompts.sample_prompts import ConditioningInputs, Rectangle, Span, load_prompts
+from musubi_tuner.prompts.prompt import ConditioningInputs, Rectangle, Span
+from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
 
 

@@ -44,7 +44,7 @@ from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import NetworkStack, Strength
 from musubi_tuner.placement.sampling import SamplingRequest, load_for_sampling
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.progress import Progress

@@ -17,7 +17,7 @@ from musubi_tuner.generation.recipe import KEY, recipe_path
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from musubi_tuner.generation.windows import Piece, WindowSize, cut, spans_of
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.transformer.modality import Perturbations
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.draws import generator_for
 from musubi_tuner.runtime.errors import UserError
 

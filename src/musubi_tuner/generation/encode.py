@@ -14,7 +14,7 @@ from torch import Tensor
 from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, KeyframeLatents, Reference, StreamConditions
 from musubi_tuner.ltxv2 import geometry
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt, Span
+from musubi_tuner.prompts.prompt import PreviewPrompt, Span
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import UserError
 

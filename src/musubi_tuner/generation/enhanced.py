@@ -10,7 +10,7 @@ from pathlib import Path
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.recipe import file_hash
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, pick_device
 from musubi_tuner.runtime.files import read_json
 

@@ -19,7 +19,7 @@ from musubi_tuner.generation.axes import GUIDANCE, OF_LORAS, STRENGTHS, Axis, st
 from musubi_tuner.generation.jobs import Job, LoraUse
 from musubi_tuner.generation.pipelines import FIXED_STEPS
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 
 _MOST_CELLS = 10_000

@@ -11,7 +11,8 @@ from musubi_tuner.config.preview import GuidanceOptions
 from musubi_tuner.config.validation import shortened
 from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt, PromptDefaults, load_prompts, prompts_of_lines
+from musubi_tuner.prompts.prompt import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts, prompts_of_lines
 from musubi_tuner.runtime.errors import UserError
 
 _SEED = 10

@@ -15,7 +15,7 @@ from musubi_tuner.flow.schedule import ltx2_sigmas
 from musubi_tuner.generation.encode import token_count
 from musubi_tuner.generation.sampling import SamplingPlan, distilled_plan, make_plan, refining_plan, streams_of
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE
-from musubi_tuner.prompts.sample_prompts import ConditioningInputs, PreviewPrompt, Rectangle
+from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle
 from musubi_tuner.runtime.errors import UserError
 
 Pipeline = Literal["one_stage", "two_stage", "distilled", "distilled_one_stage", "ic_lora", "keyframes", "hq"]

@@ -23,7 +23,7 @@ from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import parse_json
 

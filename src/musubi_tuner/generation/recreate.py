@@ -24,7 +24,8 @@ from musubi_tuner.generation.clips import Setting
 from musubi_tuner.generation.jobs import LoraUse, chosen_loras, split_lora
 from musubi_tuner.generation.recipe import Recipe, file_hash, read_recipe
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.prompts.sample_prompts import ConditioningInputs, PreviewPrompt, Rectangle, Span, check_prompt
+from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
+from musubi_tuner.prompts.sample_prompts import check_prompt
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from musubi_tuner.flow.guidance import OFF, GuidanceScales, SamplingDefaults, de
 from musubi_tuner.flow.schedule import distilled_sigmas, flowmatch_discrete_sigmas, ltx2_sigmas, mu_for_tokens, shift_of_ltx2
 from musubi_tuner.generation.encode import token_count
 from musubi_tuner.generation.samplers import Sampler
-from musubi_tuner.prompts.sample_prompts import PreviewPrompt
+from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
 
