@@ -128,19 +128,20 @@ def run_official(official, model, widths, stage: Stage, inputs: SampleInputs, it
     return SampledLatents(video=states[0].latent, audio=states[1].latent)
 
 
+def inputs_of(wrapper, stage: Stage, conditioning: ConditioningLatents) -> SampleInputs:
+    negative = parts.context(wrapper, 1) if stage.plan.needs_negative else None
+    return SampleInputs(
+        prompt=stage.prompt, plan=stage.plan, positive=parts.context(wrapper, 0), negative=negative, conditioning=conditioning
+    )
+
+
 def compare(official, models, stages: list[Stage], conditioned: list[tuple[ConditioningLatents, list]]) -> None:
     """Both run each stage from what ours made of the stage before, doubled plainly: the upsampler has a test of its own."""
     wrapper, model = models
     widths = (wrapper.config.video_context_width, wrapper.config.audio_context_width)
     before = None
     for stage, (conditioning, items) in zip(stages, conditioned, strict=True):
-        inputs = SampleInputs(
-            prompt=stage.prompt,
-            plan=stage.plan,
-            positive=parts.context(wrapper, 0),
-            negative=parts.context(wrapper, 1) if stage.plan.needs_negative else None,
-            conditioning=conditioning,
-        )
+        inputs = inputs_of(wrapper, stage, conditioning)
         start = None
         if stage.refines:
             assert before is not None
@@ -250,13 +251,7 @@ def test_sound_that_pictures_are_made_to(official, models, monkeypatch, pipeline
         audio=sound, conditions=Conditions(audio=StreamConditions(clean=torch.ones(1, steps, dtype=torch.bool)))
     )
     for stage in stages:
-        inputs = SampleInputs(
-            prompt=stage.prompt,
-            plan=stage.plan,
-            positive=parts.context(wrapper, 0),
-            negative=parts.context(wrapper, 1) if stage.plan.needs_negative else None,
-            conditioning=conditioning,
-        )
+        inputs = inputs_of(wrapper, stage, conditioning)
         start = None
         if stage.refines:
             start = SampledLatents(video=before.video.repeat_interleave(2, -1).repeat_interleave(2, -2), audio=sound)

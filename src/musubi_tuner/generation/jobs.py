@@ -15,7 +15,6 @@ from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts, prompts_of_lines
 from musubi_tuner.runtime.errors import UserError
 
-_SEED = 10
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _FACTORS = (
     ("reference_downscale_factor", "reference_spatial_scale_factor"),
@@ -103,7 +102,7 @@ def read_prompts(config: GenerateConfig) -> tuple[PreviewPrompt, ...]:
         frames=guidance.sample_frames,
         fps=guidance.sample_fps,
         steps=guidance.sample_steps,
-        seed=_SEED if clips.seed is None else clips.seed,
+        seed=PromptDefaults().seed if clips.seed is None else clips.seed,
     )
     if clips.sample_prompts is not None:
         prompts = load_prompts(clips.sample_prompts, defaults)
