@@ -20,8 +20,8 @@ PROGRAMS = {"ltxv2_cache_latents": ltxv2_cache_latents, "ltxv2_cache_audio_laten
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but the record of when each was last looked at."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: path.read_bytes() for path in paths if path.name != RECORD_NAME}
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return {path.name: path.read_bytes() for path in paths if path.is_file() and path.name != RECORD_NAME}
 
 
 def arguments(folder: Path, checkpoint: Path) -> list[str]:

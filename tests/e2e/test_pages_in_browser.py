@@ -19,6 +19,8 @@ from musubi_tuner.training.page.write import write_page
 from tests.e2e.test_grid import checkpoints as checkpoints  # a fixture
 from tests.e2e.test_grid import grid_flags, run
 from tests.e2e.test_preview_training import project as project
+from tests.e2e.test_preview_training import train
+from tests.e2e.test_run_page import previewed
 from tests.e2e.test_run_page import runs as runs
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -86,10 +88,22 @@ def one_is_heard(page) -> None:
     assert all(muted for _, muted, _ in page.evaluate(OF_PLAYED))
 
 
+def shows_what_was_trained_on(page, *, clips: int) -> None:
+    page.evaluate("for (const one of document.querySelectorAll('#receipts details')) one.open = true")
+    looks = page.locator("#receipts .look")
+    assert looks.count() == looks.locator("svg[role=img]").count() == clips
+    looks.last.scroll_into_view_if_needed()
+    for place in range(clips):
+        looks.nth(place).scroll_into_view_if_needed()
+        assert looks.nth(place).locator("img").get_attribute("alt").startswith("The middle of ")
+    page.wait_for_function("[...document.querySelectorAll('.look img')].every((one) => one.complete && one.naturalWidth > 0)")
+
+
 def test_the_page_of_a_run_plays_filters_and_keeps_picks(runs, visit):
     page = visit(runs[0] / "report.html")
     assert page.locator("#grid thead th").all_inner_texts() == ["step 0, the base", "step 2", "step 4"]
     assert page.locator("#grid tbody tr").count() == 2
+    shows_what_was_trained_on(page, clips=2)
     if "SCREENSHOTS" in os.environ:
         page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / "run.png", full_page=True)
     plays_together(page)
@@ -121,20 +135,23 @@ def test_the_page_of_a_run_plays_filters_and_keeps_picks(runs, visit):
     assert pick["worse"]["loras"] == [] and pick["better"]["loras"][0]["name"] == "lora-step00000004.safetensors"
 
 
-def test_runs_are_compared_in_one_file(runs, visit, tmp_path):
-    assert ltxv2_report.main([*map(str, runs), "--embed", "--output", str(tmp_path / "both.html")]) == 0
-    page = visit(tmp_path / "both.html")
-    heads = page.locator("#grid thead th")
-    assert heads.all_inner_texts() == [f"page {name}/lora: {step}" for name in ("one", "two") for step in ("step 0, the base", "step 4")]
+def test_three_runs_are_compared_in_one_file(runs, project, tiny_family, visit, tmp_path):
+    three = train(project, tiny_family.ltx23, "page three", *previewed(project), "--seed", "7", "--network_dim", "8")
+    assert ltxv2_report.main([*map(str, (*runs, three)), "--embed", "--output", str(tmp_path / "all.html")]) == 0
+    page = visit(tmp_path / "all.html")
+    heads, names = page.locator("#grid thead th"), ("one", "two", "three")
+    assert heads.all_inner_texts() == [f"page {name}/lora: {step}" for name in names for step in ("step 0, the base", "step 4")]
     assert {"page one/lora: video", "page two/lora: audio"} <= set(page.locator("#chart-losses .legend button").all_inner_texts())
     if "SCREENSHOTS" in os.environ:
         page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / "compared.png", full_page=True)
     plays_together(page)
-    assert page.locator("#set").get_by_role("row", name="--seed 42 7").count() == 1
+    assert page.locator("#set").get_by_role("row", name="--seed 42 7 7").count() == 1
+    assert page.locator("#set").get_by_role("row", name="--network_dim 4 4 8").count() == 1
     page.get_by_role("checkbox", name="page one/lora").uncheck()
-    assert heads.count() == 2 and "page one" not in page.locator("#chart-losses").inner_text()
+    assert heads.count() == 4 and "page one" not in page.locator("#chart-losses").inner_text()
     page.reload()
-    assert heads.count() == 2, "kept"
+    assert heads.count() == 4, "kept"
+    shows_what_was_trained_on(page, clips=6)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -18,17 +19,15 @@ PROMPTS = 2
 
 @pytest.fixture(scope="module")
 def runs(project: Path, tiny_family) -> tuple[Path, Path]:  # noqa: F811
-    flags = [
-        "--sample_prompts",
-        str(project / "prompts.txt"),
-        "--sample_at_first",
-        "--sample_every_n_steps",
-        "2",
-        "--save_every_n_steps",
-        "2",
-    ]
+    flags = previewed(project)
     one = train(project, tiny_family.ltx23, "page one", *flags)
     return one, train(project, tiny_family.ltx23, "page two", *flags, "--seed", "7")
+
+
+def previewed(project: Path) -> list[str]:  # noqa: F811
+    """Flags of a run with previews and saves at step 2."""
+    every = ("--sample_every_n_steps", "--save_every_n_steps")
+    return ["--sample_prompts", str(project / "prompts.txt"), "--sample_at_first", *(word for flag in every for word in (flag, "2"))]
 
 
 def test_a_run_keeps_a_page_of_itself(runs: tuple[Path, Path], project: Path) -> None:  # noqa: F811
@@ -51,6 +50,8 @@ def test_a_run_keeps_a_page_of_itself(runs: tuple[Path, Path], project: Path) ->
     (receipt,) = record["datasets"]
     assert (receipt["folder"], len(receipt["clips"]), receipt["held_out"]) == (str(project / "clips"), 2, False)
     assert all(clip["caption"] and clip["seconds"] > 0 and clip["size"] == "64x64" for clip in receipt["clips"])
+    assert all((runs[0] / unquote(clip["picture"])).is_file() for clip in receipt["clips"]), "linked from where the page lies"
+    assert all(max(clip["outline"]) > 0 for clip in receipt["clips"])
     assert [point[0] for point in run["losses"]["loss_video"]] == [1, 2, 3, 4]
     assert [lora["file"] for lora in run["loras"]] == ["lora-step00000002.safetensors", "lora.safetensors"]
     assert run["best"] is None, "nothing is held out"

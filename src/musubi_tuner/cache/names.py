@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 PROMPT_FOLDER = "ltxv2_prompts"
+LOOKS_FOLDER = "ltxv2_looks"
 LATENTS_ENDING = "_ltxv2.safetensors"
 TEXT_ENDING = "_ltxv2_te.safetensors"
 AUDIO_ENDING = "_ltxv2_audio.safetensors"
@@ -68,7 +69,7 @@ def receipts_name(index: str) -> str:
 def is_cache_name(name: str) -> bool:
     """Whether a file or folder of such a name is ours."""
     is_index = name.startswith(("ltxv2_index_", "ltxv2_sources_")) and name.endswith(INDEX_ENDING)
-    return name == PROMPT_FOLDER or is_index or name.endswith(".safetensors") and "_ltxv2" in name
+    return name in (PROMPT_FOLDER, LOOKS_FOLDER) or is_index or name.endswith(".safetensors") and "_ltxv2" in name
 
 
 def ending_of(name: str) -> str:

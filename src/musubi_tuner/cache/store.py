@@ -101,8 +101,11 @@ def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
     return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Replace `path` by `data` atomically.
+
+    Args:
+        lasting: wait until a power cut would leave it whole.
 
     Raises:
         DiskFullError: what was cached before stays good.
@@ -113,8 +116,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:

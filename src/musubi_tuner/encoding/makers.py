@@ -11,9 +11,11 @@ from torch import Tensor
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.clip import Clip
+from musubi_tuner.cache.looks import look_path
 from musubi_tuner.cache.sidecars import SidecarKind
 from musubi_tuner.encoding.audio import SILENT, SILENT_SOUND, audio_bytes, decode_audio, decode_reference_audio, judge_audio
 from musubi_tuner.encoding.jobs import NOTE, Job, one_for_each_file
+from musubi_tuner.encoding.looks import outline_of, picture_of
 from musubi_tuner.encoding.pictures import (
     decode_frames,
     decode_keyframes,
@@ -43,12 +45,14 @@ class Maker:
     """(clip, decoded) -> what of it is encoded, and what people should know of it: the metadata entry `NOTE`, where there is anything."""
     described: Callable[[Tensor], Mapping[str, str]] = lambda encoded: {}
     """Metadata that only decoding tells."""
+    look: Callable[[Tensor], bytes] | None = None
+    """Decoded -> what people are shown of it, the content of `look_path`."""
     planned: Callable[[PlannedClip], tuple[Tensor, ...]] = lambda planned: ()
     """What of the plan `SidecarKind.pack` takes besides what is encoded."""
 
 
 MAKERS: dict[str, Maker] = {
-    "latents": Maker(decode=decode_frames, size=latent_bytes),
+    "latents": Maker(decode=decode_frames, size=latent_bytes, look=picture_of),
     "reference": Maker(decode=decode_reference, size=latent_bytes),
     "mask": Maker(decode=decode_mask, size=mask_bytes),
     "keyframes": Maker(decode=decode_keyframes, size=keyframe_bytes, planned=keyframe_numbers),
@@ -56,6 +60,7 @@ MAKERS: dict[str, Maker] = {
         decode=decode_audio,
         judge=judge_audio,
         size=audio_bytes,
+        look=outline_of,
         described=lambda latents: {"audio": "present" if latents.shape[1] else "absent"},
     ),
     "reference_audio": Maker(decode=decode_reference_audio, size=audio_bytes),
@@ -116,6 +121,7 @@ def stages(
         notes: is filled while decoding, by the jobs' files.
     """
     maker = MAKERS[kind.name]
+    looks: dict[Path, bytes] = {}
     encode = encoder.load(jobs, kind.name) if kind.encoder is not None else lambda decoded: [to_host(value) for value in decoded]
 
     def decode(job: ClipJob) -> Tensor:
@@ -124,11 +130,15 @@ def stages(
             value, note = maker.judge(job.content, value)
             if note:
                 notes[job.target] = note
+        if maker.look is not None:
+            looks[job.target] = maker.look(value)
         return value
 
     def write(job: ClipJob, encoded: Tensor) -> None:
         note = {NOTE: notes[job.target]} if job.target in notes else {}
         tensors = kind.pack(encoded, *maker.planned(job.content))
+        if maker.look is not None:  # before the file itself, whose being there says that the clip is done
+            store.write_bytes(look_path(job.target, kind.name), looks.pop(job.target), lasting=False)
         store.write(job.target, tensors, {**job.expected, **job.people, **maker.described(encoded), **note}, job.forms)
 
     return Stages(decode=decode, shape=lambda value: value.shape, encode=encode, settle=settled, write=write)

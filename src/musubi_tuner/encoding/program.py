@@ -6,7 +6,8 @@ from pathlib import Path
 
 from musubi_tuner.cache import store
 from musubi_tuner.cache.index import write_index
-from musubi_tuner.cache.names import INDEX_ENDING
+from musubi_tuner.cache.looks import LOOK_ENDINGS
+from musubi_tuner.cache.names import INDEX_ENDING, LOOKS_FOLDER
 from musubi_tuner.cache.receipts import write_receipts
 from musubi_tuner.cache.sidecars import KINDS, SidecarKind
 from musubi_tuner.config.caching import DataOptions, WorkOptions
@@ -47,9 +48,11 @@ def plan_and_index(
         for line in describe_warnings(plans):
             log.warning("WARNING: %s", line)
         if not data.dry_run:
-            endings = [kind.ending for kind in KINDS.values() if kind.program == program]
+            kinds = [kind for kind in KINDS.values() if kind.program == program]
+            endings, looks = [kind.ending for kind in kinds], [LOOK_ENDINGS[kind.name] for kind in kinds if kind.name in LOOK_ENDINGS]
             for plan in plans:
                 store.clean_temporaries(plan.spec.cache_directory, (*endings, INDEX_ENDING))
+                store.clean_temporaries(plan.spec.cache_directory / LOOKS_FOLDER, looks)
                 write_index(plan.spec, plan.index)
                 write_receipts(plan.spec, plan.receipts)
     group.barrier()

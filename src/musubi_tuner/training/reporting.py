@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.cache.index import read_index
+from musubi_tuner.cache.looks import LOOK_ENDINGS, look_path, read_outline
 from musubi_tuner.cache.receipts import read_receipts
 from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.config.dataset import DatasetSpec
@@ -219,6 +220,7 @@ def _sources(spec: DatasetSpec, toml: Path) -> list[tuple[str, str, str]]:
 def _clip_receipt(item: Item) -> ClipReceipt:
     clip = item.clip
     still = clip.frames == 1
+    looks = {kind: look_path(item.paths[kind], kind) for kind in LOOK_ENDINGS if kind in item.paths}
     return ClipReceipt(
         name=clip.key,
         caption=read_metadata(item.paths["text"]).get("caption", ""),
@@ -227,4 +229,6 @@ def _clip_receipt(item: Item) -> ClipReceipt:
         size=f"{clip.width}x{clip.height}" if clip.width else "",
         sound=clip.has_audio,
         start=round(clip.start_seconds, 3),
+        picture=str(looks["latents"].resolve()) if "latents" in looks and looks["latents"].is_file() else "",
+        outline=read_outline(looks["audio"]) if "audio" in looks else [],
     )

@@ -40,6 +40,10 @@ class ClipReceipt:
     sound: bool
     start: float
     """Seconds of its source before it."""
+    picture: str = ""
+    """Path of its picture; none of caches of before there were any."""
+    outline: list[int] = field(default_factory=list)
+    """Of its sound: peaks of equal parts, in percent of full scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -170,6 +170,17 @@ function memoryOf(run) {
   const plan = record.plan.map(([what, value], place) => [what || record.plan[place - 1]?.[0] || "", value]);
   return [...(several ? [make("h3", {}, run.label)] : []), table(["what", ""], [...rows, ...plan])];
 }
+function lookOf(clip) {
+  const look = make("div", { className: "look" });
+  if (clip.picture) look.append(make("img", { src: clip.picture, alt: `The middle of ${clip.name}`, loading: "lazy" }));
+  if (clip.outline.length) {
+    const height = 24, path = clip.outline.map((peak, place) => `M${place + 0.5} ${height / 2 - Math.max(0.5, (peak * height) / 200)}v${Math.max(1, (peak * height) / 100)}`).join("");
+    const drawn = svg("svg", { viewBox: `0 0 ${clip.outline.length} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `The sound of ${clip.name}, ${Math.max(...clip.outline)} % of full scale at most` });
+    drawn.append(svg("path", { d: path }));
+    look.append(drawn);
+  }
+  return look;
+}
 function receiptOf(receipt) {
   const seconds = receipt.clips.filter((clip) => clip.seconds).map((clip) => clip.seconds);
   const lengths = seconds.length ? `, ${short(Math.min(...seconds))} to ${short(Math.max(...seconds))} s, ${(receipt.seconds / 60).toFixed(1)} minutes together` : "";
@@ -177,9 +188,9 @@ function receiptOf(receipt) {
   const repeats = receipt.repeats > 1 ? `, each ${receipt.repeats} times an epoch` : "";
   const parts = [make("h3", {}, `${receipt.label}${receipt.held_out ? " (held out)" : ""}: ${receipt.folder}`), make("p", {}, `${count} clip(s), ${heard} with sound${lengths}${repeats}`)];
   if (receipt.sources.length) parts.push(details(`Sources that were trimmed, dropped, or are worth a look (${receipt.sources.length})`, table(["source", "what", "why"], receipt.sources)));
-  const rows = receipt.clips.map((clip) => [clip.name, clip.caption, clip.seconds ? short(clip.seconds) : "still", clip.start ? short(clip.start) : "", clip.frames ? String(clip.frames) : "", clip.size, clip.sound ? "yes" : "no"]);
+  const rows = receipt.clips.map((clip) => [clip.name, lookOf(clip), clip.caption, clip.seconds ? short(clip.seconds) : "still", clip.start ? short(clip.start) : "", clip.frames ? String(clip.frames) : "", clip.size, clip.sound ? "yes" : "no"]);
   const more = receipt.more ? [make("p", {}, `... and ${receipt.more} more.`)] : [];
-  if (rows.length) parts.push(details(`Clips (${count})`, table(["clip", "caption", "seconds", "from", "frames", "size", "sound"], rows, [2, 3, 4]), ...more));
+  if (rows.length) parts.push(details(`Clips (${count})`, table(["clip", "what it is", "caption", "seconds", "from", "frames", "size", "sound"], rows, [3, 4, 5]), ...more));
   return parts;
 }
 function settingsOf(run) {

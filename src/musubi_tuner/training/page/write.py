@@ -19,7 +19,7 @@ from musubi_tuner.training.page.runs import FoundRun, PreviewFile
 
 PAGE = "report.html"
 _PACKAGE = "musubi_tuner.training.page"
-_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
+_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg", ".wav": "audio/wav"}
 
 
 def write_page(path: Path, runs: Sequence[FoundRun], *, embed: bool = False) -> None:
@@ -66,12 +66,16 @@ def facts(runs: Sequence[FoundRun], folder: Path, *, embed: bool = False) -> dic
         "fps": prompts[0].fps if prompts else 24.0,
         "rows": [{"prompt": prompt, "negative": negative, "seed": seed} for prompt, negative, seed, _ in rows],
         "clips": clips,
-        "runs": [_run(run, label) for run, label in zip(runs, labels, strict=True)],
+        "runs": [_run(run, label, folder, embed=embed) for run, label in zip(runs, labels, strict=True)],
     }
 
 
-def _run(run: FoundRun, label: str) -> dict[str, Any]:
-    record = None if run.record is None else asdict(run.record)
+def _run(run: FoundRun, label: str, folder: Path, *, embed: bool) -> dict[str, Any]:
+    record: dict[str, Any] | None = None if run.record is None else asdict(run.record)
+    for dataset in record["datasets"] if record else ():
+        for clip in dataset["clips"]:
+            there = clip["picture"] and Path(clip["picture"]).is_file()
+            clip["picture"] = _link(Path(clip["picture"]), folder, embed=embed) if there else ""
     return {
         "label": label,
         "name": run.name,
