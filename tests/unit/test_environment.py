@@ -128,6 +128,21 @@ def test_the_allocator_is_chosen_before_torch_reads_it(program: str) -> None:
     assert answer.stderr.startswith("error: PYTORCH_CUDA_ALLOC_CONF=oops (") and "expandable_segments:True" in answer.stderr
 
 
+def test_programs_fetch_nothing_from_a_hub(tmp_path) -> None:
+    """Not even the kernel that bitsandbytes asks the package `kernels` for as soon as it is imported, nor does it warn."""
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "kernels.py").write_text(
+        "import huggingface_hub.constants as hub\n"
+        "def get_kernel(*names, **more):\n"
+        "    raise OSError('offline') if hub.HF_HUB_OFFLINE else SystemExit('it would have been fetched')\n"
+    )
+    code = "from musubi_tuner.runtime.program import run_program\ndef main(argv):\n    import bitsandbytes\n    return 0\nrun_program(main)"
+    own = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [own.get("PYTHONPATH")])])
+    answer = subprocess.run([sys.executable, "-c", code], env=own | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("value", "fault"),
     [

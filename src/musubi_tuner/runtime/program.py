@@ -34,6 +34,8 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     for noisy in ("httpx", "urllib3", "filelock", "fsspec", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are files of the user; bitsandbytes fetches a kernel unasked when it is imported
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # and warns where it could not
     try:
         choose_allocator()
         code = main(sys.argv[1:])
