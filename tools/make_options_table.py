@@ -18,6 +18,7 @@ from musubi_tuner import (
     ltxv2_cache_text_encoder_outputs,
     ltxv2_generate_video,
     ltxv2_import_precomputed,
+    ltxv2_lora,
     ltxv2_report,
     ltxv2_train_network,
 )
@@ -47,10 +48,20 @@ class Program:
 
     module: ModuleType
     config: type
+    subcommand: str = ""
 
     @property
     def script(self) -> str:
         return self.module.PROG
+
+    @property
+    def title(self) -> str:
+        """As it is typed."""
+        return f"{self.script} {self.subcommand}".rstrip()
+
+    @property
+    def description(self) -> str:
+        return self.module.SUBCOMMANDS[self.subcommand].description if self.subcommand else self.module.DESCRIPTION
 
 
 PROGRAMS = (
@@ -62,6 +73,7 @@ PROGRAMS = (
     Program(ltxv2_report, ReportConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
     Program(ltxv2_adopt_caches, AdoptConfig),
+    *(Program(ltxv2_lora, one.config, name) for name, one in ltxv2_lora.SUBCOMMANDS.items()),
 )
 
 
@@ -71,8 +83,8 @@ def render() -> str:
 
 
 def _program(program: Program) -> Iterator[str]:
-    yield f"## {program.script}\n"
-    yield f"{program.module.DESCRIPTION}\n"
+    yield f"## {program.title}\n"
+    yield f"{program.description}\n"
     for section, flags in itertools.groupby(describe(program.config), key=lambda flag: flag.group):
         yield f"### {section}\n"
         yield "| flag | kind | default | meaning |"

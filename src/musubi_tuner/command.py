@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "ltxv2_train_network",
     "generate": "ltxv2_generate_video",
     "report": "ltxv2_report",
+    "lora": "ltxv2_lora",
     "import-precomputed": "ltxv2_import_precomputed",
     "adopt": "ltxv2_adopt_caches",
     "doctor": "ltxv2_doctor",

@@ -28,7 +28,7 @@ from musubi_tuner.tiny.checkpoint import write_tiny_family
 from musubi_tuner.tiny.clips import write_audio_files, write_clips, write_stills
 from tools.make_options_table import PROGRAMS as DOCUMENTED
 
-CONFIGS = {program.module: program.config for program in DOCUMENTED}
+CONFIGS = {program.module: program.config for program in DOCUMENTED if not program.subcommand}
 CONFIGS |= {ltxv2_doctor: TrainingConfig, make_tiny: make_tiny.TinyConfig}
 MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".")[2]: module.main for module in CONFIGS}
 

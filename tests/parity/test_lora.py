@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from musubi_tuner import ltxv2_lora
 from musubi_tuner.conditioning.tokens import TokenStream, noised
 from musubi_tuner.ltxv2.geometry import audio_positions, video_positions
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper, create_network
@@ -97,6 +98,36 @@ def test_our_file_changes_diffusers_model_as_it_changes_ours(tmp_path, alpha):
     assert models.difference(theirs, base) > 0.1, "the LoRA does something"
     assert models.difference(ours, theirs) < 1e-5
     assert models.difference(live, ours) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["official", "diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("alpha", [RANK, 2 * RANK])
+def test_converted_files_change_diffusers_model_as_they_change_ours(tmp_path, form, alpha):
+    """By diffusers' own loader, and PEFT's of folders; kohya's naming, which neither reads for this model, by way of the official one."""
+    from diffusers import LTX2Pipeline
+    from peft import PeftModel
+
+    model = models.ours("2.3")
+    reference = models.diffusers_model(model, "2.3")
+    data = models.uniform(models.inputs("2.3"))
+    path = tmp_path / ("a folder" if form == "peft" else f"{form}.safetensors")
+    with torch.no_grad():
+        base = models.run_diffusers(reference, data)
+        network = random_network(model, alpha=alpha)
+        save_file(network.file_tensors(torch.float32), tmp_path / "ours.safetensors")
+        live = model(*models.modalities(data))
+        ltxv2_lora.main(["convert", str(tmp_path / "ours.safetensors"), "--to", form, "--output", str(path)])
+        if form == "kohya":
+            ltxv2_lora.main(["convert", str(path), "--to", "official", "--output", str(tmp_path / "back.safetensors")])
+            path = tmp_path / "back.safetensors"
+        if form == "peft":
+            reference = PeftModel.from_pretrained(reference, path)
+        else:
+            LTX2Pipeline.load_lora_into_transformer(LTX2Pipeline.lora_state_dict(load_file(path)), transformer=reference)
+        adapted = [name for name, _ in reference.named_modules() if name.endswith("lora_A")]
+        theirs = models.run_diffusers(reference, data)
+    assert len(adapted) == len(network.layers)
+    assert models.difference(theirs, base) > 0.1 and models.difference(live, theirs) < 1e-5
 
 
 def test_disabled_network_is_the_base_model():

@@ -16,8 +16,9 @@ from tools.make_options_table import OPTIONS, PROGRAMS, render
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCS = REPOSITORY / "docs"
 DOCUMENTS = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
-CONFIGS = {Path(program.script).name: program.config for program in PROGRAMS}
-SCRIPTS = {Path(program.script).name: program.script for program in PROGRAMS}
+BY_TITLE = {program.title.rpartition("/")[2]: program for program in PROGRAMS}
+"""`ltxv2_train_network.py`, `lora.py inspect` and so on."""
+SCRIPTS = {Path(program.script).name for program in PROGRAMS}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NAMED_TEST = re.compile(r"`(?=tests/|::)(tests/[\w/]+\.py)?(?:::(\w+))?`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -66,23 +67,34 @@ def commands() -> list[tuple[str, list[str]]]:
         for block in blocks(document, "", "bash", "sh", "console"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line.removeprefix("$ "), comments=True)
-                if any(Path(word).name in CONFIGS for word in words):
+                if any(Path(word).name in SCRIPTS for word in words):
                     found.append((document.name, words))
     return found
 
 
+def program_of(words: list[str]) -> tuple[str, list[str]]:
+    """The title of the program that a command starts, and its flags."""
+    place = next(index for index, word in enumerate(words) if Path(word).name in SCRIPTS)
+    title, flags = Path(words[place]).name, words[place + 1 :]
+    if title in BY_TITLE:
+        return title, flags
+    title, program, flags = f"{title} {flags[0]}", BY_TITLE[f"{title} {flags[0]}"], flags[1:]
+    first = program.module.SUBCOMMANDS[program.subcommand].first
+    return title, [f"--{first}", *flags] if flags and not flags[0].startswith("-") else flags
+
+
 def test_there_are_commands_of_every_program() -> None:
-    started = {Path(word).name for _, words in commands() for word in words}
-    assert set(CONFIGS) <= started
+    assert set(BY_TITLE) <= {program_of(words)[0] for _, words in commands()}
 
 
 @pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60])
 def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
-    place = next(index for index, word in enumerate(words) if Path(word).name in CONFIGS)
-    script = Path(words[place]).name
-    typed = read_words(words[place + 1 :], describe(CONFIGS[script]), prog=script, description="")
-    missing = {flag.key for flag in describe(CONFIGS[script]) if flag.is_required} - set(typed)
+    title, given = program_of(words)
+    flags = describe(BY_TITLE[title].config)
+    typed = read_words(given, flags, prog=title, description="")
+    missing = {flag.key for flag in flags if flag.is_required} - set(typed)
     assert not missing or "config_file" in typed
+    place = next(index for index, word in enumerate(words) if Path(word).name in SCRIPTS)
     if "launch" in words[:place]:
         from accelerate.commands.launch import launch_command_parser
 
@@ -159,12 +171,14 @@ def test_the_table_of_options_is_current() -> None:
     assert OPTIONS.read_text(encoding="utf-8") == render(), "run: python tools/make_options_table.py"
 
 
-@pytest.mark.parametrize("script", sorted(CONFIGS))
-def test_help_is_readable(script: str) -> None:
+@pytest.mark.parametrize("title", sorted(BY_TITLE))
+def test_help_is_readable(title: str) -> None:
     """Every script is thin, and its --help_all names every flag."""
-    path = REPOSITORY / SCRIPTS[script]
+    program = BY_TITLE[title]
+    path = REPOSITORY / program.script
     assert len(path.read_text(encoding="utf-8").splitlines()) < 15
-    answer = subprocess.run([sys.executable, str(path), "--help_all"], capture_output=True, text=True, encoding="utf-8", check=False)
+    command = [sys.executable, str(path), *filter(None, [program.subcommand]), "--help_all"]
+    answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     assert answer.returncode == 0, answer.stderr
-    assert all(flag.usage in answer.stdout for flag in describe(CONFIGS[script]))
+    assert all(flag.usage in answer.stdout for flag in describe(program.config))
     assert max(map(len, answer.stdout.splitlines())) <= 140

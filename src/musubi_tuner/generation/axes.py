@@ -82,7 +82,7 @@ def _axis(name: str, words: Sequence[str], where: str, folder: Path) -> Axis:
     if not words or "" in words:
         raise UserError(f"{where}: {'an empty value' if words else 'no value'}; write values parted by single commas.")
     if name == "lora":
-        found = [use for word in words for use in _loras(word, where, folder)]
+        found = [use for word in words for use in loras_of(word, where, folder)]
         return Axis(name, tuple(dict.fromkeys(found)))
     if name == "prompt" and words == [ALL]:
         return Axis(name, ())
@@ -124,7 +124,7 @@ def _is_there(text: str) -> bool:
         return False
 
 
-def _loras(word: str, where: str, folder: Path) -> list[LoraUse | None]:
+def loras_of(word: str, where: str, folder: Path) -> list[LoraUse | None]:
     """What a value stands for: no network, a file, all files of a folder, or those that a wildcard matches, by their steps."""
     if word == NONE:
         return [None]

@@ -88,6 +88,14 @@ def read_key(key: str, flattened: Mapping[str, str]) -> Key | None:
     return Key(module, leaf, stem, f"{prefix}*.{theirs_leaf}")
 
 
+def diffusers_name(module: str) -> str:
+    """What diffusers calls an official module of the transformer."""
+    for theirs, ours in _FROM_DIFFUSERS:
+        if module.startswith(ours):
+            return theirs + module.removeprefix(ours)
+    return module
+
+
 def is_text_side(module: str) -> bool:
     """Whether a module belongs to the text connectors, beside the transformer."""
     return module.startswith(_TEXT_SIDE)

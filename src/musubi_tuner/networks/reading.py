@@ -22,8 +22,7 @@ from musubi_tuner.runtime.errors import UserError
 Linears = Mapping[str, tuple[int, ...] | None]
 """Official names of a model's linears, and the (out, in) of their weights; None where it is not known."""
 
-_SCALED = {"lora": UP, "dora": UP, "loha": LOHA[2]}
-"""Type -> the tensor that takes the scale."""
+_SCALED = {"lora": UP, "dora": UP, "loha": LOHA[2], "full": DIFF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +118,11 @@ def read_network(path: Path, linears: Linears, *, of_connectors: bool = False) -
         scale_from="alpha tensors" if with_alpha else said.where.removeprefix(f"{path}, ") if said else "no alpha in the file",
         left_out=() if of_connectors else left_out,
     )
+
+
+def scaled_leaf(kind: str, tensors: Collection[str]) -> str:
+    """Which of an adapter's tensors takes its scale."""
+    return _SCALED[kind] if kind in _SCALED else W2_UP if W2_UP in tensors else W2
 
 
 def network_metadata(path: Path) -> dict[str, str]:
@@ -246,7 +250,7 @@ def _adapter(path: Path, name: str, tensors: dict[str, Tensor], stem: str, said:
             raise UserError(f"{path}: '{stem}.alpha' gives a scale of {scale:g}, {said.where} one of {told:g}. Remove one of the two.")
         scale = told
     if scale != 1.0:
-        leaf = _SCALED[kind] if kind in _SCALED else W2_UP if W2_UP in tensors else W2
+        leaf = scaled_leaf(kind, tensors)
         tensors[leaf] = tensors[leaf] * scale
         if not bool(tensors[leaf].isfinite().all()):
             raise UserError(

@@ -1,0 +1,286 @@
+"""Files of LoRAs: what is in them, other forms of them, and LoRAs made of LoRAs or of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musubi_tuner.config import lora_files as config
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.validation import nearest
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.program import run_program
+from musubi_tuner.runtime.tables import format_table, names_of
+
+if TYPE_CHECKING:
+    from musubi_tuner.conversion.lora.contents import LoraContents
+
+log = logging.getLogger(__name__)
+
+PROG = "tools/lora.py"
+DESCRIPTION = "Look into LoRA files and make others of them: other forms and ranks, parts, sums, averages, differences of checkpoints."
+
+
+@dataclass(frozen=True, slots=True)
+class Subcommand:
+    """One of them."""
+
+    config: type
+    run: Callable[[Any], None]
+    description: str
+    first: str
+    """The flag whose name may be left out."""
+
+
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help", "--help_all"):
+        print(f"{DESCRIPTION}\n\nusage: {prog} --help | SUBCOMMAND [flags]\n")
+        for known, one in SUBCOMMANDS.items():
+            print(f"  {known:<12}{one.description}")
+        print(f"\n{prog} SUBCOMMAND --help shows its flags.")
+        return 0
+    if name not in SUBCOMMANDS:
+        raise UserError(f"unknown subcommand '{name}'.{nearest(name, SUBCOMMANDS)}\n{prog} --help lists them.")
+    one = SUBCOMMANDS[name]
+    if words and one.first and not words[0].startswith("-"):
+        words.insert(0, f"--{one.first}")
+    one.run(parse(one.config, words, prog=f"{prog} {name}", description=one.description))
+    return 0
+
+
+def _inspect(options: config.InspectConfig) -> None:
+    from musubi_tuner.conversion.lora.contents import read_lora
+    from musubi_tuner.conversion.lora.inspection import inspect, sentences
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.disk import reason
+
+    base = options.inspection.base
+    found = inspect(read_lora(options.file.lora), None if base is None else open_checkpoint(base))
+    contents = found.contents
+    ranks = ", ".join(map(str, contents.ranks)) or "none"
+    rows = [
+        ("file", str(contents.path)),
+        ("type", f"{', '.join(contents.kinds)} on {len(contents.adapters)} modules, rank {ranks}"),
+        ("keys", contents.form),
+        ("scale", contents.scale_from),
+        ("values", f"{str(contents.dtype).removeprefix('torch.')}, all finite"),
+    ]
+    print(format_table([*rows, *found.recipe.items()], ("what", "")))
+    heads = ("modules", "norm of the change", "of the weights' norm")
+    print("\n" + format_table([(stream, *_cells(one)) for stream, one in found.by_stream().items()], ("stream", *heads)))
+    print("\n" + format_table([(block, *_cells(one)) for block, one in found.by_block().items()], ("block", *heads)))
+    if options.inspection.modules:
+        modules = [
+            (one.module, one.kind, one.rank or "", f"{one.scale:g}", *_cells((1, one.norm or 0.0, one.relative))[1:])
+            for one in found.modules
+        ]
+        print("\n" + format_table(modules, ("module", "type", "rank", "scale", *heads[1:])))
+    print("\n" + "\n".join(sentences(found)))
+    if options.inspection.json is not None:
+        path = options.inspection.json
+        try:
+            path.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {path}: cannot be written ({reason(error)}).") from error
+
+
+def _cells(one: tuple[int, float, float | None]) -> tuple[str, str, str]:
+    count, norm, relative = one
+    return str(count), f"{norm:.4g}", "" if relative is None else f"{relative:.3%}"
+
+
+def _convert(options: config.ConvertConfig) -> None:
+    from musubi_tuner.conversion.lora.contents import read_lora
+
+    contents = read_lora(options.file.lora)
+    _write(contents, options.writing, f"convert --to {options.form.to} {contents.path.name}", form=options.form.to)
+
+
+def _strip(options: config.StripConfig) -> None:
+    from musubi_tuner.conversion.lora.changes import without
+    from musubi_tuner.conversion.lora.contents import read_lora
+
+    contents = read_lora(options.file.lora)
+    patterns = []
+    for pattern in options.removal.remove_pattern:
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            raise UserError(f"--remove_pattern {pattern!r}: is no regular expression ({error}).") from error
+    left = without(contents, options.removal.remove, patterns)
+    log.info("%d of %d modules are taken out", len(contents.adapters) - len(left.adapters), len(contents.adapters))
+    words = " ".join((*options.removal.remove, *options.removal.remove_pattern))
+    _write(left, options.writing, f"strip {words} {contents.path.name}")
+
+
+def _scale(options: config.ScaleConfig) -> None:
+    from musubi_tuner.conversion.lora.changes import strengthened
+    from musubi_tuner.conversion.lora.contents import read_lora
+    from musubi_tuner.networks.stack import Strength
+
+    contents, chosen = read_lora(options.file.lora), options.strength
+    strength = Strength(chosen.video_strength, chosen.audio_strength) * chosen.strength
+    if strength == Strength(1, 1):
+        raise UserError("nothing to scale by: give --strength, --video_strength or --audio_strength.")
+    _write(strengthened(contents, strength), options.writing, f"scale {strength.video:g} (sound {strength.audio:g}) {contents.path.name}")
+
+
+def _resize(options: config.ResizeConfig) -> None:
+    from musubi_tuner.conversion.lora.contents import read_lora
+
+    contents = read_lora(options.file.lora)
+    rank, energy = options.rank.rank, options.rank.energy
+    words = [f"rank {rank}" for _ in (rank,) if rank] + [f"energy {energy:g}" for _ in (energy,) if energy]
+    _write(_resized(contents, rank, energy), options.writing, f"resize to {', '.join(words)} {contents.path.name}")
+
+
+def _resized(contents: LoraContents, rank: int | None, energy: float | None) -> LoraContents:
+    from musubi_tuner.conversion.lora.changes import resized
+
+    smaller, cuts = resized(contents, rank=rank, energy=energy)
+    before, lost = sum(one.before for one in cuts.values()), sum(one.lost for one in cuts.values())
+    shares = {name: (one.lost / one.before) ** 0.5 if one.before else 0.0 for name, one in cuts.items()}
+    worst = max(shares, key=lambda name: shares[name])
+    ranks = sorted({one.rank for one in cuts.values()})
+    log.info(
+        "rank %s; the change differs by %.3f %% of its norm, at most by %.3f %% (%s)",
+        ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        100 * (lost / before) ** 0.5 if before else 0.0,
+        100 * shares[worst],
+        worst,
+    )
+    return smaller
+
+
+def _merge(options: config.MergeConfig) -> None:
+    from musubi_tuner.conversion.lora.changes import added
+    from musubi_tuner.conversion.lora.contents import read_lora
+    from musubi_tuner.generation.jobs import parse_lora
+
+    if len(options.merge.loras) < 2:
+        raise UserError("--loras: give two or more; `scale` changes the strength of one.")
+    uses = [parse_lora(text) for text in options.merge.loras]
+    result = added([(read_lora(use.path), use.strength) for use in uses])
+    if options.merge.rank is not None:
+        result = _resized(result, options.merge.rank, None)
+    names = ", ".join(f"{use.path.name} x {use.strength.video:g} (sound {use.strength.audio:g})" for use in uses)
+    _write(result, options.writing, f"merge {names}")
+
+
+def _average(options: config.AverageConfig) -> None:
+    from musubi_tuner.conversion.lora.changes import averaged, shares_by_decay, shares_by_width
+    from musubi_tuner.conversion.lora.contents import read_lora
+    from musubi_tuner.generation.axes import loras_of
+
+    chosen = options.average
+    paths = list(dict.fromkeys(use.path for word in chosen.loras for use in loras_of(word, "--loras", Path()) if use is not None))
+    if len(paths) < 2:
+        raise UserError(f"--loras: {len(paths)} file; an average is of two or more checkpoints of a run.")
+    files = [read_lora(path) for path in paths]
+    if chosen.sigma_rel is None:
+        shares, how = shares_by_decay(len(files), chosen.beta, chosen.beta2), f"beta {chosen.beta:g}"
+    else:
+        steps = [_steps(file) for file in files]
+        if sorted(set(steps)) != steps:
+            raise UserError(f"--sigma_rel: the files' steps (ss_steps) are {steps}; they must rise from file to file. Use --beta.")
+        shares, how = shares_by_width(steps, chosen.sigma_rel), f"sigma_rel {chosen.sigma_rel:g}"
+    print(format_table([(path.name, f"{share:.4f}") for path, share in zip(paths, shares, strict=True)], ("file", "share")))
+    _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}")
+
+
+def _steps(file: LoraContents) -> int:
+    try:
+        return int(file.metadata["ss_steps"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file.path}: does not say for how many steps it was trained (ss_steps). Use --beta.") from error
+
+
+def _extract(options: config.ExtractConfig) -> None:
+    import torch
+
+    from musubi_tuner.conversion.lora.contents import LoraContents
+    from musubi_tuner.conversion.lora.extraction import extract, tensors_of
+    from musubi_tuner.conversion.lora.writing import check_free
+    from musubi_tuner.ltxv2.versions import detect_version
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+    from musubi_tuner.runtime.device import pick_device
+    from musubi_tuner.runtime.progress import Progress
+
+    chosen = options.extraction
+    check_free(options.writing.output, overwrite=options.writing.overwrite, folder=False)
+    tuned, base = open_checkpoint(chosen.tuned), open_checkpoint(chosen.base)
+    with Progress("extracting", tensors_of(tuned), unit="tensor") as bar:
+        found = extract(
+            tuned, base, rank=chosen.rank, energy=chosen.energy, device=pick_device(chosen.device), advance=lambda: bar.advance()
+        )
+    worst = min(found.kept, key=lambda name: found.kept[name])
+    share = sum(found.kept.values()) / len(found.kept)
+    log.info("%d linears differ, %d are alike; %.2f %% of the differences' squared norm is kept in the mean, least of %s (%.2f %%)",
+             len(found.kept), found.alike, 100 * share, worst, 100 * found.kept[worst])  # fmt: skip
+    if found.left_out:
+        names = sorted(found.left_out, key=lambda name: -found.left_out[name])
+        log.warning("WARNING: %d other tensors differ too, which no LoRA holds: %s", len(names), names_of(names, 5))
+    metadata = {"ss_base_model_version": f"ltx-{detect_version(base)}", "ss_sd_model_name": base.path.name}
+    contents = LoraContents(chosen.tuned, found.adapters, metadata, "", "", torch.bfloat16)
+    _write(contents, options.writing, f"extract {tuned.path.name} - {base.path.name}")
+
+
+def _metadata(options: config.MetadataConfig) -> None:
+    from musubi_tuner.conversion.lora.inspection import metadata_table
+    from musubi_tuner.conversion.lora.writing import rewrite_metadata
+    from musubi_tuner.networks.reading import network_metadata, newest_file
+
+    chosen, path = options.metadata, newest_file(options.file.lora)
+    metadata = network_metadata(path)
+    if chosen.changes:
+        for pattern in chosen.remove:
+            gone = [key for key in metadata if fnmatchcase(key, pattern)]
+            if not gone:
+                raise UserError(f"--remove {pattern}: {path} has no such entry. Its entries: {names_of(sorted(metadata)) or 'none'}.")
+            metadata = {key: value for key, value in metadata.items() if key not in gone}
+        metadata |= {name.strip(): value for name, _, value in (entry.partition("=") for entry in chosen.set)}
+        if chosen.picture is not None:
+            from musubi_tuner.conversion.lora.picture import as_data_uri
+
+            metadata["modelspec.thumbnail"] = as_data_uri(chosen.picture)
+        assert chosen.output is not None
+        rewrite_metadata(path, chosen.output, metadata, overwrite=chosen.overwrite)
+        log.info("%s: %d entries; its tensors are those of %s", chosen.output, len(metadata), path)
+    print(format_table(metadata_table(metadata), ("entry", "value")) if metadata else f"{path}: has no metadata.")
+
+
+def _write(contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official") -> None:
+    from musubi_tuner.conversion.lora.contents import PRECISIONS
+    from musubi_tuner.conversion.lora.forms import rounding
+    from musubi_tuner.conversion.lora.writing import write_lora
+
+    dtype = contents.dtype if writing.save_precision is None else PRECISIONS[writing.save_precision]
+    write_lora(contents, writing.output, form=form, dtype=dtype, overwrite=writing.overwrite, made_from=made_from)
+    lost = rounding(contents, form, dtype)
+    name = str(dtype).removeprefix("torch.")
+    says = f"rounded to {name}, by at most {lost:.1e} of a tensor's norm" if lost else f"{name}, nothing lost"
+    log.info("%s: %d modules, %s keys, %s", writing.output, len(contents.adapters), form, says)
+
+
+SUBCOMMANDS = {
+    "inspect": Subcommand(config.InspectConfig, _inspect, "What is in a file, and how much it changes where.", "lora"),
+    "convert": Subcommand(config.ConvertConfig, _convert, "The same LoRA in the naming of another program.", "lora"),
+    "strip": Subcommand(config.StripConfig, _strip, "Take the sound's, the pictures' or other modules out.", "lora"),
+    "scale": Subcommand(config.ScaleConfig, _scale, "The same LoRA at another strength, by stream.", "lora"),
+    "resize": Subcommand(config.ResizeConfig, _resize, "Another rank, by singular values; other types become LoRAs.", "lora"),
+    "merge": Subcommand(config.MergeConfig, _merge, "Several LoRAs as one that does what all of them do.", "loras"),
+    "average": Subcommand(config.AverageConfig, _average, "Checkpoints of one run as one (post-hoc EMA).", "loras"),
+    "extract": Subcommand(config.ExtractConfig, _extract, "The difference of two checkpoints as a LoRA.", ""),
+    "metadata": Subcommand(config.MetadataConfig, _metadata, "Show and change what a file says of itself.", "lora"),
+}
+
+
+if __name__ == "__main__":
+    run_program(main)

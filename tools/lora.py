@@ -1,0 +1,7 @@
+"""Files of LoRAs: python tools/lora.py --help"""
+
+from musubi_tuner.ltxv2_lora import main
+from musubi_tuner.runtime.program import run_program
+
+if __name__ == "__main__":
+    run_program(main)
