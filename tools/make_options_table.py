@@ -16,6 +16,7 @@ from musubi_tuner import (
     ltxv2_cache_audio_latents,
     ltxv2_cache_latents,
     ltxv2_cache_text_encoder_outputs,
+    ltxv2_checkpoint,
     ltxv2_generate_video,
     ltxv2_import_precomputed,
     ltxv2_lora,
@@ -73,7 +74,7 @@ PROGRAMS = (
     Program(ltxv2_report, ReportConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
     Program(ltxv2_adopt_caches, AdoptConfig),
-    *(Program(ltxv2_lora, one.config, name) for name, one in ltxv2_lora.SUBCOMMANDS.items()),
+    *(Program(module, one.config, name) for module in (ltxv2_lora, ltxv2_checkpoint) for name, one in module.SUBCOMMANDS.items()),
 )
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "ltxv2_generate_video",
     "report": "ltxv2_report",
     "lora": "ltxv2_lora",
+    "checkpoint": "ltxv2_checkpoint",
     "import-precomputed": "ltxv2_import_precomputed",
     "adopt": "ltxv2_adopt_caches",
     "doctor": "ltxv2_doctor",

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musubi_tuner.config import lora_files as config
-from musubi_tuner.config.flags import parse
-from musubi_tuner.config.validation import nearest
+from musubi_tuner.config.subcommands import Subcommand, run_subcommand
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import run_program
 from musubi_tuner.runtime.tables import format_table, names_of
@@ -27,35 +25,11 @@ PROG = "tools/lora.py"
 DESCRIPTION = "Look into LoRA files and make others of them: other forms and ranks, parts, sums, averages, differences of checkpoints."
 
 
-@dataclass(frozen=True, slots=True)
-class Subcommand:
-    """One of them."""
-
-    config: type
-    run: Callable[[Any], None]
-    description: str
-    first: str
-    """The flag whose name may be left out."""
-
-
 def main(argv: Sequence[str], prog: str = PROG) -> int:
-    name, *words = argv or ["--help"]
-    if name in ("-h", "--help", "--help_all"):
-        print(f"{DESCRIPTION}\n\nusage: {prog} --help | SUBCOMMAND [flags]\n")
-        for known, one in SUBCOMMANDS.items():
-            print(f"  {known:<12}{one.description}")
-        print(f"\n{prog} SUBCOMMAND --help shows its flags.")
-        return 0
-    if name not in SUBCOMMANDS:
-        raise UserError(f"unknown subcommand '{name}'.{nearest(name, SUBCOMMANDS)}\n{prog} --help lists them.")
-    one = SUBCOMMANDS[name]
-    if words and one.first and not words[0].startswith("-"):
-        words.insert(0, f"--{one.first}")
-    one.run(parse(one.config, words, prog=f"{prog} {name}", description=one.description))
-    return 0
+    return run_subcommand(SUBCOMMANDS, argv, prog=prog, description=DESCRIPTION)
 
 
-def _inspect(options: config.InspectConfig) -> None:
+def _inspect(options: config.InspectConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.conversion.lora.inspection import inspect, sentences
     from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -89,6 +63,7 @@ def _inspect(options: config.InspectConfig) -> None:
             path.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {path}: cannot be written ({reason(error)}).") from error
+    return 0
 
 
 def _cells(one: tuple[int, float, float | None]) -> tuple[str, str, str]:
@@ -96,14 +71,15 @@ def _cells(one: tuple[int, float, float | None]) -> tuple[str, str, str]:
     return str(count), f"{norm:.4g}", "" if relative is None else f"{relative:.3%}"
 
 
-def _convert(options: config.ConvertConfig) -> None:
+def _convert(options: config.ConvertConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
 
     contents = read_lora(options.file.lora)
     _write(contents, options.writing, f"convert --to {options.form.to} {contents.path.name}", form=options.form.to)
+    return 0
 
 
-def _strip(options: config.StripConfig) -> None:
+def _strip(options: config.StripConfig) -> int:
     from musubi_tuner.conversion.lora.changes import without
     from musubi_tuner.conversion.lora.contents import read_lora
 
@@ -118,9 +94,10 @@ def _strip(options: config.StripConfig) -> None:
     log.info("%d of %d modules are taken out", len(contents.adapters) - len(left.adapters), len(contents.adapters))
     words = " ".join((*options.removal.remove, *options.removal.remove_pattern))
     _write(left, options.writing, f"strip {words} {contents.path.name}")
+    return 0
 
 
-def _scale(options: config.ScaleConfig) -> None:
+def _scale(options: config.ScaleConfig) -> int:
     from musubi_tuner.conversion.lora.changes import strengthened
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.networks.stack import Strength
@@ -130,15 +107,17 @@ def _scale(options: config.ScaleConfig) -> None:
     if strength == Strength(1, 1):
         raise UserError("nothing to scale by: give --strength, --video_strength or --audio_strength.")
     _write(strengthened(contents, strength), options.writing, f"scale {strength.video:g} (sound {strength.audio:g}) {contents.path.name}")
+    return 0
 
 
-def _resize(options: config.ResizeConfig) -> None:
+def _resize(options: config.ResizeConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
 
     contents = read_lora(options.file.lora)
     rank, energy = options.rank.rank, options.rank.energy
     words = [f"rank {rank}" for _ in (rank,) if rank] + [f"energy {energy:g}" for _ in (energy,) if energy]
     _write(_resized(contents, rank, energy), options.writing, f"resize to {', '.join(words)} {contents.path.name}")
+    return 0
 
 
 def _resized(contents: LoraContents, rank: int | None, energy: float | None) -> LoraContents:
@@ -159,7 +138,7 @@ def _resized(contents: LoraContents, rank: int | None, energy: float | None) -> 
     return smaller
 
 
-def _merge(options: config.MergeConfig) -> None:
+def _merge(options: config.MergeConfig) -> int:
     from musubi_tuner.conversion.lora.changes import added
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.generation.jobs import parse_lora
@@ -172,9 +151,10 @@ def _merge(options: config.MergeConfig) -> None:
         result = _resized(result, options.merge.rank, None)
     names = ", ".join(f"{use.path.name} x {use.strength.video:g} (sound {use.strength.audio:g})" for use in uses)
     _write(result, options.writing, f"merge {names}")
+    return 0
 
 
-def _average(options: config.AverageConfig) -> None:
+def _average(options: config.AverageConfig) -> int:
     from musubi_tuner.conversion.lora.changes import averaged, shares_by_decay, shares_by_width
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.generation.axes import loras_of
@@ -193,6 +173,7 @@ def _average(options: config.AverageConfig) -> None:
         shares, how = shares_by_width(steps, chosen.sigma_rel), f"sigma_rel {chosen.sigma_rel:g}"
     print(format_table([(path.name, f"{share:.4f}") for path, share in zip(paths, shares, strict=True)], ("file", "share")))
     _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}")
+    return 0
 
 
 def _steps(file: LoraContents) -> int:
@@ -202,7 +183,7 @@ def _steps(file: LoraContents) -> int:
         raise UserError(f"{file.path}: does not say for how many steps it was trained (ss_steps). Use --beta.") from error
 
 
-def _extract(options: config.ExtractConfig) -> None:
+def _extract(options: config.ExtractConfig) -> int:
     import torch
 
     from musubi_tuner.conversion.lora.contents import LoraContents
@@ -230,9 +211,10 @@ def _extract(options: config.ExtractConfig) -> None:
     metadata = {"ss_base_model_version": f"ltx-{detect_version(base)}", "ss_sd_model_name": base.path.name}
     contents = LoraContents(chosen.tuned, found.adapters, metadata, "", "", torch.bfloat16)
     _write(contents, options.writing, f"extract {tuned.path.name} - {base.path.name}")
+    return 0
 
 
-def _metadata(options: config.MetadataConfig) -> None:
+def _metadata(options: config.MetadataConfig) -> int:
     from musubi_tuner.conversion.lora.inspection import metadata_table
     from musubi_tuner.conversion.lora.writing import rewrite_metadata
     from musubi_tuner.networks.reading import network_metadata, newest_file
@@ -254,6 +236,7 @@ def _metadata(options: config.MetadataConfig) -> None:
         rewrite_metadata(path, chosen.output, metadata, overwrite=chosen.overwrite)
         log.info("%s: %d entries; its tensors are those of %s", chosen.output, len(metadata), path)
     print(format_table(metadata_table(metadata), ("entry", "value")) if metadata else f"{path}: has no metadata.")
+    return 0
 
 
 def _write(contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official") -> None:
@@ -269,7 +252,7 @@ def _write(contents: LoraContents, writing: config.WritingOptions, made_from: st
     log.info("%s: %d modules, %s keys, %s", writing.output, len(contents.adapters), form, says)
 
 
-SUBCOMMANDS = {
+SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "inspect": Subcommand(config.InspectConfig, _inspect, "What is in a file, and how much it changes where.", "lora"),
     "convert": Subcommand(config.ConvertConfig, _convert, "The same LoRA in the naming of another program.", "lora"),
     "strip": Subcommand(config.StripConfig, _strip, "Take the sound's, the pictures' or other modules out.", "lora"),

@@ -86,13 +86,53 @@ class Quantization:
         form = self._forms.get(name)
         if form is None:
             return tensor
-        codes = tensor.to(device)
-        if form.scale is None:
-            return codes.to(dtype)
+        return self.numbers(name, tensor.to(device), form.scale).to(dtype)
+
+    def numbers(self, name: str, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """What codes of that tensor's form stand for with a scale of theirs: float32, or as they are where there is no scale."""
+        form = self._forms.get(name)
+        if form is None or scale is None:
+            return codes
         weight = codes.float()
         if form.group:  # before the scale: sums of whole numbers are exact, in whatever precision a card multiplies
-            weight = (weight.view(weight.shape[0], -1, form.group) @ _rotation(form.group).to(device)).view_as(weight)
-        return (weight * form.scale.to(device)).to(dtype)
+            weight = rotated(weight, form.group)
+        return weight * scale.to(codes.device)
+
+    def stored(self, name: str, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The way back: codes of `dtype` in the form that the tensor was stored in, and their new scale, () or (out, 1, ...), or None.
+
+        Args:
+            weight: float32.
+        """
+        form = self._forms.get(name)
+        if form is None:
+            return weight.to(dtype), None
+        if form.scale is None:
+            most = torch.finfo(dtype).max
+            return weight.clamp(-most, most).to(dtype), None
+        if form.group:
+            weight = rotated(weight, form.group)
+        return codes_of(weight, dtype, by_row=form.scale.ndim > 0)
+
+
+def rotated(weight: Tensor, group: int) -> Tensor:
+    """(out, in) float32 in ConvRot's form, or back from it."""
+    return (weight.view(weight.shape[0], -1, group) @ _rotation(group).to(weight.device)).view_as(weight)
+
+
+def codes_of(weight: Tensor, dtype: torch.dtype, *, by_row: bool) -> tuple[Tensor, Tensor]:
+    """A float32 weight as codes of fp8 or int8 and the scale that they are multiplied by, (out, 1, ...) or ()."""
+    most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True) if by_row else weight.abs().max()
+    scale = (largest / most).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (weight / scale).clamp(-most, most)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def scale_of(name: str, names: Mapping[str, str]) -> str | None:
+    """The name of a weight's scale, where it has one."""
+    owner = name.removesuffix(".weight")
+    return next((f"{owner}.{leaf}" for leaf in _SCALES if owner != name and f"{owner}.{leaf}" in names), None)
 
 
 def weight_of(name: str) -> str:

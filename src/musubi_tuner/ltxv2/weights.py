@@ -35,6 +35,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What safetensors calls them."""
 _SAMPLE_BYTES = 4096
 INDEX_ENDING = ".safetensors.index.json"
 QUANTIZATION = "_quantization_metadata"

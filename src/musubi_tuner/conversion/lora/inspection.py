@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.conversion.checkpoint.components import model_names
 from musubi_tuner.conversion.lora.changes import change_of
 from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.ltxv2.quantization import read_quantization
-from musubi_tuner.ltxv2.versions import CONNECTORS, transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.keys import is_text_side
 from musubi_tuner.networks.lora import DOWN, UP
@@ -109,7 +109,7 @@ def inspect(contents: LoraContents, base: Checkpoint | None) -> Inspected:
     Raises:
         UserError: a module that the base lacks, or has in another size.
     """
-    weights = {} if base is None else _weights(base)
+    weights = {} if base is None else model_names(base)
     quantization = None if base is None else read_quantization(base, weights)
     found = []
     for name, adapter in contents.adapters.items():
@@ -133,14 +133,6 @@ def inspect(contents: LoraContents, base: Checkpoint | None) -> Inspected:
             )
         )
     return Inspected(contents, tuple(found))
-
-
-def _weights(base: Checkpoint) -> dict[str, str]:
-    """{official name: full name}, the connectors' too."""
-    names = transformer_names(base)
-    prefix = next(iter(names.values())).removesuffix(next(iter(names)))
-    connectors = {name: full for name, full in base.with_prefix(prefix).items() if name.startswith(CONNECTORS)}
-    return names | connectors
 
 
 def _norm(contents: LoraContents, name: str, adapter: StoredAdapter, weight: Tensor | None) -> float | None:

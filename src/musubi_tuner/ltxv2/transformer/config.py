@@ -124,6 +124,11 @@ class TransformerConfig:
         return config
 
 
+def is_known(key: str) -> bool:
+    """Whether a key of the section is read, or held against what the maths is written for."""
+    return key in _CONSTANTS or key in _TEXT_PROJECTION_KEYS or key in {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
 _MOST = 2**20
 """No width, count or position of a transformer is larger."""
 

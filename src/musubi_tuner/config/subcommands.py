@@ -1,0 +1,44 @@
+"""Programs with subcommands: each has a config of its own, and one flag whose name may be left out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.validation import nearest
+from musubi_tuner.runtime.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class Subcommand(Generic[Config]):
+    """One of them."""
+
+    config: type[Config]
+    run: Callable[[Config], int]
+    """Returns the exit code."""
+    description: str
+    first: str
+    """The flag whose name may be left out; empty where none may."""
+
+
+def run_subcommand(known: Mapping[str, Subcommand], argv: Sequence[str], *, prog: str, description: str) -> int:
+    """Run the one that the first word names, with the other words.
+
+    Raises:
+        UserError: there is no such subcommand, or what `parse` raises.
+    """
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help", "--help_all"):
+        print(f"{description}\n\nusage: {prog} --help | SUBCOMMAND [flags]\n")
+        for one, subcommand in known.items():
+            print(f"  {one:<12}{subcommand.description}")
+        print(f"\n{prog} SUBCOMMAND --help shows its flags.")
+        return 0
+    if name not in known:
+        raise UserError(f"unknown subcommand '{name}'.{nearest(name, known)}\n{prog} --help lists them.")
+    one = known[name]
+    if words and one.first and not words[0].startswith("-"):
+        words.insert(0, f"--{one.first}")
+    return one.run(parse(one.config, words, prog=f"{prog} {name}", description=one.description))

@@ -1,0 +1,262 @@
+"""Checkpoints inspected, verified, taken apart, joined, quantized and baked, and read again by the product's own loaders."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from musubi_tuner import ltxv2_checkpoint
+from musubi_tuner.ltxv2.quantization import read_quantization
+from musubi_tuner.ltxv2.transformer.load import load_transformer
+from musubi_tuner.ltxv2.versions import transformer_names
+from musubi_tuner.ltxv2.weights import open_checkpoint
+from musubi_tuner.networks.merging import merge_weight
+from musubi_tuner.networks.reading import read_network
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def checkpoint(*words, code=0):
+    assert ltxv2_checkpoint.main([str(word) for word in words]) == code
+
+
+def weights(path):
+    """{official name: float32} of the transformer's tensors, quantized ones brought back."""
+    opened = open_checkpoint(path)
+    names = transformer_names(opened)
+    quantization = read_quantization(opened, names)
+    cpu = torch.device("cpu")
+    return {
+        name: quantization.restored(name, opened.tensor(full), cpu, torch.float32).float() for name, full in quantization.weights.items()
+    }
+
+
+def with_key(source, path):
+    """The file with config keys that nothing here reads, at both levels."""
+    tensors, opened = load_file(source), open_checkpoint(source)
+    config = json.loads(opened.metadata["config"]) | {"a_number": 5}
+    config["transformer"]["causal_temporal_positioning"] = True
+    save_file(tensors, path, metadata=dict(opened.metadata) | {"config": json.dumps(config)})
+    return path
+
+
+@pytest.mark.parametrize("flags", [(), ("--folders",)])
+def test_taken_apart_and_joined_it_is_the_same(tiny_family, tmp_path, capsys, flags):
+    source = with_key(tiny_family.ltx23, tmp_path / "whole.safetensors")
+    checkpoint("split", source, "--output_dir", tmp_path / "pack", *flags)
+    assert {"transformer", "vae", "audio_vae", "vocoder", "text_projection"} <= {
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if line
+    }
+    files = sorted((tmp_path / "pack").rglob("*.safetensors"))
+    assert len(files) == 5
+    assert all(json.loads(open_checkpoint(path).metadata["config"])["transformer"]["causal_temporal_positioning"] for path in files)
+    checkpoint("join", *(["--checkpoints", *files]), "--output", tmp_path / "again.safetensors")
+    before, after = load_file(source), load_file(tmp_path / "again.safetensors")
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    old, new = open_checkpoint(source).metadata, open_checkpoint(tmp_path / "again.safetensors").metadata
+    assert json.loads(old["config"]) == json.loads(new["config"])
+    assert {key: value for key, value in old.items() if key != "config"} == {key: value for key, value in new.items() if key != "config"}
+    pack = load_transformer(open_checkpoint(tmp_path / "pack"), mode="av", device="cpu", dtype=torch.float32).state_dict()
+    whole = load_transformer(open_checkpoint(source), mode="av", device="cpu", dtype=torch.float32).state_dict()
+    assert all(torch.equal(pack[name], whole[name]) for name in whole)
+
+
+def test_a_pack_of_2_5_is_joined(tiny_family, tmp_path):
+    files = [tiny_family.ltx25_transformer, tiny_family.ltx25_vae, tiny_family.ltx25_audio_vae]
+    checkpoint("join", *files, "--output", tmp_path / "one.safetensors")
+    one = open_checkpoint(tmp_path / "one.safetensors")
+    assert len(one.names()) == sum(len(open_checkpoint(file).names()) for file in files)
+    assert {"transformer", "vae", "audio_vae", "vocoder"} <= set(one.config)
+    with pytest.raises(UserError, match=r"tensor '.*' is in .* too"):
+        checkpoint("join", *files, tiny_family.ltx25_vae, "--output", tmp_path / "two.safetensors")
+    with pytest.raises(UserError, match="two releases|is in .* too"):
+        checkpoint("join", tiny_family.ltx20, tiny_family.ltx25_vae, "--output", tmp_path / "two.safetensors")
+    assert not (tmp_path / "two.safetensors").exists()
+
+
+def test_it_says_what_is_in_a_file(tiny_family, tmp_path, capsys):
+    source = with_key(tiny_family.ltx23, tmp_path / "my-distilled-1.safetensors")
+    checkpoint("inspect", source, "--json", tmp_path / "facts.json", "--config")
+    text, facts = capsys.readouterr().out, json.loads((tmp_path / "facts.json").read_text())
+    assert "distilled, by its name" in text and "causal_temporal_positioning" in text
+    assert (facts["version"], facts["quantization"]) == ("2.3", "")
+    assert "causal_temporal_positioning" in facts["unknown"]["transformer"] and "num_layers" not in facts["unknown"]["transformer"]
+    assert sum(one["tensors"] for one in facts["components"].values()) == len(load_file(source))
+    checkpoint("inspect", tiny_family.ltx23)
+    assert "neither its name nor its metadata say" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_a_file_is_found(tiny_family, tmp_path, capsys):
+    checkpoint("verify", tiny_family.ltx23)
+    text = capsys.readouterr().out
+    assert "nothing is wrong with it" in text
+    from hashlib import sha256
+
+    assert sha256(tiny_family.ltx23.read_bytes()).hexdigest() in text
+    tensors, opened = load_file(tiny_family.ltx23), open_checkpoint(tiny_family.ltx23)
+    names = transformer_names(opened)
+    del tensors[names["transformer_blocks.1.attn1.to_q.bias"]]
+    tensors[names["transformer_blocks.0.attn1.to_k.weight"]] = torch.zeros(3, 5)
+    tensors[names["proj_out.bias"]] = tensors[names["proj_out.bias"]].float() * float("nan")
+    tensors[names["proj_out.bias"].replace("proj_out", "proj_in_new")] = torch.zeros(2)
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=dict(opened.metadata))
+    checkpoint("verify", tmp_path / "bad.safetensors", code=1)
+    text = capsys.readouterr().out
+    for says in ("lacks 'transformer_blocks.1.attn1.to_q.bias'", "proj_in_new", "(3, 5)", "proj_out.bias' holds NaN", "4 problem(s)"):
+        assert says in text
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_family, tmp_path_factory):
+    """The tiny checkpoint with all linears of its blocks 256 wide, as ConvRot takes them: transformer tensors alone, random."""
+    folder = tmp_path_factory.mktemp("wide")
+    opened = open_checkpoint(tiny_family.ltx23)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, full in transformer_names(opened).items():
+        shape = opened.shape(full)
+        is_linear = name.startswith("transformer_blocks") and len(shape) == 2 and name.endswith(".weight") and "gate" not in name
+        tensors[full] = torch.randn((shape[0], 256) if is_linear else shape, generator=generator).bfloat16()
+    save_file(tensors, folder / "wide.safetensors", metadata={"model_version": "2.3"})
+    return folder / "wide.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("form", "most", "says"),
+    [("fp8", 0.04, "fp8 e4m3"), ("int8", 0.012, "int8, one"), ("int8_convrot", 0.012, "int8 ConvRot (groups of 256)")],
+)
+def test_quantized_files_are_read_back_within_their_error(wide, tmp_path, capsys, caplog, form, most, says):
+    caplog.set_level("INFO")
+    checkpoint("quantize", wide, "--to", form, "--keep_blocks", "0", "--output", tmp_path / "small.safetensors")
+    before, after = weights(wide), weights(tmp_path / "small.safetensors")
+    assert set(before) == set(after)
+    changed = {
+        name: float((after[name] - before[name]).norm() / before[name].norm())
+        for name in before
+        if not torch.equal(after[name], before[name])
+    }
+    linears = [
+        name
+        for name in before
+        if name.startswith("transformer_blocks") and before[name].ndim == 2 and name.endswith("weight") and "gate" not in name
+    ]
+    assert set(changed) == set(linears) and max(changed.values()) < most
+    opened = open_checkpoint(tmp_path / "small.safetensors")
+    assert says in read_quantization(opened, transformer_names(opened)).receipt
+    mean = sum(changed.values()) / len(changed)
+    assert f"{max(changed.values()):.3%}" in capsys.readouterr().out and mean > 0.001
+    with pytest.raises(UserError, match="already"):
+        checkpoint("quantize", tmp_path / "small.safetensors", "--to", "int8", "--output", tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no linear of its"):
+        checkpoint("quantize", wide, "--to", form, "--keep_blocks", "1", "--output", tmp_path / "x.safetensors")
+
+
+def test_convrot_makes_outliers_smaller(wide, tmp_path):
+    """What it is for: a column that is larger than all others costs every other number of its row its precision."""
+    tensors = load_file(wide)
+    for name, value in tensors.items():
+        if value.ndim == 2 and value.shape[1] == 256:
+            value[:, 7] *= 100
+            tensors[name] = value
+    save_file(tensors, tmp_path / "outliers.safetensors", metadata={"model_version": "2.3"})
+    errors = {}
+    for form in ("int8", "int8_convrot"):
+        checkpoint(
+            "quantize", tmp_path / "outliers.safetensors", "--to", form, "--keep_blocks", "0", "--output", tmp_path / f"{form}.safetensors"
+        )
+        before, after = weights(tmp_path / "outliers.safetensors"), weights(tmp_path / f"{form}.safetensors")
+        name = "transformer_blocks.0.attn1.to_q.weight"
+        rest = [place for place in range(256) if place != 7]
+        errors[form] = float((after[name] - before[name])[:, rest].norm())
+    assert errors["int8_convrot"] < 0.5 * errors["int8"]
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int8", "int8_convrot"])
+def test_a_baked_lora_is_in_the_weights_in_their_own_form(wide, tmp_path, caplog, form):
+    caplog.set_level("INFO")
+    source = wide
+    if form != "bf16":
+        source = tmp_path / "source.safetensors"
+        checkpoint("quantize", wide, "--to", form, "--keep_blocks", "0", "--output", source)
+    before = weights(source)
+    modules = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.audio_attn1.to_v", "transformer_blocks.1.ff.net.0.proj"]
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for module in modules:
+        rows, columns = before[f"{module}.weight"].shape
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = 0.3 * torch.randn(rows, 4, generator=generator)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    checkpoint("bake", source, "--lora", f"{tmp_path / 'lora.safetensors'}:0.5:1:2", "--output", tmp_path / "baked.safetensors")
+    after = weights(tmp_path / "baked.safetensors")
+    network = read_network(tmp_path / "lora.safetensors", {module: None for module in modules})
+    bound = {"bf16": 0.003, "fp8": 0.04, "int8": 0.012, "int8_convrot": 0.012}[form]
+    for name, value in before.items():
+        module = name.removesuffix(".weight")
+        if module in modules:
+            wanted = merge_weight(value, network.adapters[module], 1.0 if "audio" in module else 0.5)
+            assert (after[name] - wanted).norm() < bound * wanted.norm() and not torch.equal(after[name], value)
+        else:
+            assert torch.equal(after[name], value)
+    old, new = open_checkpoint(source), open_checkpoint(tmp_path / "baked.safetensors")
+    assert old.names() == new.names() and all(old.dtype(name) == new.dtype(name) for name in old.names())
+    assert new.metadata["ltxv2_baked_loras"] == "lora.safetensors x 0.5 (sound 1)"
+    assert "3 weights changed" in caplog.text
+
+
+def test_a_lora_of_another_model_is_not_baked(wide, tmp_path):
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q.lora_"
+    for module, size, says in ((key, 7, "does not fit"), (key.replace("blocks.0", "blocks.40"), 256, "has no")):
+        save_file({f"{module}A.weight": torch.ones(1, size), f"{module}B.weight": torch.ones(4, 1)}, tmp_path / "lora.safetensors")
+        with pytest.raises(UserError, match=says):
+            checkpoint("bake", wide, "--lora", tmp_path / "lora.safetensors", "--output", tmp_path / "baked.safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"], "nothing is left"
+
+
+def test_nothing_is_overwritten_and_a_full_disk_is_known_before(tiny_family, tmp_path, monkeypatch):
+    source = shutil.copy(tiny_family.ltx23, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="is there already"):
+        checkpoint("quantize", source, "--to", "int8", "--keep_blocks", "0", "--output", source)
+    checkpoint("split", source, "--output_dir", tmp_path / "pack")
+    with pytest.raises(UserError, match="is there already"):
+        checkpoint("split", source, "--output_dir", tmp_path / "pack")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(TemporaryFailure, match=r"takes .* GB, and its disk has 0\.0 GB free"):
+        checkpoint("split", source, "--output_dir", tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
+
+
+def test_a_killed_run_leaves_nothing_false(tiny_family, tmp_path):
+    """Killed in the midst of writing: no file of the asked name, and the next run writes it whole."""
+    code = (
+        "import sys, time\n"
+        "from musubi_tuner import ltxv2_checkpoint\n"
+        "from musubi_tuner.conversion.checkpoint import streaming\n"
+        "real = streaming._pieces\n"
+        "def slow(part):\n"
+        "    time.sleep(0.05)\n"
+        "    yield from real(part)\n"
+        "streaming._pieces = slow\n"
+        "ltxv2_checkpoint.main(sys.argv[1:])\n"
+    )
+    words = ["quantize", str(tiny_family.ltx23), "--to", "int8", "--keep_blocks", "0", "--output", str(tmp_path / "small.safetensors")]
+    child = subprocess.Popen([sys.executable, "-c", code, *words], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".*.tmp")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    checkpoint(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+    checkpoint("verify", tmp_path / "small.safetensors")
