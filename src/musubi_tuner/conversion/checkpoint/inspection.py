@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from musubi_tuner.conversion.checkpoint.components import TEXT, TRANSFORMER, components_of, sizes_of
+from musubi_tuner.conversion.checkpoint.components import TRANSFORMER, components_of, sizes_of
 from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig, is_known
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -110,8 +110,6 @@ def verify(checkpoint: Checkpoint, advance: Callable[[int], object]) -> list[str
     for section in SECTIONS[1:]:
         if section in components and not checkpoint.config.get(section):
             problems.append(f"has tensors of the {section}, and no section '{section}' in its config to build it from.")
-    if TEXT not in components and not problems:
-        problems.append("has no text projection: captions cannot be cached with this file alone.")
     with checkpoint.tensors(checkpoint.names()) as tensors:
         for name, tensor in zip(checkpoint.names(), tensors, strict=True):
             if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(torch.aminmax(tensor.float())).isfinite().all()):
