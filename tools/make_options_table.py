@@ -13,6 +13,7 @@ from types import ModuleType
 
 from musubi_tuner import (
     ltxv2_adopt_caches,
+    ltxv2_cache_all,
     ltxv2_cache_audio_latents,
     ltxv2_cache_latents,
     ltxv2_cache_text_encoder_outputs,
@@ -23,7 +24,14 @@ from musubi_tuner import (
     ltxv2_report,
     ltxv2_train_network,
 )
-from musubi_tuner.config.caching import AdoptConfig, AudioCachingConfig, ImportConfig, LatentCachingConfig, TextCachingConfig
+from musubi_tuner.config.caching import (
+    AdoptConfig,
+    AudioCachingConfig,
+    CacheAllConfig,
+    ImportConfig,
+    LatentCachingConfig,
+    TextCachingConfig,
+)
 from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.config.report import ReportConfig
@@ -66,6 +74,7 @@ class Program:
 
 
 PROGRAMS = (
+    Program(ltxv2_cache_all, CacheAllConfig),
     Program(ltxv2_cache_latents, LatentCachingConfig),
     Program(ltxv2_cache_audio_latents, AudioCachingConfig),
     Program(ltxv2_cache_text_encoder_outputs, TextCachingConfig),

@@ -9,6 +9,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import run_program
 
 COMMANDS = {
+    "cache": "ltxv2_cache_all",
     "cache-latents": "ltxv2_cache_latents",
     "cache-audio": "ltxv2_cache_audio_latents",
     "cache-text": "ltxv2_cache_text_encoder_outputs",
