@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from musubi_tuner import ltxv2_train_network
+from musubi_tuner import ltxv2_checkpoint, ltxv2_train_network
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import clips
 from musubi_tuner.training import checkpoint, earlier
@@ -45,6 +45,18 @@ def test_retention_leaves_what_this_run_has_just_saved_beside_an_earlier_runs_fi
         "ltxv2_lora-step00000006.safetensors", "ltxv2_lora-step00000006-state",
         "ltxv2_lora-step00000008.safetensors", "ltxv2_lora-step00000008-state", "ltxv2_lora-step00000009-state",
     }  # fmt: skip
+
+
+def test_checkpoints_that_are_none_to_train_on_are_told_of(data, tmp_path, caplog):
+    run(data, tmp_path / "dev", "--max_train_steps", "1")
+    assert "is distilled" not in caplog.text and "in 8 bits" not in caplog.text
+    distilled = shutil.copy(data.model, tmp_path / "ltx-2.3-distilled.safetensors")
+    run(dataclasses.replace(data, model=Path(distilled)), tmp_path / "out", "--max_train_steps", "1")
+    assert "WARNING: ltx-2.3-distilled.safetensors: is distilled" in caplog.text
+    small = tmp_path / "small.safetensors"
+    ltxv2_checkpoint.main(["quantize", str(data.model), "--to", "int8", "--keep_blocks", "0", "--output", str(small)])
+    run(dataclasses.replace(data, model=small), tmp_path / "out", "--max_train_steps", "1", "--overwrite")
+    assert "WARNING: small.safetensors: its weights are stored in 8 bits" in caplog.text
 
 
 @pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+import torch
+
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
@@ -65,6 +67,18 @@ def detect_version(checkpoint: Checkpoint) -> str:
     if video_ff and not any(name.endswith(".bias") for name in video_ff):
         return "2.5"
     return "2.5" if "keyframes_abs_pos_embedding" in names else "2.3"
+
+
+def looks_distilled(checkpoint: Checkpoint) -> bool:
+    """Whether its name or its metadata call it distilled; tensors do not tell."""
+    said = (checkpoint.path.name, *(f"{key} {value}" for key, value in checkpoint.metadata.items() if key != "config"))
+    return any("distilled" in text.lower() for text in said)
+
+
+def stored_in_8_bits(checkpoint: Checkpoint) -> bool:
+    """Whether weights of the transformer are fp8 or int8."""
+    codes = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+    return any(checkpoint.dtype(full) in codes for full in transformer_names(checkpoint).values())
 
 
 def streams_of(names: Collection[str]) -> tuple[str, ...]:

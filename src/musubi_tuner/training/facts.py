@@ -8,7 +8,7 @@ from typing import Any
 from musubi_tuner import __version__
 from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
-from musubi_tuner.ltxv2.versions import detect_version
+from musubi_tuner.ltxv2.versions import detect_version, looks_distilled
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
@@ -136,9 +136,8 @@ def banner_rows(inputs: RunInputs, run: TrainingRun) -> list[tuple[str, str]]:
     rows = [
         (
             "model",
-            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}, mode {config.ltx_mode}, {run.dtype}".replace(
-                "torch.", ""
-            ),
+            f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}{', distilled' * looks_distilled(inputs.checkpoint)}, "
+            f"mode {config.ltx_mode}, {str(run.dtype).removeprefix('torch.')}",
         ),
         ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
         *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],

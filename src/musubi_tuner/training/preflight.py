@@ -26,6 +26,7 @@ from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint
 from musubi_tuner.ltxv2.text.packed import with_projection
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.versions import looks_distilled, stored_in_8_bits
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.runtime.errors import UserError
@@ -65,6 +66,18 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
     """
     recipe = make_recipe(config.conditioning, config.ltx_mode)
     checkpoint = open_checkpoint(config.model.ltxv2_model)
+    if looks_distilled(checkpoint):
+        log.warning(
+            "WARNING: %s: is distilled, by its name or metadata. Distilled checkpoints sample in few steps, which training on them can "
+            "undo; the release's dev checkpoint is the one to train on, and its LoRAs work with both.",
+            checkpoint.path.name,
+        )
+    if stored_in_8_bits(checkpoint):
+        log.warning(
+            "WARNING: %s: its weights are stored in 8 bits, so training starts from rounded ones. Where you have the bf16 file, give that: "
+            "--weight_format takes as little memory, and rounds no more than it has to.",
+            checkpoint.path.name,
+        )
     path = config.mode.dataset_config
     datasets = load_dataset_config(path)
     arguments = caching_arguments(config)

@@ -15,11 +15,10 @@ from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig, is_known
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
-from musubi_tuner.ltxv2.versions import detect_version, streams_of, transformer_names
+from musubi_tuner.ltxv2.versions import detect_version, looks_distilled, streams_of, transformer_names
 from musubi_tuner.ltxv2.weights import SECTIONS, Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
-_DISTILLED = "distilled"
 _PIECE = 2**24
 _OF_CONNECTORS = ("connector_", "audio_connector_")
 """Keys that the text side reads."""
@@ -84,8 +83,7 @@ def inspect(checkpoint: Checkpoint) -> Inspected:
 
 def kind_of(checkpoint: Checkpoint) -> str:
     """Whether it is a distilled checkpoint, as far as its name and metadata say; tensors do not tell."""
-    said = " ".join([checkpoint.path.name, *(f"{key} {value}" for key, value in checkpoint.metadata.items() if key != "config")])
-    if _DISTILLED in said.lower():
+    if looks_distilled(checkpoint):
         return "distilled, by its name or metadata"
     if "dev" in checkpoint.path.stem.lower().replace("_", "-").split("-"):
         return "dev, by its name"
