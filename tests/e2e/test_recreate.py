@@ -74,7 +74,7 @@ def test_files_are_found_by_their_hashes(tiny_family, texts, library, tmp_path, 
     folder = Path(shutil.copytree(library, tmp_path / "files", symlinks=True))
     two = ("--pipeline", "two_stage", *second_stage(tiny_family))
     lora = ("--lora", f"{folder}/used.safetensors:0.5:1:0.3")
-    prompt = f"a dog --i {folder}/start.png --is 0.7 --k 8={folder}/start.png@0.5"
+    prompt = f"a dog --i {folder}/start.png --is 0.7 --k 8={folder}/start.png@0.5 --v {folder}/start.png --va 0.5 --vm {folder}/start.png"
     (stages,) = run(tiny_family, texts, tmp_path / "1", "--prompt", prompt, *two, *lora)
     (longer,) = run(tiny_family, texts, tmp_path / "2", "--prompt", f"a dog --iv {folder}/clip.mp4 --vt 0.2-", *lora)
     assert read_recipe(longer).facts["inputs"]["video_span"] == {"start": 0.2, "end": None}

@@ -18,7 +18,7 @@ from musubi_tuner.config.preview import GuidanceOptions
 from musubi_tuner.flow.res_2s import normal_noise
 from musubi_tuner.flow.schedule import STOCHASTIC_SEED_OFFSET
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
-from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps
+from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, mask_of_cells
 from musubi_tuner.generation.pipelines import Stage, make_stages
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -231,6 +231,38 @@ def test_a_reference_of_an_ic_lora(official, models, factor, strength):
     item = official.conditioning.VideoConditionByReferenceLatent(latent=latents, downscale_factor=factor, strength=strength)
     shown = ConditioningLatents(conditions=Conditions(video=StreamConditions(reference=reference)))
     compare(official, models, [first, second], [(shown, [item]), (TEXT_ALONE, [])])
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_how_strongly_a_reference_is_attended_to(official, models, by_token):
+    """With a keyframe before it, which does not see it; strengths of 0, too."""
+    first, second = stages_of("distilled", models[0], prompt(), 8)
+    latents = torch.randn(1, 128, 3, 1, 2, generator=torch.Generator().manual_seed(8))
+    strength = torch.rand(1, 6, generator=torch.Generator().manual_seed(9)) if by_token else torch.full((1, 6), 0.3)
+    strength[:, 3:4] *= not by_token
+    beside = KeyframeLatents(latents=picture(first, 6), frames=torch.tensor([[0]]), fps=torch.tensor([24.0]))
+    items = [
+        OnePicture(official.conditioning.VideoConditionByKeyframeIndex(keyframes=picture(first, 6), frame_idx=0, strength=1.0)),
+        official.conditioning.ConditioningItemAttentionStrengthWrapper(
+            official.conditioning.VideoConditionByReferenceLatent(latent=latents, downscale_factor=1, strength=1.0),
+            attention_mask=strength if by_token else 0.3,
+        ),
+    ]
+    reference = Reference(latents=latents, fps=torch.tensor([24.0]), attention=strength)
+    shown = ConditioningLatents(conditions=Conditions(video=StreamConditions(reference=reference, keyframes=beside)))
+    compare(official, models, [first, second], [(shown, items), (TEXT_ALONE, [])])
+
+
+def test_a_mask_of_pixels_becomes_one_of_tokens(official):
+    from ltx_core.types import VideoLatentShape
+    from ltx_pipelines.ic_lora import ICLoraPipeline
+
+    frames = torch.randint(0, 256, (17, 70, 130, 3), generator=torch.Generator().manual_seed(11), dtype=torch.uint8)
+    for cells in ((3, 2, 4), (2, 1, 2), (1, 2, 4)):
+        mask = (frames.float() / 255).mean(dim=-1)[None, None]
+        shape = VideoLatentShape(batch=1, channels=128, frames=cells[0], height=cells[1], width=cells[2])
+        theirs = ICLoraPipeline._downsample_mask_to_latent(mask, shape)
+        assert (mask_of_cells(frames, cells).flatten()[None] - theirs).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("pipeline", ["one_stage", "two_stage"])

@@ -1,5 +1,7 @@
 """The plan of sampling against what torch's allocator gave on a simulated card, and what it chooses on cards that people own."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.plans import MODEL, rates
@@ -52,6 +54,15 @@ def test_a_card_of_16_and_of_24_gb_samples_with_32_gb_of_ram(card, gigabytes, ho
     plan, limits = chosen(card, gigabytes, host, size)
     assert plan is not None and plan.device_bytes <= limits.device_bytes and plan.host_bytes <= limits.host_bytes
     assert plan.stalled < 0.1 * plan.seconds, "copies hide behind the passes that share them"
+
+
+def test_a_mask_of_all_pairs_takes_its_room():
+    limits = Limits(device_bytes=2**60, host_bytes=2**60, formats=("bf16",), streamed=0, compiled=False)
+    plain, masked = (
+        next(sampling_plans(MODEL, dataclasses.replace(work("768x512x121", 1), masked_tokens=count), rates("H100 80G"), limits))
+        for count in (0, 12288)
+    )
+    assert masked.device_bytes - plain.device_bytes == 2 * 12288**2
 
 
 def test_a_large_card_streams_nothing_and_a_lora_takes_room():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
 from musubi_tuner.conditioning.tokens import NoiseShare, TokenStream, audio_stream, video_keyframes, video_reference
+from musubi_tuner.ltxv2.transformer.modality import ReferenceAttention
 
 
 def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dict[str, TokenStream]:
@@ -18,7 +19,7 @@ def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dic
     """
     found = {}
     for name, stream in streams.items():
-        own = getattr(conditions, name)
+        own, tokens = getattr(conditions, name), stream.clean.shape[1]
         strengths = [_strength_of_own(stream, own)]
         if own.weight is not None:
             stream = dataclasses.replace(stream, weight=own.weight if stream.weight is None else stream.weight * own.weight)
@@ -29,8 +30,10 @@ def condition(streams: Mapping[str, TokenStream], conditions: Conditions) -> dic
             stream = append_clean(stream, beside, chosen=None)
             strengths.append(_strength_of_keyframes(keyframes))
         if own.reference is not None:
-            beside = _reference_stream(name, own.reference)
+            beside, before = _reference_stream(name, own.reference), stream.clean.shape[1]
             stream = append_clean(stream, beside, own.reference.chosen)
+            if own.reference.attention is not None:
+                stream = dataclasses.replace(stream, attention=ReferenceAttention(own.reference.attention, tokens, before - tokens))
             strengths.append(torch.full_like(beside.clean[..., 0], own.reference.strength))
         found[name] = _in_part(stream, torch.cat(strengths, dim=1))
     return found

@@ -28,6 +28,8 @@ class Reference:
     """How many of the target's frames stand for one of its frames."""
     strength: float = 1.0
     """As of `StreamConditions`, of all its tokens."""
+    attention: Tensor | None = None
+    """(B, M) float32 0..1, how strongly each of its tokens and the clip's own attend to each other; None = fully. Of sampling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from musubi_tuner.flow.path import add_noise, velocity_target
 from musubi_tuner.ltxv2 import geometry
-from musubi_tuner.ltxv2.transformer.modality import Modality
+from musubi_tuner.ltxv2.transformer.modality import Modality, ReferenceAttention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,8 @@ class TokenStream:
     """(B, N) bool tokens that carry the keyframe embedding of 2.5."""
     share: "NoiseShare | None" = None
     """Tokens that are conditioning in part: noisy ones, but at a lower level. None = there are none. Of sampling."""
+    attention: ReferenceAttention | None = None
+    """Between the clip and a reference behind it; None = all tokens attend to all. Of sampling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ def model_input(stream: TokenStream, values: Tensor, sigma: Tensor) -> Modality:
         token_mask=stream.token_mask,
         present=stream.present,
         keyframe_marker=stream.keyframe_marker,
+        reference_attention=stream.attention,
     )
 
 

@@ -228,6 +228,7 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
         works[largest.job],
         passes=max(one.passes for one in works.values()),
         networks_bytes=max(one.networks_bytes for one in works.values()),
+        masked_tokens=max(one.masked_tokens for one in works.values()),
     )
 
     def trial(wrapper: OfficialLTXV2Wrapper) -> None:
@@ -263,12 +264,14 @@ def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
         tokens[name] += sum(
             beside.latents[0, 0].numel() for beside in (conditions.reference, conditions.keyframes) if beside is not None
         ) // (1 if name == "video" else AUDIO_MEL_BINS)
+    reference = inputs.conditioning.conditions.video.reference
     return SamplingWork(
         video_tokens=tokens["video"],
         audio_tokens=tokens["audio"],
         text_tokens=inputs.positive.text.shape[1],
         passes=1 + plan.needs_negative + plan.needs_perturbed + plan.needs_isolated,
         networks_bytes=sum(path.stat().st_size for path, strength in _networks(one, number, setting) if strength != Strength(0, 0)),
+        masked_tokens=0 if reference is None or reference.attention is None else tokens["video"],
     )
 
 

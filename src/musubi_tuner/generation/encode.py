@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musubi_tuner.conditioning.conditions import NO_CONDITIONS, Conditions, KeyframeLatents, Reference, StreamConditions
@@ -281,7 +282,7 @@ def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
     wanted = round(prompt.seconds * geometry.AUDIO_SAMPLE_RATE)
     least = (steps - 1) * geometry.AUDIO_SAMPLE_RATE // geometry.AUDIO_LATENTS_PER_SECOND
     padding = max(wanted, least) - min(samples.shape[1], wanted)
-    latents = encoders.audio(torch.nn.functional.pad(samples[:, :wanted], (0, padding)))[:, :, :steps]
+    latents = encoders.audio(F.pad(samples[:, :wanted], (0, padding)))[:, :, :steps]
     return latents * kept[None, None, :, None], kept
 
 
@@ -316,14 +317,44 @@ def _reference(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Referen
                 f"so --f must be {geometry.TEMPORAL_SCALE * temporal}n+1."
             )
         frames = _read_clip(prompt.where, "--v", path, (prompt.frames - 1) // temporal + 1, prompt.fps / temporal, (width, height))
-    fps = torch.tensor([prompt.fps])
+    latents = encoders.video(frames)
     return Reference(
-        latents=encoders.video(frames),
-        fps=fps,
+        latents=latents,
+        fps=torch.tensor([prompt.fps]),
         spatial_factor=factor,
         temporal_factor=temporal,
         strength=prompt.inputs.reference_strength,
+        attention=_reference_attention(prompt, latents),
     )
+
+
+def _reference_attention(prompt: PreviewPrompt, latents: Tensor) -> Tensor | None:
+    """(1, M) float32, how strongly each token of the reference's (1, 128, F, h, w) latents and the sample attend to each other."""
+    path, strength = prompt.inputs.reference_mask, prompt.inputs.reference_attention
+    if path is None and strength == 1:
+        return None
+    cells = latents.shape[2:]
+    if path is None:
+        return torch.full((1, math.prod(cells)), strength)
+    if path.suffix.lower() in _PICTURES:
+        from musubi_tuner.media.picture import cover_and_crop, read_picture
+
+        pixels = cover_and_crop(read_picture(path), prompt.width, prompt.height)[None].expand(prompt.frames, -1, -1, -1)
+    else:
+        pixels = _read_clip(prompt.where, "--vm", path, prompt.frames, prompt.fps, (prompt.width, prompt.height))
+    return strength * mask_of_cells(pixels, (cells[0], cells[1], cells[2])).flatten()[None]
+
+
+def mask_of_cells(frames: Tensor, cells: tuple[int, int, int]) -> Tensor:
+    """(F, h, w) float32 0..1 brightness of (n, H, W, 3) uint8 frames, as ltx-pipelines 1.0.0 takes masks: means over a cell's pixels, and
+    over the frames that its latent frame stands for, of which the first stands for one alone.
+
+    Args:
+        cells: F, of which each but the first stands for (n - 1) / (F - 1) frames, h and w.
+    """
+    count, height, width = cells
+    gray = torch.stack([F.adaptive_avg_pool2d(frame.float().mean(dim=2)[None], (height, width))[0] for frame in frames]) / 255
+    return torch.cat([gray[:1], gray[1:].unflatten(0, (count - 1, -1)).mean(dim=1)]) if count > 1 else gray[:1]
 
 
 def _kept_video(prompt: PreviewPrompt) -> Tensor:

@@ -227,7 +227,7 @@ def _read_inputs(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif name == "strengths":
             strengths = [validated(_KeyframeStrength, one, where=at) for one in _list(facts, name, where)]
             found[name] = tuple((one.frame, one.strength) for one in strengths)
-        elif name in ("image_strength", "reference_strength"):
+        elif name in ("image_strength", "reference_strength", "reference_attention"):
             found[name] = validated(_Number, {"value": value}, where=at).value
         elif name in ("video_span", "audio_span"):
             span = validated(_Span, value, where=at)

@@ -103,6 +103,7 @@ def cut(stream: TokenStream, span: Span, *, tokens: int, per_cell: int) -> Piece
         weight=chosen(stream.weight),
         token_mask=chosen(stream.token_mask),
         keyframe_marker=chosen(stream.keyframe_marker),
+        attention=None if stream.attention is None else dataclasses.replace(stream.attention, own=len(own)),
         share=None if stream.share is None else NoiseShare(stream.share.shares, stream.share.index[:, index]),
     )
     return Piece(piece, index, weights)

@@ -38,6 +38,8 @@ class SamplingWork:
     """Of one step: the prompt's own, and one for each guidance that is on."""
     networks_bytes: int
     """Of the networks beside the model."""
+    masked_tokens: int = 0
+    """That attend under a mask of all their pairs, as a reference of some strength has it; 0 = without."""
 
     @property
     def as_workload(self) -> Workload:
@@ -95,6 +97,7 @@ def sampling_plans(shape: ModelShape, work: SamplingWork, rates: CardRates, limi
             slots = min(SLOTS, streamed)
             device = shape.other_weights * limits.compute_bytes + unquantized * shape.block_weights * limits.compute_bytes
             device += (shape.blocks - unquantized - streamed + slots) * low_block + work.networks_bytes
+            device += limits.compute_bytes * work.masked_tokens**2
             device += (_units(weight_format, limits) + WAITING * (work.passes - 1) * bool(streamed)) * unit + _TEXT * text
             device += work.passes * limits.compute_bytes * work.text_tokens * (shape.video_dim + shape.audio_dim)
             if weight_format == "nf4":

@@ -51,6 +51,10 @@ class ConditioningInputs:
     audio_span: Span | None = None
     reference: Path | None = None
     """Clip or picture that is shown beside the sample (IC-LoRA)."""
+    reference_attention: float = 1.0
+    """How strongly the sample's pictures and the reference attend to each other: 1 = fully, 0 = not at all."""
+    reference_mask: Path | None = None
+    """Clip or picture whose brightness, 0 to 1, multiplies that place by place."""
     reference_audio: Path | None = None
 
 

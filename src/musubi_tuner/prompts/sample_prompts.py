@@ -48,6 +48,8 @@ INPUT_FLAGS = {
     "at": "generate_sound_seconds",
     "v": "reference_video_path",
     "vs": "reference_strength",
+    "va": "reference_attention",
+    "vm": "reference_mask_path",
     "ra": "reference_audio_path",
 }
 _FLAGS = {
@@ -65,7 +67,7 @@ _FLAGS = {
 }
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
 _WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
-_NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale", "image_strength", "reference_strength")
+_NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale", "image_strength", "reference_strength", "reference_attention")
 _WITH_NUMBER = rf"({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]"
 _GLUED = re.compile(rf"(?<=\S)--{_WITH_NUMBER}")
 """A flag with its number and no blank before it, as in `A dog.--w 512`."""
@@ -142,6 +144,8 @@ class _Entry:
     generate_sound_seconds: Annotated[Span | None, _from_text(_read_span)] = None
     reference_video_path: AnyPath | None = None
     reference_strength: Share | None = None
+    reference_attention: Share | None = None
+    reference_mask_path: AnyPath | None = None
     reference_audio_path: AnyPath | None = None
 
     @model_validator(mode="after")
@@ -154,6 +158,9 @@ class _Entry:
         ):
             if value is not None and path is None:
                 raise UserError(f"{flag} says how far {of} is kept; give that too.")
+        for flag, value in (("--va", self.reference_attention), ("--vm", self.reference_mask_path)):
+            if value is not None and self.reference_video_path is None:
+                raise UserError(f"{flag} says how strongly a reference is attended to; give the reference by --v.")
         for flag, value in (("--vt", self.generate_seconds), ("--box", self.inpaint_box), ("--crop", self.outpaint_crop)):
             if value is not None and self.input_video_path is None:
                 raise UserError(f"{flag} chooses what of a clip is generated; give the clip by --iv.")
@@ -370,5 +377,7 @@ def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
         audio=find("a", entry.input_audio_path),
         audio_span=entry.generate_sound_seconds,
         reference=find("v", entry.reference_video_path),
+        reference_attention=1.0 if entry.reference_attention is None else entry.reference_attention,
+        reference_mask=find("vm", entry.reference_mask_path),
         reference_audio=find("ra", entry.reference_audio_path),
     )

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.transformer.modality import Skip
+from musubi_tuner.ltxv2.transformer.modality import ReferenceAttention, Skip
+
+_ALIGNED = 8
+"""Elements of 16 bits."""
 
 
 class RopeTable(NamedTuple):
@@ -139,6 +142,24 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     strength = mask.float()
     bias = torch.where(strength > 0, strength.clamp(min=torch.finfo(torch.float32).tiny).log(), torch.finfo(dtype).min)
     return bias.to(dtype)[:, None]
+
+
+def reference_bias(attention: ReferenceAttention, dtype: torch.dtype) -> Tensor:
+    """The (B, 1, N, N) additive mask of a reference's attention: ln(m) between the clip's tokens and one of strength m, the dtype's
+    minimum at 0 and between keyframes and the reference (ltx-core 1.0.0).
+
+    Its rows begin at multiples of 16 bytes, so that attention kernels read it in place.
+    """
+    batch, reference = attention.strength.shape
+    own, before = attention.own, attention.own + attention.beside
+    tokens = before + reference
+    per_row = -(-tokens // _ALIGNED) * _ALIGNED
+    mask = torch.zeros(batch, 1, tokens, per_row, dtype=dtype, device=attention.strength.device)[..., :tokens]
+    bias = attention_bias(attention.strength[:, None], dtype)
+    mask[:, :, :own, before:] = bias
+    mask[:, :, before:, :own] = bias.mT
+    mask[:, :, own:before, before:] = mask[:, :, before:, own:before] = torch.finfo(dtype).min
+    return mask
 
 
 def key_bias(mask: Tensor | None) -> Tensor | None:

@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceAttention:
+    """How strongly a clip and a reference behind it attend to each other, both ways. Keyframes between them and the reference do not attend
+    to each other at all, as in ltx-core 1.0.0; everything else does fully."""
+
+    strength: Tensor
+    """(B, M) float32 0..1 of the reference's tokens, which are the last M"""
+    own: int
+    """Tokens of the clip itself, which are the first."""
+    beside: int
+    """Tokens of keyframes, between the two."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Modality:
     """One stream's input. B batch, N tokens, C channels of a token, U distinct noise levels, S text tokens."""
@@ -32,6 +45,8 @@ class Modality:
     """(B,) bool, False = this sample has no such stream, so that it may not reach the other one; None where all have it."""
     attention_mask: Tensor | None = None
     """(B, N, N) self-attention strength 0..1 (float) or permission (bool); None = all."""
+    reference_attention: ReferenceAttention | None = None
+    """The same in short, of a reference alone; not both of them."""
     keyframe_marker: Tensor | None = None
     """(B, N) bool: tokens that carry the keyframe embedding of 2.5."""
     enabled: bool = True

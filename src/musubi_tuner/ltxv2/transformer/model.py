@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.transformer.adaln import AdaLN, Modulation, modulate
-from musubi_tuner.ltxv2.transformer.attention import RopeTable, attention_bias, key_bias, rope_table
+from musubi_tuner.ltxv2.transformer.attention import RopeTable, attention_bias, key_bias, reference_bias, rope_table
 from musubi_tuner.ltxv2.transformer.block import Block, BlockInputs, BlockSkips, CrossInputs, States, StreamInputs
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
-from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, Skip, Velocity
+from musubi_tuner.ltxv2.transformer.modality import Modality, Perturbations, ReferenceAttention, Skip, Velocity
 
 TIMESTEP_RULES = ("official", "cross", "own")
 """Who drives the cross attentions between the streams (docs/explanation/model.md, "timestep rules").
@@ -120,6 +120,7 @@ class LTXModel(nn.Module):
         self.timestep_rule = timestep_rule
         self.run_block: RunBlock = run_plain
         self._rotations: dict[tuple[int, tuple[int, ...], int], tuple[Tensor, RopeTable]] | None = None
+        self._reference_bias: tuple[ReferenceAttention, Tensor] | None = None
         if "video" in streams:
             dim = config.video_dim
             self.patchify_proj = nn.Linear(config.in_channels, dim)
@@ -172,12 +173,13 @@ class LTXModel(nn.Module):
 
     @contextmanager
     def remembering_positions(self) -> Iterator[None]:
-        """Inside, rotations are computed once for each tensor of positions, which must not be written to: around the sampling of a clip."""
+        """Inside, rotations are computed once for each tensor of positions, and the mask of a reference once for all passes, neither of
+        which may be written to: around the sampling of a clip."""
         self._rotations = {}
         try:
             yield
         finally:
-            self._rotations = None
+            self._rotations = self._reference_bias = None
 
     def _together(self, block: nn.Module, states: Sequence[States], inputs: Sequence[BlockInputs]) -> list[States]:
         return [self.run_block(block, one, given) for one, given in zip(states, inputs, strict=True)]
@@ -243,14 +245,6 @@ class LTXModel(nn.Module):
         if parts.prompt_adaln is not None:
             prompt_rows, _ = parts.prompt_adaln(own.sigma[:, None] * config.timestep_scale_multiplier)
             prompt = Modulation(prompt_rows, None)
-        self_mask = key_bias(own.token_mask)
-        if own.attention_mask is not None:
-            strength = attention_bias(own.attention_mask, rows.dtype)
-            if self_mask is not None and strength.dtype == torch.bool:
-                strength = strength & self_mask
-            elif self_mask is not None:
-                strength = strength.masked_fill(~self_mask, torch.finfo(strength.dtype).min)
-            self_mask = strength
         assert own.context is not None, "the wrapper gives the context"
         context = own.context.to(rows.dtype)
         inputs = StreamInputs(
@@ -260,11 +254,34 @@ class LTXModel(nn.Module):
             context=context if parts.caption_projection is None else parts.caption_projection(context),
             context_mask=key_bias(own.context_mask),
             rope=self._rope(own.positions, parts.max_pos, parts.dim),
-            self_mask=self_mask,
+            self_mask=self._self_mask(own, rows.dtype),
             key_mask=key_bias(own.token_mask),
             enabled=own.enabled,
         )
         return inputs, embedded
+
+    def _self_mask(self, own: Modality, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, N or 1, N) of a stream's attention to itself."""
+        keys = key_bias(own.token_mask)
+        if own.reference_attention is not None:
+            strength = self._mask_of_reference(own.reference_attention, dtype)
+        elif own.attention_mask is not None:
+            strength = attention_bias(own.attention_mask, dtype)
+        else:
+            return keys
+        if keys is None:
+            return strength
+        return strength & keys if strength.dtype == torch.bool else strength.masked_fill(~keys, torch.finfo(dtype).min)
+
+    def _mask_of_reference(self, attention: ReferenceAttention, dtype: torch.dtype) -> Tensor:
+        """Of the clip, or window of it, that was last asked for: it is as large as all pairs of tokens."""
+        if self._reference_bias is not None and self._reference_bias[0] is attention:
+            return self._reference_bias[1]
+        self._reference_bias = None
+        bias = reference_bias(attention, dtype)
+        if self._rotations is not None:
+            self._reference_bias = (attention, bias)
+        return bias
 
     def _cross_inputs(self, parts: StreamParts, own: Modality, other: Modality) -> CrossInputs:
         """Modulation, gate and time-only positions of the cross attentions, by the chosen timestep rule."""
