@@ -16,6 +16,7 @@ from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.transformer.modality import Modality
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.stack import Strength
 from musubi_tuner.placement.load import load_for_generation
 from musubi_tuner.placement.planning import place_by_hand
 from musubi_tuner.preview.previewer import untouched
@@ -194,7 +195,7 @@ def test_a_lora_that_is_merged_for_generation_samples_as_the_trained_network(tin
     trained = parts.load_wrapper(tiny_family.ltx23)
     save_lora(parts.add_lora(trained, random_b=True), tmp_path / "lora.safetensors", {}, torch.float32, name="lora")
     expected = generate(trained, parts.sample(trained))
-    merged = load_to_generate(tiny_family.ltx23, loras=[(tmp_path / "lora.safetensors", 1.0)])
+    merged = load_to_generate(tiny_family.ltx23, loras=[(tmp_path / "lora.safetensors", Strength(1.0, 1.0))])
     plain = load_to_generate(tiny_family.ltx23)
     found = generate(merged, parts.sample(merged))
     assert torch.allclose(found.video, expected.video, atol=1e-3) and torch.allclose(found.audio, expected.audio, atol=1e-3)

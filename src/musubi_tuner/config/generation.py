@@ -83,6 +83,11 @@ class LoraOptions:
     lora_multiplier: Annotated[tuple[LoraStrength, ...], List] = flag(
         "strength of each --lora_weight; default: 1", default=(), repeats=True
     )
+    merge_loras: bool = flag(
+        "merge all LoRAs of a stage, --distilled_lora too, into the weights while they are loaded, before these are quantized: faster "
+        "steps, less memory, and a clip that differs by rounding; not with a grid over LoRAs or strengths",
+        default=False,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "LoraOptions":

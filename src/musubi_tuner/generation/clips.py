@@ -200,15 +200,15 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
     wrapper = _load(number, waiting, setting)
     stack = NetworkStack(wrapper.transformer, setting.dtype)
-    for path in dict.fromkeys(path for one in waiting for path, _ in _networks(one, number, setting)):
+    for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
         stack.check(path)
-    order = {networks: place for place, networks in enumerate(dict.fromkeys(_networks(one, number, setting) for one in waiting))}
-    waiting.sort(key=lambda one: order[_networks(one, number, setting)])
+    order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
+    waiting.sort(key=lambda one: order[_beside(one, number, setting)])
     total = sum(one.inputs[number].plan.steps for one in waiting)
     title = "sampling" if len(planned[0].stages) == 1 else f"sampling, stage {number + 1} of {len(planned[0].stages)}"
     with Progress(title, total, unit="step") as bar:
         for one in waiting:
-            stack.use(_networks(one, number, setting))
+            stack.use(_beside(one, number, setting))
             started = time.perf_counter()
             with watching(setting.config, one.job.stem, number + 1) as watch:
                 latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
@@ -235,7 +235,7 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
         inputs = largest.inputs[number]
         one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
         stack = NetworkStack(wrapper.transformer, setting.dtype)
-        stack.use(_networks(largest, number, setting))
+        stack.use(_beside(largest, number, setting))
         generate(wrapper, dataclasses.replace(inputs, plan=one_step))
         stack.remove()
 
@@ -247,6 +247,7 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
         dtype=setting.dtype,
         memory=config.memory.as_of_training(),
         work=work,
+        merged=_networks(largest, number, setting) if config.loras.merge_loras else (),
     )
     return load_for_sampling(request, trial)
 
@@ -270,7 +271,7 @@ def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
         audio_tokens=tokens["audio"],
         text_tokens=inputs.positive.text.shape[1],
         passes=1 + plan.needs_negative + plan.needs_perturbed + plan.needs_isolated,
-        networks_bytes=sum(path.stat().st_size for path, strength in _networks(one, number, setting) if strength != Strength(0, 0)),
+        networks_bytes=sum(path.stat().st_size for path, strength in _beside(one, number, setting) if strength != Strength(0, 0)),
         masked_tokens=0 if reference is None or reference.attention is None else tokens["video"],
     )
 
@@ -283,6 +284,11 @@ def _networks(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, 
         assert setting.distilled_lora is not None
         networks.append((setting.distilled_lora, Strength(stage.distilled_lora, stage.distilled_lora)))
     return tuple(networks)
+
+
+def _beside(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
+    """Networks that are not merged: all of them or, as then all clips have the same, none."""
+    return () if setting.config.loras.merge_loras else _networks(one, number, setting)
 
 
 def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> dict[Job, SampledLatents]:

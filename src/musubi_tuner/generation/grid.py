@@ -188,6 +188,11 @@ def _check(config: GenerateConfig, axes: Sequence[Axis], loras: Sequence[LoraUse
     pipeline, mode, scheduler = config.pipeline.pipeline, config.model.ltx_mode, config.guidance.sample_scheduler
     of_other = {"video": "audio_", "audio": "video_"}.get(mode)
     for name in names:
+        if name in OF_LORAS and config.loras.merge_loras:
+            raise UserError(
+                f"--grid {name}: its cells have different LoRAs, and --merge_loras merges those that all clips share. Leave it out, "
+                "or give --no-merge_loras where a recipe has it: LoRAs beside the model are switched without loading it again."
+            )
         if name in STRENGTHS and "lora" not in names and not loras:
             raise UserError(f"--grid {name}: is of LoRAs, and there is none: give --grid lora=FILES, or --lora FILE.")
         if name in GUIDANCE and pipeline in FIXED_STEPS:

@@ -98,6 +98,8 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
         ],
         "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
     }
+    if config.loras.merge_loras:
+        facts["merge_loras"] = True
     if prompt.written:
         facts["written"] = prompt.written
     for name in ("spatial_upsampler_path", "distilled_lora"):

@@ -38,6 +38,7 @@ _FLAGS = {
     "weight_format": "weight_format",
     "pipeline": "pipeline",
     "distilled_lora_strength": "distilled_lora_strength",
+    "merge_loras": "merge_loras",
 }
 """What a recipe says -> the flag that says it."""
 _OF_PROMPT = {
@@ -205,7 +206,7 @@ def tell_differences(recipe: Recipe, setting: Setting) -> None:
 def _tell_given(config: GenerateConfig, below: Beneath) -> None:
     now = {
         field.name: getattr(section, field.name)
-        for section in (config.clips, config.pipeline, config.guidance, config.model, config.memory)
+        for section in (config.clips, config.pipeline, config.loras, config.guidance, config.model, config.memory)
         for field in dataclasses.fields(section)
     }
     for key, value in below.values.items():

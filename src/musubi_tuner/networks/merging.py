@@ -1,4 +1,5 @@
-"""Base LoRAs: trained networks that become part of the frozen weights, tensor by tensor, while these are loaded.
+"""Trained networks that become part of the frozen weights, tensor by tensor, while these are loaded: base LoRAs of training, and LoRAs that
+clips are made with.
 
 A weight is merged in float32, before it is quantized where it is.
 """
@@ -6,9 +7,11 @@ A weight is merged in float32, before it is quantized where it is.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from musubi_tuner.networks.reading import NetworkFile, StoredAdapter
+from musubi_tuner.networks.stack import Strength
 from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
 
@@ -51,17 +54,41 @@ def merging_place(networks: Sequence[BaseNetwork], place: Callable[[str, Tensor]
             for network in networks:
                 adapter = network.file.adapters.get(module)
                 if adapter is not None:
-                    weight = _merged(network, module, weight, adapter)
+                    weight = _merged(f"--base_weights {network.file.path}", module, weight, adapter, network.multiplier)
             tensor = weight
         return place(name, tensor)
 
     return merged
 
 
-def _merged(network: BaseNetwork, module: str, weight: Tensor, adapter: StoredAdapter) -> Tensor:
+def summing_place(
+    networks: Sequence[tuple[NetworkFile, Strength]], place: Callable[[str, Tensor], Tensor], device: torch.device
+) -> Callable[[str, Tensor], Tensor]:
+    """As `merging_place`, but with what `NetworkStack` gives beside the model: W + sum of s (W' - W), where each network changes the plain
+    weight. Weights that no network changes, as its strength there is 0, stay as they are.
+
+    Args:
+        device: where weights are merged.
+    """
+
+    def merged(name: str, tensor: Tensor) -> Tensor:
+        module = name.removesuffix(_WEIGHT)
+        found = [(file, file.adapters[module], strength.of(module)) for file, strength in networks if module in file.adapters]
+        plain = total = None
+        for file, adapter, factor in found if name.endswith(_WEIGHT) else ():
+            if not factor:
+                continue
+            if plain is None:
+                plain = tensor.to(device).float()
+            alone = _merged(f"--lora {file.path}", module, plain, adapter, factor)
+            total = alone if total is None else total + (alone - plain)
+        return place(name, tensor if total is None else total)
+
+    return merged
+
+
+def _merged(named: str, module: str, weight: Tensor, adapter: StoredAdapter, multiplier: float) -> Tensor:
     try:
-        return merge_weight(weight, adapter, network.multiplier)
+        return merge_weight(weight, adapter, multiplier)
     except ValueError as error:
-        raise UserError(
-            f"--base_weights {network.file.path}: '{module}' does not fit this model ({error}). It was made for another model."
-        ) from error
+        raise UserError(f"{named}: '{module}' does not fit this model ({error}). It was made for another model.") from error

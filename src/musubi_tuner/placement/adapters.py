@@ -19,8 +19,9 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.networks.lycoris import LoHaLayer, LoKrLayer
-from musubi_tuner.networks.merging import BaseNetwork, merging_place
+from musubi_tuner.networks.merging import BaseNetwork, merging_place, summing_place
 from musubi_tuner.networks.reading import NetworkFile, read_network
+from musubi_tuner.networks.stack import Strength
 from musubi_tuner.networks.targets import is_audio_side, linear_names, linear_shapes
 from musubi_tuner.runtime.errors import UserError
 
@@ -40,15 +41,32 @@ def with_base_networks(networks: Sequence[tuple[Path, float]], checkpoint: Check
     """
     if not networks:
         return place
-    known = stored_linears(checkpoint)
-    merged = [BaseNetwork(read_network(path, known), strength) for path, strength in networks]
-    for network in merged:
-        log.info("merging %s x %g: %s", network.file.path.name, network.multiplier, network.file.describe())
-        if left := network.file.left_out:
-            log.warning("WARNING: its %d adapter(s) of the text connectors are left out, first '%s'", len(left), left[0])
+    merged = [BaseNetwork(_read_to_merge(path, f"x {strength:g}", checkpoint), strength) for path, strength in networks]
     if mode != "av":
         log.info("their weights of streams that --ltx_mode %s does not build are ignored", mode)
     return merging_place(merged, place)
+
+
+def with_networks(networks: Sequence[tuple[Path, Strength]], checkpoint: Checkpoint, place: Place, device: torch.device) -> Place:
+    """`place`, after the networks that clips are made with were merged into each weight on `device`.
+
+    Raises:
+        UserError: as `with_base_networks`.
+    """
+    if not networks:
+        return place
+    found = [
+        (_read_to_merge(path, f"x {strength.video:g} (sound {strength.audio:g})", checkpoint), strength) for path, strength in networks
+    ]
+    return summing_place(found, place, device)
+
+
+def _read_to_merge(path: Path, how: str, checkpoint: Checkpoint) -> NetworkFile:
+    file = read_network(path, stored_linears(checkpoint))
+    log.info("merging %s %s: %s", file.path.name, how, file.describe())
+    if left := file.left_out:
+        log.warning("WARNING: its %d adapter(s) of the text connectors are left out, first '%s'", len(left), left[0])
+    return file
 
 
 def stored_linears(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:

@@ -21,7 +21,16 @@ from musubi_tuner.memory.step_model import ModelShape
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
-from musubi_tuner.placement.adapters import Place, adapted_connectors, make_network, read_start, report_network, with_base_networks
+from musubi_tuner.networks.stack import Strength
+from musubi_tuner.placement.adapters import (
+    Place,
+    adapted_connectors,
+    make_network,
+    read_start,
+    report_network,
+    with_base_networks,
+    with_networks,
+)
 from musubi_tuner.placement.planning import BatchTokens, Placement
 from musubi_tuner.runtime.processes import Processes
 
@@ -93,7 +102,7 @@ def load_for_generation(
     timestep_format: str,
     device: torch.device,
     dtype: torch.dtype,
-    loras: Sequence[tuple[Path, float]] = (),
+    loras: Sequence[tuple[Path, Strength]] = (),
 ) -> OfficialLTXV2Wrapper:
     """A model to sample with, without a trained network or a trial.
 
@@ -109,7 +118,7 @@ def load_for_generation(
         mode=mode,
         device=device,
         dtype=dtype,
-        before=lambda place: with_base_networks(loras, checkpoint, mode, place),
+        before=lambda place: with_networks(loras, checkpoint, place, device),
     )
     run_blocks(weights, placement, device, max_rank=0, samples=True)
     return OfficialLTXV2Wrapper(weights.transformer, timestep_format).eval()

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.plan import Limits
 from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose_sampling_plan, sampling_plans
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.stack import Strength
 from musubi_tuner.placement.load import load_for_generation, shape_of
 from musubi_tuner.placement.planning import (
     BatchTokens,
@@ -53,6 +55,8 @@ class SamplingRequest:
     memory: MemoryOptions
     work: SamplingWork
     """The largest sample's."""
+    merged: tuple[tuple[Path, Strength], ...] = ()
+    """Networks that become part of the weights."""
 
 
 def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wrapper], object]) -> OfficialLTXV2Wrapper:
@@ -164,4 +168,5 @@ def _load(request: SamplingRequest, placement: Placement) -> OfficialLTXV2Wrappe
         timestep_format=request.timestep_format,
         device=request.device,
         dtype=request.dtype,
+        loras=request.merged,
     )
