@@ -3,10 +3,12 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import av
 import pytest
 import torch
+from PIL import Image
 
 from musubi_tuner import (
     ltxv2_cache_audio_latents,
@@ -17,6 +19,7 @@ from musubi_tuner import (
 )
 from musubi_tuner.cache import store
 from musubi_tuner.cache.names import text_name
+from musubi_tuner.generation.pipelines import Pipeline
 from musubi_tuner.generation.recipe import read_recipe
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
@@ -25,6 +28,10 @@ from musubi_tuner.training.preflight import wanted_caches
 from tests.training_parts import losses, read_tensors
 
 TOML = "[general]\nresolution = [64, 64]\ntarget_frames = [9]\n[[datasets]]\nvideo_directory = 'clips'\ncache_directory = 'cache'\n"
+PIPELINES = [
+    ("one_stage", "conv"), ("one_stage", "diffusion"), ("two_stage", "conv"), ("distilled", "conv"), ("distilled_one_stage", "diffusion"),
+    ("ic_lora", "conv"), ("keyframes", "conv"), ("hq", "diffusion"),
+]  # fmt: skip
 PROMPT = "A red disc --w 64 --h 64 --f 9 --s 2"
 
 
@@ -105,14 +112,19 @@ def test_previews_encode_a_prompt_that_was_not_cached(project):
     assert len(list((made / "sample").glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "decoder"), [("one_stage", "conv"), ("one_stage", "diffusion"), ("distilled", "conv"), ("two_stage", "conv")]
-)
+def test_every_pipeline_is_tried_below():
+    assert {pipeline for pipeline, _ in PIPELINES} == set(get_args(Pipeline))
+
+
+@pytest.mark.parametrize(("pipeline", "decoder"), PIPELINES)
 def test_pipelines_play_with_sound(project, tiny_family, tmp_path, pipeline, decoder):
+    picture, clip = project.folder / "start.png", next((project.folder / "clips").glob("*.mp4"))
+    Image.new("RGB", (128, 64), (200, 40, 90)).save(picture)
+    prompt = "a dog" + {"ic_lora": f" --v {clip}", "keyframes": f" --k 8={picture}"}.get(pipeline, "")
     project = replace(project, vae=tiny_family.ltx25_vae if decoder == "conv" else tiny_family.ltx25_diffusion_vae)
     size = ["--sample_width", "128", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--device", "cpu"]
     second = ["--spatial_upsampler_path", str(tiny_family.upsampler), "--distilled_lora", str(tiny_family.distilled_lora)]
-    text = ["--text_encoder", str(project.encoder), "--prompt", "a dog", "--pipeline", pipeline, "--output_dir", str(tmp_path)]
+    text = ["--text_encoder", str(project.encoder), "--prompt", prompt, "--pipeline", pipeline, "--output_dir", str(tmp_path)]
     assert ltxv2_generate_video.main([*project.files, *size, *second, *text]) == 0
     (path,) = tmp_path.glob("*.mp4")
     assert plays(path) and read_recipe(path).facts["pipeline"] == pipeline
