@@ -26,6 +26,7 @@ DESCRIPTION = "Make clips with sound from prompts, with any LoRA at any strength
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(GenerateConfig, argv, prog=prog, description=DESCRIPTION, beneath=_of_recipe)
     from musubi_tuner.generation.clips import make_clips
+    from musubi_tuner.generation.durations import timed
     from musubi_tuner.generation.enhanced import enhanced
     from musubi_tuner.generation.jobs import chosen_loras, make_jobs, read_prompts
     from musubi_tuner.runtime.tables import format_table
@@ -39,7 +40,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         tell_differences(again.recipe, setting)
     else:
         prompts, loras = enhanced(read_prompts(config), config), chosen_loras(config.loras)
-        setting = make_setting(config)
+        prompts, setting = timed(prompts, make_setting(config))
     if config.grid.wanted:
         from musubi_tuner.generation.axes import read_axes
         from musubi_tuner.generation.grid import make_grid

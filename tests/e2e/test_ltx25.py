@@ -184,3 +184,51 @@ def test_gemma_3_is_refused_for_2_5_and_gemma_4_for_2_3(project, tiny_family):
     for encoder in (tiny_family.gemma4, tiny_family.ltx25_gemma):
         with pytest.raises(UserError, match=r"a Gemma 4; ltx2_tiny_2\.3\.safetensors is LTX-2\.3, which was trained with Gemma 3 12B"):
             replace(project, model=tiny_family.ltx23, encoder=encoder).cache_texts()
+
+
+def predicted(project: Project, tiny_family, folder: Path, *flags: str) -> list[Path]:
+    size = ["--sample_width", "64", "--sample_height", "64", "--sample_steps", "1", "--device", "cpu", "--output_dir", str(folder)]
+    head = ["--duration_head", str(tiny_family.ltx25_duration_head), "--text_encoder", str(project.encoder)]
+    assert ltxv2_generate_video.main([*project.files, *size, *head, *flags]) == 0
+    return sorted(folder.glob("*.mp4"))
+
+
+def test_clips_are_as_long_as_the_duration_head_predicts(project, tiny_family, tmp_path, monkeypatch, caplog):
+    """But for prompts that name their frames; the text encoder is loaded once."""
+    from musubi_tuner.placement import text
+
+    loads, real = [], text.load_feature_stage
+    monkeypatch.setattr(text, "load_feature_stage", lambda *a, **k: loads.append(1) or real(*a, **k))
+    caplog.set_level("INFO")
+    prompts = ["a dog --fr 12", "a cat sleeps on a red chair by the window --fr 12", "rain --f 17"]
+    clips = predicted(project, tiny_family, tmp_path, "--pipeline", "distilled_one_stage", "--prompt", *prompts)
+    frames = [read_recipe(path).facts["prompt"]["frames"] for path in clips]
+    assert frames[2] == 17 and all(17 <= count <= 41 for count in frames[:2]) and caplog.text.count("by --duration_head") == 0
+    for path, count in zip(clips, frames, strict=True):
+        with av.open(str(path)) as container:
+            assert len(list(container.decode(video=0))) == count
+    assert caplog.text.count("predicts") == 2 and len(loads) == 2, "once for the texts to predict from, once for the others"
+    before = [path.read_bytes() for path in clips]
+    assert predicted(project, tiny_family, tmp_path, "--pipeline", "distilled_one_stage", "--prompt", *prompts) == clips
+    assert [path.read_bytes() for path in clips] == before, "the same command makes the same clips"
+
+
+def test_a_duration_head_that_does_not_fit_is_told_before_anything_is_encoded(project, tiny_family, tmp_path, monkeypatch):
+    from musubi_tuner.placement import text
+
+    monkeypatch.setattr(text, "load_feature_stage", lambda *a, **k: pytest.fail("encoded"))
+    base = [*project.files, "--text_encoder", str(project.encoder), "--prompt", "a dog", "--device", "cpu", "--output_dir", str(tmp_path)]
+    for flags, says in (
+        (["--duration_head", str(tiny_family.upsampler)], "holds no duration head"),
+        (["--duration_head", str(tiny_family.ltx25_duration_head), "--ltxv2_model", str(tiny_family.ltx23)], r"is LTX-2\.3"),
+        (["--duration_head", str(tiny_family.ltx25_duration_head), "--text_encoder_backend", "t5"], "by Gemma 4"),
+    ):
+        words = [word for word in base if not (word in (*project.files[:2],) and "--ltxv2_model" in flags)]
+        with pytest.raises(UserError, match=says):
+            ltxv2_generate_video.main([*words, *flags])
+
+
+def test_a_keyframe_behind_the_predicted_end_is_named(project, tiny_family, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "last.png")
+    with pytest.raises(UserError, match=r"of \d+ frames by --duration_head; --f gives others\): --k 400="):
+        predicted(project, tiny_family, tmp_path, "--prompt", f"a dog --k 400={tmp_path}/last.png")

@@ -127,6 +127,11 @@ class GenerationModelOptions:
     tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
     max_length: TextTokens | None = flag("cuts prompts to this many tokens", default=None)
     text_cache: AnyPath | None = flag("folder with texts that were cached for this model, which need no encoder", default=None)
+    duration_head: AnyPath | None = flag(
+        "duration head of LTX-2.5: prompts that name no frames (--f) are as long as it predicts from their text, 1 to 20 s, in place of "
+        "--sample_frames",
+        default=None,
+    )
     ltx_mode: Mode = flag("video with sound, video alone, or sound alone", default="av", common=True)
     ltxv2_timestep_format: Literal["sd3_0_1", "flowmatch_1_1000", "legacy_0_1000"] = flag(
         "how noise levels are told to the model; sd3_0_1 is what official pipelines and ComfyUI do", default="sd3_0_1"
@@ -189,6 +194,10 @@ class GenerateConfig:
             raise UserError("give what to make by --prompt TEXT, --sample_prompts FILE or --recreate CLIP, by one of them.")
         if self.enhancement.enhance_prompt is not None and self.model.text_encoder is None:
             raise UserError("--enhance_prompt: it is the text encoder's model that writes; give --text_encoder FOLDER.")
+        if self.model.duration_head is not None and self.clips.recreate is not None:
+            raise UserError("--duration_head: --recreate takes the length of the clip from its recipe; leave one of them out.")
+        if self.model.duration_head is not None and self.model.text_encoder_backend == "t5":
+            raise UserError("--duration_head: was trained on contexts by Gemma 4; leave it out, or --text_encoder_backend t5.")
         for name in ("lora_folder", "input_folder"):
             if getattr(self.clips, name) is not None and self.clips.recreate is None:
                 raise UserError(f"--{name}: is where --recreate looks for files; give --recreate CLIP, or leave it out.")

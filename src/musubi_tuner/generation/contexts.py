@@ -1,7 +1,7 @@
 """The text contexts of samples: from the cache, or encoded before the transformer is loaded where there is an encoder."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,20 @@ class TextSource:
     """What caches the texts of the prompts, as it is typed; for messages."""
     remedy: str = "or give training --text_encoder, which then encodes them before it starts."
     """What else helps; for messages."""
+
+
+def remembering(source: TextSource) -> TextSource:
+    """The same source, which encodes no text a second time."""
+    encode, known = source.encode, {}
+    if encode is None:
+        return source
+
+    def encoded(texts: Sequence[str]) -> Sequence[tuple[Tensor, Tensor]]:
+        if missing := [text for text in texts if text not in known]:
+            known.update(zip(missing, encode(missing), strict=True))
+        return [known[text] for text in texts]
+
+    return replace(source, encode=encoded)
 
 
 def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from musubi_tuner.config.generation import GenerateConfig, LoraOptions
 from musubi_tuner.config.preview import GuidanceOptions
 from musubi_tuner.config.validation import shortened
+from musubi_tuner.ltxv2.text.duration import LONGEST
 from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.prompt import PreviewPrompt
@@ -103,6 +104,7 @@ def read_prompts(config: GenerateConfig) -> tuple[PreviewPrompt, ...]:
         fps=guidance.sample_fps,
         steps=guidance.sample_steps,
         seed=PromptDefaults().seed if clips.seed is None else clips.seed,
+        longest=None if config.model.duration_head is None else LONGEST,
     )
     if clips.sample_prompts is not None:
         prompts = load_prompts(clips.sample_prompts, defaults)

@@ -80,6 +80,8 @@ class PreviewPrompt:
     where: str
     """File and line or entry, for messages."""
     inputs: ConditioningInputs = ConditioningInputs()
+    names_frames: bool = True
+    """`frames` is the prompt's own or its default; False = the most that it may have, until a duration is predicted."""
     written: str = ""
     """What the user wrote, where `prompt` was written out of it by a language model."""
 

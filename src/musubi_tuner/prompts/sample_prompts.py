@@ -32,6 +32,12 @@ class PromptDefaults:
     steps: int | None = None
     """None = by the model's version."""
     seed: int = 10
+    longest: float | None = None
+    """Seconds of prompts that name no frames, at most, in place of `frames`: a duration is predicted."""
+
+    def frames_at(self, fps: float) -> int:
+        """Of a prompt that names none."""
+        return self.frames if self.longest is None else round(self.longest * fps) // 8 * 8 + 1
 
 
 INPUT_FLAGS = {
@@ -280,20 +286,22 @@ def split_line(where: str, line: str) -> tuple[str, dict[str, str]]:
 
 def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: PromptDefaults) -> PreviewPrompt:
     cfg = entry.guidance_scale if entry.cfg_scale is None else entry.cfg_scale
+    fps = entry.frame_rate or defaults.fps
     prompt = PreviewPrompt(
         index=index,
         prompt=entry.prompt.strip(),
         negative=entry.negative_prompt.strip(),
         width=entry.width or defaults.width,
         height=entry.height or defaults.height,
-        frames=entry.frame_count or defaults.frames,
-        fps=entry.frame_rate or defaults.fps,
+        frames=entry.frame_count or defaults.frames_at(fps),
+        fps=fps,
         seed=defaults.seed if entry.seed is None else entry.seed,
         steps=entry.sample_steps or defaults.steps,
         video_cfg=cfg,
         audio_cfg=cfg if entry.audio_cfg_scale is None else entry.audio_cfg_scale,
         where=where,
         inputs=_find_inputs(where, entry, folder),
+        names_frames=entry.frame_count is not None or defaults.longest is None,
     )
     check_prompt(prompt)
     return prompt

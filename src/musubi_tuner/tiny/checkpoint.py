@@ -21,6 +21,7 @@ from musubi_tuner.ltxv2.autoencoders.audio_vae import log_mel
 from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD
 from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS, patchify_audio
 from musubi_tuner.ltxv2.text.connectors import Connectors
+from musubi_tuner.ltxv2.text.duration import PREFIX, DurationHead
 from musubi_tuner.ltxv2.text.features import FeatureExtractor
 from musubi_tuner.ltxv2.text.packed import SOURCE, VERSION
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
@@ -52,6 +53,7 @@ class TinyFamily:
     """Audio VAE and vocoder."""
     ltx25_gemma: Path
     """Text encoder and projection in one file."""
+    ltx25_duration_head: Path
     upsampler: Path
     """Latent upsampler by 2."""
     distilled_lora: Path
@@ -81,6 +83,7 @@ def write_tiny_family(folder: Path) -> TinyFamily:
         ltx25_diffusion_vae=folder / "ltx2_tiny_2.5_video_vae.safetensors",
         ltx25_audio_vae=folder / "ltx2_tiny_2.5_audio_vae.safetensors",
         ltx25_gemma=folder / "gemma4_tiny_with_proj_2.5.safetensors",
+        ltx25_duration_head=folder / "ltx2_tiny_2.5_duration_head.safetensors",
         upsampler=folder / "ltx2_tiny_spatial_upscaler_x2.safetensors",
         distilled_lora=folder / "ltx2_tiny_distilled_lora.safetensors",
         gemma=folder / "gemma3",
@@ -127,6 +130,7 @@ def _write_pack(family: TinyFamily, frozen: Mapping[str, Tensor]) -> None:
     write_checkpoint(family.ltx25_audio_vae, sound, {key: config[key] for key in ("audio_vae", "vocoder")}, "2.5")
     tensors, metadata = pack_gemma4(family.gemma4, projection_tensors("2.5"))
     write_bytes(family.ltx25_gemma, serialize(tensors, metadata))
+    write_bytes(family.ltx25_duration_head, serialize(duration_head_tensors(), {}))
 
 
 def full_config(version: str) -> dict[str, Any]:
@@ -163,6 +167,14 @@ def upsampler_tensors() -> dict[str, Tensor]:
     from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 
     return _randomized(LTX2LatentUpsamplerModel(in_channels=LATENT_CHANNELS, mid_channels=32, num_blocks_per_stage=1), "upsampler")
+
+
+def duration_head_tensors() -> dict[str, Tensor]:
+    """Of 1 to 3 seconds, by the text."""
+    head = DurationHead((configs.VIDEO_WIDTH, configs.AUDIO_WIDTH), width=16, queries=1, hidden=16)
+    tensors = _randomized(head, "duration head")
+    tensors["mlp_out.bias"] = torch.full((1,), math.log(1.7))
+    return {f"{PREFIX}{name}": tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def distilled_lora_tensors() -> dict[str, Tensor]:
