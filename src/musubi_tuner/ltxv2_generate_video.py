@@ -37,7 +37,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         again = read_again(config)
         prompts, loras = (again.prompt,), again.loras
         setting = make_setting(config)
-        tell_differences(again.recipe, setting)
+        tell_differences(again, setting)
     else:
         prompts, loras = enhanced(read_prompts(config), config), chosen_loras(config.loras)
         prompts, setting = timed(prompts, make_setting(config))
@@ -88,7 +88,7 @@ def make_setting(config: GenerateConfig) -> Setting:
 
 def _texts(config: GenerateConfig, checkpoint: Checkpoint) -> TextSource:
     from musubi_tuner.generation.contexts import TextSource
-    from musubi_tuner.ltxv2.text.encoders import encoder_options
+    from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
     from musubi_tuner.ltxv2.text.pipeline import TextRecipe, text_widths
     from musubi_tuner.ltxv2.transformer.load import read_config
     from musubi_tuner.placement.text import encode_prompts
@@ -98,7 +98,7 @@ def _texts(config: GenerateConfig, checkpoint: Checkpoint) -> TextSource:
     expected = {"widths": "+".join(map(str, text_widths(transformer, model.ltx_mode)))}
     if checkpoint.model_version:
         expected["model_version"] = checkpoint.model_version
-    encode = None
+    encode = encoder = None
     if model.text_encoder is not None:
         options = encoder_options(
             model.text_encoder,
@@ -110,11 +110,12 @@ def _texts(config: GenerateConfig, checkpoint: Checkpoint) -> TextSource:
             ram_gb=config.memory.ram_gb,
         )
         recipe = TextRecipe(checkpoint=checkpoint, config=transformer, options=options, mode=model.ltx_mode, stage="context")
-        encode = partial(encode_prompts, recipe)
+        encode, encoder = partial(encode_prompts, recipe), encoder_fingerprint(options)
     return TextSource(
         cache_directory=model.text_cache or config.clips.output_dir / "texts",
         expected=expected,
         encode=encode,
+        encoder=encoder,
         command=f"{PROG} ... --text_encoder FOLDER",
         remedy="or give the folder of texts that were cached for this model by --text_cache.",
     )

@@ -137,6 +137,23 @@ def test_another_model_is_told(tiny_family, texts, tmp_path, caplog):
     assert "--ltxv2_model: another model than the clip was made with" in caplog.text and "--vae" not in caplog.text
 
 
+def test_another_text_encoder_is_told(tiny_family, texts, tmp_path, caplog):
+    """Whether its texts come from a cache or are encoded now; the same one is the same from either."""
+    (clip,) = run(tiny_family, texts, tmp_path / "first", "--prompt", "a dog")
+    here = ("--text_cache", str(tmp_path / "nothing"), "--text_encoder")
+    again(tiny_family, texts, clip, tmp_path / "same", *here, str(tiny_family.gemma))
+    assert "text encoder" not in caplog.text
+    other = Path(shutil.copytree(tiny_family.gemma, tmp_path / "other gemma"))
+    (weights,) = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({key: value * 1.5 if key.endswith("q_proj.weight") else value for key, value in tensors.items()}, weights, {"format": "pt"})
+    again(tiny_family, texts, clip, tmp_path / "again", *here, str(other))
+    assert re.search(r"another text encoder than the clip was made with \(fingerprint .*--text_cache", caplog.text)
+    assert read_recipe(clip).facts["text_encoder"] in caplog.text
+    both = run(tiny_family, tmp_path / "nothing", tmp_path / "first", "--prompt", "a dog", "--text_encoder", str(other))
+    assert len(both) == 2, "another encoder's clip is another clip"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

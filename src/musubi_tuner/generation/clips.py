@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.config.generation import GenerateConfig
-from musubi_tuner.generation.contexts import TextContext, TextSource, load_contexts
+from musubi_tuner.generation.contexts import TextContext, TextSource, encoders_of, load_contexts
 from musubi_tuner.generation.decode import decode_samples, try_decoders, write_sample
 from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
 from musubi_tuner.generation.encode import (
@@ -111,9 +111,8 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
     Raises:
         UserError: anything that cannot be used; before the transformer is loaded, where it can be known by then.
     """
-    config, folder = setting.config, setting.config.clips.output_dir
-    model = setting.model
-    recipes = {job: recipe_of(job, config, model) for job in jobs}
+    folder = setting.config.clips.output_dir
+    recipes = recipes_of(jobs, setting)
     unfinished = Unfinished(folder)
     unfinished.open()
     there = {job: path for job in jobs if (path := unfinished.finished(job.stem, recipes[job])) is not None}
@@ -129,6 +128,16 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
         there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
+
+
+def recipes_of(jobs: Sequence[Job], setting: Setting) -> dict[Job, Recipe]:
+    """What each clip is made from.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    model, encoders = setting.model, encoders_of({job.prompt.prompt for job in jobs}, setting.texts)
+    return {job: recipe_of(job, setting.config, model, encoders[job.prompt.prompt]) for job in jobs}
 
 
 def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> list[Planned]:

@@ -1,13 +1,13 @@
 """The text contexts of samples: from the cache, or encoded before the transformer is loaded where there is an encoder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.cache.audit import reason_to_rebuild
+from musubi_tuner.cache.audit import header_of, reason_to_rebuild
 from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, training_key
 from musubi_tuner.cache.store import read
@@ -30,6 +30,7 @@ class TextContext:
 EncodePrompts = Callable[[Sequence[str]], Sequence[tuple[Tensor, Tensor]]]
 """Texts -> (S, W) contexts and (S,) masks, as text caching makes them; keeps no encoder after it returns."""
 
+_ENCODER = "encoder_fingerprint"
 _CACHED_DTYPE = torch.bfloat16
 """What text caching stores: what is encoded here is rounded to it, so that it makes no difference where it was done."""
 
@@ -43,6 +44,8 @@ class TextSource:
     """Metadata that a cached context must have beside its kind and stage, as in `cache.audit.reason_to_rebuild`."""
     encode: EncodePrompts | None = None
     """For what is not cached; None where no text encoder was given."""
+    encoder: str | None = None
+    """Fingerprint of what `encode` encodes with, as cached texts have it."""
     command: str = "ltxv2_cache_text_encoder_outputs.py"
     """What caches the texts of the prompts, as it is typed; for messages."""
     remedy: str = "or give training --text_encoder, which then encodes them before it starts."
@@ -63,6 +66,17 @@ def remembering(source: TextSource) -> TextSource:
     return replace(source, encode=encoded)
 
 
+def encoders_of(texts: Collection[str], source: TextSource) -> dict[str, str | None]:
+    """Fingerprint of the encoder that each text's context is made by: what its cache file says, or that of `source`; None where neither
+    tells."""
+    found = {}
+    for text in texts:
+        path = prompt_path(source.cache_directory, text)
+        header = header_of(path) if _reason_against(path, source) is None else ""
+        found[text] = source.encoder if isinstance(header, str) else header[0].get(_ENCODER)
+    return found
+
+
 def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:
     """Context of each text.
 
@@ -72,10 +86,8 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
     Raises:
         UserError: texts that are not cached and cannot be encoded, with the command that caches them; or a wrong width.
     """
-    expected = {"kind": "text", "stage": "context", **source.expected}
     paths = {text: prompt_path(source.cache_directory, text) for text in texts}
-    needed = ("text", TEXT_MASK_KEY)
-    reasons = {text: reason_to_rebuild(path, expected, needed, text_forms, to_read=True) for text, path in paths.items()}
+    reasons = {text: _reason_against(path, source) for text, path in paths.items()}
     missing = {text: reason for text, reason in reasons.items() if reason is not None}
     if missing and source.encode is None:
         rows = "\n".join(f"  {text[:60]!r}: {reason}" for text, reason in missing.items())
@@ -99,6 +111,11 @@ def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int
                 "with the --ltxv2_model, --text_encoder_backend and --ltx_mode of training."
             )
     return contexts
+
+
+def _reason_against(path: Path, source: TextSource) -> str | None:
+    expected = {"kind": "text", "stage": "context", **source.expected}
+    return reason_to_rebuild(path, expected, ("text", TEXT_MASK_KEY), text_forms, to_read=True)
 
 
 def _to_context(text: Tensor, mask: Tensor) -> TextContext:

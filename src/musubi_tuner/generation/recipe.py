@@ -68,11 +68,12 @@ def model_identity(transformer: Checkpoint, vae: Checkpoint, audio_vae: Checkpoi
     return found
 
 
-def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Recipe:
+def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str], text_encoder: str | None) -> Recipe:
     """Of a clip that is to be made.
 
     Args:
         model: its `model_identity`.
+        text_encoder: fingerprint of what its prompt's context is made by, where it is known.
 
     Raises:
         UserError: a file that cannot be read.
@@ -100,6 +101,8 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str]) -> Rec
     }
     if config.loras.merge_loras:
         facts["merge_loras"] = True
+    if text_encoder is not None:
+        facts["text_encoder"] = text_encoder
     if prompt.written:
         facts["written"] = prompt.written
     for name in ("spatial_upsampler_path", "distilled_lora"):

@@ -21,6 +21,7 @@ from musubi_tuner.config.generation import GenerateConfig, LoraStrength
 from musubi_tuner.config.preview import GuidanceOptions, Steps
 from musubi_tuner.config.validation import FrameRate, Frames, Seed, Share, Side, Text, Wording, options, shortened, validated
 from musubi_tuner.generation.clips import Setting
+from musubi_tuner.generation.contexts import encoders_of
 from musubi_tuner.generation.jobs import LoraUse, chosen_loras, split_lora
 from musubi_tuner.generation.recipe import Recipe, file_hash, read_recipe
 from musubi_tuner.networks.stack import Strength
@@ -178,8 +179,9 @@ def read_again(config: GenerateConfig) -> Again:
     return Again(recipe, prompt, loras)
 
 
-def tell_differences(recipe: Recipe, setting: Setting) -> None:
+def tell_differences(again: Again, setting: Setting) -> None:
     """Warn of model files and versions that are not those of the recipe."""
+    recipe, text = again.recipe, again.prompt.prompt
     stored, model = recipe.facts.get("model"), setting.model
     stored = stored if isinstance(stored, dict) else {}
     for key, flag in _MODEL.items():
@@ -192,6 +194,12 @@ def tell_differences(recipe: Recipe, setting: Setting) -> None:
         path, before = getattr(setting.config.pipeline, name), recipe.facts.get(name)
         if path is not None and isinstance(before, dict) and before.get("sha256") != file_hash(path):
             log.warning("WARNING: --%s %s: another file than the clip was made with (%s).", name, path, shortened(repr(before.get("name"))))
+    encoder, ours = recipe.facts.get("text_encoder"), encoders_of([text], setting.texts)[text]
+    if isinstance(encoder, str) and ours is not None and ours != encoder:
+        log.warning(
+            "WARNING: its prompt is encoded by another text encoder than the clip was made with (fingerprint %s, now %s), so another clip "
+            "comes out. Give that one by --text_encoder, or texts that were cached with it by --text_cache.", shortened(encoder), ours,
+        )  # fmt: skip
     import torch
 
     from musubi_tuner import __version__

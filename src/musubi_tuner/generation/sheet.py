@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.generation.axes import OF_LORAS
-from musubi_tuner.generation.clips import Made, Setting, make_clips
+from musubi_tuner.generation.clips import Made, Setting, make_clips, recipes_of
 from musubi_tuner.generation.grid import Grid
 from musubi_tuner.generation.jobs import Job
-from musubi_tuner.generation.recipe import Recipe, recipe_of
+from musubi_tuner.generation.recipe import Recipe
 from musubi_tuner.generation.sheet_picture import write_sheet_picture
 from musubi_tuner.page.fill import MEDIA_KINDS, data_of, fill, part
 
@@ -119,9 +119,7 @@ def make_cells(grid: Grid, setting: Setting) -> list[Made]:
     Raises:
         UserError: what `make_clips` raises.
     """
-    config = setting.config
-    model = setting.model
-    sheet = Sheet(grid, {job: recipe_of(job, config, model) for job in grid.jobs}, config.clips.output_dir)
+    sheet = Sheet(grid, recipes_of(grid.jobs, setting), setting.config.clips.output_dir)
     log.info("grid: %d cells, %d clips; %s shows them as they come", len(grid.cells), len(grid.jobs), sheet.path)
     made = make_clips(grid.jobs, setting, sheet.tell)
     sheet.write()
