@@ -152,7 +152,7 @@ def _make_stage(encoder: str, options: Any, layers: int, streamed: int) -> "Feat
             module.to_empty(device=options.device, recurse=False)
     loaded = TextEncoder(model.requires_grad_(False).eval(), PromptTokenizer(_Words(), options.max_length), options)
     if on_host:
-        stream_layers(loaded, on_host, options.device)
+        stream_layers(loaded.layers, on_host, options.device)
     return FeatureStage(loaded, extractor.to_empty(device=options.device).requires_grad_(False).eval(), options.dtype)
 
 

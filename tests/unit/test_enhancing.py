@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from musubi_tuner.ltxv2.text.enhancing import IMAGE_INSTRUCTION, INSTRUCTION, Enhancer, _cleaned, enhance
+from musubi_tuner.ltxv2.text.enhancing import IMAGE_INSTRUCTION, INSTRUCTION, Enhancer, _cleaned
+from musubi_tuner.ltxv2.text.enhancing import enhance as enhance_by
 from musubi_tuner.runtime.errors import UserError
+
+
+def enhance(how: Enhancer, prompts, place=lambda model, tokens: model.to("cpu")) -> list[str]:
+    return enhance_by(how, prompts, place)
 
 
 def enhancer(folder: Path, **options: object) -> Enhancer:

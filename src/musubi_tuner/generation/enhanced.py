@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from musubi_tuner.cache.store import write_bytes
@@ -31,6 +32,8 @@ def enhanced(prompts: Sequence[PreviewPrompt], config: GenerateConfig) -> tuple[
         return tuple(prompts)
     from musubi_tuner.ltxv2.text.encoders import encoder_fingerprint, encoder_options
     from musubi_tuner.ltxv2.text.enhancing import Enhancer, enhance
+    from musubi_tuner.placement.text import memory_in_words
+    from musubi_tuner.placement.writing import place_writer
 
     device = pick_device(config.model.device)
     enhancer = Enhancer(
@@ -46,7 +49,9 @@ def enhanced(prompts: Sequence[PreviewPrompt], config: GenerateConfig) -> tuple[
     }
     if missing := [prompt for prompt in prompts if keys[prompt] not in known]:
         log.info("writing out %d prompt(s) by the model of %s", len(missing), encoder)
-        texts = enhance(enhancer, [(prompt.prompt, prompt.inputs.image) for prompt in missing])
+        place = partial(place_writer, device=device, vram_gb=config.memory.vram_gb, ram_gb=config.memory.ram_gb)
+        with memory_in_words("--vram_gb is smaller, and more of the model's layers are streamed", doing="prompts were written out"):
+            texts = enhance(enhancer, [(prompt.prompt, prompt.inputs.image) for prompt in missing], place)
         known |= {keys[prompt]: {"written": prompt.prompt, "enhanced": text} for prompt, text in zip(missing, texts, strict=True)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(known, ensure_ascii=False, indent=1).encode())

@@ -99,11 +99,12 @@ def encode_prompts(recipe: TextRecipe, prompts: Sequence[str]) -> list[tuple[Ten
 
 
 @contextmanager
-def memory_in_words(remedy: str) -> Iterator[None]:
-    """Around the encoding of texts.
+def memory_in_words(remedy: str, doing: str = "texts were encoded") -> Iterator[None]:
+    """Around the encoding, or writing, of texts.
 
     Args:
         remedy: that takes less memory: "... where <remedy>".
+        doing: when it ran out: "... while <doing>".
 
     Raises:
         TemporaryFailure: in place of a device that runs out of memory.
@@ -112,7 +113,7 @@ def memory_in_words(remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TemporaryFailure(
-            f"the card ran out of memory while texts were encoded ({first_line(error)}). Close other programs that hold memory of the "
+            f"the card ran out of memory while {doing} ({first_line(error)}). Close other programs that hold memory of the "
             f"card; less is needed where {remedy}."
         ) from error
 
@@ -131,24 +132,29 @@ def load_streamed(options: EncoderOptions, on_host: Sequence[int], *, poison: bo
     assert weights is not None, "nobody has layers of such an encoder streamed"
     regions = Region.of_own(weights.layers[number] for number in on_host)
     encoder = load_encoder(options, on_host={number: region.put for number, region in zip(on_host, regions, strict=True)})
-    stream_layers(encoder, on_host, options.device, regions=regions, poison=poison)
+    stream_layers(encoder.layers, on_host, options.device, regions=regions, poison=poison)
     return encoder
 
 
 def stream_layers(
-    encoder: TextEncoder, on_host: Sequence[int], device: torch.device, *, regions: Sequence[Region] | None = None, poison: bool = False
+    layers: Sequence[nn.Module],
+    on_host: Sequence[int],
+    device: torch.device,
+    *,
+    regions: Sequence[Region] | None = None,
+    poison: bool = False,
 ) -> None:
     """Have layers that lie in host memory brought to the device before they run.
 
     Args:
-        on_host: their numbers.
+        layers: all of a language model.
+        on_host: numbers of those.
         regions: as `BlockStreamer`.
         poison: as `BlockStreamer`, for tests.
 
     Raises:
         UserError: so much host memory cannot be pinned.
     """
-    layers = encoder.layers
     streamed = [layers[number] for number in on_host]
     try:
         streamer = BlockStreamer(streamed, device, slots=SLOTS, poison=poison, regions=regions)

@@ -5,7 +5,7 @@ their own and leave torch's random state as it was, so a clip's noise does not d
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,22 +62,27 @@ class Enhancer:
         return text
 
 
-def enhance(enhancer: Enhancer, prompts: Sequence[tuple[str, Path | None]]) -> list[str]:
+def enhance(enhancer: Enhancer, prompts: Sequence[tuple[str, Path | None]], place: Callable[[Any, int], object]) -> list[str]:
     """Each prompt, with the picture that its clip starts from, written out. Nothing stays in memory, and no random state changes.
+
+    Args:
+        place: puts the model, which lies on the CPU, onto the device; is told the tokens of the longest text with what is written.
 
     Raises:
         UserError: a folder that is no language model, or answers nothing.
     """
     texts = [enhancer.instruction_for(with_image=image is not None) for _, image in prompts]
     model, processor = _load(enhancer)
+    inputs = [_inputs(enhancer, processor, instruction, prompt, image) for (prompt, image), instruction in zip(prompts, texts, strict=True)]
+    place(model, max(given["input_ids"].shape[1] for given in inputs) + _MOST_TOKENS)
     written = []
     devices = [enhancer.device] if enhancer.device.type == "cuda" else []
-    for (prompt, image), instruction in zip(prompts, texts, strict=True):
-        inputs = _inputs(enhancer, processor, instruction, prompt, image).to(enhancer.device)
+    for (prompt, _), on_cpu in zip(prompts, inputs, strict=True):
+        given = on_cpu.to(enhancer.device)
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(enhancer.seed)
-            answer = model.generate(**inputs, do_sample=True, temperature=_TEMPERATURE, max_new_tokens=_MOST_TOKENS)
-        words = processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answer = model.generate(**given, do_sample=True, temperature=_TEMPERATURE, max_new_tokens=_MOST_TOKENS)
+        words = processor.decode(answer[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         written.append(_cleaned(words, prompt))
     del model
     free_memory(enhancer.device)
@@ -85,6 +90,7 @@ def enhance(enhancer: Enhancer, prompts: Sequence[tuple[str, Path | None]]) -> l
 
 
 def _load(enhancer: Enhancer) -> tuple[Any, Any]:
+    """On the CPU, where weights in the dtype of their file are only mapped."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     folder = resolve_model(enhancer.encoder, "--text_encoder")
@@ -97,7 +103,7 @@ def _load(enhancer: Enhancer) -> tuple[Any, Any]:
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(folder, local_files_only=True)
-        model = kind.from_pretrained(folder, local_files_only=True, dtype=enhancer.dtype).to(enhancer.device).eval()
+        model = kind.from_pretrained(folder, local_files_only=True, dtype=enhancer.dtype).requires_grad_(False).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"--enhance_prompt: the model in {folder} cannot be loaded to write ({str(error).splitlines()[0]}). Leave the flag out, or "
