@@ -3,6 +3,7 @@
     dataset.toml  sounds.toml  clips/ stills/ sounds/ cache/  clips.jsonl  captions beside the media
     recipe.toml   prompts.txt prompts.toml prompts.json   flags.toml        lora.safetensors  state/
     models/model.safetensors  models/vae.safetensors  models/audio_vae.safetensors  models/gemma3/   precomputed/
+    models/upsampler.safetensors  models/duration_head.safetensors
 
 An input runs in a scratch folder that holds all of it, small files copied and large ones linked, and changes what is malformed there.
 Names are relative to that folder, which is the working directory of the run.
@@ -212,6 +213,8 @@ def _write_models(folder: Path) -> None:
         tensors = {name: whole.tensor(name).clone() for name in whole.names() if name.startswith(prefixes)}
         write_bytes(folder / "models" / f"{part}.safetensors", serialize(tensors, whole.metadata))
     shutil.copytree(family.gemma, folder / "models" / "gemma3")
+    shutil.copy(family.upsampler, folder / "models" / "upsampler.safetensors")
+    shutil.copy(family.ltx25_duration_head, folder / "models" / "duration_head.safetensors")
     shutil.rmtree(family.folder)
 
 

@@ -10,16 +10,21 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.malformed.base import ADOPT, DOCTOR, IMPORT, LATENTS, SOUND, TEXT, TRAIN, Malformed, put
+from tests.malformed.base import ADOPT, DOCTOR, GENERATE, IMPORT, LATENTS, SOUND, TEXT, TRAIN, Malformed, put
 from tests.malformed.structure import variants
 
 USERS: Mapping[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
-    "models/model.safetensors": ("checkpoint", ((TRAIN, ()), (TEXT, ("--no-skip_existing",)), (IMPORT, ()), (DOCTOR, ()))),
+    "models/model.safetensors": ("checkpoint", ((TRAIN, ()), (TEXT, ("--no-skip_existing",)), (IMPORT, ()), (DOCTOR, ()), (GENERATE, ()))),
     "models/vae.safetensors": (
         "checkpoint",
-        ((LATENTS, ("--no-skip_existing",)), (DOCTOR, ()), (TRAIN, ("--sample_prompts", "prompts.txt"))),
+        ((LATENTS, ("--no-skip_existing",)), (DOCTOR, ()), (TRAIN, ("--sample_prompts", "prompts.txt")), (GENERATE, ())),
     ),
     "models/audio_vae.safetensors": ("checkpoint", ((SOUND, ("--no-skip_existing",)), (TRAIN, ("--sample_prompts", "prompts.txt")))),
+    "models/upsampler.safetensors": (
+        "checkpoint",
+        ((GENERATE, ("--pipeline", "distilled", "--spatial_upsampler_path", "models/upsampler.safetensors")),),
+    ),
+    "models/duration_head.safetensors": ("checkpoint", ((GENERATE, ("--duration_head", "models/duration_head.safetensors")),)),
     "lora.safetensors": (
         "lora",
         (
@@ -27,6 +32,8 @@ USERS: Mapping[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
             (TRAIN, ("--network_weights", "lora.safetensors", "--dim_from_weights")),
             (TRAIN, ("--base_weights", "lora.safetensors")),
             (DOCTOR, ("--network_weights", "lora.safetensors")),
+            (GENERATE, ("--lora", "lora.safetensors")),
+            (GENERATE, ("--lora", "lora.safetensors:0.5:1:0.2", "--merge_loras")),
         ),
     ),
     "cache/clip_000*_ltxv2.safetensors": ("cache", ((TRAIN, ()), (LATENTS, ()), (ADOPT, ()), (DOCTOR, ()))),

@@ -45,6 +45,11 @@ def systematic() -> Iterator[Malformed]:
     yield from _dataset()
     yield from _jsonl()
     yield from _recipe()
+    yield from prompt_files()
+
+
+def prompt_files() -> Iterator[Malformed]:
+    """Each holds one prompt."""
     yield from _prompts_by_key()
     yield from _prompt_lines()
 
@@ -222,7 +227,7 @@ def _prompt_lines() -> Iterator[Malformed]:
     shapes = ("0=stills/still_000.png", "9=stills/still_000.png", "0=", "=a", "a=b;", "-1=a", "1-", "-", "2-1", "nan-inf", "0,0,32",
               "0,0,32,32",
               "-32,0,32,32", "1e3,0,32,32", "0,0,0,0", "99999999999,0,32,32", "0-" + "9" * 400)  # fmt: skip
-    of_number = ("w", "h", "f", "d", "s", "fr", "l", "g", "al")
+    of_number = ("w", "h", "f", "d", "s", "fr", "l", "g", "al", "is", "vs", "va")
     for number, flag in enumerate(sample_prompts._FLAGS):  # pyrefly: ignore[private-usage]
         for word in numbers if flag in of_number else (*texts, *shapes):
             shown = word if len(word) < 30 else f"{word[:5]} x {len(word)}"
@@ -233,7 +238,10 @@ def _prompt_lines() -> Iterator[Malformed]:
                 and word == "1.5"
             )
             program, more = users("prompts.txt")[number % 2]
-            inputs = " --iv clips/clip_000.mp4" if flag in ("vt", "box", "crop") else " --a sounds/sound_000.wav" if flag == "at" else ""
+            needed = {"at": " --a sounds/sound_000.wav", "is": " --i stills/still_000.png"}
+            needed |= dict.fromkeys(("vt", "box", "crop"), " --iv clips/clip_000.mp4")
+            needed |= dict.fromkeys(("vs", "va", "vm"), " --v stills/still_000.png")
+            inputs = needed.get(flag, "")
             sizes = "".join(f" --{k} {v}" for k, v in (("w", 64), ("h", 32), ("f", 9), ("s", 1)) if k != flag)
             yield Malformed(
                 id=f"prompts/line --{flag} {shown!a}", program=program, more=more, expect="refused" if refused else "any",

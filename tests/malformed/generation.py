@@ -1,14 +1,21 @@
-"""Grids, as words and as TOML, and recipes in clips, which another machine may have written."""
+"""Grids, as words and as TOML, recipes in clips, which another machine may have written, and prompt files as clips are made from them."""
 
+import dataclasses
 import json
+import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from musubi_tuner.generation.axes import AXES
-from musubi_tuner.generation.recipe import KEY
+from musubi_tuner.generation.recipe import KEY, recipe_path
+from tests.malformed import documents
 from tests.malformed.base import ARGUMENTS, GENERATE, Malformed, writes
 from tests.malformed.documents import NO_DOCUMENTS
+from tests.malformed.mutations import mutate
 
 _NUMBERS = (
     "nan",
@@ -67,6 +74,61 @@ _ODD: tuple[Any, ...] = (None, 5, -1, 1.5, True, "", "five", [], {}, [5], {"a": 
 def systematic() -> Iterator[Malformed]:
     yield from _words()
     yield from _recipes()
+    yield from _containers()
+    yield from _prompts()
+
+
+def _prompts() -> Iterator[Malformed]:
+    """Those of training's previews, one in three."""
+    for one in islice(documents.prompt_files(), 0, None, 3):
+        name = next(word for word in one.more if word.startswith("prompts."))
+        yield dataclasses.replace(
+            one, id=f"{one.id} in {GENERATE}", program=GENERATE, base=_without_prompt("--sample_prompts", name), more=(),
+        )  # fmt: skip
+
+
+def _without_prompt(*instead: str) -> tuple[str, ...]:
+    words = ARGUMENTS[GENERATE]
+    place = words.index("--prompt")
+    return (*words[:place], *words[place + 2 :], *instead)
+
+
+def _containers() -> Iterator[Malformed]:
+    """Clips with a right recipe, of every kind, that are damaged, and recipes that are none in clips that are whole."""
+    right = json.dumps({KEY: 1, **_RECIPE})
+    for ending in ("mp4", "png", "wav"):
+        name = f"a.{ending}"
+        texts = ("", "null", "{", "[]", f'{{"{KEY}": 2}}', "[" * 5000, '"\\ud800"', "n" * 100_000)
+        changes = [("as it is", right, None), *((f"{text[:12]!a} of {len(text)}", text, None) for text in texts)]
+        changes += [(f"damage {number}", right, number) for number in range(60)]
+        for label, text, damage in changes:
+            yield Malformed(
+                id=f"flags/recipe in {name}, {label}", program=GENERATE, base=_without_prompt("--recreate", name),
+                prepare=_clip(name, text, damage), expect="any" if damage is not None else "accepted" if text == right else "refused",
+                names=(name,) if damage is None and text != right else (),
+            )  # fmt: skip
+
+
+def _clip(name: str, text: str, damage: int | None) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        from musubi_tuner.media.audio import Waveform
+        from musubi_tuner.media.write import write_image, write_video, write_wav
+
+        path, frames = folder / name, torch.zeros(9, 32, 32, 3, dtype=torch.uint8)
+        sound = Waveform(samples=torch.zeros(2, 4800), rate=16000)
+        if path.suffix == ".mp4":
+            write_video(path, frames, 24.0, sound, comment=text)
+        elif path.suffix == ".png":
+            write_image(path, frames[0], {KEY: text})
+        else:
+            write_wav(path, sound)
+            recipe_path(path).write_text(text, encoding="utf-8")
+        if damage is not None:
+            of_wav = path.suffix == ".wav" and damage % 2
+            target = recipe_path(path) if of_wav else path
+            target.write_bytes(mutate(target.read_bytes(), random.Random(f"{name} {damage}")))
+
+    return prepare
 
 
 def _words() -> Iterator[Malformed]:
@@ -95,10 +157,8 @@ def _recipes() -> Iterator[Malformed]:
     """Each value of a recipe in its turn, and files of no known hash."""
 
     def made(label: str, text: str, expect: str = "refused") -> Malformed:
-        words = ARGUMENTS[GENERATE]
-        place = words.index("--prompt")
         return Malformed(
-            id=f"flags/recipe, {label}", program=GENERATE, base=(*words[:place], *words[place + 2 :], "--recreate", "a.png"),
+            id=f"flags/recipe, {label}", program=GENERATE, base=_without_prompt("--recreate", "a.png"),
             prepare=_picture(text), expect=expect, names=("a.png",) if expect == "refused" else (),
         )  # fmt: skip
 
@@ -113,7 +173,8 @@ def _recipes() -> Iterator[Malformed]:
         yield made(f"without {key}", json.dumps({KEY: 1, **{name: value for name, value in _RECIPE.items() if name != key}}), "any")
     for key in _PROMPT:
         yield from (changed(f"prompt, {key} = {_shown(value)}", "any", prompt=_PROMPT | {key: value}) for value in _ODD if value != 10**15)
-    for key in ("image", "keyframes", "video", "video_span", "box", "crop", "strengths", "image_strength", "audio", "reference", "no_such"):
+    for key in ("image", "keyframes", "video", "video_span", "box", "crop", "strengths", "image_strength", "audio", "reference",
+                "reference_attention", "reference_mask", "no_such"):  # fmt: skip
         yield from (changed(f"inputs, {key} = {_shown(value)}", inputs={key: value}) for value in (*_ODD, _FILE) if value != [])
     for key in (*_FILE, "video", "audio"):
         lora = _FILE | {"video": 1.0, "audio": 1.0}

@@ -25,7 +25,7 @@ from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import parse_json
+from musubi_tuner.runtime.files import parse_json, read_text
 
 KEY = "ltxv2_recipe"
 _FORMAT = 1
@@ -141,14 +141,12 @@ def recipe_path(wav: Path) -> Path:
 def _stored_text(clip: Path) -> str | None:
     suffix = clip.suffix.lower()
     if suffix == ".png":
-        from PIL import Image
+        from musubi_tuner.media.picture import picture_texts
 
-        with Image.open(clip) as picture:
-            text = picture.info.get(KEY)
-        return text if isinstance(text, str) else None
+        return picture_texts(clip).get(KEY)
     if suffix == ".wav":
         beside = recipe_path(clip)
-        return beside.read_text(encoding="utf-8") if beside.is_file() else None
+        return read_text(beside) if beside.is_file() else None
     from musubi_tuner.media.probe import container_comment
 
     return container_comment(clip)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.quantization import read_quantization
+from musubi_tuner.ltxv2.quantization import Quantization, read_quantization
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
@@ -45,13 +45,13 @@ def fill(
 
     Raises:
         UserError: a quantization that is not read, names missing from the checkpoint, names the module lacks, shapes that differ, or
-            NaN or infinity among the weights.
+            NaN or infinity among the weights, or other numbers than weights are.
     """
     device = torch.device(device)
     expected = module.state_dict()
     quantization = read_quantization(checkpoint, sources)
     sources = _without_leftovers(expected, quantization.weights, checkpoint)
-    problems = _differences(expected, sources, checkpoint)
+    problems = _differences(expected, sources, checkpoint) or _no_weights(expected, sources, checkpoint, quantization)
     if problems:
         text = f"{checkpoint.path}: its tensors do not fit {type(module).__name__}: " + "; ".join(problems) + "."
         raise UserError(f"{text} {remedy}".rstrip())
@@ -140,6 +140,15 @@ def _differences(expected: Mapping[str, Tensor], sources: Mapping[str, str], che
         if len(problems) > 5:
             break
     return problems
+
+
+def _no_weights(
+    expected: Mapping[str, Tensor], sources: Mapping[str, str], checkpoint: Checkpoint, quantization: Quantization
+) -> list[str]:
+    """Tensors of whole or complex numbers, or of yes and no, where weights belong."""
+    dtypes = {name: checkpoint.dtype(full) for name, full in sources.items() if expected[name].is_floating_point()}
+    wrong = [name for name, dtype in dtypes.items() if not dtype.is_floating_point and not quantization.holds_codes(name)]
+    return [f"'{name}' is stored as {str(dtypes[name]).removeprefix('torch.')}, which is no weight" for name in wrong[:3]]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -81,6 +81,10 @@ class Quantization:
     """Forms and their counts, in words; empty where nothing is quantized."""
     _forms: Mapping[str, _Form]
 
+    def holds_codes(self, name: str) -> bool:
+        """Whether a tensor is stored in codes, which `restored` brings back."""
+        return name in self._forms
+
     def restored(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The numbers that a stored tensor stands for, on `device` and in `dtype`; a tensor that is not quantized as it is."""
         form = self._forms.get(name)

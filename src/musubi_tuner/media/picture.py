@@ -112,6 +112,16 @@ def read_picture(path: Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
 
+def picture_texts(path: Path) -> dict[str, str]:
+    """What a picture's file says beside its pixels (the text chunks of a png).
+
+    Raises:
+        UserError: as `read_picture`.
+    """
+    with _open_picture(path) as image:
+        return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+
+
 @contextmanager
 def _open_picture(path: Path) -> Iterator[Any]:
     """An image of PIL; whatever a file does to PIL's readers becomes a message for the user."""

@@ -82,6 +82,10 @@ def summing_place(
                 plain = tensor.to(device).float()
             alone = _merged(f"--lora {file.path}", module, plain, adapter, factor)
             total = alone if total is None else total + (alone - plain)
+        if total is not None and not bool(torch.isfinite(total).all()):
+            raise UserError(
+                f"--lora {found[-1][0].path}: merged at this strength, '{module}' is not finite. Lower the strength, or leave it out."
+            )
         return place(name, tensor if total is None else total)
 
     return merged

@@ -84,6 +84,9 @@ def extractor_names(checkpoint: Checkpoint) -> dict[str, str]:
             f"{checkpoint.path}: holds no text projection ('{PREFIX}...'). Give --ltxv2_model the full checkpoint, or, of LTX-2.5, "
             "--text_encoder the encoder's file, which holds the projection (gemma4-12b-with-proj-ltx-2.5...)."
         )
+    shapes = {name: checkpoint.shape(full) for name, full in names.items() if name.endswith("aggregate_embed.weight")}
+    if flat := [f"'{name}' {shape}" for name, shape in shapes.items() if len(shape) != 2]:
+        raise UserError(f"{checkpoint.path}: the text projection is damaged: {flat[0]} is no matrix. Download the file again.")
     return names
 
 
@@ -107,6 +110,9 @@ def check_encoder_fits(checkpoint: Checkpoint, width: int, states: int) -> None:
         )
 
 
+_OF_STREAMS = ("video_aggregate_embed.weight", "audio_aggregate_embed.weight")
+
+
 def load_feature_extractor(
     checkpoint: Checkpoint, encoder_width: int, *, device: torch.device | str, dtype: torch.dtype
 ) -> FeatureExtractor:
@@ -123,9 +129,10 @@ def load_feature_extractor(
     if one == both:
         raise UserError(f"{checkpoint.path}: the text projection is a mixture of versions: {', '.join(sorted(names))}.")
     first = names["aggregate_embed.weight" if one else "video_aggregate_embed.weight"]
-    video_width, flat = checkpoint.shape(first)
-    audio_width = video_width if one else checkpoint.shape(names["audio_aggregate_embed.weight"])[0]
-    assert flat % encoder_width == 0
+    shapes = [checkpoint.shape(first)] if one else [checkpoint.shape(names[name]) for name in _OF_STREAMS if name in names]
+    if len(shapes) < (1 if one else 2) or any(len(shape) != 2 or shape[1] % encoder_width for shape in shapes):
+        raise UserError(f"{checkpoint.path}: the text projection is not whole: its weights have the shapes {shapes}. Download it again.")
+    (video_width, flat), (audio_width, _) = shapes[0], shapes[-1]
     with torch.device("meta"):
         extractor = FeatureExtractor(encoder_width, flat // encoder_width, video_width, audio_width, version="V1" if one else "V2")
     fill(extractor, names, checkpoint, device=device, dtype=dtype)
