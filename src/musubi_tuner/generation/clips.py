@@ -308,7 +308,13 @@ def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, 
     for one in waiting:
         before = unfinished.read(one.job.stem, one.recipe, number - 1)
         assert before.video is not None
-        found[one.job] = SampledLatents(video=upsample(before.video).cpu(), audio=before.audio)
+        doubled = upsample(before.video).cpu()
+        if not bool(torch.isfinite(doubled).all()):
+            raise UserError(
+                f"--spatial_upsampler_path {setting.upsampler.path}: makes NaN or infinity of the latents of {one.job.stem}. Its file is "
+                "damaged: download it again."
+            )
+        found[one.job] = SampledLatents(video=doubled, audio=before.audio)
     del upsample
     free_memory(setting.device)
     return found

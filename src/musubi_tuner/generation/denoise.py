@@ -139,8 +139,8 @@ class _Denoiser:
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
                 f"{self.sample.prompt.where}: NaN or infinity in the {what}, step {step} of {self.sample.plan.steps}. "
-                "A LoRA may have diverged, or its strength be too large: a sample without it (in training, --sample_at_first) tells if "
-                "the base model alone is sound. In training, lower --learning_rate and resume from an earlier state."
+                "A LoRA (--lora) may have diverged, or its strength be too large: a sample without it (in training, --sample_at_first) "
+                "tells if the base model alone is sound. In training, lower --learning_rate and resume from an earlier state."
             )
 
 
