@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from musubi_tuner.memory.card import seconds_of
-from musubi_tuner.memory.compiling import first_line
+from musubi_tuner.memory.compiling import first_line, keep_graphs_apart
 from musubi_tuner.runtime.errors import UserError
 
 KERNELS = {
@@ -132,11 +132,13 @@ def use_attention(order: Sequence[str]) -> None:
         _let_torch_choose_first()
     _chosen.close()
     _chosen.enter_context(sdpa_kernel([KERNELS[name] for name in order], set_priority=True))
+    keep_graphs_apart()
 
 
 def use_default_attention() -> None:
     """Restore torch's own order of kernels."""
     _chosen.close()
+    keep_graphs_apart()
 
 
 def _let_torch_choose_first() -> None:

@@ -104,6 +104,20 @@ def _weight(operation: Any, arguments: Sequence[Any]) -> Tensor:
     return arguments[2 if operation == _aten.addmm.default else 1]
 
 
+def _policy(
+    level: Recompute,
+    max_rank: int,
+    sums: bool,
+    keeps_trained: bool,
+    context: Any,
+    operation: Any,
+    *arguments: Any,
+    **named: Any,
+) -> CheckpointPolicy:
+    kept = keeps(level, max_rank, operation, arguments, sums=sums, keeps_trained=keeps_trained)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False, keeps_trained: bool = False, compiled: bool = False) -> RunBlock:
     """A function that runs a block on this level; it compiles as one graph with the block. There is no dropout in a block, so the state of
     the random generators is not kept.
@@ -114,13 +128,13 @@ def checkpointed(level: Recompute, max_rank: int, *, sums: bool = False, keeps_t
             linears), although the block is to be recomputed as a whole; uncompiled, a policy costs time at each operation.
     """
 
-    def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-        kept = keeps(level, max_rank, operation, arguments, sums=sums, keeps_trained=keeps_trained)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    # A partial of functions that have a name: torch's cache of compiled graphs pickles what it is made of. It does not look into policies
+    # and takes their word, `cache_hash`, for what tells one from another; without that no graph with a policy is kept on disk.
+    contexts: Any = partial(create_selective_checkpoint_contexts, partial(_policy, level, max_rank, sums, keeps_trained))
+    contexts.cache_hash = f"{level} {max_rank} {sums} {keeps_trained}"
 
     def run(block: nn.Module, states: States, inputs: Any) -> States:
         assert level and max_rank > 0  # read here so that compiled code is guarded by them: two levels never share a graph
-        contexts = partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(block, states, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def run_whole(block: nn.Module, states: States, inputs: Any) -> States:

@@ -1,15 +1,20 @@
 """Whether kernels can be compiled on this machine, found out by compiling one before anything depends on it; small kernels of our own."""
 
 import functools
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
+_TAG_OF_THE_USER = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
@@ -57,6 +62,25 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
             return compiled()(first.detach(), *rest, **named)
 
     return run
+
+
+def keep_graphs_apart() -> None:
+    """Have torch's cache on disk, which gives back graphs of earlier runs, tell apart what it does not see: the order of attention kernels
+    that a graph was traced with, and the code of this room, whose recompute policies and lowerings decide what a graph is. Call it
+    whenever that order has changed."""
+    from torch._functorch import config as autograd
+    from torch.compiler import config as cache
+
+    kernels = " ".join(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True))
+    cache.cache_key_tag = f"{_TAG_OF_THE_USER} {_code_of_this_room()} {kernels}"
+    # Graphs with an autograd function of our own (fp8) are kept too: what it does is a part of the graph.
+    autograd.autograd_cache_allow_custom_autograd_functions = True
+
+
+@functools.cache
+def _code_of_this_room() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def add_in_place(max_rank: int) -> None:

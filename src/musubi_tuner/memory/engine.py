@@ -68,7 +68,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.checkpointing import Recompute, RunBlock, States, checkpointed
-from musubi_tuner.memory.compiling import add_in_place
+from musubi_tuner.memory.compiling import add_in_place, keep_graphs_apart
 from musubi_tuner.memory.offload import HostStore, as_states, run_from_host
 from musubi_tuner.memory.quantized import QuantizedLinear
 from musubi_tuner.memory.streaming import BlockStreamer
@@ -139,6 +139,7 @@ class BlockEngine:
         self._run_without_gradients: RunBlock = _call
         if compiled:
             _allow_many_graphs()
+            keep_graphs_apart()
             add_in_place(max_rank)
             runs = {level: _Compiled(run, backend, sequence_axes, _recomputing(level)) for level, run in runs.items()}
             self._run_without_gradients = _Compiled(_call, backend, sequence_axes, "without gradients")
