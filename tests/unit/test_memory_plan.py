@@ -114,6 +114,17 @@ def test_released_models_fit_the_cards_that_people_own():
     assert large.weight_format == "bf16" and large.streamed == 0 and count_levels(large) == {"nothing": 48}
 
 
+def test_plans_in_few_bits_need_three_graphs_at_most():
+    """One for the ends in full precision, and two levels of the others; as many blocks are on either as without such ends."""
+    alike = {(48,), *((count, 48 - count) for count in range(1, 48))}
+    for weight_format, ends in (("bf16", 0), ("fp8", 2)):
+        plans = list(candidates(LARGE, work(), rates(), limits(80, 48, formats=(weight_format,), streamed=0)))
+        kinds = [{(level, ends <= place < 48 - ends) for place, level in enumerate(plan.levels)} for plan in plans]
+        assert max(map(len, kinds)) == (3 if ends else 2)
+        assert {tuple(count_levels(plan).values()) for plan in plans} == alike
+        assert all(set(plan.levels) == {"everything"} for plan in plans if plan.inputs_on_host)
+
+
 def test_what_is_fixed_is_kept_to():
     plan = choose_plan(LARGE, work(), rates(), limits(24, 48, formats=("fp8",), streamed=20, level="everything"))
     assert (plan.weight_format, plan.streamed, set(plan.levels)) == ("fp8", 20, {"everything"})

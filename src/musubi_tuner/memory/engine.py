@@ -46,7 +46,8 @@ tensors, parameters included. Blocks of one level, weight format and kind of ada
 takes a minute, not 48. Three things would spoil that. The first block's states come from frozen layers and need no gradient, while all
 later ones do: the entry gate adds an anchor, a zero that requires gradients, so that all states do from the first block on (this gate is
 there without a streamer too). Every clip has its own length: `sequence_axes` names the tensors and axes that follow it, and they are marked
-dynamic. The functions of two levels have the same code: they read their level under a guard. `fullgraph` makes a graph break an error
+dynamic. The functions of two levels have the same code: they read their level under a guard. A plan (memory/plan.py) so needs one graph
+or two, and three where its first and last blocks stay in full precision. `fullgraph` makes a graph break an error
 instead of a slow step.
 
 Passes without gradients have no gates and keep nothing. A teacher's (the base model's prediction, for preservation) come at every step

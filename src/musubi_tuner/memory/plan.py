@@ -19,7 +19,7 @@ where they lie and says what each choice trades):
     stalls          max(0, copies - forward) + max(0, copies - backward)
 
 The backward pass runs from the last block to the first: what blocks keep shrinks, gradients grow, and where levels are mixed the first
-blocks take more in flight and keep less. Each stretch of blocks of one level is largest at one of its ends, so four moments are looked at.
+blocks take more in flight and keep less. Each stretch of blocks of one level is largest at one of its ends, so these moments are looked at.
 
 Stalls: (S - slots) blocks are copied in each direction, and block inputs once to the host and once back. Copies run beside the computation
 of the whole direction, evenly spread over it, so only what they take longer is waited for.
@@ -132,24 +132,29 @@ def candidates(shape: ModelShape, work: Workload, rates: CardRates, limits: Limi
         most = shape.blocks if weight_format in ("bf16", "float32") else shape.blocks - limits.unquantized
         ways = [
             (levels, inputs_on_host, _most_held(shape, work, limits, weight_format, levels, inputs_on_host=inputs_on_host))
-            for levels in _mixtures(shape.blocks, limits.level)
+            for levels in _mixtures(shape.blocks, limits.level, unquantized=shape.blocks - most)
             for inputs_on_host in (False, True)
-            if not inputs_on_host or (limits.inputs_may_wait and levels[0] == levels[-1] == LEVELS[-1].name)
+            if not inputs_on_host or (limits.inputs_may_wait and set(levels) == {LEVELS[-1].name})
         ]
         for streamed in [limits.streamed] if limits.streamed is not None else range(most + 1):
             for levels, inputs_on_host, held in ways:
                 yield _plan(shape, work, rates, limits, weight_format, streamed, levels, inputs_on_host, held, seconds)
 
 
-def _mixtures(blocks: int, fixed: str | None) -> Iterator[tuple[str, ...]]:
-    """The first blocks recompute more: what they keep would be kept longest."""
+def _mixtures(blocks: int, fixed: str | None, *, unquantized: int) -> Iterator[tuple[str, ...]]:
+    """The first blocks recompute more: what they keep would be kept longest. First and last ones that stay unquantized are all on one of
+    the two levels, as each level of each format is a graph to compile."""
     names = [level.name for level in LEVELS]
     if fixed is not None:
         yield (fixed,) * blocks
         return
+    first = unquantized // 2
+    last, inner = unquantized - first, blocks - unquantized
     for less, more in itertools.pairwise(names):
         for count in range(blocks):
-            yield (more,) * count + (less,) * (blocks - count)
+            ends = more if count > inner else less
+            within = count - unquantized if ends == more else count
+            yield (ends,) * first + (more,) * within + (less,) * (inner - within) + (ends,) * last
     yield (names[-1],) * blocks
 
 
