@@ -105,16 +105,13 @@ def measure(variant: Variant, shapes: Sequence[str]) -> Iterator[tuple[str, Peak
         network_type=variant.network_type,
     )  # fmt: skip
     weights.clear()
-    parameters = list(ours.adapters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    update = models.updater(ours)
     for shape in shapes:
         sample = models.make_sample(config, SHAPES[shape], TEXT_TOKENS, device, dtype)
 
         def step(sample: models.Sample = sample) -> None:
             ours.forward(sample).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            update()
 
         planned = _planned(variant, shape, low_bit, total, ours.network)
         allocated, needed = _peaks(step)

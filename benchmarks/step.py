@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         return _simulated(options, argv)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     toy = options.sizes == "toy"
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     shapes = TOY_SHAPES if toy else {name: SHAPES[name] for name in (SHAPES if "all" in options.shapes else options.shapes)}
     depths = options.blocks or ([2] if toy else [4, 8])
     compiled = options.compile or obstacle_to_compiling(device) is None
@@ -152,6 +152,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; implementations take turns (default: 5)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N kernels that took longest, at the last depth")
     parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and clips (default: bfloat16, on a CPU float32)")
     parser.add_argument(
         "--simulated", action="store_true", help="count on a card that runs nothing, at real layer sizes (default: 48 blocks)"
     )
@@ -267,8 +268,7 @@ class _Runner:
     def __init__(self, implementation: models.Implementation, sample: models.Sample) -> None:
         self._implementation, self._sample = implementation, sample
         self._device = sample.video.device
-        self._parameters = list(implementation.adapters.values())
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6, fused=self._device.type == "cuda")
+        self._update = models.updater(implementation)
         self._first = _clock(self._device, self._step)
         for _ in range(2):
             self._step()
@@ -305,11 +305,6 @@ class _Runner:
     def _step(self) -> None:
         self._implementation.forward(self._sample).backward()
         self._update()
-
-    def _update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
 
     def _kernels(self) -> int:
         """Launched in one step; 0 on the CPU, which has none."""

@@ -55,13 +55,7 @@ def table(card: Card, makers: Mapping[str, Callable[[], models.Implementation]],
 
 
 def count(card: Card, implementation: models.Implementation, sample: models.Sample) -> Counts:
-    parameters = list(implementation.adapters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    update = models.updater(implementation)
 
     def step() -> None:
         implementation.forward(sample).backward()

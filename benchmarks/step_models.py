@@ -20,6 +20,7 @@ from musubi_tuner.memory.quantized import LowBitPlacer
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
+from musubi_tuner.training.optimizer import clip, make_optimizer
 from tests.parity.name_maps import to_diffusers
 
 FPS = 24.0
@@ -55,6 +56,23 @@ class Implementation:
     """{official name.lora_A or lora_B: parameter}."""
     network: LoRANetwork | None = None
     """Ours."""
+
+
+def updater(implementation: Implementation) -> Callable[[], None]:
+    """Clips the gradients, takes a step of AdamW and drops them: ours as in training, others with torch's own."""
+    parameters = list(implementation.adapters.values())
+    ours, on_card = implementation.network is not None, parameters[0].is_cuda
+    if ours:
+        optimizer = make_optimizer("AdamW", [{"params": parameters, "lr": 1e-6}], 1e-6, {})
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=on_card)
+
+    def update() -> None:
+        (clip if ours else torch.nn.utils.clip_grad_norm_)(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
 
 
 def make_sample(config: TransformerConfig, shape: Sequence[int], text_tokens: int, device: torch.device, dtype: torch.dtype) -> Sample:

@@ -14,6 +14,8 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
+_SHAPES_GRAPHS = ("checkpointing", "compiling", "quantized")
+"""Files of this folder: what a graph keeps, and how its operations are run."""
 _TAG_OF_THE_USER = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
 
 
@@ -66,20 +68,20 @@ def fused(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Con
 
 def keep_graphs_apart() -> None:
     """Have torch's cache on disk, which gives back graphs of earlier runs, tell apart what it does not see: the order of attention kernels
-    that a graph was traced with, and the code of this room, whose recompute policies and lowerings decide what a graph is. Call it
-    whenever that order has changed."""
+    that a graph was traced with, and the code whose recompute policies and lowerings decide what a graph is. Call it whenever that order
+    has changed."""
     from torch._functorch import config as autograd
     from torch.compiler import config as cache
 
     kernels = " ".join(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True))
-    cache.cache_key_tag = f"{_TAG_OF_THE_USER} {_code_of_this_room()} {kernels}"
+    cache.cache_key_tag = f"{_TAG_OF_THE_USER} {_digest_of_code()} {kernels}"
     # Graphs with an autograd function of our own (fp8) are kept too: what it does is a part of the graph.
     autograd.autograd_cache_allow_custom_autograd_functions = True
 
 
 @functools.cache
-def _code_of_this_room() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+def _digest_of_code() -> str:
+    sources = [Path(__file__).with_name(f"{name}.py") for name in _SHAPES_GRAPHS]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

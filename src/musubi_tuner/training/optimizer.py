@@ -17,6 +17,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from musubi_tuner.config.validation import nearest
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.fused_adamw import FusedAdamW
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ _PACKAGES = {
     "schedulefree": "pip install schedulefree",
 }
 _CYCLES, _POWER = 3, 2.0
+_CLIP_EPS = 1e-6
+"""As torch has it."""
 
 
 def make_optimizer(
@@ -82,7 +85,7 @@ def make_optimizer(
     groups = [group if isinstance(group, dict) else {"params": [group]} for group in parameters]
     on_card = all(parameter.is_cuda for group in groups for parameter in group["params"])
     if dotted == _KNOWN["adamw"] and on_card and not {"fused", "foreach", "capturable"} & set(args):
-        arguments["fused"] = True
+        optimizer_class = FusedAdamW
     try:
         optimizer = optimizer_class(groups, lr=learning_rate, **arguments)
         with evaluating(optimizer):  # schedule-free ones look at their arguments only here
@@ -214,9 +217,19 @@ def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> Non
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Total gradient norm (a scalar on the device), clipped to `max_norm` where that is above 0."""
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients and all(gradient.is_cuda for gradient in gradients):
+        return clip_together(gradients, max_norm)
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def clip_together(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """As `clip`, of gradients on one device in one dtype. torch sorts them by both first, which takes the host longer than the rest."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0))
     return norm
 
 
