@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
-from musubi_tuner.memory.checkpointing import Recompute
+from musubi_tuner.memory.checkpointing import Recompute, keeps
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.quantized import Codes, QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer, spread
@@ -60,6 +60,14 @@ def test_sums_are_kept_where_all_projections_have_one():
     for args, expected in (({}, True), ({"exclude_patterns": "['audio_attn1']"}, False), ({"type": "dora"}, False)):
         model, _ = parts.make_model(1, args=args)
         assert adds_everywhere(model.transformer_blocks) == expected
+
+
+def test_first_halves_that_run_together_are_kept():
+    """Queries, keys and values have one thin product; wide ones by trained weights, as LoKr's, are recomputed."""
+    x = torch.zeros(3, 64)
+    for outputs, kept in ((parts.RANK, True), (3 * parts.RANK, True), (64, False)):
+        weight = torch.zeros(64, outputs, requires_grad=True)
+        assert keeps(Recompute.NOTHING, parts.RANK, torch.ops.aten.mm.default, (x, weight), sums=True) == kept
 
 
 def test_blocks_may_stand_on_different_levels():

@@ -50,6 +50,10 @@ _LINEARS: dict[Any, Callable[[Sequence[Any]], tuple[int, int]]] = {
 """{operation: its arguments -> (inputs, outputs) of its weight}."""
 
 
+_GROUPED = 3
+"""First halves of LoRA that are one product at most (networks/lora.py)."""
+
+
 class Recompute(StrEnum):
     """Recompute level of a block: what its backward pass recomputes, least first."""
 
@@ -74,8 +78,9 @@ def keeps(
     """Whether the output of one operation is kept.
 
     Args:
-        max_rank: of a LoRA. Products by trained weights are its first half where they give no more than this, and its second half where
-            they contract no more; others are what LoKr and LoHa add, as wide as a linear's output, and are recomputed on every level.
+        max_rank: of a LoRA. Products by trained weights are first halves where they give no more than this, or three times as much (those
+            of queries, keys and values run as one product), and second halves where they contract no more; others are what LoKr and LoHa
+            add, as wide as a linear's output, and are recomputed on every level.
         sums: every attention projection has a LoRA that is added to it within its second product. The sum is kept then, in place of
             what the projection alone gives, and is not computed again. For compiled blocks: uncompiled, what is not kept runs again
             although nobody needs it.
@@ -93,7 +98,7 @@ def keeps(
     if _weight(operation, arguments).requires_grad and not keeps_trained:
         if inputs <= max_rank:
             return sums
-        if outputs > max_rank:
+        if outputs > _GROUPED * max_rank:
             return False
     if sums and inputs < 4 * outputs and outputs < 4 * inputs:
         return False  # a projection: those of a feed-forward, of gates and of a LoRA's first half change the width more
