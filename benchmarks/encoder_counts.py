@@ -1,4 +1,4 @@
-"""The video VAE's encoder without a checkpoint, and what encoding a clip takes, counted on tensors without storage."""
+"""Encoders of pictures and sound without a checkpoint, and what encoding a clip takes, counted on tensors without storage."""
 
 import weakref
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+from musubi_tuner.ltxv2.autoencoders.audio_vae import diffusers_config as audio_config
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, diffusers_config
 from musubi_tuner.tiny import configs
 
@@ -73,6 +75,32 @@ def count_encoder(shape: Sequence[int], tiles: TileSizes, *, toy: bool = False, 
     with memory, FlopCounterMode(display=False) as operations:
         vae.encode_frames(frames)
     return EncoderCounts(len(calls), float(operations.get_total_flops()), memory.peak, float(memory.moved))
+
+
+_SOUND = {"ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2}
+"""Of all released audio VAEs."""
+
+
+def make_sound_encoder(device: torch.device | str) -> AudioVAE:
+    """diffusers' audio VAE at released widths with random weights and no decoder."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    section = configs.audio_vae_section()
+    section["model"]["params"]["ddconfig"] |= _SOUND
+    with torch.device(device):
+        network = AutoencoderKLLTX2Audio(**audio_config(section))
+    setattr(network, "decoder", None)  # noqa: B010 - a module, in the type
+    return AudioVAE(network.requires_grad_(False).eval())
+
+
+def sound_bytes(samples: int) -> int:
+    """The most that encoding a clip of stereo sound holds beside the weights, counted on the meta device."""
+    vae, memory = make_sound_encoder("meta"), _Bytes()
+    waveform = torch.empty((1, 2, samples), device="meta")
+    memory.hold(waveform)
+    with memory:
+        vae.encode(waveform)
+    return memory.peak
 
 
 class _Bytes(TorchDispatchMode):

@@ -1,13 +1,13 @@
-"""Counts what caching launches on a card, on a machine without one: a clip through the video VAE's encoder, captions through Gemma 3 12B
-or the Gemma 4 of LTX-2.5.
+"""Counts what caching launches on a card, on a machine without one: clips through the encoders of pictures and sound, captions through
+Gemma 3 12B or the Gemma 4 of LTX-2.5.
 
-    python -m benchmarks.encoding                           clips of four sizes, captions of three
+    python -m benchmarks.encoding                           clips of four sizes, sound of two lengths, captions of three sizes
     python -m benchmarks.encoding --streamed 6              besides, layers of a smaller encoder that are streamed
     python -m benchmarks.encoding --shapes --encoder gemma4 captions of 2.5 alone
 
 For each: launches, times that the host waits for the card while it issues them, and the most memory above the weights, with what was
 expected of it. It needs a CUDA build of torch, and says so where there is none (benchmarks/simulated_card). The simulated card has no
-cuDNN: each convolution counts as one launch, without a workspace of its own. Of sound nothing is counted, as it has no cuFFT.
+cuDNN and no cuFFT: each convolution and each Fourier transform counts as one launch, without a workspace of its own.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     print("|---" * 6 + "|")
     for name in options.shapes:
         print(count_clip(card, SHAPES[name]).row(name), flush=True)
+    for seconds in options.seconds:
+        print(count_sound(card, seconds).row(f"{seconds:g} s of sound"), flush=True)
     for texts, longest in _CAPTIONS:
         print(
             count_captions(card, options.encoder, texts, longest, layers=_LAYERS, streamed=0).row(f"{texts} captions, {longest} tokens"),
@@ -81,9 +83,23 @@ def count_clip(card: Card, shape: tuple[int, int, int]) -> Counts:
 
     encode = frame_encoder(VideoVAE(make_encoder("cuda", torch.bfloat16, toy=False), ENCODER_TILES, torch.bfloat16))
     frames = torch.zeros(*shape, 3, dtype=torch.uint8)
-    with _empty_convolutions() as made:
+    with _empty_library_calls() as made:
         counts = _counted(card, lambda: encode([frames]), made, count_encoder(shape, ENCODER_TILES).peak_bytes)
     return counts
+
+
+def count_sound(card: Card, seconds: float) -> Counts:
+    """Stereo sound, from samples on the host to latents on their way back."""
+    import torch
+
+    from benchmarks.encoder_counts import make_sound_encoder, sound_bytes
+    from musubi_tuner.encoding.audio import audio_encoder
+    from musubi_tuner.ltxv2.geometry import AUDIO_SAMPLE_RATE
+
+    encode = audio_encoder(make_sound_encoder("cuda"))
+    samples = torch.zeros(2, round(seconds * AUDIO_SAMPLE_RATE))
+    with _empty_library_calls() as made:
+        return _counted(card, lambda: encode([samples]), made, sound_bytes(samples.shape[1]))
 
 
 def count_captions(card: Card, encoder: str, texts: int, longest: int, *, layers: int, streamed: int) -> Counts:
@@ -181,21 +197,27 @@ def _counted(card: Card, run: Callable[[], object], further: list[str], expected
 
 
 @contextmanager
-def _empty_convolutions() -> Iterator[list[str]]:
-    """Convolutions that take and give memory, and run nothing; a line in the list for each."""
+def _empty_library_calls() -> Iterator[list[str]]:
+    """Convolutions and Fourier transforms that take and give memory, and run nothing; a line in the list for each."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     lines: list[str] = []
-    kinds = (torch.ops.aten.convolution.default, torch.ops.aten.conv3d.default, torch.ops.aten.conv3d.padding)
+    aten = torch.ops.aten
+    convolutions = (aten.convolution.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding)
+    kinds = (*convolutions, aten._fft_r2c.default)
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> "Tensor":
-            if operation not in kinds:
+            if operation in (aten.stft.center, aten.stft.default, aten.fft_rfft.default):  # they come here in one piece
+                with self:
+                    return operation.decompose(*arguments, **(named or {}))
+            compiled_at_once = operation is aten.abs.default and arguments[0].is_complex()  # by NVRTC, which is not here either
+            if operation not in kinds and not compiled_at_once:
                 return operation(*arguments, **(named or {}))
-            lines.append("product convolution")
-            shape = operation(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in arguments)).shape
-            return arguments[0].new_empty(shape)
+            lines.append("product convolution" if operation in convolutions else "other transform")
+            made = operation(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in arguments))
+            return torch.empty_like(made, device=arguments[0].device)
 
     with Mode():
         yield lines
@@ -208,6 +230,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.encoding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="clips (default: all)")
+    parser.add_argument("--seconds", nargs="*", type=float, default=[2, 5], help="lengths of sound (default: 2 5)")
     parser.add_argument("--encoder", default="gemma3", choices=list(_KINDS), help="of captions (default: gemma3)")
     parser.add_argument("--streamed", type=int, default=0, help="streamed layers; each takes 0.45 GB of this machine (default: 0)")
     return parser.parse_args(argv)

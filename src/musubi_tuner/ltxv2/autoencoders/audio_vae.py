@@ -1,6 +1,7 @@
 """The audio VAE: diffusers' network, the official config and weights, run in float32; and the log mel spectrogram that it encodes, by torch
 alone (docs/explanation/model.md, "vocoder")."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -130,8 +131,11 @@ def log_mel(waveform: Tensor) -> Tensor:
     return mel.clamp(min=_FLOOR).log().view(batch, channels, MEL_BINS, -1).transpose(2, 3)
 
 
+@functools.cache
+@torch.inference_mode(False)
 def mel_filters(device: torch.device | str = "cpu") -> Tensor:
-    """(513, 64) triangular filters from 0 to 8000 Hz, spaced on the Slaney scale, each of unit area (Slaney norm)."""
+    """(513, 64) triangular filters from 0 to 8000 Hz, spaced on the Slaney scale, each of unit area (Slaney norm); made once
+    for each device, as to bring them there has the host wait."""
     bins = torch.linspace(0, AUDIO_SAMPLE_RATE / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
     top = _to_mel(AUDIO_SAMPLE_RATE / 2)
     edges = torch.tensor([_to_hertz(top * i / (MEL_BINS + 1)) for i in range(MEL_BINS + 2)], dtype=torch.float64)
