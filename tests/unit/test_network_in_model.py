@@ -145,8 +145,8 @@ def test_products_of_frozen_linears_are_kept_and_wide_products_of_adapters_are_n
 
 
 def test_what_adapters_take_in_flight_is_that_of_the_block_that_has_most():
-    """LoHa's two factors in float32 and their product; LoKr's inner products, for each token that a linear reads."""
-    for kind, columns in (("loha", 128 * 128 * (4 + 4 + 2)), ("lokr", 1000 * 128 * 2)):
+    """LoHa's two factors in float32 and their product; LoKr's inner products and DoRA's own, for each token that a linear reads."""
+    for kind, columns in (("loha", 128 * 128 * (4 + 4 + 2)), ("lokr", 1000 * 128 * 2), ("dora", 1000 * 128 * 2)):
         _, network = adapted(kind, layers=2, include_patterns=r"transformer_blocks\.0\.attn1\.to_(q|k)|transformer_blocks\.1\.attn1\.to_q")
         for layer in network.layers.values():
             assert (layer.base.in_features, layer.base.out_features) == (128, 128)

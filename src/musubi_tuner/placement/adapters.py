@@ -17,6 +17,7 @@ from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.formats import connectors_path
+from musubi_tuner.networks.lora import DoRALayer
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.networks.lycoris import LoHaLayer, LoKrLayer
 from musubi_tuner.networks.merging import BaseNetwork, merging_place, summing_place
@@ -123,7 +124,8 @@ def make_network(
 
 def bytes_in_flight(network: LoRANetwork, *, video_tokens: int, audio_tokens: int, compute_bytes: int) -> float:
     """What the adapters of one block take while it runs backward, beside what those of a LoRA do: LoHa's changes of the weights are as
-    large as the weights, two factors in float32 and their product; LoKr's inner products are about as large as the linears' outputs.
+    large as the weights, two factors in float32 and their product; LoKr's inner products are about as large as the linears' outputs, and
+    so is what DoRA's lengths multiply.
 
     `python -m benchmarks.peaks --network lokr` counts it.
     """
@@ -131,12 +133,13 @@ def bytes_in_flight(network: LoRANetwork, *, video_tokens: int, audio_tokens: in
     for name, layer in network.layers.items():
         if not name.startswith("transformer_blocks."):
             continue
-        block = name.split(".")[1]
+        block, tokens = name.split(".")[1], audio_tokens if is_audio_side(name) else video_tokens
         if isinstance(layer, LoHaLayer):
             blocks[block] += layer.base.out_features * layer.base.in_features * (2 * 4 + compute_bytes)
         elif isinstance(layer, LoKrLayer):
-            tokens = audio_tokens if is_audio_side(name) else video_tokens
             blocks[block] += tokens * layer.inner_in * (layer.base.out_features // layer.inner_out) * compute_bytes
+        elif isinstance(layer, DoRALayer):
+            blocks[block] += tokens * layer.base.out_features * compute_bytes
     return max(blocks.values(), default=0.0)
 
 
