@@ -25,13 +25,15 @@ class SmallBlock(nn.Module):
 
 
 def step(level: Recompute) -> tuple[float, dict[str, int]]:
-    """The gradient's sum of a run that has compiled nothing yet, and what its cache says."""
+    """The gradient's sum of a run over clips of three lengths that has compiled nothing yet, and what its cache says."""
     torch._dynamo.reset()
     counters.clear()
     block = SmallBlock()
-    engine = BlockEngine([block], [level], max_rank=4, compiled=True)
-    after, _ = engine(block, (torch.ones(1, 4, 16), None), None)
-    after.sum().backward()
+    engine = BlockEngine([block], [level], max_rank=4, compiled=True, sequence_axes=lambda states, inputs: [(states[0], 1)])
+    for length in (5, 7, 3):
+        after, _ = engine(block, (torch.ones(1, length, 16), None), None)
+        after.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
     found = counters["aot_autograd"]
     return float(block.trained.grad.sum()), {name: found[f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}
 
