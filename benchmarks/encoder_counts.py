@@ -1,19 +1,18 @@
 """Encoders of pictures and sound without a checkpoint, and what encoding a clip takes, counted on tensors without storage."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
 from musubi_tuner.ltxv2.autoencoders.audio_vae import diffusers_config as audio_config
 from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE, diffusers_config
+from musubi_tuner.memory.live_bytes import LiveBytes
 from musubi_tuner.tiny import configs
 
 ENCODER_BLOCKS = [
@@ -103,35 +102,17 @@ def sound_bytes(samples: int) -> int:
     return memory.peak
 
 
-class _Bytes(TorchDispatchMode):
-    """Bytes of the tensors without storage: alive, the most that were, and moved."""
+class _Bytes(LiveBytes):
+    """And bytes that are moved."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.moved = 0
-        self._held: set[int] = set()
+        self.moved = 0
 
-    def hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place = storage._cdata
-        if tensor.device.type != "meta" or place in self._held:
-            return
-        self._held.add(place)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, place, storage.nbytes())
-
-    def _release(self, place: int, size: int) -> None:
-        self._held.discard(place)
-        self.live -= size
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        result = operation(*arguments, **(named or {}))
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        for value in made:
-            self.hold(value)
-        if not operation.is_view and operation not in _NOT_MOVING:
-            read = arguments[1:] if operation is _ATEN.copy_.default else (arguments, named)
-            given = [value for value in tree_leaves(read) if isinstance(value, Tensor)]
-            self.moved += sum(value.numel() * value.element_size() for value in (*given, *made))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not func.is_view and func not in _NOT_MOVING:
+            read = args[1:] if func is _ATEN.copy_.default else (args, kwargs)
+            touched = [value for value in tree_leaves((read, result)) if isinstance(value, Tensor)]
+            self.moved += sum(value.numel() * value.element_size() for value in touched)
         return result

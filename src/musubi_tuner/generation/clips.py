@@ -207,8 +207,7 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     if not waiting:
         return
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper = _load(number, waiting, setting)
-    stack = NetworkStack(wrapper.transformer, setting.dtype)
+    wrapper, stack = _load(number, waiting, setting)
     for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
         stack.check(path)
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
@@ -228,8 +227,8 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     free_memory(setting.device)
 
 
-def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> OfficialLTXV2Wrapper:
-    """Planned for the largest of these clips, and tried by a step of it."""
+def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> tuple[OfficialLTXV2Wrapper, NetworkStack]:
+    """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory."""
     config = setting.config
     works = {one.job: _work(one, number, setting) for one in waiting}
     largest = max(waiting, key=lambda one: (works[one.job].video_tokens + works[one.job].audio_tokens, works[one.job].passes))
@@ -240,13 +239,15 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
         masked_tokens=max(one.masked_tokens for one in works.values()),
     )
 
+    tried: list[NetworkStack] = []
+
     def trial(wrapper: OfficialLTXV2Wrapper) -> None:
         inputs = largest.inputs[number]
         one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
         stack = NetworkStack(wrapper.transformer, setting.dtype)
         stack.use(_beside(largest, number, setting))
         generate(wrapper, dataclasses.replace(inputs, plan=one_step))
-        stack.remove()
+        tried.append(stack)
 
     request = SamplingRequest(
         checkpoint=setting.files.transformer,
@@ -258,7 +259,8 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> Official
         work=work,
         merged=_networks(largest, number, setting) if config.loras.merge_loras else (),
     )
-    return load_for_sampling(request, trial)
+    wrapper = load_for_sampling(request, trial)
+    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype)
 
 
 def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:

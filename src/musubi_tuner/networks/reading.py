@@ -31,12 +31,21 @@ class StoredAdapter:
 
     kind: str
     """A type of `networks.types.TYPES`."""
-    tensors: Tensors
-    """float32 under our endings, scale folded in."""
+    stored: Tensors
+    """Under our endings, otherwise as the file has them: a distilled LoRA of 8 GB would have twice that in float32."""
     rank: int = 0
     """Of its tensors; 0 where they have none."""
     scale: float = 1.0
-    """What was folded in."""
+    """To be folded in."""
+
+    @property
+    def tensors(self) -> Tensors:
+        """float32 under our endings, scale folded in; made anew each time."""
+        tensors = {leaf: tensor.float() for leaf, tensor in self.stored.items()}
+        if self.scale != 1.0:
+            leaf = scaled_leaf(self.kind, self.stored)
+            tensors[leaf] = tensors[leaf] * self.scale
+        return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +206,10 @@ def _read_keys(path: Path, stored: Collection[str], linears: Linears) -> dict[st
 
 
 def _checked_values(path: Path, key: str, tensor: Tensor, *, may_be_whole: bool) -> Tensor:
-    """float32"""
+    """The tensor as it is."""
     if not tensor.is_floating_point() and not may_be_whole:
         raise UserError(f"{path}: '{key}' is of dtype {str(tensor.dtype).removeprefix('torch.')}; an adapter's tensors are floating point.")
-    tensor = tensor.float()
-    if not bool(tensor.isfinite().all()):
+    if not bool(tensor.float().isfinite().all()):
         raise UserError(f"{path}: '{key}' holds NaN or infinity. Its training diverged; give an earlier file.")
     return tensor
 
@@ -224,7 +232,7 @@ def _refuse_foreign(path: Path, modules: Collection[str], linears: Linears) -> N
 
 
 def _check_size(path: Path, name: str, adapter: StoredAdapter, shape: Sequence[int] | None) -> None:
-    found = adapted_shape(adapter.kind, adapter.tensors)
+    found = adapted_shape(adapter.kind, adapter.stored)
     if shape is not None and found != tuple(shape):
         raise UserError(
             f"{path}: made for another model: '{name}' takes {found[1]} values and gives {found[0]} in the file, "
@@ -249,13 +257,8 @@ def _adapter(path: Path, name: str, tensors: dict[str, Tensor], stem: str, said:
         if alpha is not None and abs(told - scale) > 1e-3 * told:
             raise UserError(f"{path}: '{stem}.alpha' gives a scale of {scale:g}, {said.where} one of {told:g}. Remove one of the two.")
         scale = told
-    if scale != 1.0:
-        leaf = scaled_leaf(kind, tensors)
-        tensors[leaf] = tensors[leaf] * scale
-        if not bool(tensors[leaf].isfinite().all()):
-            raise UserError(
-                f"{path}: the scale of '{stem}', {scale:g}, makes infinity of its values. Its alpha is damaged; give another file."
-            )
+    if scale != 1.0 and not bool((tensors[scaled_leaf(kind, tensors)].float() * scale).isfinite().all()):
+        raise UserError(f"{path}: the scale of '{stem}', {scale:g}, makes infinity of its values. Its alpha is damaged; give another file.")
     return StoredAdapter(kind, tensors, rank, scale)
 
 

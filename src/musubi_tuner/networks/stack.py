@@ -54,13 +54,14 @@ class NetworkStack:
         self._wrapped: dict[str, _Stacked] = {}
         self._used: dict[Path, dict[str, AddingLayer | _Difference]] = {}
 
-    def check(self, path: Path) -> NetworkFile:
-        """Read a file and see that it fits.
+    def check(self, path: Path) -> None:
+        """Read a file and see that it fits, unless it is in use.
 
         Raises:
             UserError: what `read_network` raises.
         """
-        return read_network(path, self._shapes)
+        if path not in self._used:
+            read_network(path, self._shapes)
 
     def use(self, networks: Sequence[tuple[Path, Strength]]) -> None:
         """From now on these, and no others. Files that were in use stay in memory, others are let go.
@@ -72,7 +73,7 @@ class NetworkStack:
         wanted = {path for path, _ in active}
         self._used = {path: layers for path, layers in self._used.items() if path in wanted}
         for path in wanted - set(self._used):
-            self._used[path] = self._layers(self.check(path))
+            self._used[path] = self._layers(read_network(path, self._shapes))
         for stacked in self._wrapped.values():
             stacked.added = ()
         for path, strength in active:
@@ -105,13 +106,13 @@ class NetworkStack:
         return self._wrapped[name]
 
     def _layer(self, base: FrozenLinear, adapter: StoredAdapter) -> "AddingLayer | _Difference":
-        device = base_device(base)
+        device, tensors = base_device(base), adapter.tensors
         if adapter.kind == "full":
-            return _Difference(adapter.tensors, device, self._dtype)
+            return _Difference(tensors, device, self._dtype)
         layer_class = TYPES[adapter.kind]
-        layer = layer_class(base, layer_class.spec_of(adapter.tensors), generator_for(0, "replaced by what is loaded"))
+        layer = layer_class(base, layer_class.spec_of(tensors), generator_for(0, "replaced by what is loaded"))
         assert isinstance(layer, AddingLayer)
-        layer.load(adapter.tensors)
+        layer.load(tensors)
         layer.requires_grad_(False)
         if type(layer) is LoRALayer:
             for parameter in layer.parameters(recurse=False):
@@ -147,5 +148,9 @@ class _Stacked(nn.Module):
         y = run_base(self.base, x)
         total = y
         for layer, strength in self.added:
-            total = total + strength * layer.change(x, y, None)
+            change = layer.change(x, y, None)
+            if torch.is_grad_enabled() or change.dtype != total.dtype:
+                total = total + strength * change
+            else:  # the same sum, in memory that is there: of a feed-forward and a long clip each tensor more is most of a GB
+                total = change.mul_(strength).add_(total)
         return total

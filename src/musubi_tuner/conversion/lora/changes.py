@@ -154,7 +154,7 @@ def averaged(files: Sequence[LoraContents], shares: Sequence[float]) -> LoraCont
             leaf: sum((share * file.adapters[name].tensors[leaf] for file, share in zip(files, shares, strict=True)), torch.zeros(()))
             for leaf in one.tensors
         }
-        adapters[name] = dataclasses.replace(one, tensors=tensors, scale=1.0)
+        adapters[name] = dataclasses.replace(one, stored=tensors, scale=1.0)
     return files[-1].with_adapters(adapters)
 
 

@@ -89,7 +89,7 @@ def scaled(adapter: StoredAdapter, factor: float) -> StoredAdapter:
     if adapter.kind == "dora":
         raise ValueError("a DoRA is not linear in its strength: give the strength where it is used")
     leaf = scaled_leaf(adapter.kind, adapter.tensors)
-    return dataclasses.replace(adapter, tensors={**adapter.tensors, leaf: adapter.tensors[leaf] * factor}, scale=1.0)
+    return dataclasses.replace(adapter, stored={**adapter.tensors, leaf: adapter.tensors[leaf] * factor}, scale=1.0)
 
 
 def lora_of(down: Tensor, up: Tensor) -> StoredAdapter:
