@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     Card()
     from musubi_tuner.memory.attention import use_attention
 
-    use_attention(("flash", "efficient"))
+    use_attention(("math",) if options.attention == "math" else ("flash", "efficient"))
     print("| weights | blocks | streamed | passes | clip | planned GB | allocated | reserved |\n" + "|---" * 8 + "|", flush=True)
     for weight_format in options.formats:
         for run in options.run:
@@ -98,19 +98,23 @@ def _measure_size(wrapper: Any, size: str, weight_format: str, compiled: bool, o
             generate(wrapper, sample)
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         passes = 4 if plan is guided else 1
-        planned = _planned(weight_format, compiled, options.streamed, width // 32 * (height // 32) * (1 + frames // 8), frames, passes)
+        planned = _planned(weight_format, compiled, options, width // 32 * (height // 32) * (1 + frames // 8), frames, passes)
         found = [f"{value / 1e9:.2f} ({value / planned - 1:+.1%})" for value in (allocated, reserved)]
         cells = (weight_format, "compiled" if compiled else "eager", options.streamed, passes, size, f"{planned / 1e9:.2f}", *found)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def _planned(weight_format: str, compiled: bool, streamed: int, tokens: int, frames: int, passes: int) -> int:
+def _planned(weight_format: str, compiled: bool, options: argparse.Namespace, tokens: int, frames: int, passes: int) -> int:
     from benchmarks.plans import MODEL, rates
+    from musubi_tuner.memory.attention import SCORE_BYTES
     from musubi_tuner.memory.plan import Limits
     from musubi_tuner.memory.sampling_plan import SamplingWork, sampling_plans
 
-    work = SamplingWork(video_tokens=tokens, audio_tokens=round(frames / 24 * 25), text_tokens=1024, passes=passes, networks_bytes=0)
-    limits = Limits(device_bytes=2**60, host_bytes=2**60, formats=(weight_format,), streamed=streamed, compiled=compiled)
+    work = SamplingWork(
+        video_tokens=tokens, audio_tokens=round(frames / 24 * 25), text_tokens=1024, passes=passes, networks_bytes=0,
+        scores_bytes=SCORE_BYTES if options.attention == "math" else 0,
+    )  # fmt: skip
+    limits = Limits(device_bytes=2**60, host_bytes=2**60, formats=(weight_format,), streamed=options.streamed, compiled=compiled)
     return next(sampling_plans(MODEL, work, rates("H100 80G"), limits)).device_bytes
 
 
@@ -121,6 +125,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8", "int8", "nf4"], help="default: bf16 fp8")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="default: %(default)s")
     parser.add_argument("--run", nargs="+", default=["eager"], choices=["compiled", "eager"], help="default: eager")
+    parser.add_argument("--attention", default="flash", choices=["flash", "math"], help="kernel (default: flash)")
     parser.add_argument("--streamed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(argv)
 

@@ -10,14 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_generate_video
-from musubi_tuner.generation import clips
+from musubi_tuner.generation import clips, decode
 from musubi_tuner.generation.jobs import parse_lora
 from musubi_tuner.generation.recipe import KEY, read_recipe
 from musubi_tuner.generation.unfinished import FOLDER
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import write_video
+from musubi_tuner.memory.attention import SCORE_BYTES
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.placement import sampling
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 SIZE = ("--sample_width", "128", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2")
 
@@ -244,3 +246,22 @@ def test_enhanced_prompts_are_written_once_and_both_are_kept(tiny_family, texts,
     assert len(run(tiny_family, texts, tmp_path, *flags, "--prompt_enhancement_seed", "11")) == 2
     with pytest.raises(UserError, match="give --text_encoder"):
         run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--enhance_prompt", "default")
+
+
+def test_a_card_that_cannot_decode_loses_nothing_that_was_sampled(tiny_family, texts, tmp_path, monkeypatch):
+    def no_room(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(TemporaryFailure, match="Nothing that was sampled is lost: it lies in .*unfinished"):
+        patch.setattr(decode, "to_frames", no_room)
+        run(tiny_family, texts, tmp_path / "out", "--prompt", "a dog")
+    monkeypatch.setattr(clips, "generate", no_room)
+    assert len(run(tiny_family, texts, tmp_path / "out", "--prompt", "a dog")) == 1, "from what was kept"
+
+
+def test_scores_of_attention_are_planned_for_where_its_kernel_keeps_them(tiny_family, texts, tmp_path, monkeypatch):
+    planned, place = [], sampling.place_to_sample
+    monkeypatch.setattr(sampling, "place_to_sample", lambda request, machine: planned.append(request.work) or place(request, machine))
+    for mode in ("auto", "math"):
+        run(tiny_family, texts, tmp_path / mode, "--prompt", "a dog", "--vram_gb", "4", "--attn_mode", mode, "--no-compile")
+    assert [work.scores_bytes for work in planned] == [0, SCORE_BYTES]

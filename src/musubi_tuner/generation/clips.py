@@ -7,7 +7,8 @@ has finished lies on disk (`Unfinished`), so that a run that is stopped goes on 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from musubi_tuner.generation.jobs import Job, LoraUse, reference_factors
 from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage, make_stages
 from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
-from musubi_tuner.generation.unfinished import Unfinished
+from musubi_tuner.generation.unfinished import FOLDER, Unfinished
 from musubi_tuner.generation.watching import watching
 from musubi_tuner.generation.windows import WindowSize, spans_of
 from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
@@ -39,14 +40,18 @@ from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.audio import Waveform
+from musubi_tuner.memory.card import cap_device_memory
+from musubi_tuner.memory.card import free_memory as free_memory_of_card
+from musubi_tuner.memory.compiling import first_line
 from musubi_tuner.memory.sampling_plan import SamplingWork
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.reading import newest_file
 from musubi_tuner.networks.stack import NetworkStack, Strength
+from musubi_tuner.placement.decoding import Need, needs_after_sampling
 from musubi_tuner.placement.sampling import SamplingRequest, load_for_sampling
 from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -122,9 +127,10 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
     missing = [job for job in jobs if job not in there]
     seconds: dict[Job, float] = {}
     if missing:
-        planned = _prepare(missing, recipes, setting)
+        cap_device_memory(setting.device, setting.config.memory.vram_gb)
+        planned, needs = _prepare(missing, recipes, setting)
         for number in range(max(len(one.stages) for one in planned)):
-            _run_stage(number, planned, unfinished, setting, tell)
+            _run_stage(number, planned, needs, unfinished, setting, tell)
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
         there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
@@ -140,8 +146,8 @@ def recipes_of(jobs: Sequence[Job], setting: Setting) -> dict[Job, Recipe]:
     return {job: recipe_of(job, setting.config, model, encoders[job.prompt.prompt]) for job in jobs}
 
 
-def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> list[Planned]:
-    """Stages, contexts and conditioning of each clip; every file is looked at."""
+def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> tuple[list[Planned], list[Need]]:
+    """Stages, contexts and conditioning of each clip, and what comes after the transformer; every file is looked at."""
     config, files = setting.config, setting.files
     transformer, version, mode = read_config(files.transformer), detect_version(files.transformer), config.model.ltx_mode
     stages = {
@@ -153,6 +159,7 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
     }  # fmt: skip
     every = [stage for of_job in stages.values() for stage in of_job]
     try_decoders(files.vae, files.audio_vae, {stream for stage in every for stream in stage.plan.streams})
+    needs = _needs_after(list(stages.values()), setting)
     texts = [stage.prompt.prompt for stage in every]
     texts += [stage.prompt.negative for stage in every if stage.plan.needs_negative]
     both = transformer.video_context_width + transformer.audio_context_width
@@ -168,7 +175,30 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
         inputs = tuple(_inputs(stage, contexts, encoders, encoded, _window(config)) for stage in stages[job])
         planned.append(Planned(job, recipes[job], stages[job], inputs))
     encoders.close()
-    return planned
+    return planned, needs
+
+
+def _needs_after(stages: Sequence[tuple[Stage, ...]], setting: Setting) -> list[Need]:
+    """Of upsampler and decoders, each of which has the card after the transformer; none off a GPU.
+
+    Raises:
+        UserError: one of them does not fit.
+    """
+    if setting.device.type != "cuda":
+        return []
+    config, last = setting.config, [of_job[-1] for of_job in stages]
+    earlier = [stage for of_job in stages for stage in of_job[:-1]]
+    room, _ = free_memory_of_card(setting.device, config.memory.vram_gb, config.memory.ram_gb)
+    return needs_after_sampling(
+        setting.files.vae,
+        setting.files.audio_vae,
+        setting.upsampler,
+        sizes={video_cells(stage.prompt) for stage in last if "video" in stage.plan.streams},
+        before={video_cells(stage.prompt) for stage in earlier if "video" in stage.plan.streams},
+        steps=max((audio_steps(stage.prompt) for stage in last if "audio" in stage.plan.streams), default=0),
+        room=room,
+        dtype=setting.dtype,
+    )
 
 
 def _window(config: GenerateConfig) -> WindowSize | None:
@@ -201,13 +231,15 @@ def _inputs(
     )
 
 
-def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, tell: Tell) -> None:
+def _run_stage(
+    number: int, planned: Sequence[Planned], needs: Sequence[Need], unfinished: Unfinished, setting: Setting, tell: Tell
+) -> None:
     """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
     waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
     if not waiting:
         return
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper, stack = _load(number, waiting, setting)
+    wrapper, stack = _load(number, waiting, needs, setting)
     for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
         stack.check(path)
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
@@ -227,7 +259,7 @@ def _run_stage(number: int, planned: Sequence[Planned], unfinished: Unfinished, 
     free_memory(setting.device)
 
 
-def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> tuple[OfficialLTXV2Wrapper, NetworkStack]:
+def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], setting: Setting) -> tuple[OfficialLTXV2Wrapper, NetworkStack]:
     """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory."""
     config = setting.config
     works = {one.job: _work(one, number, setting) for one in waiting}
@@ -258,6 +290,7 @@ def _load(number: int, waiting: Sequence[Planned], setting: Setting) -> tuple[Of
         memory=config.memory.as_of_training(),
         work=work,
         merged=_networks(largest, number, setting) if config.loras.merge_loras else (),
+        beside=tuple(need.row() for need in needs),
     )
     wrapper = load_for_sampling(request, trial)
     return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype)
@@ -323,9 +356,13 @@ def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, 
 
 
 def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, written: Callable[[Job, Path], None]) -> dict[Job, Path]:
+    """
+    Raises:
+        TemporaryFailure: the card has no room for a decoder.
+    """
     latents = [unfinished.read(one.job.stem, one.recipe, len(one.stages) - 1) for one in planned]
     paths = {}
-    with Progress("decoding", len(planned), unit="clip") as bar:
+    with Progress("decoding", len(planned), unit="clip") as bar, _kept_where_memory_fails(setting):
         decoded = decode_samples(latents, setting.files.vae, setting.files.audio_vae, setting.device)
         for one, (frames, sound) in zip(planned, decoded, strict=True):
             stem = unfinished.free_stem(one.job.stem)
@@ -335,6 +372,19 @@ def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting
             written(one.job, paths[one.job])
             bar.advance()
     return paths
+
+
+@contextmanager
+def _kept_where_memory_fails(setting: Setting) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        folder = setting.config.clips.output_dir
+        raise TemporaryFailure(
+            f"the card ran out of memory while clips were decoded ({first_line(error)}). Nothing that was sampled is lost: it lies in "
+            f"{folder / FOLDER}, and the same command goes on from there. Close other programs that hold memory of the card, or decode "
+            "on the CPU with --device cpu."
+        ) from error
 
 
 def _own_sound(prompt: PreviewPrompt) -> Waveform | None:

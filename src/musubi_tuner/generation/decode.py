@@ -3,6 +3,7 @@
 Each decoder is loaded when its turn comes and freed before the next.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,14 @@ from musubi_tuner.generation.recipe import KEY, recipe_path
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
+from musubi_tuner.placement.decoding import tiles_that_fit
 from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 
 if TYPE_CHECKING:
-    from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
+    from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
+
+log = logging.getLogger(__name__)
 
 
 def decode_samples(
@@ -37,9 +41,16 @@ def decode_samples(
     if all(one.video is None for one in latents):
         yield from ((None, sound) for sound in sounds)
         return
+    tiles = tiles_that_fit(vae, {cells_of(one.video) for one in latents if one.video is not None}, device)
     with video_decoder(vae, device) as decoder:
         for one, sound in zip(latents, sounds, strict=True):
-            yield (None if one.video is None else to_frames(decoder, one.video)), sound
+            yield (None if one.video is None else to_frames(decoder, one.video, tiles)), sound
+
+
+def cells_of(latents: Tensor) -> tuple[int, int, int]:
+    """(f, h, w) of (1, 128, f, h, w)."""
+    frames, rows, columns = latents.shape[2:]
+    return frames, rows, columns
 
 
 @contextmanager
@@ -55,12 +66,30 @@ def video_decoder(checkpoint: Checkpoint, device: torch.device) -> Iterator["Vid
         free_memory(device)
 
 
-def to_frames(vae: "VideoVAE", latents: Tensor) -> Tensor:
-    """(1, 128, f, h, w) normalized latents -> (F, H, W, 3) uint8, on the CPU."""
-    parts = []
-    for pixels in vae.decode_in_parts(latents, device=torch.device("cpu")):
-        parts.append(((pixels[0].permute(1, 2, 3, 0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(parts)
+def to_frames(vae: "VideoVAE", latents: Tensor, tiles: "Sequence[TileSizes]") -> Tensor:
+    """(1, 128, f, h, w) normalized latents -> (F, H, W, 3) uint8, on the CPU.
+
+    Args:
+        tiles: that are decoded in, and smaller ones for a card that runs out of memory all the same.
+    """
+    for sizes, smaller in zip(tiles, (*tiles[1:], None), strict=True):
+        vae.use_tiles(sizes)
+        try:
+            return torch.cat([_to_bytes(part) for part in vae.decode_in_parts(latents, device=torch.device("cpu"))])
+        except torch.OutOfMemoryError:
+            if smaller is None:
+                raise
+            log.warning(
+                "WARNING: the card ran out of memory while pictures were decoded; going on in tiles of %d pixels and %d frames",
+                smaller.pixels, smaller.frames,
+            )  # fmt: skip
+        free_memory(vae.device)
+    raise AssertionError("the last tiles return or raise")
+
+
+def _to_bytes(pixels: Tensor) -> Tensor:
+    """(1, 3, F, H, W) in -1..1 -> (F, H, W, 3) uint8, on the CPU."""
+    return ((pixels[0].permute(1, 2, 3, 0).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torch.device) -> list[Waveform]:

@@ -96,8 +96,18 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
     host = max(0, host - _HOST_RESERVE)
-    share = _DEVICE_SHARE_IN_FIXED_PIECES if device.type == "cuda" and not pieces_grow() else DEVICE_SHARE
-    return int(free * share), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
+    return int(free * _device_share(device)), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
+
+
+def _device_share(device: torch.device) -> float:
+    return _DEVICE_SHARE_IN_FIXED_PIECES if device.type == "cuda" and not pieces_grow() else DEVICE_SHARE
+
+
+def room_left(device: torch.device) -> int:
+    """Bytes that torch's allocator may still give to tensors of a GPU: of what is free, below the cap of `cap_device_memory`."""
+    free, total = torch.cuda.mem_get_info(device)
+    most = min(free + torch.cuda.memory_reserved(device), int(total * torch.cuda.get_per_process_memory_fraction(device)))
+    return int(most * _device_share(device)) - torch.cuda.memory_allocated(device)
 
 
 def cap_device_memory(device: torch.device, vram_gb: float | None) -> None:

@@ -3,6 +3,7 @@
     device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format + networks beside the model
                     + what one block takes while it runs (`UNITS`) + the texts of the passes
                     + where weights are streamed, the states of the other passes, which wait before and behind the block (`WAITING`)
+                    + where attention keeps its scores (`math`), those of the largest one (`SCORES`)
 
     seconds         passes * forward of the blocks, or the copies of the streamed ones where these take longer: a step copies them once,
                     as all its passes go through a block before the next one does
@@ -22,6 +23,9 @@ INT8_UNITS = 4.5
 """More in int8, whose products have 32 bits."""
 WAITING = 3.0
 """Units for each pass beside the one that runs: its states before the block and behind it, and what it reads besides."""
+SCORES = 2.3
+"""Tensors as large as the scores of the largest attention, where its kernel keeps them: the scores and their softmax, and what
+they are made of in float32."""
 _TEXT = 1.3
 """Keys and values of the text, over those of one block."""
 
@@ -40,6 +44,14 @@ class SamplingWork:
     """Of the networks beside the model."""
     masked_tokens: int = 0
     """That attend under a mask of all their pairs, as a reference of some strength has it; 0 = without."""
+    scores_bytes: int = 0
+    """As of `Workload`."""
+
+    @property
+    def largest_scores(self) -> int:
+        """Pairs of tokens in the largest attention."""
+        longest = max(self.video_tokens, self.audio_tokens)
+        return longest * max(longest, self.text_tokens)
 
     @property
     def as_workload(self) -> Workload:
@@ -99,6 +111,7 @@ def sampling_plans(shape: ModelShape, work: SamplingWork, rates: CardRates, limi
             device += (shape.blocks - unquantized - streamed + slots) * low_block + work.networks_bytes
             device += limits.compute_bytes * work.masked_tokens**2
             device += (_units(weight_format, limits) + WAITING * (work.passes - 1) * bool(streamed)) * unit + _TEXT * text
+            device += SCORES * work.scores_bytes * shape.heads * work.largest_scores
             device += work.passes * limits.compute_bytes * work.text_tokens * (shape.video_dim + shape.audio_dim)
             if weight_format == "nf4":
                 device += 4.0 * shape.video_dim**2 * limits.compute_bytes  # a weight as it is multiplied by

@@ -50,7 +50,7 @@ class Failure:
     """Bytes that the host had let this process pin by then."""
 
 
-_KEEPS_SCORES = (
+KEEPS_SCORES = (
     " Attention runs by products and a softmax (math), which keeps the scores of all pairs of tokens: it was asked for by --attn_mode, or "
     "the card has no other kernel for this dtype."
 )
@@ -91,7 +91,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         try:
             found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
         except UserError as error:
-            told = f"{error}{_KEEPS_SCORES if keeps_scores else ''}"
+            told = f"{error}{KEEPS_SCORES if keeps_scores else ''}"
             raise UserError(told if refused is None else f"{refused} With less, {told}") from None
         placement = group.gather(found)[0]
         try:
@@ -109,7 +109,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     raise UserError(
         refused
         or "the largest batch ran out of memory however it was planned. Use a smaller resolution, fewer frames or batch_size 1, or close "
-        f"other programs that use the card.{_KEEPS_SCORES if keeps_scores else ''}"
+        f"other programs that use the card.{KEEPS_SCORES if keeps_scores else ''}"
     )
 
 

@@ -12,6 +12,7 @@ from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.transformer.load import STREAMS, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.memory.attention import SCORE_BYTES
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.plan import Limits
 from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose_sampling_plan, sampling_plans
@@ -32,7 +33,7 @@ from musubi_tuner.placement.planning import (
     streamed_blocks,
     unquantized_blocks,
 )
-from musubi_tuner.placement.prove import AFTER_TOO_LITTLE, choose_attention
+from musubi_tuner.placement.prove import AFTER_TOO_LITTLE, KEEPS_SCORES, choose_attention
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.tables import format_table
@@ -57,6 +58,8 @@ class SamplingRequest:
     """The largest sample's."""
     merged: tuple[tuple[Path, Strength], ...] = ()
     """Networks that become part of the weights."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """Rows of the plan's table: what has the card before and after."""
 
 
 def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wrapper], object]) -> OfficialLTXV2Wrapper:
@@ -70,7 +73,9 @@ def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wr
     """
     device, blocks = request.device, read_config(request.checkpoint).num_layers
     tokens = BatchTokens(video=request.work.video_tokens, audio=request.work.audio_tokens, text=request.work.text_tokens, clips=1)
-    attention, _ = choose_attention(request.memory, request.checkpoint, device, request.dtype, [tokens])
+    attention, keeps_scores = choose_attention(request.memory, request.checkpoint, device, request.dtype, [tokens])
+    if keeps_scores:
+        request = dataclasses.replace(request, work=dataclasses.replace(request.work, scores_bytes=SCORE_BYTES))
     machine = read_machine(device, request.memory, processes=1)
     if machine is None:
         return _load(request, place_by_hand(request.memory, blocks, device))
@@ -89,10 +94,12 @@ def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wr
             wrapper = None
         free_memory(device)
         if wrapper is not None:
-            log.info("%s", format_table([*describe(placement, plan, request), *_measured(plan, device), *attention], ("sampling", "")))
+            rows = [*describe(placement, plan, request), *_measured(plan, device), *attention, *request.beside]
+            log.info("%s", format_table(rows, ("sampling", "")))
             return wrapper
     raise UserError(
         "the largest clip ran out of memory however it was planned. Use a smaller size or fewer frames, or close other programs."
+        f"{KEEPS_SCORES if keeps_scores else ''}"
     )
 
 
@@ -125,7 +132,7 @@ def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placeme
             f"{size_in_words(leanest.device_bytes)} on the device and {size_in_words(leanest.host_bytes)} pinned on the host; "
             f"{size_in_words(machine.device_bytes)} and {size_in_words(machine.host_bytes)} may be used"
             f"{'' if options.vram_gb is None else f' (--vram_gb {options.vram_gb:g})'}. Use a smaller size or fewer frames, or close other "
-            "programs that hold memory."
+            f"programs that hold memory.{KEEPS_SCORES if request.work.scores_bytes else ''}"
         )
     full = plan.weight_format == full_format
     placement = Placement(

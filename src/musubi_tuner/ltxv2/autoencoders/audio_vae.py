@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen, weight_bytes
 from musubi_tuner.ltxv2.geometry import AUDIO_HOP, AUDIO_SAMPLE_RATE, patchify_audio, unpatchify_audio
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
 PREFIX = "audio_vae."
 _MARKS = ("encoder.conv_in.", "decoder.conv_in.")
+
+
+PART, REACH = 256, 40
+"""Latent steps that are decoded at a time, 25 a second, and those before them that are looked at: the decoder is causal, and a mel frame
+depends on 33 steps of the past."""
+_MEL_FRAMES = 4
+"""Of a latent step; the first one of a sound has one."""
 
 
 class AudioVAE:
@@ -31,18 +38,21 @@ class AudioVAE:
         Raises:
             UserError: no audio VAE in the file, or a config that this is not written for.
         """
-        from diffusers import AutoencoderKLLTX2Audio
-
         component = find_audio_vae(checkpoint)
-        with building_from(checkpoint, "audio_vae"), torch.device("meta"):
-            network = AutoencoderKLLTX2Audio(**diffusers_config(component.config))
-        for part in ("encoder", "decoder"):
-            if part not in parts:
-                setattr(network, part, None)
+        network = _build(component, checkpoint, parts)
         wanted = tuple(f"{part}." for part in parts)
         renamed = {MEAN: "latents_mean", STD: "latents_std"}
         sources = {renamed.get(name, name): full for name, full in component.names.items() if name.startswith(wanted) or name in renamed}
         return cls(load_frozen(network, sources, checkpoint, device, torch.float32))
+
+    @classmethod
+    def decoder_on_meta(cls, checkpoint: Checkpoint) -> "AudioVAE":
+        """The decoder without weights, for counting; raises what `load` does of the config."""
+        return cls(_build(find_audio_vae(checkpoint), checkpoint, ("decoder",)))
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self._network)
 
     @property
     def device(self) -> torch.device:
@@ -57,10 +67,27 @@ class AudioVAE:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 8, T, 16) normalized -> log mel (B, 2, 4T-3, 64)."""
+        """(B, 8, T, 16) normalized -> log mel (B, 2, 4T-3, 64); long sound a part at a time, which is the whole."""
         tokens = patchify_audio(latents.to(device=self.device, dtype=torch.float32))
-        raw = tokens * self._network.latents_std + self._network.latents_mean
-        return self._network.decode(unpatchify_audio(raw), return_dict=False)[0]
+        raw = unpatchify_audio(tokens * self._network.latents_std + self._network.latents_mean)
+        parts = []
+        for start in range(0, raw.shape[2], PART):
+            first = max(0, start - REACH)
+            made = self._network.decode(raw[:, :, first : start + PART], return_dict=False)[0]
+            parts.append(made[:, :, (start - first) * _MEL_FRAMES - (_MEL_FRAMES - 1) if start else 0 :])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _build(component: Component, checkpoint: Checkpoint, parts: tuple[str, ...]) -> Any:
+    """diffusers' network on the meta device with these parts alone."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    with building_from(checkpoint, "audio_vae"), torch.device("meta"):
+        network: Any = AutoencoderKLLTX2Audio(**diffusers_config(component.config))
+    for part in ("encoder", "decoder"):
+        if part not in parts:
+            setattr(network, part, None)
+    return network
 
 
 def find_audio_vae(checkpoint: Checkpoint) -> Component:

@@ -62,3 +62,16 @@ def load_frozen(module: Any, sources: Mapping[str, str], checkpoint: Checkpoint,
     for name, buffer in module.named_buffers():
         assert not buffer.is_meta, f"buffer {name} of {type(module).__name__} is in no checkpoint"
     return module.requires_grad_(False).eval()
+
+
+def as_dtype(module: Any, dtype: torch.dtype) -> Any:
+    """A module on the meta device with parameters of a dtype, as `load_frozen` would leave it. diffusers' own `to` warns of what it keeps
+    in float32 even where that is nothing."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module.requires_grad_(False).eval()
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Of parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, as_dtype, load_frozen, weight_bytes
 from musubi_tuner.ltxv2.autoencoders.neighborhood import neighborhood_attention
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
@@ -26,6 +26,13 @@ CLASS = "CausalDiffusionVAE"
 _GATES = (".gate_msa", ".gate_mlp", ".gate_ctx")
 _ASIDE = re.compile(r"decoder\.(.*\.)?(coarse_|type_emb)")
 """Heads for coarse pictures, which decoding does not use."""
+_TILE_UNITS, _FEATURES, _COLORS, _FINISHED = 11.5, 4.0, 3.3, 13.0
+"""Memory of decoding. The last stages hold so many tensors of their width, at a quarter of the frames' width and height, for the tile that
+is made. For each pixel of the whole clip there are, in numbers of the compute dtype, features of the stages before, and the colors of tiles
+that are made, overlaps included; and at the end these, put together and in float32. Counted on tensors without storage
+(docs/development/benchmarks.md, "What generation holds")."""
+_FRAMES_OF_THE_END = 2
+"""What the repeated last latent frame adds to a tile."""
 _REMEDY = "Give --vae the file 'ltx-2.5-video-vae-conv' of the same release; the latents are the same."
 RENAMED = (
     (".attn.proj.", ".attn.to_out.0."),
@@ -52,20 +59,42 @@ class DiffusionDecoder:
         Raises:
             UserError: a config that no such decoder can be built from, gates, or tensors that do not fit.
         """
-        from diffusers import LTX2VideoDiffusionDecoderModel
-
         names = {name: full for name, full in component.names.items() if name.startswith("decoder.") and not _ASIDE.match(name)}
         if gate := next((full for name, full in names.items() if name.endswith(_GATES)), None):
             raise UserError(f"{checkpoint.path}: a diffusion decoder with gates ('{gate}'), which is not read. {_REMEDY}")
-        try:
-            with building_from(checkpoint, "vae"), torch.device("meta"):
-                network: Any = LTX2VideoDiffusionDecoderModel(**diffusers_config(component.config))
-                fuse_attention(network)
-        except UserError as error:
-            raise UserError(f"{error} {_REMEDY}") from error
+        network = _build(component, checkpoint)
         sources = {to_diffusers_name(name): full for name, full in names.items()}
         sources |= {"latents_mean": component.names[MEAN], "latents_std": component.names[STD]}
         return cls(load_frozen(network, sources, checkpoint, device, dtype), dtype)
+
+    @classmethod
+    def on_meta(cls, component: Component, checkpoint: Checkpoint, dtype: torch.dtype) -> "DiffusionDecoder":
+        """Without weights, for counting; raises what `load` does of the config."""
+        return cls(as_dtype(_build(component, checkpoint), dtype), dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self._network)
+
+    def use_tiles(self, *, pixels: int, overlap: int, frames: int, shared: int) -> None:
+        """Take frames above these sizes in tiles from now on, whose noise is each tile's own.
+
+        Args:
+            overlap: pixels that neighbors share.
+            shared: frames that they share.
+        """
+        self._network.enable_tiling(pixels, pixels, frames, pixels - overlap, pixels - overlap, frames - shared)
+
+    def decoding_bytes(self, cells: tuple[int, int, int]) -> int:
+        """What decoding latents of `cells` (f, h, w) takes beside the weights, by the rule of `_TILE_UNITS`."""
+        network = self._network
+        frames, height, width = (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE
+        tile = min(frames, network.tile_sample_min_num_frames) + _FRAMES_OF_THE_END
+        tile *= min(height, network.tile_sample_min_height) * min(width, network.tile_sample_min_width)
+        unit = network.config.decoder_stage_channels[-1] * self._dtype.itemsize / network.config.patch_size**2
+        clip = frames * height * width * self._dtype.itemsize
+        overlaps = network.tile_sample_min_num_frames / network.tile_sample_stride_num_frames
+        return int(max(_TILE_UNITS * unit * tile + (_FEATURES + _COLORS * overlaps) * clip, _FINISHED * clip))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -80,6 +109,23 @@ class DiffusionDecoder:
         pixels = self._network.decode(padded.to(self._dtype), generator=generator, return_dict=False)[0]
         frames, height, width = (cells[0] - 1) * TEMPORAL_SCALE + 1, cells[1] * SPATIAL_SCALE, cells[2] * SPATIAL_SCALE
         return pixels[:, :, :frames, :height, :width].float()
+
+
+def _build(component: Component, checkpoint: Checkpoint) -> Any:
+    """diffusers' network on the meta device.
+
+    Raises:
+        UserError: a config that no such decoder can be built from.
+    """
+    from diffusers import LTX2VideoDiffusionDecoderModel
+
+    try:
+        with building_from(checkpoint, "vae"), torch.device("meta"):
+            network: Any = LTX2VideoDiffusionDecoderModel(**diffusers_config(component.config))
+            fuse_attention(network)
+    except UserError as error:
+        raise UserError(f"{error} {_REMEDY}") from error
+    return network
 
 
 class TiledNeighborhoods:

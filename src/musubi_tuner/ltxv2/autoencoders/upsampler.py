@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, as_dtype, load_frozen, weight_bytes
 from musubi_tuner.ltxv2.autoencoders.video_vae import vae_names
+from musubi_tuner.ltxv2.geometry import LATENT_CHANNELS
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 from musubi_tuner.runtime.errors import UserError
 
@@ -29,14 +30,20 @@ class LatentUpsampler:
         Raises:
             UserError: a file that is no upsampler in space by two, or a VAE without statistics.
         """
-        from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-
-        config = upsampler_config(checkpoint)
-        with building_from(checkpoint, "upsampler"), torch.device("meta"):
-            network = LTX2LatentUpsamplerModel(**config)
+        network = _build(checkpoint)
         names = vae_names(vae)
         mean, std = (vae.tensor(names[name]).to(device).float().view(1, -1, 1, 1, 1) for name in (MEAN, STD))
         return cls(load_frozen(network, {name: name for name in checkpoint.names()}, checkpoint, device, dtype), mean, std)
+
+    @classmethod
+    def on_meta(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "LatentUpsampler":
+        """Without weights, for counting; raises what `load` does of the upsampler's file."""
+        statistics = torch.empty((1, LATENT_CHANNELS, 1, 1, 1), device="meta")
+        return cls(as_dtype(_build(checkpoint), dtype), statistics, statistics)
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self._network)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -44,6 +51,15 @@ class LatentUpsampler:
         raw = latents.to(self._mean) * self._std + self._mean
         dtype = next(self._network.parameters()).dtype
         return (self._network(raw.to(dtype)).float() - self._mean) / self._std
+
+
+def _build(checkpoint: Checkpoint) -> Any:
+    """diffusers' network on the meta device."""
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    config = upsampler_config(checkpoint)
+    with building_from(checkpoint, "upsampler"), torch.device("meta"):
+        return LTX2LatentUpsamplerModel(**config)
 
 
 def upsampler_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.ltxv2.autoencoders.causal import clip_in_parts, use_layout
-from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import MEAN, STD, Component, as_dtype, find_component, load_frozen, weight_bytes
 from musubi_tuner.ltxv2.autoencoders.diffusion_decoder import CLASS, DiffusionDecoder
 from musubi_tuner.ltxv2.autoencoders.tiling import AxisTiles, Span, overlaps, ramp, run_in_parts, run_tiled
 from musubi_tuner.ltxv2.geometry import SPATIAL_SCALE, TEMPORAL_SCALE
@@ -54,6 +54,8 @@ class TileSizes:
 
 ENCODER_TILES = TileSizes(pixels=1280, frames=32)
 """What caching takes by default, and previews for their conditioning inputs: 1280x704 in one piece, in less than 4 GB."""
+DECODER_TILES = (TileSizes(), TileSizes(pixels=512, frames=48), TileSizes(pixels=256, pixel_overlap=64, frames=32, frame_overlap=16))
+"""What decoding takes, the usual one first; the others where the card has no room for it (placement/decoding.py)."""
 
 
 class VideoVAE:
@@ -86,22 +88,13 @@ class VideoVAE:
         Raises:
             UserError: no video VAE in the file, or a config that this is not written for.
         """
-        from diffusers import AutoencoderKLLTX2Video
-
         component = find_vae(checkpoint)
-        usual, diffusion = TileSizes() if "decoder" in parts else ENCODER_TILES, None
+        usual, diffusion = DECODER_TILES[0] if "decoder" in parts else ENCODER_TILES, None
         if "decoder" in parts and component.config.get("_class_name") == CLASS:
             diffusion = DiffusionDecoder.load(component, checkpoint, device=device, dtype=dtype)
             parts = tuple(part for part in parts if part != "decoder")
-        with building_from(checkpoint, "vae"), torch.device("meta"):
-            config = encoder_section(component.config)
-            if "decoder" not in parts:
-                config["decoder_blocks"] = _ANY_DECODER
-            network = AutoencoderKLLTX2Video(**diffusers_config(config))
-        for part in ("encoder", "decoder"):
-            if part not in parts:
-                setattr(network, part, None)
-        wanted, blocks = tuple(f"{part}." for part in parts), len(config["encoder_blocks"])
+        network, blocks = _build(component, checkpoint, parts)
+        wanted = tuple(f"{part}." for part in parts)
         sources = {
             to_diffusers_name(name, blocks): full
             for name, full in component.names.items()
@@ -109,9 +102,40 @@ class VideoVAE:
         }
         return cls(load_frozen(network, sources, checkpoint, device, dtype), tiles or usual, dtype, diffusion)
 
+    @classmethod
+    def decoder_on_meta(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "VideoVAE":
+        """The decoder without weights, for counting; raises what `load` does of the config."""
+        component = find_vae(checkpoint)
+        is_diffusion = component.config.get("_class_name") == CLASS
+        diffusion = DiffusionDecoder.on_meta(component, checkpoint, dtype) if is_diffusion else None
+        network, _ = _build(component, checkpoint, () if is_diffusion else ("decoder",))
+        return cls(as_dtype(network, dtype), DECODER_TILES[0], dtype, diffusion)
+
     @property
     def device(self) -> torch.device:
         return self._network.latents_mean.device
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self._network) + (0 if self._diffusion is None else self._diffusion.weight_bytes)
+
+    def diffusion_bytes(self, cells: tuple[int, int, int]) -> int | None:
+        """What a diffusion decoder takes beside its weights for latents of `cells`; None where it is the other one."""
+        return None if self._diffusion is None else self._diffusion.decoding_bytes(cells)
+
+    def use_tiles(self, tiles: TileSizes) -> None:
+        """Code in tiles of these sizes from now on."""
+        self._tiles = tiles
+        if self._diffusion is not None:
+            self._diffusion.use_tiles(
+                pixels=tiles.pixels, overlap=tiles.pixel_overlap // 2, frames=tiles.frames, shared=tiles.frame_overlap
+            )
+
+    def largest_tile(self, cells: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(f, h, w) of the largest piece in which latents of `cells` are decoded at a time."""
+        axes = (self._tiles.time, self._tiles.space, self._tiles.space)
+        frames, rows, columns = (max(end - start for start, end in axis.places(count)) for axis, count in zip(axes, cells, strict=True))
+        return frames, rows, columns
 
     def use_layout(self, name: str) -> None:
         """Have the encoder in a memory layout (`causal.LAYOUTS`); latents differ by rounding alone."""
@@ -194,6 +218,21 @@ class VideoVAE:
 
     def _statistic(self, name: str) -> Tensor:
         return getattr(self._network, name).float().view(1, -1, 1, 1, 1)
+
+
+def _build(component: Component, checkpoint: Checkpoint, parts: tuple[str, ...]) -> tuple[Any, int]:
+    """diffusers' network on the meta device with these parts alone, and how many blocks the config lists for the encoder."""
+    from diffusers import AutoencoderKLLTX2Video
+
+    with building_from(checkpoint, "vae"), torch.device("meta"):
+        config = encoder_section(component.config)
+        if "decoder" not in parts:
+            config["decoder_blocks"] = _ANY_DECODER
+        network: Any = AutoencoderKLLTX2Video(**diffusers_config(config))
+    for part in ("encoder", "decoder"):
+        if part not in parts:
+            setattr(network, part, None)
+    return network, len(config["encoder_blocks"])
 
 
 def in_unit_range(frames: Tensor, dtype: torch.dtype) -> Tensor:

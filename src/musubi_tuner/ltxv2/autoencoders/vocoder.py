@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.ltxv2.autoencoders.components import find_component, load_frozen
+from musubi_tuner.ltxv2.autoencoders.components import Component, find_component, load_frozen, weight_bytes
 from musubi_tuner.ltxv2.weights import Checkpoint, building_from
 
 PREFIX = "vocoder."
@@ -20,6 +20,11 @@ _RENAMES = (
     (r"act_post", "act_out"),
     (r"downsample\.lowpass", "downsample"),
 )
+
+
+PART, REACH = 1024, 64
+"""Mel frames that are made at a time, a hundred a second, and those beside them that are looked at: a sample depends on 43 frames before it
+and 39 behind it, by the kernels of 2.3, and on fewer by those of 2.0."""
 
 
 class Vocoder:
@@ -36,27 +41,54 @@ class Vocoder:
         Raises:
             UserError: no vocoder in the file.
         """
-        from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
+        component = _find_vocoder(checkpoint)
+        # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
+        found = _build(component, checkpoint)
+        names = {to_diffusers_name(name): full for name, full in component.names.items()}
+        load_frozen(found._network.to(device), names, checkpoint, device, torch.float32)
+        return found
 
-        component = find_component(checkpoint, "vocoder", PREFIX, _MARKS, what="vocoder", flag="--audio_vae")
-        config = component.config
-        two_stages = "bwe" in config
-        with building_from(checkpoint, "vocoder"):
-            rate = config["bwe"]["output_sampling_rate"] if two_stages else config.get("output_sampling_rate", 24000)
-            # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
-            network: Any = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
-        network = network.to(device)
-        load_frozen(network, {to_diffusers_name(name): full for name, full in component.names.items()}, checkpoint, device, torch.float32)
-        if two_stages:
-            # The official first stage clamps its waveform; diffusers' leaves it as it is.
-            network.vocoder.register_forward_hook(lambda module, inputs, output: output.clamp(-1, 1))
-        return cls(network, rate)
+    @classmethod
+    def on_meta(cls, checkpoint: Checkpoint) -> "Vocoder":
+        """Without weights, for counting; raises what `load` does of the config."""
+        with torch.device("meta"):
+            return _build(_find_vocoder(checkpoint), checkpoint)
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self._network)
 
     @torch.inference_mode()
     def __call__(self, mel: Tensor) -> Tensor:
-        """(B, 2, frames, 64) -> (B, 2, samples) in -1..1 at `sampling_rate`."""
-        device = next(self._network.parameters()).device
-        return self._network(mel.to(device=device, dtype=torch.float32))
+        """(B, 2, frames, 64) -> (B, 2, samples) in -1..1 at `sampling_rate`; long sound a part at a time, which is the whole."""
+        device, frames = next(self._network.parameters()).device, mel.shape[2]
+        parts = []
+        for start in range(0, frames, PART):
+            end = min(start + PART, frames)
+            first, last = max(0, start - REACH), min(end + REACH, frames)
+            made = self._network(mel[:, :, first:last].to(device=device, dtype=torch.float32))
+            samples = made.shape[-1] // (last - first)
+            parts.append(made[..., (start - first) * samples : (end - first) * samples])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _find_vocoder(checkpoint: Checkpoint) -> Component:
+    return find_component(checkpoint, "vocoder", PREFIX, _MARKS, what="vocoder", flag="--audio_vae")
+
+
+def _build(component: Component, checkpoint: Checkpoint) -> Vocoder:
+    """diffusers' network with its first weights."""
+    from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
+
+    config = component.config
+    two_stages = "bwe" in config
+    with building_from(checkpoint, "vocoder"):
+        rate = config["bwe"]["output_sampling_rate"] if two_stages else config.get("output_sampling_rate", 24000)
+        network: Any = LTX2VocoderWithBWE(**two_stage_config(config)) if two_stages else LTX2Vocoder(**generator_config(config))
+    if two_stages:
+        # The official first stage clamps its waveform; diffusers' leaves it as it is.
+        network.vocoder.register_forward_hook(lambda module, inputs, output: output.clamp(-1, 1))
+    return Vocoder(network, rate)
 
 
 def to_diffusers_name(name: str) -> str:
