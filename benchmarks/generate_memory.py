@@ -84,7 +84,8 @@ def _run_case(case: str, options: argparse.Namespace) -> int:
 
 
 def _let_nothing_be_computed() -> None:
-    """Weights of blocks and layers are not read, streamed ones not written, convolutions give empty outputs, and zeros are no fault."""
+    """Weights of blocks and layers are not read, streamed ones not written, networks neither drawn nor checked, convolutions give empty
+    outputs, and zeros are no fault."""
     import torch
     import torch.nn.functional as F
 
@@ -99,6 +100,7 @@ def _let_nothing_be_computed() -> None:
     Region.of_own = staticmethod(  # type: ignore[method-assign]
         lambda sizes: [Region(torch.empty(size + SPARE, dtype=torch.uint8), writes=False) for size in sizes]
     )
+    torch.Tensor.uniform_ = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     networks._checked_values = lambda path, key, tensor, *, may_be_whole: tensor
     denoise._Denoiser._require_finite = lambda *_: None  # type: ignore[method-assign]
     for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d"):

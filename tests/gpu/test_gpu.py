@@ -15,15 +15,17 @@ from musubi_tuner.conditioning.conditions import each_tensor
 from musubi_tuner.encoding.layout import ClipSize, measure_layouts
 from musubi_tuner.encoding.pictures import frame_encoder
 from musubi_tuner.ltxv2.autoencoders.causal import LAYOUTS
-from musubi_tuner.ltxv2.autoencoders.video_vae import TileSizes, VideoVAE
+from musubi_tuner.ltxv2.autoencoders.video_vae import DECODER_TILES, TileSizes, VideoVAE
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.attention import try_kernels, use_attention, use_default_attention
-from musubi_tuner.memory.card import cap_device_memory, measure_rates
+from musubi_tuner.memory.card import cap_device_memory, measure_rates, room_left
 from musubi_tuner.memory.checkpointing import Recompute
 from musubi_tuner.memory.engine import BlockEngine
 from musubi_tuner.memory.pinning import PinningFailed, pin, pinned_bytes, pinned_memory
 from musubi_tuner.memory.quantized import QuantizedLinear, dequantize, quantize
 from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.placement.decoding import tiles_that_fit
 from musubi_tuner.training import loop
 from tests import engine_parts
 from tests import training_parts as parts
@@ -279,3 +281,17 @@ def test_neighborhood_attention_of_the_diffusion_decoder_is_that_of_the_cpu(dtyp
     wanted = neighborhood_attention(*given, (3, 7, 7))
     found = neighborhood_attention(*(one.to(CUDA, dtype) for one in given), (3, 7, 7))
     assert float((found.float().cpu() - wanted).norm()) < tolerance * float(wanted.norm())
+
+
+def test_decoders_are_fitted_to_what_is_left_below_the_cap(tiny_family):
+    cap_device_memory(CUDA, 1.0)
+    room = room_left(CUDA)
+    assert 0 < room <= 2**30
+    held = torch.empty(2**28, dtype=torch.uint8, device=CUDA)
+    assert room_left(CUDA) <= room - held.nbytes
+    vae = open_checkpoint(tiny_family.ltx23)
+    assert tiles_that_fit(vae, [(4, 8, 8)], CUDA) == DECODER_TILES
+    del held
+    rest = torch.empty(room - 2**22, dtype=torch.uint8, device=CUDA)
+    assert tiles_that_fit(vae, [(16, 32, 48)], CUDA) == DECODER_TILES[-1:], "nothing fits, and the smallest are tried"
+    del rest

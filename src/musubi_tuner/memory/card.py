@@ -106,7 +106,7 @@ def _device_share(device: torch.device) -> float:
 def room_left(device: torch.device) -> int:
     """Bytes that torch's allocator may still give to tensors of a GPU: of what is free, below the cap of `cap_device_memory`."""
     free, total = torch.cuda.mem_get_info(device)
-    most = min(free + torch.cuda.memory_reserved(device), int(total * torch.cuda.get_per_process_memory_fraction(device)))
+    most = min(free + torch.cuda.memory_reserved(device), int(total * torch.cuda.get_per_process_memory_fraction(device.index)))
     return int(most * _device_share(device)) - torch.cuda.memory_allocated(device)
 
 

@@ -45,7 +45,9 @@ class Vocoder:
         # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
         found = _build(component, checkpoint)
         names = {to_diffusers_name(name): full for name, full in component.names.items()}
-        load_frozen(found._network.to(device), names, checkpoint, device, torch.float32)
+        for buffer in found._network.buffers():  # first weights never come to the device, which would hold them twice
+            buffer.data = buffer.data.to(device)
+        load_frozen(found._network, names, checkpoint, device, torch.float32)
         return found
 
     @classmethod
