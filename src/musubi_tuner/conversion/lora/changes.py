@@ -76,7 +76,7 @@ def strengthened(contents: LoraContents, strength: Strength) -> LoraContents:
 
 def change_of(adapter: StoredAdapter) -> Tensor:
     """(out, in) float32, what an adapter that is no DoRA adds to the weight."""
-    return TYPES[adapter.kind].merged(torch.zeros(adapted_shape(adapter.kind, adapter.tensors)), adapter.tensors)
+    return TYPES[adapter.kind].merged(torch.zeros(adapted_shape(adapter.kind, adapter.stored)), adapter.tensors)
 
 
 def resized(contents: LoraContents, *, rank: int | None, energy: float | None) -> tuple[LoraContents, dict[str, Cut]]:
@@ -119,16 +119,13 @@ def added(files: Sequence[tuple[LoraContents, Strength]]) -> LoraContents:
         require_kinds(contents, ("lora",), "only LoRAs are laid side by side", "`resize --rank N` makes one of it, with its error.")
         for name, one in strengthened(contents, strength).adapters.items():
             there = parts.setdefault(name, [])
-            if there and (there[0].tensors[UP].shape[0], there[0].tensors[DOWN].shape[1]) != (
-                one.tensors[UP].shape[0],
-                one.tensors[DOWN].shape[1],
-            ):
+            if there and adapted_shape("lora", there[0].stored) != adapted_shape("lora", one.stored):
                 raise UserError(f"{contents.path}: '{name}' has another size than in {files[0][0].path}; they are of different models.")
             there.append(one)
-    adapters = {
-        name: lora_of(torch.cat([one.tensors[DOWN] for one in some]), torch.cat([one.tensors[UP] for one in some], dim=1))
-        for name, some in parts.items()
-    }
+    adapters = {}
+    for name, some in parts.items():
+        tensors = [one.tensors for one in some]
+        adapters[name] = lora_of(torch.cat([own[DOWN] for own in tensors]), torch.cat([own[UP] for own in tensors], dim=1))
     return files[0][0].with_adapters(adapters)
 
 
@@ -145,16 +142,14 @@ def averaged(files: Sequence[LoraContents], shares: Sequence[float]) -> LoraCont
             raise UserError(f"{other.path} and {first.path}: '{odd}' is in one of them alone. Give checkpoints of one run.")
         for name, one in first.adapters.items():
             theirs = other.adapters[name]
-            shapes = [{leaf: tuple(value.shape) for leaf, value in each.tensors.items()} for each in (one, theirs)]
+            shapes = [{leaf: tuple(value.shape) for leaf, value in each.stored.items()} for each in (one, theirs)]
             if one.kind != theirs.kind or shapes[0] != shapes[1]:
                 raise UserError(f"{other.path} and {first.path}: '{name}' has another type or rank. Give checkpoints of one run.")
     adapters = {}
     for name, one in first.adapters.items():
-        tensors = {
-            leaf: sum((share * file.adapters[name].tensors[leaf] for file, share in zip(files, shares, strict=True)), torch.zeros(()))
-            for leaf in one.tensors
-        }
-        adapters[name] = dataclasses.replace(one, stored=tensors, scale=1.0)
+        each = [file.adapters[name].tensors for file in files]
+        sums = {leaf: torch.stack([share * own[leaf] for share, own in zip(shares, each, strict=True)]).sum(0) for leaf in each[0]}
+        adapters[name] = dataclasses.replace(one, stored=sums, scale=1.0)
     return files[-1].with_adapters(adapters)
 
 
@@ -202,8 +197,9 @@ def _gamma(width: float) -> float:
 def _singular(adapter: StoredAdapter) -> tuple[Tensor, Tensor, Tensor]:
     """(out, n), (n,) falling and (n, in); of a LoRA by way of its two halves, without the matrix between."""
     if adapter.kind == "lora":
-        up, up_rest = torch.linalg.qr(adapter.tensors[UP])
-        down, down_rest = torch.linalg.qr(adapter.tensors[DOWN].mT)
+        tensors = adapter.tensors
+        up, up_rest = torch.linalg.qr(tensors[UP])
+        down, down_rest = torch.linalg.qr(tensors[DOWN].mT)
         left, values, right = torch.linalg.svd(up_rest @ down_rest.mT, full_matrices=False)
         return up @ left, values, right @ down.mT
     left, values, right = torch.linalg.svd(change_of(adapter), full_matrices=False)

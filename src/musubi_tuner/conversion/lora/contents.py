@@ -73,11 +73,8 @@ def read_lora(path: Path) -> LoraContents:
 
 
 def unscaled(adapter: StoredAdapter) -> Tensors:
-    """Its tensors as the file had them, before its scale was folded in."""
-    if adapter.scale == 1:
-        return adapter.tensors
-    leaf = scaled_leaf(adapter.kind, adapter.tensors)
-    return {**adapter.tensors, leaf: adapter.tensors[leaf] / adapter.scale}
+    """Its tensors without its scale, float32."""
+    return {leaf: value.float() for leaf, value in adapter.stored.items()}
 
 
 def scaled(adapter: StoredAdapter, factor: float) -> StoredAdapter:
@@ -88,8 +85,8 @@ def scaled(adapter: StoredAdapter, factor: float) -> StoredAdapter:
     """
     if adapter.kind == "dora":
         raise ValueError("a DoRA is not linear in its strength: give the strength where it is used")
-    leaf = scaled_leaf(adapter.kind, adapter.tensors)
-    return dataclasses.replace(adapter, stored={**adapter.tensors, leaf: adapter.tensors[leaf] * factor}, scale=1.0)
+    tensors, leaf = adapter.tensors, scaled_leaf(adapter.kind, adapter.stored)
+    return dataclasses.replace(adapter, stored={**tensors, leaf: tensors[leaf] * factor}, scale=1.0)
 
 
 def lora_of(down: Tensor, up: Tensor) -> StoredAdapter:

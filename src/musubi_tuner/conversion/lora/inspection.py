@@ -140,13 +140,14 @@ def _norm(contents: LoraContents, name: str, adapter: StoredAdapter, weight: Ten
     Args:
         weight: (out, in) of the base, where it is known.
     """
-    own = adapted_shape("lora" if adapter.kind == "dora" else adapter.kind, adapter.tensors)
+    own = adapted_shape("lora" if adapter.kind == "dora" else adapter.kind, adapter.stored)
     if weight is not None and own != tuple(weight.shape):
         raise UserError(
             f"{contents.path}: '{name}' is for a weight of {own}, the base's is {tuple(weight.shape)}. It was made for another model."
         )
     if adapter.kind == "lora":  # |B A|^2 is the sum over (B^T B) * (A A^T)
-        up, down = adapter.tensors[UP].double(), adapter.tensors[DOWN].double()
+        tensors = adapter.tensors
+        up, down = tensors[UP].double(), tensors[DOWN].double()
         return max(0.0, float(((up.mT @ up) * (down @ down.mT)).sum())) ** 0.5
     if adapter.kind != "dora":
         return float(change_of(adapter).norm())
