@@ -32,9 +32,9 @@ CASES: dict[str, tuple[str, float, list[str]]] = {
 """Card of benchmarks/plans.py, its GB, the clip's flags."""
 _PARTS = (
     ("generation.clips", "load_contexts", "text encoder"),
-    ("generation.clips", "load_for_sampling", "transformer, loading and trial"),
-    ("generation.clips", "generate", "transformer, sampling"),
-    ("generation.clips", "_upsampled", "upsampler"),
+    ("generation.stages", "load_for_sampling", "transformer, loading and trial"),
+    ("generation.stages", "generate", "transformer, sampling"),
+    ("generation.stages", "_upsampled", "upsampler"),
     ("generation.decode", "decode_audio", "sound decoder"),
     ("generation.decode", "to_frames", "video decoder"),
 )

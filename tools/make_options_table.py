@@ -18,6 +18,7 @@ from musubi_tuner import (
     ltxv2_cache_latents,
     ltxv2_cache_text_encoder_outputs,
     ltxv2_checkpoint,
+    ltxv2_dataset,
     ltxv2_generate_video,
     ltxv2_import_precomputed,
     ltxv2_lora,
@@ -83,7 +84,11 @@ PROGRAMS = (
     Program(ltxv2_report, ReportConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
     Program(ltxv2_adopt_caches, AdoptConfig),
-    *(Program(module, one.config, name) for module in (ltxv2_lora, ltxv2_checkpoint) for name, one in module.SUBCOMMANDS.items()),
+    *(
+        Program(module, one.config, name)
+        for module in (ltxv2_dataset, ltxv2_lora, ltxv2_checkpoint)
+        for name, one in module.SUBCOMMANDS.items()
+    ),
 )
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "ltxv2_train_network",
     "generate": "ltxv2_generate_video",
     "report": "ltxv2_report",
+    "dataset": "ltxv2_dataset",
     "lora": "ltxv2_lora",
     "checkpoint": "ltxv2_checkpoint",
     "import-precomputed": "ltxv2_import_precomputed",

@@ -13,8 +13,8 @@ from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.runtime.program import run_program
 
 if TYPE_CHECKING:
-    from musubi_tuner.generation.clips import Setting
     from musubi_tuner.generation.contexts import TextSource
+    from musubi_tuner.generation.setting import Setting
     from musubi_tuner.ltxv2.weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def make_setting(config: GenerateConfig) -> Setting:
     Raises:
         UserError: one that is missing, or another kind of file.
     """
-    from musubi_tuner.generation.clips import Setting, find_distilled_lora, open_upsampler
     from musubi_tuner.generation.prepare import ModelFiles
+    from musubi_tuner.generation.setting import Setting, find_distilled_lora, open_upsampler
     from musubi_tuner.ltxv2.weights import open_checkpoint
     from musubi_tuner.runtime.device import pick_device
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_generate_video
-from musubi_tuner.generation import clips, decode
+from musubi_tuner.generation import clips, decode, stages
 from musubi_tuner.generation.jobs import parse_lora
 from musubi_tuner.generation.recipe import KEY, read_recipe
 from musubi_tuner.generation.unfinished import FOLDER
@@ -88,7 +88,7 @@ def test_the_same_command_keeps_a_clip_and_another_writes_beside_it(tiny_family,
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_family, texts, tmp_path, monkeypatch):
     prompts = ("--prompt", "a dog", "rain", "--pipeline", "two_stage", *second_stage(tiny_family))
     whole = run(tiny_family, texts, tmp_path / "whole", *prompts)
-    real, calls = clips.generate, []
+    real, calls = stages.generate, []
 
     def stopped_at_the_fourth(*arguments, **named):
         if len(calls) == 3:
@@ -96,10 +96,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_family, texts, tmp_pat
         calls.append(arguments[1].prompt.prompt)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(clips, "generate", stopped_at_the_fourth)
+    monkeypatch.setattr(stages, "generate", stopped_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_family, texts, tmp_path / "stopped", *prompts)
-    monkeypatch.setattr(clips, "generate", lambda *arguments, **named: calls.append("again") or real(*arguments, **named))
+    monkeypatch.setattr(stages, "generate", lambda *arguments, **named: calls.append("again") or real(*arguments, **named))
     resumed = run(tiny_family, texts, tmp_path / "stopped", *prompts)
     assert calls[3:] == ["again"], "what was sampled is not sampled again"
     assert [path.read_bytes() for path in resumed] == [path.read_bytes() for path in whole]
@@ -111,8 +111,8 @@ def test_strength_zero_is_the_base_and_streams_have_strengths_of_their_own(tiny_
     def latents(name: str, *flags: str) -> dict[str, torch.Tensor]:
         kept = {}
         with pytest.MonkeyPatch.context() as patch:
-            real = clips.generate
-            patch.setattr(clips, "generate", lambda *a, **k: kept.setdefault("latents", real(*a, **k)))
+            real = stages.generate
+            patch.setattr(stages, "generate", lambda *a, **k: kept.setdefault("latents", real(*a, **k)))
             run(tiny_family, texts, tmp_path / name, "--prompt", "a dog", *flags)
         return {stream: getattr(kept["latents"], stream) for stream in ("video", "audio")}
 
@@ -185,7 +185,7 @@ def test_stills_and_sound_alone_carry_their_recipe(tiny_family, texts, tmp_path)
     ],
 )
 def test_what_is_lacking_is_said_before_the_model_is_loaded(tiny_family, texts, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(clips, "load_for_sampling", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(stages, "load_for_sampling", lambda *a, **k: pytest.fail("the model was loaded"))
     known = {"UP": str(tiny_family.upsampler), "MODEL": str(tiny_family.ltx23)}
     with pytest.raises(UserError, match=says):
         run(tiny_family, texts, tmp_path, *(known.get(flag, flag) for flag in flags))
@@ -255,7 +255,7 @@ def test_a_card_that_cannot_decode_loses_nothing_that_was_sampled(tiny_family, t
     with monkeypatch.context() as patch, pytest.raises(TemporaryFailure, match="Nothing that was sampled is lost: it lies in .*unfinished"):
         patch.setattr(decode, "to_frames", no_room)
         run(tiny_family, texts, tmp_path / "out", "--prompt", "a dog")
-    monkeypatch.setattr(clips, "generate", no_room)
+    monkeypatch.setattr(stages, "generate", no_room)
     assert len(run(tiny_family, texts, tmp_path / "out", "--prompt", "a dog")) == 1, "from what was kept"
 
 

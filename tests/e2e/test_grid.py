@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner.generation import clips
+from musubi_tuner.generation import clips, stages
 from musubi_tuner.generation.recipe import read_recipe
 from musubi_tuner.generation.unfinished import FOLDER
 from musubi_tuner.networks.formats import CONNECTORS_ENDING
@@ -81,7 +81,7 @@ def test_a_cell_is_the_clip_that_is_made_alone(tiny_family, texts, checkpoints, 
 
 def test_a_grid_that_fails_half_way_goes_on(tiny_family, texts, checkpoints, undisturbed, tmp_path, monkeypatch):
     """Stopped in sampling, and again in decoding; the model samples no clip twice, and the times of clips stay known."""
-    real, calls = clips.generate, []
+    real, calls = stages.generate, []
 
     def failing(*arguments, **named):
         if len(calls) == 6:
@@ -89,11 +89,11 @@ def test_a_grid_that_fails_half_way_goes_on(tiny_family, texts, checkpoints, und
         calls.append(1)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(clips, "generate", failing)
+    monkeypatch.setattr(stages, "generate", failing)
     with pytest.raises(RuntimeError):
         run(tiny_family, texts, tmp_path, *grid_flags(checkpoints))
     assert [clip["file"] for clip in page_data(tmp_path / "grid.html")["clips"]] == [None] * 14, "looked at meanwhile"
-    monkeypatch.setattr(clips, "generate", lambda *arguments, **named: calls.append(1) or real(*arguments, **named))
+    monkeypatch.setattr(stages, "generate", lambda *arguments, **named: calls.append(1) or real(*arguments, **named))
     written = clips.write_sample
 
     def stopped(stem, *arguments):
@@ -132,10 +132,10 @@ def test_a_grid_that_is_killed_goes_on(tiny_family, texts, checkpoints, undistur
 
 def test_the_model_is_loaded_once_and_a_grid_that_grows_keeps_its_cells(tiny_family, texts, checkpoints, tmp_path, monkeypatch):
     loads, used = [], []
-    real, use = clips.load_for_sampling, clips.NetworkStack.use
-    monkeypatch.setattr(clips, "load_for_sampling", lambda *a, **k: loads.append(1) or real(*a, **k))
+    real, use = stages.load_for_sampling, stages.NetworkStack.use
+    monkeypatch.setattr(stages, "load_for_sampling", lambda *a, **k: loads.append(1) or real(*a, **k))
     monkeypatch.setattr(
-        clips.NetworkStack, "use", lambda self, networks: used.append(tuple(p.name for p, _ in networks)) or use(self, networks)
+        stages.NetworkStack, "use", lambda self, networks: used.append(tuple(p.name for p, _ in networks)) or use(self, networks)
     )
     flags = ("--prompt", "a dog", "--grid", "seed=1,2", "--grid", f"lora=none,{checkpoints}/mila.safetensors", "--grid", "steps=1,2")
     run(tiny_family, texts, tmp_path, *flags)
@@ -223,7 +223,7 @@ def test_the_picture_shows_a_frame_of_each_cell(undisturbed):
     ],
 )
 def test_grids_that_make_no_sense_are_refused(tiny_family, texts, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(clips, "load_for_sampling", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(stages, "load_for_sampling", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=re.escape(says)):
         run(tiny_family, texts, tmp_path, "--prompt", "a dog", *flags)
 
@@ -232,7 +232,7 @@ def test_a_lora_that_does_not_fit_is_found_before_the_first_cell(tiny_family, te
     save_file(
         {"diffusion_model.nowhere.lora_A.weight": load_file(checkpoints / "mila.safetensors").popitem()[1]}, tmp_path / "z.safetensors"
     )
-    monkeypatch.setattr(clips, "generate", lambda *a, **k: pytest.fail("a clip was sampled"))
+    monkeypatch.setattr(stages, "generate", lambda *a, **k: pytest.fail("a clip was sampled"))
     with pytest.raises(UserError, match="z.safetensors"):
         run(
             tiny_family,

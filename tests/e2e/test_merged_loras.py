@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.model import MemoryOptions
-from musubi_tuner.generation import clips
+from musubi_tuner.generation import stages
 from musubi_tuner.generation.denoise import SampledLatents, generate
 from musubi_tuner.generation.recipe import read_recipe
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -81,8 +81,8 @@ def latents(family, texts, folder: Path, *flags: str) -> tuple[list[SampledLaten
     """Of each stage, and how many networks ran beside the model."""
     kept, beside = [], []
     with pytest.MonkeyPatch.context() as patch:
-        real, use = clips.generate, NetworkStack.use
-        patch.setattr(clips, "generate", lambda *a, **k: kept.append(real(*a, **k)) or kept[-1])
+        real, use = stages.generate, NetworkStack.use
+        patch.setattr(stages, "generate", lambda *a, **k: kept.append(real(*a, **k)) or kept[-1])
         patch.setattr(NetworkStack, "use", lambda self, networks: beside.append(len(networks)) or use(self, networks))
         run(family, texts, folder, "--prompt", "a dog", *flags)
     return kept, beside

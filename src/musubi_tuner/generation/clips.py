@@ -6,7 +6,6 @@ has finished lies on disk (`Unfinished`), so that a run that is stopped goes on 
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,82 +14,41 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.config.generation import GenerateConfig
-from musubi_tuner.generation.contexts import TextContext, TextSource, encoders_of, load_contexts
+from musubi_tuner.generation.contexts import TextContext, encoders_of, load_contexts
 from musubi_tuner.generation.decode import decode_samples, try_decoders, write_sample
-from musubi_tuner.generation.denoise import SampledLatents, SampleInputs, generate
+from musubi_tuner.generation.denoise import SampleInputs
 from musubi_tuner.generation.encode import (
     ConditioningEncoders,
     ConditioningLatents,
     audio_steps,
     encode_conditioning,
     still_crf,
-    token_count,
     video_cells,
 )
-from musubi_tuner.generation.jobs import Job, LoraUse, reference_factors
-from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage, make_stages
-from musubi_tuner.generation.prepare import ModelFiles
-from musubi_tuner.generation.recipe import Recipe, model_identity, recipe_of
+from musubi_tuner.generation.jobs import Job, reference_factors
+from musubi_tuner.generation.pipelines import Stage, make_stages
+from musubi_tuner.generation.recipe import Recipe, recipe_of
+from musubi_tuner.generation.setting import Planned, Setting, Tell
+from musubi_tuner.generation.stages import run_stage
 from musubi_tuner.generation.unfinished import FOLDER, Unfinished
-from musubi_tuner.generation.watching import watching
-from musubi_tuner.generation.windows import WindowSize, spans_of
-from musubi_tuner.ltxv2.autoencoders.upsampler import LatentUpsampler, upsampler_config
-from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS, latent_frames
+from musubi_tuner.generation.windows import WindowSize
+from musubi_tuner.ltxv2.geometry import latent_frames
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
-from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.memory.card import cap_device_memory
 from musubi_tuner.memory.card import free_memory as free_memory_of_card
 from musubi_tuner.memory.compiling import first_line
-from musubi_tuner.memory.sampling_plan import SamplingWork
-from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
-from musubi_tuner.networks.reading import newest_file
-from musubi_tuner.networks.stack import NetworkStack, Strength
 from musubi_tuner.placement.decoding import Need, needs_after_sampling
-from musubi_tuner.placement.sampling import SamplingRequest, load_for_sampling
 from musubi_tuner.prompts.prompt import PreviewPrompt
-from musubi_tuner.runtime.device import compute_dtype, free_memory
-from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.device import free_memory
+from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
 _OVERLAP = 4
 """Part of a window that it shares with the next one, where nothing else is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """What all clips of a run share."""
-
-    config: GenerateConfig
-    files: ModelFiles
-    texts: TextSource
-    device: torch.device
-    upsampler: Checkpoint | None
-    """Between two stages."""
-    distilled_lora: Path | None
-
-    @property
-    def model(self) -> dict[str, str]:
-        """What recipes know it by."""
-        return model_identity(self.files.transformer, self.files.vae, self.files.audio_vae, self.config.model.ltx_mode)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """One clip with all that it is made from."""
-
-    job: Job
-    recipe: Recipe
-    stages: tuple[Stage, ...]
-    inputs: tuple[SampleInputs, ...]
-    """Of each stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +59,6 @@ class Made:
     path: Path
     seconds: float
     """Of sampling; 0 where it was there before."""
-
-
-Tell = Callable[[Job, Path | None, float], None]
-"""Told of each clip that has come further: its path, None where it waits to be decoded, and the seconds of its sampling."""
 
 
 def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, path, seconds: None) -> list[Made]:
@@ -130,7 +84,7 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
         cap_device_memory(setting.device, setting.config.memory.vram_gb)
         planned, needs = _prepare(missing, recipes, setting)
         for number in range(max(len(one.stages) for one in planned)):
-            _run_stage(number, planned, needs, unfinished, setting, tell)
+            run_stage(number, planned, needs, unfinished, setting, tell)
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
         there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
@@ -231,130 +185,6 @@ def _inputs(
     )
 
 
-def _run_stage(
-    number: int, planned: Sequence[Planned], needs: Sequence[Need], unfinished: Unfinished, setting: Setting, tell: Tell
-) -> None:
-    """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
-    waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
-    if not waiting:
-        return
-    starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper, stack = _load(number, waiting, needs, setting)
-    for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
-        stack.check(path)
-    order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
-    waiting.sort(key=lambda one: order[_beside(one, number, setting)])
-    total = sum(one.inputs[number].plan.steps for one in waiting)
-    title = "sampling" if len(planned[0].stages) == 1 else f"sampling, stage {number + 1} of {len(planned[0].stages)}"
-    with Progress(title, total, unit="step") as bar:
-        for one in waiting:
-            stack.use(_beside(one, number, setting))
-            started = time.perf_counter()
-            with watching(setting.config, one.job.stem, number + 1) as watch:
-                latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
-            unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
-            if number + 1 == len(one.stages):
-                tell(one.job, None, unfinished.seconds(one.job.stem, one.recipe, len(one.stages)))
-    del wrapper, stack
-    free_memory(setting.device)
-
-
-def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], setting: Setting) -> tuple[OfficialLTXV2Wrapper, NetworkStack]:
-    """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory."""
-    config = setting.config
-    works = {one.job: _work(one, number, setting) for one in waiting}
-    largest = max(waiting, key=lambda one: (works[one.job].video_tokens + works[one.job].audio_tokens, works[one.job].passes))
-    work = dataclasses.replace(
-        works[largest.job],
-        passes=max(one.passes for one in works.values()),
-        networks_bytes=max(one.networks_bytes for one in works.values()),
-        masked_tokens=max(one.masked_tokens for one in works.values()),
-    )
-
-    tried: list[NetworkStack] = []
-
-    def trial(wrapper: OfficialLTXV2Wrapper) -> None:
-        inputs = largest.inputs[number]
-        one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
-        stack = NetworkStack(wrapper.transformer, setting.dtype)
-        stack.use(_beside(largest, number, setting))
-        generate(wrapper, dataclasses.replace(inputs, plan=one_step))
-        tried.append(stack)
-
-    request = SamplingRequest(
-        checkpoint=setting.files.transformer,
-        mode=config.model.ltx_mode,
-        timestep_format=config.model.ltxv2_timestep_format,
-        device=setting.device,
-        dtype=setting.dtype,
-        memory=config.memory.as_of_training(),
-        work=work,
-        merged=_networks(largest, number, setting) if config.loras.merge_loras else (),
-        beside=tuple(need.row() for need in needs),
-    )
-    wrapper = load_for_sampling(request, trial)
-    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype)
-
-
-def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
-    inputs, plan = one.inputs[number], one.stages[number].plan
-    frames, height, width = video_cells(inputs.prompt)
-    tokens = {name: token_count(inputs.prompt, name) if name in plan.streams else 0 for name in ("video", "audio")}
-    if inputs.window is not None:
-        spans = spans_of(frames, audio_steps(inputs.prompt), inputs.prompt.fps, inputs.window)
-        longest = {name: max(span[name].end - span[name].start for span in spans) for name in ("video", "audio")}
-        tokens = {name: min(count, longest[name] * (height * width if name == "video" else 1)) for name, count in tokens.items()}
-    for name in plan.streams:
-        conditions = getattr(inputs.conditioning.conditions, name)
-        tokens[name] += sum(
-            beside.latents[0, 0].numel() for beside in (conditions.reference, conditions.keyframes) if beside is not None
-        ) // (1 if name == "video" else AUDIO_MEL_BINS)
-    reference = inputs.conditioning.conditions.video.reference
-    return SamplingWork(
-        video_tokens=tokens["video"],
-        audio_tokens=tokens["audio"],
-        text_tokens=inputs.positive.text.shape[1],
-        passes=1 + plan.needs_negative + plan.needs_perturbed + plan.needs_isolated,
-        networks_bytes=sum(path.stat().st_size for path, strength in _beside(one, number, setting) if strength != Strength(0, 0)),
-        masked_tokens=0 if reference is None or reference.attention is None else tokens["video"],
-    )
-
-
-def _networks(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
-    stage = one.stages[number]
-    uses: tuple[LoraUse, ...] = one.job.loras if stage.with_loras else ()
-    networks = [(use.path, use.strength) for use in uses]
-    if stage.distilled_lora:
-        assert setting.distilled_lora is not None
-        networks.append((setting.distilled_lora, Strength(stage.distilled_lora, stage.distilled_lora)))
-    return tuple(networks)
-
-
-def _beside(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
-    """Networks that are not merged: all of them or, as then all clips have the same, none."""
-    return () if setting.config.loras.merge_loras else _networks(one, number, setting)
-
-
-def _upsampled(number: int, waiting: Sequence[Planned], unfinished: Unfinished, setting: Setting) -> dict[Job, SampledLatents]:
-    """The latents of the stage before, of the doubled size; sound as it is."""
-    assert setting.upsampler is not None
-    upsample = LatentUpsampler.load(setting.upsampler, setting.files.vae, device=setting.device, dtype=setting.dtype)
-    found = {}
-    for one in waiting:
-        before = unfinished.read(one.job.stem, one.recipe, number - 1)
-        assert before.video is not None
-        doubled = upsample(before.video).cpu()
-        if not bool(torch.isfinite(doubled).all()):
-            raise UserError(
-                f"--spatial_upsampler_path {setting.upsampler.path}: makes NaN or infinity of the latents of {one.job.stem}. Its file is "
-                "damaged: download it again."
-            )
-        found[one.job] = SampledLatents(video=doubled, audio=before.audio)
-    del upsample
-    free_memory(setting.device)
-    return found
-
-
 def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting, written: Callable[[Job, Path], None]) -> dict[Job, Path]:
     """
     Raises:
@@ -397,41 +227,3 @@ def _own_sound(prompt: PreviewPrompt) -> Waveform | None:
 
     info = probe_audio(path)
     return read_audio(path, info, info.start, info.start + prompt.seconds)
-
-
-def open_upsampler(config: GenerateConfig) -> Checkpoint | None:
-    """Of a pipeline with two stages.
-
-    Raises:
-        UserError: none is given, or another file.
-    """
-    pipeline, path = config.pipeline.pipeline, config.pipeline.spatial_upsampler_path
-    if pipeline not in TWO_STAGES:
-        return None
-    if path is None:
-        raise UserError(
-            f"--pipeline {pipeline}: needs --spatial_upsampler_path FILE, the latent upsampler (x2) of the model's release. "
-            "one_stage and distilled_one_stage work without."
-        )
-    checkpoint = open_checkpoint(path)
-    upsampler_config(checkpoint)
-    return checkpoint
-
-
-def find_distilled_lora(config: GenerateConfig) -> Path | None:
-    """Of a pipeline whose second stage needs it.
-
-    Raises:
-        UserError: none is given, or it is not there.
-    """
-    pipeline, path = config.pipeline.pipeline, config.pipeline.distilled_lora
-    if pipeline not in WITH_DISTILLED_LORA or config.pipeline.distilled_lora_strength == 0:
-        return None
-    if path is None:
-        raise UserError(
-            f"--pipeline {pipeline}: its second stage has three steps, which only a distilled model can do: give --distilled_lora FILE. "
-            "If --ltxv2_model is distilled itself, take --pipeline distilled, or --distilled_lora_strength 0."
-        )
-    if not path.exists():
-        raise UserError(f"--distilled_lora {path}: is not there.")
-    return newest_file(path)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from musubi_tuner.generation.clips import Setting
 from musubi_tuner.generation.contexts import TextContext, load_contexts, remembering
+from musubi_tuner.generation.setting import Setting
 from musubi_tuner.ltxv2.text.duration import DurationHead, frames_of
 from musubi_tuner.ltxv2.transformer.config import TransformerConfig
 from musubi_tuner.ltxv2.transformer.load import read_config

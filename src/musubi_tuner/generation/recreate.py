@@ -20,10 +20,10 @@ from musubi_tuner.config.flags import Beneath
 from musubi_tuner.config.generation import GenerateConfig, LoraStrength
 from musubi_tuner.config.preview import GuidanceOptions, Steps
 from musubi_tuner.config.validation import FrameRate, Frames, Seed, Share, Side, Text, Wording, options, shortened, validated
-from musubi_tuner.generation.clips import Setting
 from musubi_tuner.generation.contexts import encoders_of
 from musubi_tuner.generation.jobs import LoraUse, chosen_loras, split_lora
 from musubi_tuner.generation.recipe import Recipe, file_hash, read_recipe
+from musubi_tuner.generation.setting import Setting
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
 from musubi_tuner.prompts.sample_prompts import check_prompt

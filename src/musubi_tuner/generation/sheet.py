@@ -16,10 +16,11 @@ from urllib.parse import quote
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.generation.axes import OF_LORAS
-from musubi_tuner.generation.clips import Made, Setting, make_clips, recipes_of
+from musubi_tuner.generation.clips import Made, make_clips, recipes_of
 from musubi_tuner.generation.grid import Grid
 from musubi_tuner.generation.jobs import Job
 from musubi_tuner.generation.recipe import Recipe
+from musubi_tuner.generation.setting import Setting
 from musubi_tuner.generation.sheet_picture import write_sheet_picture
 from musubi_tuner.page.fill import MEDIA_KINDS, data_of, fill, part
 
