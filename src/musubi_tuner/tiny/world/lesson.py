@@ -70,12 +70,12 @@ class Examined:
 
 def write_lesson(folder: Path, lesson: Lesson) -> None:
     """Clips with captions, `dataset.toml` and `prompts.txt`."""
-    rng = random.Random(f"lesson|{lesson.seed}")
+    characters, reminders = lesson_subjects(lesson)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = write_world_clips(folder / "character", _characters(lesson.clips, rng), seed=lesson.seed)
+    paths = write_world_clips(folder / "character", characters, seed=lesson.seed)
     repeats = {"character": lesson.repeats}
-    if lesson.reminders:
-        paths += write_world_clips(folder / "reminders", draw_each_voice(lesson.reminders, rng), seed=lesson.seed)
+    if reminders:
+        paths += write_world_clips(folder / "reminders", reminders, seed=lesson.seed)
         repeats["reminders"] = 1
     if lesson.misnamed:
         captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths]
@@ -85,6 +85,18 @@ def write_lesson(folder: Path, lesson: Lesson) -> None:
     tables = "".join(_FOLDER.format(name=name, repeats=count) for name, count in repeats.items())
     (folder / DATASET).write_text(_DATASET + tables, encoding="utf-8")
     (folder / PROMPTS).write_text(_prompt_lines(lesson), encoding="utf-8")
+
+
+def lesson_subjects(lesson: Lesson) -> tuple[list[CharacterSubject], list[Subject]]:
+    """What its clips show: the character, and the base world."""
+    rng = random.Random(f"lesson|{lesson.seed}")
+    return _characters(lesson.clips, rng), draw_each_voice(lesson.reminders, rng)
+
+
+def prompt_subjects(lesson: Lesson) -> tuple[list[CharacterSubject], list[Subject]]:
+    """What its prompts ask for, in their order: the character first."""
+    rng = random.Random("prompts of a lesson")
+    return _characters(lesson.character_prompts, rng), draw_each_voice(lesson.base_prompts, rng)
 
 
 def examine(previews: Path, prompts: Path) -> dict[int, Examined]:
@@ -139,10 +151,9 @@ def _examined(subjects: Sequence[Subject | CharacterSubject], paths: Sequence[Pa
 
 
 def _prompt_lines(lesson: Lesson) -> str:
-    rng = random.Random("prompts of a lesson")
-    subjects = [*_characters(lesson.character_prompts, rng), *draw_each_voice(lesson.base_prompts, rng)]
+    characters, others = prompt_subjects(lesson)
     flags = f"--w {SIZE} --h {SIZE} --f {FRAMES} --fr {FPS} --s {lesson.steps} --l {lesson.guidance:g}"
-    return "".join(f"{one.caption} {flags} --d {row + 1}\n" for row, one in enumerate(subjects))
+    return "".join(f"{one.caption} {flags} --d {row + 1}\n" for row, one in enumerate([*characters, *others]))
 
 
 def _characters(count: int, rng: random.Random) -> list[CharacterSubject]:
