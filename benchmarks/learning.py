@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
 from musubi_tuner.tiny.world.lesson import DATASET, PROMPTS, Examined, Lesson, examine, write_lesson
 from musubi_tuner.tiny.world.text import write_world_gemma
+from tools.make_world import CLIPS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = Path(__file__).parent / "results" / "learning"
@@ -38,9 +39,10 @@ class Recipe:
     """What is compared: flags beside the common ones, and the clips."""
 
     flags: str = ""
+    """They win over the common ones."""
     rate: float = 2.5e-3
-    reminders: int = 0
-    misnamed: bool = False
+    lesson: Mapping[str, Any] = field(default_factory=lambda: {"reminders": 0})
+    """Fields of `Lesson`."""
 
 
 _COMMON = """
@@ -48,11 +50,13 @@ _COMMON = """
 --network_args preset=attention_ff --lr_scheduler cosine --lr_warmup_steps 0.02 --no-independent_audio_timestep
 --no-gradient_checkpointing --stg_scale 0 --modality_scale 1 --rescale_scale 0
 """
+KEEPING = "--network_args preset=attention_ff rank_dropout=0 --gradient_accumulation_steps 2 --timestep_args shift=2.2 uniform_prob=0"
 RECIPES: Mapping[str, Recipe] = {
     "plain": Recipe(),
-    "reminders": Recipe(reminders=18),
+    "reminders": Recipe(lesson={"reminders": 18}),
+    "character_with_voice": Recipe(flags=KEEPING, rate=4e-3, lesson=CLIPS),
     "hot": Recipe(rate=2.5e-2),
-    "misnamed": Recipe(reminders=18, misnamed=True),
+    "misnamed": Recipe(flags=KEEPING, rate=4e-3, lesson=CLIPS | {"misnamed": True}),
 }
 """`hot` must lose what the base model knew; `misnamed`, whose captions stand beside other clips, must not learn the character."""
 
@@ -69,8 +73,7 @@ def run(folder: Path, name: str, seed: int, steps: int, prompts: int, looks: int
         base_prompts=prompts - prompts // 2,
         steps=12,
         seed=seed,
-        reminders=recipe.reminders,
-        misnamed=recipe.misnamed,
+        **recipe.lesson,
     )
     models = folder / "models"
     if not (models / "gemma3" / "config.json").exists():

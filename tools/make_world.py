@@ -3,12 +3,16 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
 from musubi_tuner.tiny.world.lesson import Lesson, write_lesson
 from musubi_tuner.tiny.world.text import write_world_gemma
 
 CHARACTER_PROMPTS, BASE_PROMPTS, STEPS = 6, 9, 12
+CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72, "reminder_batch": 1, "reminder_weight": 2.7}
+"""As many batches of either kind: three of the character against one that it is held to the base model on, which weighs as much as they do,
+and more."""
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +23,7 @@ def main(arguments: list[str]) -> int:
     models.mkdir(parents=True, exist_ok=True)
     write_world_checkpoint(models / "world.safetensors")
     write_world_gemma(models / "gemma3")
-    write_lesson(folder, Lesson(character_prompts=CHARACTER_PROMPTS, base_prompts=BASE_PROMPTS, steps=STEPS))
+    write_lesson(folder, Lesson(character_prompts=CHARACTER_PROMPTS, base_prompts=BASE_PROMPTS, steps=STEPS, **CLIPS))
     return 0
 
 

@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.learning import table
+from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.world.files import write_world_clips
 from musubi_tuner.tiny.world.lesson import Lesson, examine, read_prompts, write_lesson
@@ -41,6 +43,15 @@ def test_a_lesson_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert sum(CHARACTER in text for name, text in texts[0] if name.startswith("clip")) == 2
     assert [type(one) is CharacterSubject for one in read_prompts(tmp_path / "one" / "prompts.txt")] == [True] * 2 + [False] * 3
+
+
+def test_reminders_learn_from_the_base_model_where_they_have_a_weight(tmp_path: Path) -> None:
+    for name, lesson in (("plain", SMALL), ("kept", replace(SMALL, batch=3, reminder_batch=1, reminder_weight=2.5))):
+        write_lesson(tmp_path / name, lesson)
+    specs = {name: load_dataset_config(tmp_path / name / "dataset.toml").datasets for name in ("plain", "kept")}
+    assert [(one.batch_size, one.preserve_base, one.audio_loss_weight) for one in specs["plain"]] == [(4, False, None)] * 2
+    assert [(one.batch_size, one.preserve_base, one.audio_loss_weight) for one in specs["kept"]] == [(3, False, None), (1, True, 2.5)]
+    assert specs["kept"][1].video_loss_weight == 2.5
 
 
 def test_misnamed_clips_have_each_others_captions(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ _DATASET = f"""\
 [general]
 resolution = [{SIZE}, {SIZE}]
 caption_extension = ".txt"
-batch_size = 4
 target_frames = [{FRAMES}]
 """
 _FOLDER = """
@@ -29,6 +28,12 @@ _FOLDER = """
 video_directory = "{name}"
 cache_directory = "cache/{name}"
 num_repeats = {repeats}
+batch_size = {batch}
+"""
+_KEPT = """\
+preserve_base = true
+video_loss_weight = {weight:g}
+audio_loss_weight = {weight:g}
 """
 _PREVIEW = re.compile(r".*_s(?P<step>\d{8})_(?P<row>\d+)_\d+\.mp4")
 
@@ -43,6 +48,12 @@ class Lesson:
     """How often each of them counts, against once for a reminder."""
     reminders: int = 18
     """Clips of the base world that are trained beside them; their voices take turns."""
+    batch: int = 4
+    reminder_batch: int = 4
+    """A batch has clips of one kind."""
+    reminder_weight: float | None = None
+    """Weight of the losses of reminders, which then learn what the base model makes of them (`preserve_base`); None = they are learned as
+    the character is."""
     character_prompts: int
     base_prompts: int
     """Their voices take turns too."""
@@ -73,16 +84,16 @@ def write_lesson(folder: Path, lesson: Lesson) -> None:
     characters, reminders = lesson_subjects(lesson)
     folder.mkdir(parents=True, exist_ok=True)
     paths = write_world_clips(folder / "character", characters, seed=lesson.seed)
-    repeats = {"character": lesson.repeats}
+    tables = _FOLDER.format(name="character", repeats=lesson.repeats, batch=lesson.batch)
     if reminders:
         paths += write_world_clips(folder / "reminders", reminders, seed=lesson.seed)
-        repeats["reminders"] = 1
+        tables += _FOLDER.format(name="reminders", repeats=1, batch=lesson.reminder_batch)
+        tables += "" if lesson.reminder_weight is None else _KEPT.format(weight=lesson.reminder_weight)
     if lesson.misnamed:
         captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths]
         half = len(captions) // 2
         for path, caption in zip(paths, captions[half:] + captions[:half], strict=True):
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    tables = "".join(_FOLDER.format(name=name, repeats=count) for name, count in repeats.items())
     (folder / DATASET).write_text(_DATASET + tables, encoding="utf-8")
     (folder / PROMPTS).write_text(_prompt_lines(lesson), encoding="utf-8")
 
