@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDER = ROOT / ".venv"
@@ -46,8 +47,12 @@ def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[s
     return python
 
 
-def run(command: Sequence[object], cwd: Path = ROOT) -> int:
-    """Run a command with the environment's own scripts first on the path, and return its exit code."""
+def run(command: Sequence[object], cwd: Path = ROOT, told: TextIO | None = None) -> int:
+    """Run a command with the environment's own scripts first on the path, and return its exit code.
+
+    Args:
+        told: takes what it prints; None = it is shown.
+    """
     scripts = _python_of(_FOLDER).parent
     variables = os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -57,7 +62,8 @@ def run(command: Sequence[object], cwd: Path = ROOT) -> int:
     }
     variables.pop("PYTHONHOME", None)
     try:
-        return subprocess.run([str(part) for part in command], cwd=cwd, env=variables, check=False).returncode
+        errors = None if told is None else subprocess.STDOUT
+        return subprocess.run([str(part) for part in command], cwd=cwd, env=variables, stdout=told, stderr=errors, check=False).returncode
     except KeyboardInterrupt:
         return 130
 

@@ -10,9 +10,8 @@ from musubi_tuner.tiny.world.lesson import Lesson, write_lesson
 from musubi_tuner.tiny.world.text import write_world_gemma
 
 CHARACTER_PROMPTS, BASE_PROMPTS, STEPS = 6, 9, 12
-CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72, "reminder_batch": 1, "reminder_weight": 2.7}
-"""As many batches of either kind: three of the character against one that it is held to the base model on, which weighs as much as they do,
-and more."""
+CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72, "reminder_batch": 1, "reminder_weight": 4.0}
+"""As many batches of either kind: three clips of the character, or one on which it is held to the base model."""
 
 
 def main(arguments: list[str]) -> int:

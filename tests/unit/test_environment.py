@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import quickstart
 from musubi_tuner.runtime.allocator import setting_fault
 from tools import environment
 
@@ -163,3 +164,17 @@ def test_programs_fetch_nothing_from_a_hub(tmp_path) -> None:
 )
 def test_what_torch_does_not_take_as_a_setting_of_its_allocator_is_found(value: str, fault: str | None) -> None:
     assert setting_fault(value) == fault
+
+
+def test_the_quickstarts_toy_tells_a_file_and_stops_at_what_fails(tmp_path):
+    """It goes beside the small world, whose lines it must not mix with."""
+    script = "import sys; print('step', {0}); print('why', {0}, file=sys.stderr); sys.exit({0})"
+    words: list[list[object]] = [[sys.executable, "-c", script.format(code)] for code in (0, 3, 0)]
+    path = tmp_path / "toy.log"
+    with path.open("w", encoding="utf-8") as told:
+        assert quickstart.run_all([(f"stage {number}", command) for number, command in enumerate(words)], told) == 3
+    text = path.read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith(("===", "step", "why"))] == [
+        "=== stage 0", "step 0", "why 0", "=== stage 1", "step 3", "why 3",
+    ]  # fmt: skip
+    assert "failed with exit code 3" in text
