@@ -1,5 +1,8 @@
 """Trials of recipes learn from what the learning benchmark's lessons show, as training does."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from dev.world.trials import Training, Trial, share_of_rate
 from musubi_tuner.tiny.world.lesson import DATASET, Lesson, write_lesson
 from musubi_tuner.tiny.world.lesson import lesson_subjects as subjects_of
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {"clips": 2, "reminders": 3, "dim": 2, "alpha": 2.0, "steps": 4}
 
 
@@ -23,6 +27,14 @@ def test_a_lessons_files_hold_what_trials_are_trained_on(tmp_path):
     for folder, subjects in zip(("character", "reminders"), subjects_of(lesson), strict=True):
         captions = [path.read_text(encoding="utf-8").strip() for path in sorted((tmp_path / folder).glob("*.txt"))]
         assert captions == [one.caption for one in subjects]
+
+
+def test_the_trials_of_the_docs_can_be_run_and_are_named_there():
+    written = tomllib.loads((ROOT / "dev" / "world" / "trials.toml").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "development" / "world.md").read_text(encoding="utf-8")
+    for name, values in written.items():
+        Trial(**{key: value for key, value in values.items() if key != "seeds"})
+        assert f"| `{name}` |" in page
 
 
 def test_a_step_moves_the_adapters_and_nothing_else(lab):
