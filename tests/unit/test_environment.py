@@ -178,3 +178,22 @@ def test_the_quickstarts_toy_tells_a_file_and_stops_at_what_fails(tmp_path):
         "=== stage 0", "step 0", "why 0", "=== stage 1", "step 3", "why 3",
     ]  # fmt: skip
     assert "failed with exit code 3" in text
+
+
+@pytest.mark.parametrize(("world", "toy", "code"), ((0, 0, 0), (0, 3, 3), (4, 0, 4)))
+def test_the_quickstart_fails_where_either_of_its_ways_does(tmp_path, monkeypatch, capfd, world: int, toy: int, code: int) -> None:
+    for name, value in (("ROOT", tmp_path), ("OUTPUT", tmp_path / "out"), ("make_environment", lambda: Path(sys.executable))):
+        monkeypatch.setattr(quickstart, name, value)
+
+    def stage(word: str, ends: int) -> list[tuple[str, list[object]]]:
+        return [(word, [sys.executable, "-c", f"print('{word} was here'); raise SystemExit({ends})"])]
+
+    monkeypatch.setattr(quickstart, "world_commands", lambda python: stage("world", world))
+    monkeypatch.setattr(quickstart, "world_results", lambda python: stage("results", 0))
+    monkeypatch.setattr(quickstart, "commands", lambda python: stage("toy", toy))
+    assert quickstart.main() == code
+    told = capfd.readouterr()
+    assert "world was here" in told.out and "toy was here" not in told.out
+    assert ("results was here" in told.out) == (world == 0) and ("Done in" in told.out) == (code == 0)
+    assert ("toy was here" in told.err) == (toy == 3)
+    assert "toy was here" in (tmp_path / "out" / "toy.log").read_text(encoding="utf-8")
