@@ -51,15 +51,16 @@ _COMMON = """
 --network_args preset=attention_ff --lr_scheduler cosine --lr_warmup_steps 0.02 --no-independent_audio_timestep
 --no-gradient_checkpointing --stg_scale 0 --modality_scale 1 --rescale_scale 0
 """
+_LESSON = CLIPS | {"reminder_weight": 4.0}
 RECIPES: Mapping[str, Recipe] = {
     "plain": Recipe(),
     "reminders": Recipe(lesson={"reminders": 18}),
-    "character_with_voice": Recipe(flags=" ".join(WORLD_RECIPE), rate=4e-3, lesson=CLIPS),
+    "character_with_voice": Recipe(flags=" ".join(WORLD_RECIPE), rate=4e-3, lesson=_LESSON),
     "hot": Recipe(rate=2.5e-2),
-    "misnamed": Recipe(flags=" ".join(WORLD_RECIPE), rate=4e-3, lesson=CLIPS | {"misnamed": True}),
+    "misnamed": Recipe(flags=" ".join(WORLD_RECIPE), rate=4e-3, lesson=_LESSON | {"misnamed": True}),
 }
-"""`character_with_voice` is the quickstart's. `hot` must lose what the base model knew;
-`misnamed`, whose captions stand beside other clips, must not learn the character."""
+"""`character_with_voice` is the quickstart's, with more weight for reminders. `hot` must lose what the base model knew; `misnamed`, whose
+captions stand beside other clips, must not learn the character."""
 
 
 def run(folder: Path, name: str, seed: int, steps: int, prompts: int, looks: int) -> Path:

@@ -10,7 +10,7 @@ from musubi_tuner.tiny.world.lesson import Lesson, write_lesson
 from musubi_tuner.tiny.world.text import write_world_gemma
 
 CHARACTER_PROMPTS, BASE_PROMPTS, STEPS = 6, 9, 12
-CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72, "reminder_batch": 1, "reminder_weight": 4.0}
+CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72, "reminder_batch": 1, "reminder_weight": 2.7}
 """As many batches of either kind: three clips of the character, or one on which it is held to the base model."""
 
 
