@@ -49,7 +49,7 @@ class Recipe:
 _COMMON = """
 --ltxv2_timestep_format flowmatch_1_1000 --network_module musubi_tuner.networks.lora_ltxv2 --network_dim 32 --network_alpha 48
 --network_args preset=attention_ff --lr_scheduler cosine --lr_warmup_steps 0.02 --no-independent_audio_timestep
---no-gradient_checkpointing --stg_scale 0 --modality_scale 1 --rescale_scale 0
+--no-gradient_checkpointing --stg_scale 0 --modality_scale 1 --rescale_scale 0 --mixed_precision no --no-compile
 """
 _LESSON = CLIPS | {"reminder_weight": 4.0}
 RECIPES: Mapping[str, Recipe] = {
@@ -84,10 +84,12 @@ def run(folder: Path, name: str, seed: int, steps: int, prompts: int, looks: int
         write_world_gemma(models / "gemma3")
     write_lesson(place, lesson)
     model, common = models / "world.safetensors", ["--dataset_config", place / DATASET, "--ltx_mode", "av"]
+    on_cpu = ["--device", "cpu"]  # in float32, whatever machine trains
     examination = ["--sample_prompts", place / PROMPTS]
-    _program("ltxv2_cache_latents.py", *common, "--vae", model)
-    _program("ltxv2_cache_audio_latents.py", *common, "--audio_vae", model)
-    _program("ltxv2_cache_text_encoder_outputs.py", *common, *examination, "--ltxv2_model", model, "--text_encoder", models / "gemma3")
+    _program("ltxv2_cache_latents.py", *common, *on_cpu, "--vae", model)
+    _program("ltxv2_cache_audio_latents.py", *common, *on_cpu, "--audio_vae", model)
+    text = ["--ltxv2_model", model, "--text_encoder", models / "gemma3"]
+    _program("ltxv2_cache_text_encoder_outputs.py", *common, *on_cpu, *examination, *text)
     flags = [*_COMMON.split(), *recipe.flags.split(), "--learning_rate", recipe.rate, "--max_train_steps", steps, "--seed", seed]
     flags += ["--sample_at_first", "--sample_every_n_steps", steps // looks]
     started, before = time.monotonic(), _cpu_seconds()
@@ -96,6 +98,7 @@ def run(folder: Path, name: str, seed: int, steps: int, prompts: int, looks: int
     )
     seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - before
     found = examine(place / "training" / "sample", place / PROMPTS)
+    card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     asked = f"--steps {steps} --prompts {prompts} --looks {looks}"
     facts = {
         "recipe": name,
@@ -105,7 +108,7 @@ def run(folder: Path, name: str, seed: int, steps: int, prompts: int, looks: int
         "lesson": asdict(lesson),
         "seconds_with_previews": round(seconds),
         "cpu_seconds_with_previews": round(cpu_seconds),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}",
+        "machine": f"{card}{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}",
         "date": date.today().isoformat(),
         "steps": {step: _shares(one) for step, one in found.items()},
     }
@@ -153,7 +156,8 @@ def _cpu_seconds() -> float:
 
 def _program(script: str, *words: object) -> None:
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+    paths = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, check=True)
 
 
 def main() -> None:
