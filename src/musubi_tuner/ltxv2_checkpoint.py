@@ -80,18 +80,20 @@ def _inspect(options: config.InspectConfig) -> int:
 
 
 def _verify(options: config.VerifyConfig) -> int:
-    from musubi_tuner.conversion.checkpoint.inspection import file_hashes, verify
     from musubi_tuner.conversion.checkpoint.parts import size_of
+    from musubi_tuner.conversion.checkpoint.verifying import file_hashes, verify
     from musubi_tuner.ltxv2.weights import open_checkpoint
 
     checkpoint = open_checkpoint(options.file.checkpoint)
     with _progress("verifying", 2 * size_of([checkpoint])) as advance:
-        problems = verify(checkpoint, advance)
+        found = verify(checkpoint, advance)
         hashes = file_hashes(checkpoint, advance)
+    problems = found.problems
     for problem in problems[:_MOST_PROBLEMS]:
         print(f"{checkpoint.path}: {problem}")
     if len(problems) > _MOST_PROBLEMS:
         print(f"... and {len(problems) - _MOST_PROBLEMS} more")
+    print(format_table(list(found.components.items()), ("component", "")))
     print(format_table([(path.name, digest) for path, digest in hashes.items()], ("file", "SHA-256")))
     print("nothing is wrong with it" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0

@@ -260,3 +260,49 @@ def test_a_killed_run_leaves_nothing_false(tiny_family, tmp_path):
     checkpoint(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
     checkpoint("verify", tmp_path / "small.safetensors")
+
+
+def changed(source, path, change):
+    """The file with `change` done to its tensors."""
+    tensors = load_file(source)
+    change(tensors)
+    save_file(tensors, path, metadata=dict(open_checkpoint(source).metadata))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mark", "component"),
+    [
+        ("vae.encoder.", "vae"),
+        ("vae.decoder.", "vae"),
+        ("audio_vae.decoder.", "audio_vae"),
+        ("vocoder.", "vocoder"),
+        ("text_embedding_projection.", "text_projection"),
+        ("video_embeddings_connector.transformer", "text_projection"),
+        ("audio_embeddings_connector.learnable_registers", "text_projection"),
+    ],
+)
+def test_every_component_is_held_against_its_config(tiny_family, tmp_path, capsys, mark, component):
+    def name_in(tensors):
+        return next(name for name in tensors if f".{mark}" in f".{name}")
+
+    def reshaped(tensors):
+        tensors[name_in(tensors)] = torch.zeros(3, 5, 7)
+
+    for change in (lambda tensors: tensors.pop(name_in(tensors)), reshaped):
+        checkpoint("verify", changed(tiny_family.ltx23, tmp_path / "bad.safetensors", change), code=1)
+        text = capsys.readouterr().out
+        assert "1 problem(s)" in text
+        (row,) = [line for line in text.splitlines() if line.startswith(f"{component} ")]
+        assert "names and shapes differ" in row
+
+
+def test_components_by_themselves_are_whole(tiny_family, tmp_path, capsys):
+    checkpoint("split", tiny_family.ltx23, "--output_dir", tmp_path / "pack")
+    family = tiny_family
+    files = [*(tmp_path / "pack").iterdir(), family.ltx20, family.ltx25_transformer, family.ltx25_vae, family.ltx25_diffusion_vae]
+    for file in (*files, family.ltx25_audio_vae, family.ltx25_duration_head):
+        checkpoint("verify", file)
+        assert "nothing is wrong with it" in capsys.readouterr().out, file
+    checkpoint("verify", family.ltx25_gemma)
+    assert "not checked" in capsys.readouterr().out, "an encoder is no component of a checkpoint, and this is said"

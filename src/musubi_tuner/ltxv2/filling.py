@@ -38,6 +38,7 @@ def fill(
     Args:
         module: parameters and persistent buffers are replaced in place.
         sources: {name in the module: full name in the checkpoint}, with the scales beside quantized weights.
+        device: on `meta` names, shapes and dtypes are held against the module, and no number is read.
         dtype: of floating point tensors.
         place: called as `place(name, tensor)` instead of the plain move to `device` and `dtype`; keeps nothing of `tensor` but what
             it returns.
@@ -55,6 +56,8 @@ def fill(
     if problems:
         text = f"{checkpoint.path}: its tensors do not fit {type(module).__name__}: " + "; ".join(problems) + "."
         raise UserError(f"{text} {remedy}".rstrip())
+    if device.type == "meta":
+        return
     if quantization.receipt:
         log.info("%s: stored as %s; loaded as %s", checkpoint.path.name, quantization.receipt, str(dtype).removeprefix("torch."))
     finite = _FiniteCheck()

@@ -64,7 +64,8 @@ class DiffusionDecoder:
             raise UserError(f"{checkpoint.path}: a diffusion decoder with gates ('{gate}'), which is not read. {_REMEDY}")
         network = _build(component, checkpoint)
         sources = {to_diffusers_name(name): full for name, full in names.items()}
-        sources |= {"latents_mean": component.names[MEAN], "latents_std": component.names[STD]}
+        statistics = {"latents_mean": MEAN, "latents_std": STD}
+        sources |= {name: component.names[own] for name, own in statistics.items() if own in component.names}
         return cls(load_frozen(network, sources, checkpoint, device, dtype), dtype)
 
     @classmethod

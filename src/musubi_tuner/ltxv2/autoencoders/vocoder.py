@@ -43,7 +43,7 @@ class Vocoder:
         """
         component = _find_vocoder(checkpoint)
         # Not on the meta device: its resampling filters are computed when it is built and lie in no file.
-        found = _build(component, checkpoint)
+        found = cls.on_meta(checkpoint) if torch.device(device).type == "meta" else _build(component, checkpoint)
         names = {to_diffusers_name(name): full for name, full in component.names.items()}
         for buffer in found._network.buffers():  # first weights never come to the device, which would hold them twice
             buffer.data = buffer.data.to(device)

@@ -125,8 +125,11 @@ def load_connectors(checkpoint: Checkpoint, *, device: torch.device | str, dtype
     config = checkpoint.config.get("transformer")
     if config is None:
         raise UserError(f"{checkpoint.path}: its 'config' metadata has no 'transformer' section, so the connectors' heads are not known.")
-    registers = checkpoint.shape(names[f"{CONNECTORS[0]}learnable_registers"])[0]
-    if CONTEXT_TOKENS % registers:
+    first = f"{CONNECTORS[0]}learnable_registers"
+    if first not in names:
+        raise UserError(f"{checkpoint.path}: lacks the text connectors' '{first}'. Download the file again.")
+    registers = next(iter(checkpoint.shape(names[first])), 0)
+    if not registers or CONTEXT_TOKENS % registers:
         raise UserError(f"{checkpoint.path}: {registers} connector registers do not divide the context of {CONTEXT_TOKENS} tokens.")
     with building_from(checkpoint, "transformer"), torch.device("meta"):
         connectors = Connectors(config, registers)

@@ -53,8 +53,8 @@ class DurationHead(nn.Module):
         self.mlp_out = nn.Linear(hidden, 1)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint) -> "DurationHead":
-        """In float32, on the CPU.
+    def load(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> "DurationHead":
+        """In float32.
 
         Raises:
             UserError: a file without a duration head, or with one of another form.
@@ -68,7 +68,7 @@ class DurationHead(nn.Module):
         queries, width = shapes[_QUERY]
         with torch.device("meta"):
             head = cls((video, audio), width=width, queries=queries, hidden=shapes[_HIDDEN][0])
-        fill(head, names, checkpoint, device="cpu", dtype=torch.float32, remedy=_REMEDY)
+        fill(head, names, checkpoint, device=device, dtype=torch.float32, remedy=_REMEDY)
         return head.requires_grad_(False).eval()
 
     @torch.inference_mode()
