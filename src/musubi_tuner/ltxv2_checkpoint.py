@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -47,9 +46,12 @@ def _progress(title: str, size: int) -> Iterator[Callable[[int], None]]:
 
 def _inspect(options: config.InspectConfig) -> int:
     from musubi_tuner.conversion.checkpoint.inspection import config_text, inspect
+    from musubi_tuner.conversion.facts import check_json, write_json
     from musubi_tuner.ltxv2.weights import open_checkpoint
-    from musubi_tuner.runtime.disk import reason
 
+    shown = options.inspection
+    if shown.json is not None:
+        check_json(shown.json, overwrite=shown.overwrite)
     found = inspect(open_checkpoint(options.file.checkpoint))
     checkpoint, transformer = found.checkpoint, found.config
     rows = [("file", str(checkpoint.path)), ("release", found.version or "no transformer in it")]
@@ -69,13 +71,10 @@ def _inspect(options: config.InspectConfig) -> int:
     print(format_table(rows, ("what", "")))
     parts = [(name, f"{count:,}", f"{size / 1e9:.2f}", dtypes) for name, (count, size, dtypes) in found.components.items()]
     print("\n" + format_table(parts, ("component", "tensors", "GB", "dtypes")))
-    if options.inspection.config:
+    if shown.config:
         print("\n" + config_text(checkpoint))
-    if (path := options.inspection.json) is not None:
-        try:
-            path.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {path}: cannot be written ({reason(error)}).") from error
+    if shown.json is not None:
+        write_json(shown.json, found.as_json())
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -30,13 +29,15 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def _inspect(options: config.InspectConfig) -> int:
+    from musubi_tuner.conversion.facts import check_json, write_json
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.conversion.lora.inspection import inspect, sentences
     from musubi_tuner.ltxv2.weights import open_checkpoint
-    from musubi_tuner.runtime.disk import reason
 
-    base = options.inspection.base
-    found = inspect(read_lora(options.file.lora), None if base is None else open_checkpoint(base))
+    shown = options.inspection
+    if shown.json is not None:
+        check_json(shown.json, overwrite=shown.overwrite)
+    found = inspect(read_lora(options.file.lora), None if shown.base is None else open_checkpoint(shown.base))
     contents = found.contents
     ranks = ", ".join(map(str, contents.ranks)) or "none"
     rows = [
@@ -50,19 +51,15 @@ def _inspect(options: config.InspectConfig) -> int:
     heads = ("modules", "norm of the change", "of the weights' norm")
     print("\n" + format_table([(stream, *_cells(one)) for stream, one in found.by_stream().items()], ("stream", *heads)))
     print("\n" + format_table([(block, *_cells(one)) for block, one in found.by_block().items()], ("block", *heads)))
-    if options.inspection.modules:
+    if shown.modules:
         modules = [
             (one.module, one.kind, one.rank or "", f"{one.scale:g}", *_cells((1, one.norm or 0.0, one.relative))[1:])
             for one in found.modules
         ]
         print("\n" + format_table(modules, ("module", "type", "rank", "scale", *heads[1:])))
     print("\n" + "\n".join(sentences(found)))
-    if options.inspection.json is not None:
-        path = options.inspection.json
-        try:
-            path.write_text(json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {path}: cannot be written ({reason(error)}).") from error
+    if shown.json is not None:
+        write_json(shown.json, found.as_json())
     return 0
 
 

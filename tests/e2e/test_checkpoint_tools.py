@@ -306,3 +306,81 @@ def test_components_by_themselves_are_whole(tiny_family, tmp_path, capsys):
         assert "nothing is wrong with it" in capsys.readouterr().out, file
     checkpoint("verify", family.ltx25_gemma)
     assert "not checked" in capsys.readouterr().out, "an encoder is no component of a checkpoint, and this is said"
+
+
+def lora_for(source, path, *, size=1.0):
+    """A LoRA on one linear of a checkpoint, whose change is `size` everywhere."""
+    module = "transformer_blocks.0.attn1.to_q"
+    rows, columns = open_checkpoint(source).shape(transformer_names(open_checkpoint(source))[f"{module}.weight"])
+    key = f"diffusion_model.{module}.lora_"
+    save_file({f"{key}A.weight": torch.ones(1, columns), f"{key}B.weight": torch.full((rows, 1), float(size))}, path)
+    return path
+
+
+def test_what_a_dtype_cannot_hold_is_not_baked(wide, tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    def halved(tensors):
+        for name, value in tensors.items():
+            tensors[name] = value.half()
+
+    source = changed(wide, tmp_path / "half.safetensors", halved)
+    lora = lora_for(source, tmp_path / "lora.safetensors", size=1e5)
+    with pytest.raises(UserError, match=r"'.*attn1.to_q.weight' would hold NaN or infinity in float16. Lower the strength"):
+        checkpoint("bake", source, "--lora", lora, "--output", tmp_path / "baked.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.safetensors", "lora.safetensors"], "nothing is left"
+    lora_for(wide, lora, size=1e30)
+    checkpoint("bake", wide, "--lora", lora, "--output", tmp_path / "baked.safetensors")
+    assert "1 weights changed" in caplog.text and "inf" not in caplog.text and "nan" not in caplog.text
+
+
+def test_a_bake_that_changes_nothing_is_refused_before(wide, tmp_path):
+    lora = lora_for(wide, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="at strength 0 no weight would change"):
+        checkpoint("bake", wide, "--lora", f"{lora}:0", "--output", tmp_path / "baked.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_lora_of_another_size_is_told_before_anything_is_written(wide, tmp_path, monkeypatch):
+    from musubi_tuner.conversion.checkpoint import streaming
+
+    monkeypatch.setattr(streaming, "write_stream", lambda *words: pytest.fail("the pass began"))
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q.lora_"
+    save_file({f"{key}A.weight": torch.ones(1, 7), f"{key}B.weight": torch.ones(4, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"is for a weight of \(4, 7\) and does not fit .* It was made for another model"):
+        checkpoint("bake", wide, "--lora", tmp_path / "lora.safetensors", "--output", tmp_path / "baked.safetensors")
+
+
+def test_files_where_folders_should_be(wide, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for words in (("split", wide, "--output_dir"), ("split", wide, "--folders", "--output_dir")):
+        with pytest.raises(UserError, match="file is a file, not a folder"):
+            checkpoint(*words, tmp_path / "file")
+    with pytest.raises(UserError, match="file is a file, not a folder"):
+        checkpoint("quantize", wide, "--to", "int8", "--keep_blocks", "0", "--output", tmp_path / "file" / "deep" / "x.safetensors")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_json_takes_the_place_of_no_file_unasked(tiny_family, tmp_path):
+    source = Path(shutil.copy(tiny_family.ltx23, tmp_path / "mine.safetensors"))
+    with pytest.raises(UserError, match="is the name of a model's file"):
+        checkpoint("inspect", source, "--json", source, "--overwrite")
+    assert source.read_bytes() == tiny_family.ltx23.read_bytes()
+    checkpoint("inspect", source, "--json", tmp_path / "facts.json")
+    with pytest.raises(UserError, match="facts.json: is there already"):
+        checkpoint("inspect", source, "--json", tmp_path / "facts.json")
+    checkpoint("inspect", source, "--json", tmp_path / "facts.json", "--overwrite")
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(wide, tmp_path):
+    (tmp_path / "target.safetensors").write_text("mine")
+    link = tmp_path / "link.safetensors"
+    try:
+        link.symlink_to(tmp_path / "target.safetensors")
+    except OSError:
+        pytest.skip("no links on this system")
+    words = ("bake", wide, "--lora", lora_for(wide, tmp_path / "lora.safetensors"), "--output", link)
+    with pytest.raises(UserError, match="is there already"):
+        checkpoint(*words)
+    checkpoint(*words, "--overwrite")
+    assert not link.is_symlink() and (tmp_path / "target.safetensors").read_text() == "mine"

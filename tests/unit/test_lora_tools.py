@@ -245,3 +245,24 @@ def test_doras_keep_their_lengths_and_are_not_scaled(tmp_path):
     for words in (("scale", source, "--strength", "0.5"), ("resize", source, "--rank", "1"), ("merge", source, source)):
         with pytest.raises(UserError, match="DoRA|dora"):
             lora(*words, "--output", tmp_path / "no.safetensors")
+
+
+def test_json_takes_the_place_of_no_file_unasked(tmp_path):
+    source = write_lora(tmp_path / "mine.safetensors")
+    before = source.read_bytes()
+    for words in ((), ("--overwrite",)):
+        with pytest.raises(UserError, match="is the name of a model's file"):
+            lora("inspect", source, "--json", source, *words)
+    assert source.read_bytes() == before
+    lora("inspect", source, "--json", tmp_path / "facts.json")
+    with pytest.raises(UserError, match=r"facts.json: is there already"):
+        lora("inspect", source, "--json", tmp_path / "facts.json")
+    lora("inspect", source, "--json", tmp_path / "facts.json", "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.safetensors", "facts.json"}
+
+
+def test_a_file_where_a_folder_should_be_is_told(tmp_path):
+    source = write_lora(tmp_path / "mine.safetensors")
+    for words in (("convert", source, "--to", "kohya"), ("metadata", source, "--set", "a=b")):
+        with pytest.raises(UserError, match=r"mine.safetensors is a file, not a folder"):
+            lora(*words, "--output", source / "x.safetensors")

@@ -19,6 +19,7 @@ class InspectionOptions:
 
     config: bool = flag("all of its config too", default=False)
     json: AnyPath | None = flag("write all of it to this file too", default=None)
+    overwrite: bool = flag("replace the file of --json", default=False)
 
 
 @options

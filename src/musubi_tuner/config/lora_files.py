@@ -36,6 +36,7 @@ class InspectionOptions:
     base: AnyPath | None = flag("the checkpoint that it was trained on, against which its changes are measured", default=None)
     modules: bool = flag("a row for each module, not for each stream and block alone", default=False)
     json: AnyPath | None = flag("write all of it to this file too", default=None)
+    overwrite: bool = flag("replace the file of --json", default=False)
 
 
 @options

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from musubi_tuner.runtime.errors import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 """No room, or none left of what this user may have."""
 
@@ -76,6 +78,20 @@ def sync_folder(path: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def check_folder(folder: Path, named: str) -> None:
+    """Whether a folder is there, or can be made.
+
+    Args:
+        named: the flag and the path that ask for it.
+
+    Raises:
+        UserError: a file stands in its place, or in that of one above it.
+    """
+    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{named}: {there} is a file, not a folder. Give another place.")
 
 
 def reason(error: BaseException) -> str:

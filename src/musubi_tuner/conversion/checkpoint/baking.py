@@ -13,6 +13,7 @@ from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.ltxv2.quantization import Quantization, read_quantization, scale_of
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.merging import merge_weight
+from musubi_tuner.networks.shapes import adapted_shape
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.runtime.errors import UserError
 
@@ -33,7 +34,8 @@ def baked_parts(checkpoint: Checkpoint, loras: Sequence[tuple[LoraContents, Stre
     """What the new file holds, in the order of the old one, and its metadata.
 
     Raises:
-        UserError: a module that the checkpoint lacks, or has in another size.
+        UserError: a module that the checkpoint lacks, or has in another size, or nothing that would change. What the parts make raises it
+            where a weight would be NaN or infinity in the checkpoint's dtype.
     """
     names = model_names(checkpoint)
     quantization = read_quantization(checkpoint, names)
@@ -42,8 +44,11 @@ def baked_parts(checkpoint: Checkpoint, loras: Sequence[tuple[LoraContents, Stre
         for module in contents.adapters:
             if f"{module}.weight" not in quantization.weights:
                 raise UserError(f"{checkpoint.path}: has no '{module}', which {contents.path} adapts. It was made for another model.")
+            _check_size(checkpoint, quantization.weights[f"{module}.weight"], contents, module)
             if factor := strength.of(module):
                 modules.setdefault(module, []).append((contents, factor))
+    if not modules:
+        raise UserError("--lora: at strength 0 no weight would change; the checkpoint would be the same. Give another strength.")
     makers: dict[str, Part] = {}
     for module, some in modules.items():
         name = f"{module}.weight"
@@ -56,6 +61,16 @@ def baked_parts(checkpoint: Checkpoint, loras: Sequence[tuple[LoraContents, Stre
     said = ", ".join(f"{contents.path.name} x {one.video:g} (sound {one.audio:g})" for contents, one in loras)
     before = checkpoint.metadata.get(_BAKED)
     return parts, whole_metadata(checkpoint) | {_BAKED: f"{before}, {said}" if before else said}
+
+
+def _check_size(checkpoint: Checkpoint, full: str, contents: LoraContents, module: str) -> None:
+    adapter, size = contents.adapters[module], checkpoint.shape(full)
+    own = adapted_shape(adapter.kind, adapter.stored)
+    if own != size:
+        raise UserError(
+            f"{contents.path}: '{module}' is for a weight of {own} and does not fit {checkpoint.path}, whose is {size}. "
+            "It was made for another model."
+        )
 
 
 class _Merged:
@@ -95,7 +110,18 @@ class _Merged:
                 raise UserError(f"{contents.path}: '{module}' does not fit {self._checkpoint.path} ({error}).") from error
         codes, self._scale = self._quantization.stored(self._name, wanted, stored.dtype)
         back = self._quantization.numbers(self._name, codes, self._scale).float()
-        change = float((wanted - plain).norm())
-        self._baked.changed[module] = float((back - plain).norm()) / max(float(plain.norm()), torch.finfo(torch.float32).tiny)
-        self._baked.rounded[module] = float((back - wanted).norm()) / change if change else 0.0
+        if not bool((wanted.isfinite() & back.isfinite()).all()):
+            paths = ", ".join(str(contents.path) for contents, _ in self._loras)
+            raise UserError(
+                f"{self._checkpoint.path}: with {paths} baked in, '{full}' would hold NaN or infinity in "
+                f"{str(stored.dtype).removeprefix('torch.')}. Lower the strength, or bake into a checkpoint in bfloat16."
+            )
+        change, norm = _distance(wanted, plain), _distance(plain, torch.zeros(()))
+        self._baked.changed[module] = _distance(back, plain) / max(norm, torch.finfo(torch.float32).tiny)
+        self._baked.rounded[module] = _distance(back, wanted) / change if change else 0.0
         return codes, self._scale
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """In float64: squares of large weights are beyond float32."""
+    return float((one.double() - other.double()).norm())

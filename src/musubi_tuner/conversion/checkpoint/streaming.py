@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.reading import TensorEntry
 from musubi_tuner.ltxv2.weights import DTYPE_NAMES
-from musubi_tuner.runtime.disk import FULL, reason, sync_folder
+from musubi_tuner.runtime.disk import FULL, check_folder, reason, sync_folder
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.headers import SUFFIXES
 
@@ -77,16 +78,18 @@ def write_stream(path: Path, parts: Sequence[Part], metadata: Mapping[str, str],
             raise TemporaryFailure(f"{path}: the disk is full. Nothing of it is left; make room and run it again.") from error
         raise UserError(f"{path}: cannot be written ({reason(error)}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder cannot be made, the error that says so is the one to be seen
+            temporary.unlink(missing_ok=True)
 
 
 def check_new(path: Path, flag: str, *, overwrite: bool) -> None:
     """
     Raises:
-        UserError: no name of a safetensors file, or something is there already.
+        UserError: no name of a safetensors file, something is there already, or a file stands where its folder would be.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: must end in .safetensors.")
+    check_folder(path.parent, f"{flag} {path}")
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder. Give the name of a file.")
     if path.exists() and not overwrite:

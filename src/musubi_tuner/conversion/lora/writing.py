@@ -1,5 +1,6 @@
 """A LoRA's new file or folder: checked, whole or not at all, never over another file unasked, and with how it was made."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from musubi_tuner.cache.store import serialize
 from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.conversion.lora.forms import WITH_ALPHA, config_text, formed
 from musubi_tuner.networks.scales import HEADER, PEFT_CONFIG, PEFT_FILE
-from musubi_tuner.runtime.disk import reason, write_folder, write_whole
+from musubi_tuner.runtime.disk import check_folder, reason, write_folder, write_whole
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.headers import read_header
 
@@ -90,6 +91,7 @@ def check_free(path: Path, *, overwrite: bool, folder: bool) -> None:
         )
     if not folder and path.suffix != ".safetensors":
         raise UserError(f"--output {path}: must end in .safetensors.")
+    check_folder(path.parent, f"--output {path}")
     if not path.exists():
         return
     if path.is_dir() and (not folder or {one.name for one in path.iterdir()} - {PEFT_FILE, PEFT_CONFIG}):
@@ -107,7 +109,8 @@ def _write(path: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
