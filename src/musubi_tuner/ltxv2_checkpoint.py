@@ -69,13 +69,17 @@ def _inspect(options: config.InspectConfig) -> int:
         if key != "config"
     ]
     print(format_table(rows, ("what", "")))
-    parts = [(name, f"{count:,}", f"{size / 1e9:.2f}", dtypes) for name, (count, size, dtypes) in found.components.items()]
-    print("\n" + format_table(parts, ("component", "tensors", "GB", "dtypes")))
+    parts = [(name, f"{count:,}", _size(size), dtypes) for name, (count, size, dtypes) in found.components.items()]
+    print("\n" + format_table(parts, ("component", "tensors", "size", "dtypes")))
     if shown.config:
         print("\n" + config_text(checkpoint))
     if shown.json is not None:
         write_json(shown.json, found.as_json())
     return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count / 1e6:.2f} MB"
 
 
 def _verify(options: config.VerifyConfig) -> int:

@@ -88,7 +88,7 @@ def _strip(options: config.StripConfig) -> int:
         except re.error as error:
             raise UserError(f"--remove_pattern {pattern!r}: is no regular expression ({error}).") from error
     left = without(contents, options.removal.remove, patterns)
-    log.info("%d of %d modules are taken out", len(contents.adapters) - len(left.adapters), len(contents.adapters))
+    log.info("%d of %d modules removed", len(contents.adapters) - len(left.adapters), len(contents.adapters))
     words = " ".join((*options.removal.remove, *options.removal.remove_pattern))
     _write(left, options.writing, f"strip {words} {contents.path.name}")
     return 0
@@ -160,6 +160,11 @@ def _average(options: config.AverageConfig) -> int:
     paths = list(dict.fromkeys(use.path for word in chosen.loras for use in loras_of(word, "--loras", Path()) if use is not None))
     if len(paths) < 2:
         raise UserError(f"--loras: {len(paths)} file; an average is of two or more checkpoints of a run.")
+    output = options.writing.output
+    if output.exists() and any(path.exists() and path.samefile(output) for path in paths):
+        raise UserError(
+            f"--output {output}: is one of the files that --loras names, and would become a part of its own average. Give another name."
+        )
     files = [read_lora(path) for path in paths]
     if chosen.sigma_rel is None:
         shares, how = shares_by_decay(len(files), chosen.beta, chosen.beta2), f"beta {chosen.beta:g}"
@@ -252,7 +257,7 @@ def _write(contents: LoraContents, writing: config.WritingOptions, made_from: st
 SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "inspect": Subcommand(config.InspectConfig, _inspect, "What is in a file, and how much it changes where.", "lora"),
     "convert": Subcommand(config.ConvertConfig, _convert, "The same LoRA in the naming of another program.", "lora"),
-    "strip": Subcommand(config.StripConfig, _strip, "Take the sound's, the pictures' or other modules out.", "lora"),
+    "strip": Subcommand(config.StripConfig, _strip, "Remove the sound's, the pictures' or other modules.", "lora"),
     "scale": Subcommand(config.ScaleConfig, _scale, "The same LoRA at another strength, by stream.", "lora"),
     "resize": Subcommand(config.ResizeConfig, _resize, "Another rank, by singular values; other types become LoRAs.", "lora"),
     "merge": Subcommand(config.MergeConfig, _merge, "Several LoRAs as one that does what all of them do.", "loras"),

@@ -92,7 +92,8 @@ def test_it_says_what_is_in_a_file(tiny_family, tmp_path, capsys):
     assert "causal_temporal_positioning" in facts["unknown"]["transformer"] and "num_layers" not in facts["unknown"]["transformer"]
     assert sum(one["tensors"] for one in facts["components"].values()) == len(load_file(source))
     checkpoint("inspect", tiny_family.ltx23)
-    assert "neither its name nor its metadata say" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "neither its name nor its metadata say" in text and " MB " in text and "0.00" not in text, "small parts have a size too"
 
 
 def test_what_is_wrong_with_a_file_is_found(tiny_family, tmp_path, capsys):

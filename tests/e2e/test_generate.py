@@ -162,7 +162,7 @@ def test_a_lora_is_parsed_from_the_right(tmp_path, monkeypatch):
     assert parse_lora("b:0.5").path == Path("b:0.5") and parse_lora("b:0.5:-1").strength == Strength(-1.0, -1.0)
     with pytest.raises(UserError, match="2 numbers"):
         parse_lora("a.safetensors:1:2")
-    with pytest.raises(UserError, match=r"C:\\x.safetensors: is not there"):
+    with pytest.raises(UserError, match=r"C:\\x.safetensors: not found"):
         parse_lora(r"C:\x.safetensors:0.8")
 
 

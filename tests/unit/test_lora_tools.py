@@ -266,3 +266,37 @@ def test_a_file_where_a_folder_should_be_is_told(tmp_path):
     for words in (("convert", source, "--to", "kohya"), ("metadata", source, "--set", "a=b")):
         with pytest.raises(UserError, match=r"mine.safetensors is a file, not a folder"):
             lora(*words, "--output", source / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_values_whose_products_are_beyond_float32_have_no_other_rank(tmp_path, kind):
+    source = tmp_path / "huge.safetensors"
+    key = f"diffusion_model.{VIDEO}"
+    halves = {f"{key}.lora_A.weight": torch.full((3, 6), 1e38), f"{key}.lora_B.weight": torch.full((8, 3), 1e38)}
+    save_file(halves if kind == "lora" else {f"{key}.diff": torch.full((8, 6), 3e38)}, source)
+    words = [("resize", source, "--rank", "1")] + ([("merge", source, source, "--rank", "1")] if kind == "lora" else [])
+    for one in words:
+        with pytest.raises(UserError, match=rf"huge.safetensors: '{VIDEO}' has values of up to [13].0e\+38, whose products are beyond"):
+            lora(*one, "--output", tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_to_do_about_a_type_that_is_not_merged_is_something_that_works(tmp_path):
+    dora = write_lora(tmp_path / "dora.safetensors", sizes={VIDEO: SIZES[VIDEO]})
+    save_file(load_file(dora) | {f"diffusion_model.{VIDEO}.lora_magnitude_vector": torch.rand(8) + 1}, dora)
+    save_file({f"diffusion_model.{VIDEO}.diff": torch.ones(8, 6)}, tmp_path / "full.safetensors")
+    for file, says, never in (("dora", "bake them", "resize"), ("full", "`resize --rank N` makes one", "bake")):
+        with pytest.raises(UserError, match=says) as raised:
+            lora("merge", tmp_path / f"{file}.safetensors", dora, "--output", tmp_path / "out.safetensors")
+        assert never not in str(raised.value)
+
+
+def test_an_average_takes_no_part_of_itself(tmp_path):
+    for step in (1, 2):
+        write_lora(tmp_path / f"run-{step}.safetensors", seed=step)
+    words = ("average", tmp_path / "*.safetensors", "--output", tmp_path / "run-mean.safetensors", "--overwrite")
+    lora(*words)
+    before = (tmp_path / "run-mean.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"run-mean.safetensors: is one of the files that --loras names"):
+        lora(*words)
+    assert (tmp_path / "run-mean.safetensors").read_bytes() == before

@@ -96,3 +96,11 @@ def test_other_processes_show_nothing(monkeypatch):
 
 def test_an_hour_is_written_as_one():
     assert [progress._clock(seconds) for seconds in (0, 59.6, 3599, 3600, 86399)] == ["00:00", "01:00", "59:59", "1:00:00", "23:59:59"]
+
+
+def test_symbols_of_units_have_no_plural(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with Progress("joining", 400, unit="MB") as bar:
+        bar.advance(400, seconds=4.0)
+    assert file.getvalue() == "joining: 400 of 400 MB (100 %), 100 MB/s, 00:04 in all\n"

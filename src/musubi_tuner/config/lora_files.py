@@ -65,7 +65,7 @@ class ConvertConfig:
 
 @options
 class RemovalOptions:
-    """What is taken out."""
+    """What is removed."""
 
     remove: Annotated[tuple[Part, ...], List] = flag(
         "all that makes the sound, all that makes the pictures, the attention between them, the text connectors", default=()
@@ -75,7 +75,7 @@ class RemovalOptions:
     @model_validator(mode="after")
     def _check(self) -> "RemovalOptions":
         if not self.remove and not self.remove_pattern:
-            raise UserError("nothing to take out: give --remove audio, or --remove_pattern with a regular expression.")
+            raise UserError("nothing to remove: give --remove audio, or --remove_pattern with a regular expression.")
         return self
 
 
@@ -193,7 +193,7 @@ class MetadataOptions:
     """Changes; without any, the entries are shown."""
 
     set: Annotated[tuple[Text, ...], List] = flag("entries NAME=VALUE to write, such as modelspec.title=Mila", default=(), repeats=True)
-    remove: Annotated[tuple[Text, ...], List] = flag("names of entries to take out; * stands for anything, as in 'ss_*'", default=())
+    remove: Annotated[tuple[Text, ...], List] = flag("names of entries to remove; * stands for anything, as in 'ss_*'", default=())
     picture: AnyPath | None = flag("a picture to show for it (modelspec.thumbnail), 256 pixels at most", default=None)
     output: AnyPath | None = flag("the new file", default=None)
     overwrite: bool = flag("replace what is there", default=False)

@@ -117,7 +117,7 @@ def _with_inputs(prompt: PreviewPrompt, config: GenerateConfig) -> PreviewPrompt
     inputs, clips = prompt.inputs, config.clips
     for name, path in (("image", clips.image), ("reference_video", clips.reference_video), ("audio", clips.audio)):
         if path is not None and not path.is_file():
-            raise UserError(f"--{name} {path}: is not there.")
+            raise UserError(f"--{name} {path}: not found.")
     inputs = dataclasses.replace(
         inputs,
         image=inputs.image or clips.image,
@@ -163,7 +163,7 @@ def reference_factors(jobs: Sequence[Job]) -> tuple[int, int]:
 
 def _existing(path: Path, flag: str) -> Path:
     if not is_there(path):
-        raise UserError(f"{flag} {shortened(str(path))}: is not there.")
+        raise UserError(f"{flag} {shortened(str(path))}: not found.")
     return newest_file(path)
 
 

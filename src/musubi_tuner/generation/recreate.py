@@ -311,7 +311,7 @@ def _find_inputs(config: GenerateConfig, stored: Mapping[str, Any], lacking: lis
     given = {name: path for name, flag in _GIVEN.items() if (path := getattr(config.clips, flag)) is not None}
     for name, path in given.items():
         if not path.is_file():
-            raise UserError(f"--{_GIVEN[name]} {path}: is not there.")
+            raise UserError(f"--{_GIVEN[name]} {path}: not found.")
     files = _Files(given.values(), config.clips.input_folder, "--input_folder")
     needed = [one for value in stored.values() for one in (value if isinstance(value, list) else [value]) if isinstance(one, _File)]
     winning = {name: path for name, path in given.items() if not any(_is(path, file) for file in needed)}

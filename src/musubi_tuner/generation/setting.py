@@ -91,5 +91,5 @@ def find_distilled_lora(config: GenerateConfig) -> Path | None:
             "If --ltxv2_model is distilled itself, take --pipeline distilled, or --distilled_lora_strength 0."
         )
     if not path.exists():
-        raise UserError(f"--distilled_lora {path}: is not there.")
+        raise UserError(f"--distilled_lora {path}: not found.")
     return newest_file(path)

@@ -36,12 +36,13 @@ class Progress:
     def __init__(self, title: str, total: int, *, unit: str, done: int = 0, shown: bool = True, leave: bool = True) -> None:
         """
         Args:
-            unit: what is counted, in the singular.
+            unit: what is counted, in the singular; symbols in capitals, such as MB, have no plural.
             done: of them before this run.
             shown: False in processes other than the main one.
             leave: the finished bar stays on the screen.
         """
         self._title, self._total, self._unit, self._start = title, total, unit, done
+        self._units = unit if unit.isupper() else f"{unit}s"
         self._count, self._seconds, self._begun = done, 0.0, time.monotonic()
         self._figures: dict[str, str] = {}
         self._said, self._said_count = self._begun, done
@@ -94,7 +95,7 @@ class Progress:
         if not done or not self._seconds:
             return f"- s/{self._unit}"
         each = self._seconds / done
-        return f"{each:.3g} s/{self._unit}" if each >= 0.1 else f"{1 / each:.3g} {self._unit}s/s"
+        return f"{each:.3g} s/{self._unit}" if each >= 0.1 else f"{1 / each:.3g} {self._units}/s"
 
     def _left(self) -> float:
         done = self._count - self._start
@@ -109,7 +110,7 @@ class Progress:
     def _say(self) -> None:
         self._said, self._said_count = time.monotonic(), self._count
         share = 100 * self._count // self._total if self._total else 100
-        print(f"{self._title}: {self._count} of {self._total} {self._unit}s ({share} %), {self._text()}", file=sys.stderr, flush=True)
+        print(f"{self._title}: {self._count} of {self._total} {self._units} ({share} %), {self._text()}", file=sys.stderr, flush=True)
 
 
 def counted(items: Sequence[Item], title: str, *, unit: str) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""LoRAs made of LoRAs: parts taken out, scaled, brought to another rank, several added up or averaged."""
+"""LoRAs made of LoRAs: parts removed, scaled, brought to another rank, several added up or averaged."""
 
 import dataclasses
 import re
@@ -44,12 +44,12 @@ def without(contents: LoraContents, parts: Sequence[str], patterns: Sequence[re.
     """The file without the modules of any of `PARTS`, and without those whose official names a pattern is found in.
 
     Raises:
-        UserError: nothing is there to be taken out, or all of it.
+        UserError: nothing is there to be removed, or all of it.
     """
     chosen = [PARTS[part] for part in parts] + [lambda name, one=pattern: one.search(name) is not None for pattern in patterns]
     kept = {name: one for name, one in contents.adapters.items() if not any(choose(name) for choose in chosen)}
     if len(kept) == len(contents.adapters):
-        raise UserError(f"{contents.path}: has no module of what is to be taken out; `inspect` lists what it has.")
+        raise UserError(f"{contents.path}: has no module of what is to be removed; `inspect` lists what it has.")
     if not kept:
         raise UserError(f"{contents.path}: nothing would be left of it.")
     return contents.with_adapters(kept)
@@ -87,7 +87,7 @@ def resized(contents: LoraContents, *, rank: int | None, energy: float | None) -
         energy: the share of each change's squared norm that is kept, by as low a rank as does; None = `rank` decides.
 
     Raises:
-        UserError: a DoRA, whose change is known beside the base alone.
+        UserError: a DoRA, whose change is known beside the base alone, or values whose products are beyond float32.
     """
     require_kinds(
         contents,
@@ -97,7 +97,16 @@ def resized(contents: LoraContents, *, rank: int | None, energy: float | None) -
     )
     adapters, cuts = {}, {}
     for name, one in contents.adapters.items():
-        left, values, right = _singular(one)
+        try:
+            left, values, right = _singular(one)
+            finite = all(bool(part.isfinite().all()) for part in (left, values, right))
+        except torch.linalg.LinAlgError:  # of NaN, which infinities have become on the way
+            finite = False
+        if not finite:
+            raise UserError(
+                f"{contents.path}: '{name}' has values of up to {_largest(one):.1e}, whose products are beyond float32: it cannot be "
+                "brought to another rank. `scale` makes it weaker."
+            )
         squares = values.double().square()
         total = float(squares.sum())
         count = _needed(squares, energy) if energy is not None else len(values)
@@ -116,7 +125,13 @@ def added(files: Sequence[tuple[LoraContents, Strength]]) -> LoraContents:
     """
     parts: dict[str, list[StoredAdapter]] = {}
     for contents, strength in files:
-        require_kinds(contents, ("lora",), "only LoRAs are laid side by side", "`resize --rank N` makes one of it, with its error.")
+        require_kinds(contents, ("lora", "dora"), "only LoRAs are laid side by side", "`resize --rank N` makes one of it, with its error.")
+        require_kinds(
+            contents,
+            ("lora",),
+            "what it changes depends on the base's weights, so no file holds its sum with others",
+            "Give it and the others to generation side by side, or bake them into a checkpoint.",
+        )
         for name, one in strengthened(contents, strength).adapters.items():
             there = parts.setdefault(name, [])
             if there and adapted_shape("lora", there[0].stored) != adapted_shape("lora", one.stored):
@@ -204,6 +219,10 @@ def _singular(adapter: StoredAdapter) -> tuple[Tensor, Tensor, Tensor]:
         return up @ left, values, right @ down.mT
     left, values, right = torch.linalg.svd(change_of(adapter), full_matrices=False)
     return left, values, right
+
+
+def _largest(adapter: StoredAdapter) -> float:
+    return max(float(value.abs().max()) for value in adapter.tensors.values())
 
 
 def _needed(squares: Tensor, energy: float) -> int:
