@@ -305,6 +305,9 @@ def test_components_by_themselves_are_whole(tiny_family, tmp_path, capsys):
     for file in (*files, family.ltx25_audio_vae, family.ltx25_duration_head):
         checkpoint("verify", file)
         assert "nothing is wrong with it" in capsys.readouterr().out, file
+    (text_side,) = (tmp_path / "pack").glob("*text_projection*")
+    checkpoint("verify", text_side)
+    assert capsys.readouterr().out.count("not in this file, though its config describes it") == 4
     checkpoint("verify", family.ltx25_gemma)
     assert "not checked" in capsys.readouterr().out, "an encoder is no component of a checkpoint, and this is said"
 

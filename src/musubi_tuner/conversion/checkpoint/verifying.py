@@ -18,7 +18,7 @@ from musubi_tuner.ltxv2.text.features import PREFIX, load_feature_extractor
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import CONNECTORS, streams_of, transformer_names
-from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.ltxv2.weights import SECTIONS, Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
 _PIECE = 2**24
@@ -54,7 +54,10 @@ def verify(checkpoint: Checkpoint, advance: Callable[[int], object]) -> Verified
             problems = [str(error).removeprefix(f"{checkpoint.path}: ")]
         found.problems += problems
         found.components[component] = "names and shapes differ, see above" if problems else "names and shapes fit"
-    if not found.components:
+    for section in SECTIONS:
+        if section in checkpoint.config and section not in found.components:
+            found.components[section] = "not in this file, though its config describes it"
+    if not checkpoint.entries:
         found.problems.append("holds no tensors.")
     with checkpoint.tensors(checkpoint.names()) as tensors:
         for name, tensor in zip(checkpoint.names(), tensors, strict=True):

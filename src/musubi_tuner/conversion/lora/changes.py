@@ -97,16 +97,13 @@ def resized(contents: LoraContents, *, rank: int | None, energy: float | None) -
     )
     adapters, cuts = {}, {}
     for name, one in contents.adapters.items():
-        try:
-            left, values, right = _singular(one)
-            finite = all(bool(part.isfinite().all()) for part in (left, values, right))
-        except torch.linalg.LinAlgError:  # of NaN, which infinities have become on the way
-            finite = False
-        if not finite:
+        found = _singular(one)
+        if found is None:
             raise UserError(
                 f"{contents.path}: '{name}' has values of up to {_largest(one):.1e}, whose products are beyond float32: it cannot be "
                 "brought to another rank. `scale` makes it weaker."
             )
+        left, values, right = found
         squares = values.double().square()
         total = float(squares.sum())
         count = _needed(squares, energy) if energy is not None else len(values)
@@ -209,16 +206,20 @@ def _gamma(width: float) -> float:
     return (low + high) / 2
 
 
-def _singular(adapter: StoredAdapter) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, n), (n,) falling and (n, in); of a LoRA by way of its two halves, without the matrix between."""
-    if adapter.kind == "lora":
-        tensors = adapter.tensors
-        up, up_rest = torch.linalg.qr(tensors[UP])
-        down, down_rest = torch.linalg.qr(tensors[DOWN].mT)
-        left, values, right = torch.linalg.svd(up_rest @ down_rest.mT, full_matrices=False)
-        return up @ left, values, right @ down.mT
-    left, values, right = torch.linalg.svd(change_of(adapter), full_matrices=False)
-    return left, values, right
+def _singular(adapter: StoredAdapter) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(out, n), (n,) falling and (n, in), of a LoRA by way of its two halves, without the matrix between; None beyond float32."""
+    try:
+        if adapter.kind == "lora":
+            tensors = adapter.tensors
+            up, up_rest = torch.linalg.qr(tensors[UP])
+            down, down_rest = torch.linalg.qr(tensors[DOWN].mT)
+            left, values, right = torch.linalg.svd(up_rest @ down_rest.mT, full_matrices=False)
+            left, right = up @ left, right @ down.mT
+        else:
+            left, values, right = torch.linalg.svd(change_of(adapter), full_matrices=False)
+    except torch.linalg.LinAlgError:  # of NaN, which infinities have become on the way
+        return None
+    return (left, values, right) if all(bool(part.isfinite().all()) for part in (left, values, right)) else None
 
 
 def _largest(adapter: StoredAdapter) -> float:
