@@ -388,3 +388,14 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(wide, tmp_path):
         checkpoint(*words)
     checkpoint(*words, "--overwrite")
     assert not link.is_symlink() and (tmp_path / "target.safetensors").read_text() == "mine"
+
+
+def test_a_sound_file_without_prefixes_is_known_by_its_config(tiny_family, tmp_path, capsys):
+    tensors = {
+        name.removeprefix("audio_vae."): value for name, value in load_file(tiny_family.ltx23).items() if name.startswith("audio_vae.")
+    }
+    config = {"audio_vae": dict(open_checkpoint(tiny_family.ltx23).config["audio_vae"])}
+    save_file(tensors, tmp_path / "sound.safetensors", metadata={"config": json.dumps(config)})
+    checkpoint("verify", tmp_path / "sound.safetensors")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("audio_vae ")]
+    assert "names and shapes fit" in row
