@@ -223,6 +223,14 @@ def test_a_lora_of_another_model_is_not_baked(wide, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"], "nothing is left"
 
 
+def test_a_lora_of_another_release_is_not_baked(wide, tmp_path):
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q.lora_"
+    tensors = {f"{key}A.weight": torch.ones(1, 256), f"{key}B.weight": torch.ones(256, 1)}
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "ltx-2.0"})
+    with pytest.raises(UserError, match=f"lora.safetensors: was trained on ltx-2.0, and {wide} is ltx-2.3"):
+        checkpoint("bake", wide, "--lora", tmp_path / "lora.safetensors", "--output", tmp_path / "baked.safetensors")
+
+
 def test_nothing_is_overwritten_and_a_full_disk_is_known_before(tiny_family, tmp_path, monkeypatch):
     source = shutil.copy(tiny_family.ltx23, tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match="is there already"):

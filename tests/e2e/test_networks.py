@@ -165,6 +165,7 @@ def test_files_that_do_not_fit_are_refused(data, tmp_path):
         (("--base_weights", wide), "made for another model: .* takes 64 values .* 128 and 128 in this model"),
         (("--base_weights", empty), "holds no adapter"),
         (("--base_weights", wide, "--base_weights_multiplier", "1", "2"), "2 number"),
+        (("--base_weights", old), "trained on ltx-2.0"),
         (("--network_weights", foreign), "adapts 1 module"),
         (("--network_weights", wide, "--network_dim", "2"), "made for another model"),
         (("--network_weights", wide, "--dim_from_weights"), "made for another model"),

@@ -183,6 +183,13 @@ def test_an_av_lora_in_video_mode_is_told_the_mode(tmp_path):
         read_network(written(tmp_path, stored()), {QUERY: (6, 8)})
 
 
+def test_an_av_lora_in_audio_mode_is_told_the_mode(tmp_path):
+    cross = QUERY.replace("attn1", "audio_to_video_attn")
+    halves = {f"{name}.lora_{half}.weight": torch.zeros(4, 4) for name in (cross, QUERY) for half in "AB"}
+    with pytest.raises(UserError, match="adapts 2 module.* of the video side, which this --ltx_mode does not build. Give --ltx_mode av"):
+        read_network(written(tmp_path, halves), {"transformer_blocks.0.audio_attn1.to_q": (6, 8)})
+
+
 def test_a_damaged_file_is_called_one(tmp_path):
     path = written(tmp_path, stored())
     path.write_bytes(path.read_bytes()[:-10])

@@ -26,6 +26,7 @@ from musubi_tuner.generation.encode import (
     video_cells,
 )
 from musubi_tuner.generation.jobs import Job, reference_factors
+from musubi_tuner.generation.networks import check_networks
 from musubi_tuner.generation.pipelines import Stage, make_stages
 from musubi_tuner.generation.recipe import Recipe, recipe_of
 from musubi_tuner.generation.setting import Planned, Setting, Tell
@@ -111,6 +112,7 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
         )
         for job in jobs
     }  # fmt: skip
+    check_networks(stages, setting)
     every = [stage for of_job in stages.values() for stage in of_job]
     try_decoders(files.vae, files.audio_vae, {stream for stage in every for stream in stage.plan.streams})
     needs = _needs_after(list(stages.values()), setting)

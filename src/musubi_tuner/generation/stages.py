@@ -23,6 +23,7 @@ from musubi_tuner.ltxv2.geometry import AUDIO_MEL_BINS
 from musubi_tuner.memory.sampling_plan import SamplingWork
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.stack import NetworkStack, Strength
+from musubi_tuner.placement.adapters import stored_linears
 from musubi_tuner.placement.decoding import Need
 from musubi_tuner.placement.sampling import SamplingRequest, load_for_sampling
 from musubi_tuner.runtime.device import free_memory
@@ -69,11 +70,12 @@ def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], settin
     )
 
     tried: list[NetworkStack] = []
+    linears = stored_linears(setting.files.transformer)
 
     def trial(wrapper: OfficialLTXV2Wrapper) -> None:
         inputs = largest.inputs[number]
         one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
-        stack = NetworkStack(wrapper.transformer, setting.dtype)
+        stack = NetworkStack(wrapper.transformer, setting.dtype, linears)
         stack.use(_beside(largest, number, setting))
         generate(wrapper, dataclasses.replace(inputs, plan=one_step))
         tried.append(stack)
@@ -90,7 +92,7 @@ def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], settin
         beside=tuple(need.row() for need in needs),
     )
     wrapper = load_for_sampling(request, trial)
-    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype)
+    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype, linears)
 
 
 def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:

@@ -15,7 +15,7 @@ from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
 from musubi_tuner.networks.lycoris import LOHA, W1, W2, W2_DOWN, W2_UP
 from musubi_tuner.networks.scales import PEFT_FILE, PeftScale, peft_scale
 from musubi_tuner.networks.shapes import adapted_shape, broken_shape
-from musubi_tuner.networks.targets import count_by_stream
+from musubi_tuner.networks.targets import count_by_stream, stream_of
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
 
@@ -129,6 +129,24 @@ def read_network(path: Path, linears: Linears, *, of_connectors: bool = False) -
     )
 
 
+def network_modules(path: Path, linears: Linears) -> list[str]:
+    """Official names of the modules that a network's file adapts, by its header alone; those of the text connectors left out.
+
+    Raises:
+        UserError: an unreadable file, a key of no form that is read, or a module that the model lacks.
+    """
+    _check_can_be_read(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            stored = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    found = dict.fromkeys(one.module for one in _read_keys(path, stored, linears).values())
+    modules = [name for name in found if name in linears or not is_text_side(name)]
+    _refuse_foreign(path, modules, linears)
+    return modules
+
+
 def scaled_leaf(kind: str, tensors: Collection[str]) -> str:
     """Which of an adapter's tensors takes its scale."""
     return _SCALED[kind] if kind in _SCALED else W2_UP if W2_UP in tensors else W2
@@ -162,9 +180,7 @@ def newest_file(path: Path) -> Path:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such LoRA file.")
-    _check_can_be_opened(path)
+    _check_can_be_read(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -172,8 +188,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _unreadable(path, error) from error
 
 
-def _check_can_be_opened(path: Path) -> None:
+def _check_can_be_read(path: Path) -> None:
     """safetensors says "no such file" of every file that it cannot open, whatever the reason."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such LoRA file.")
     try:
         path.open("rb").close()
     except OSError as error:
@@ -226,7 +244,7 @@ def _refuse_foreign(path: Path, modules: Collection[str], linears: Linears) -> N
     if prefix := unknown_prefix(foreign[0], linears):
         raise UserError(f"{what} The prefix '{prefix}' is not known; read are {', '.join((*PREFIXES, *FLATTENED))} and none.")
     for stream, lacks in (("audio", not any("audio" in name for name in linears)), ("video", all("audio" in name for name in linears))):
-        if lacks and all(("audio" in name) == (stream == "audio") for name in foreign):
+        if lacks and all(stream_of(name) in (stream, "cross") for name in foreign):
             raise UserError(f"{what} They are of the {stream} side, which this --ltx_mode does not build. Give --ltx_mode av.")
     raise UserError(f"{what} It was made for another model, or with another network's names.")
 

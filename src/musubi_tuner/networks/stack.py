@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.networks.base import AddingLayer, FrozenLinear, base_device, run_base
 from musubi_tuner.networks.lora import LoRALayer
-from musubi_tuner.networks.reading import NetworkFile, StoredAdapter, read_network
+from musubi_tuner.networks.reading import Linears, NetworkFile, StoredAdapter, read_network
 from musubi_tuner.networks.targets import is_audio_side, linear_shapes
 from musubi_tuner.networks.types import DIFF, TYPES
 from musubi_tuner.runtime.draws import generator_for
@@ -42,15 +42,17 @@ class Strength:
 class NetworkStack:
     """The networks on one model."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, elsewhere: Linears | None = None) -> None:
         """
         Args:
             model: its linears are wrapped where a network first needs it; call it after what moves their weights is built.
             dtype: in which LoRA are multiplied.
+            elsewhere: linears of streams that the model was built without; what networks do to them is left out.
         """
         self._model = model
         self._dtype = dtype
-        self._shapes = linear_shapes(model)
+        self._built = linear_shapes(model)
+        self._shapes: Linears = {**(elsewhere or {}), **self._built}
         self._wrapped: dict[str, _Stacked] = {}
         self._used: dict[Path, dict[str, AddingLayer | _Difference]] = {}
 
@@ -93,7 +95,7 @@ class NetworkStack:
         log.info("%s: %s", file.path.name, file.describe())
         if file.left_out:
             log.warning("WARNING: its %d adapter(s) of the text connectors are left out, first '%s'", len(file.left_out), file.left_out[0])
-        return {name: self._layer(self._wrap(name).base, adapter) for name, adapter in file.adapters.items()}
+        return {name: self._layer(self._wrap(name).base, adapter) for name, adapter in file.adapters.items() if name in self._built}
 
     def _wrap(self, name: str) -> "_Stacked":
         if name not in self._wrapped:

@@ -22,6 +22,7 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.networks.lycoris import LoHaLayer, LoKrLayer
 from musubi_tuner.networks.merging import BaseNetwork, merging_place, summing_place
 from musubi_tuner.networks.reading import NetworkFile, read_network
+from musubi_tuner.networks.release import check_release
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.networks.targets import is_audio_side, linear_names, linear_shapes
 from musubi_tuner.runtime.errors import UserError
@@ -43,6 +44,8 @@ def with_base_networks(networks: Sequence[tuple[Path, float]], checkpoint: Check
     if not networks:
         return place
     merged = [BaseNetwork(_read_to_merge(path, f"x {strength:g}", checkpoint), strength) for path, strength in networks]
+    for one in merged:
+        check_release(one.file.path, one.file.metadata, detect_version(checkpoint))
     if mode != "av":
         log.info("their weights of streams that --ltx_mode %s does not build are ignored", mode)
     return merging_place(merged, place)
@@ -81,17 +84,12 @@ def read_start(options: NetworkOptions, checkpoint: Checkpoint, transformer: LTX
     """The file of `--network_weights`; call it before the transformer is adapted.
 
     Raises:
-        UserError: a file that cannot be read, or whose own metadata names another base model.
+        UserError: a file that cannot be read, or whose own metadata names a release that does not go with this model.
     """
     if options.network_weights is None:
         return None
     start = read_network(options.network_weights, linear_shapes(transformer))
-    version, trained_on = detect_version(checkpoint), start.metadata.get("ss_base_model_version", "")
-    if trained_on.startswith("ltx-") and trained_on != f"ltx-{version}":
-        raise UserError(
-            f"--network_weights {start.path}: was trained on {trained_on}, and --ltxv2_model is ltx-{version}. "
-            f"Give a LoRA of ltx-{version}, or the model that it belongs to."
-        )
+    check_release(start.path, start.metadata, detect_version(checkpoint))
     return start
 
 

@@ -11,8 +11,10 @@ from musubi_tuner.conversion.checkpoint.parts import whole_metadata
 from musubi_tuner.conversion.checkpoint.streaming import Part, copied
 from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.ltxv2.quantization import Quantization, read_quantization, scale_of
+from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.merging import merge_weight
+from musubi_tuner.networks.release import check_release
 from musubi_tuner.networks.shapes import adapted_shape
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.runtime.errors import UserError
@@ -34,9 +36,12 @@ def baked_parts(checkpoint: Checkpoint, loras: Sequence[tuple[LoraContents, Stre
     """What the new file holds, in the order of the old one, and its metadata.
 
     Raises:
-        UserError: a module that the checkpoint lacks, or has in another size, or nothing that would change. What the parts make raises it
-            where a weight would be NaN or infinity in the checkpoint's dtype.
+        UserError: a module that the checkpoint lacks, or has in another size, a LoRA of another release, or nothing that would change. What
+            the parts make raises it where a weight would be NaN or infinity in the checkpoint's dtype.
     """
+    version = detect_version(checkpoint)
+    for contents, _ in loras:
+        check_release(contents.path, contents.metadata, version, named=str(checkpoint.path))
     names = model_names(checkpoint)
     quantization = read_quantization(checkpoint, names)
     modules: dict[str, list[tuple[LoraContents, float]]] = {}
