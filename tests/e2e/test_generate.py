@@ -85,7 +85,7 @@ def test_the_same_command_keeps_a_clip_and_another_writes_beside_it(tiny_family,
     assert again[0].read_bytes() == before, "the same seed gives the same bytes"
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_family, texts, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_family, texts, tmp_path, monkeypatch, caplog):
     prompts = ("--prompt", "a dog", "rain", "--pipeline", "two_stage", *second_stage(tiny_family))
     whole = run(tiny_family, texts, tmp_path / "whole", *prompts)
     real, calls = stages.generate, []
@@ -97,10 +97,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny_family, texts, tmp_pat
         return real(*arguments, **named)
 
     monkeypatch.setattr(stages, "generate", stopped_at_the_fourth)
+    caplog.set_level("INFO")
     with pytest.raises(KeyboardInterrupt):
         run(tiny_family, texts, tmp_path / "stopped", *prompts)
+    assert f"kept in {tmp_path / 'stopped' / FOLDER}: the same command goes on" in caplog.text
     monkeypatch.setattr(stages, "generate", lambda *arguments, **named: calls.append("again") or real(*arguments, **named))
     resumed = run(tiny_family, texts, tmp_path / "stopped", *prompts)
+    assert "sampling, stage 2 of 2: 1 of 2 clips are sampled already" in caplog.text
     assert calls[3:] == ["again"], "what was sampled is not sampled again"
     assert [path.read_bytes() for path in resumed] == [path.read_bytes() for path in whole]
 
@@ -162,6 +165,13 @@ def test_a_lora_is_parsed_from_the_right(tmp_path, monkeypatch):
     assert parse_lora("b:0.5").path == Path("b:0.5") and parse_lora("b:0.5:-1").strength == Strength(-1.0, -1.0)
     with pytest.raises(UserError, match="2 numbers"):
         parse_lora("a.safetensors:1:2")
+    assert parse_lora("a.safetensors:5e-1").strength == Strength(0.5, 0.5)
+    for behind in ("abc", "nan", "1:abc", "0.8:"):
+        with pytest.raises(UserError, match=f"behind the colon, '{behind}', is no strength"):
+            parse_lora(f"a.safetensors:{behind}")
+    for behind in ("1e30", "-101", "1e999"):
+        with pytest.raises(UserError, match="between -100 and 100"):
+            parse_lora(f"a.safetensors:{behind}")
     with pytest.raises(UserError, match=r"C:\\x.safetensors: not found"):
         parse_lora(r"C:\x.safetensors:0.8")
 
@@ -226,9 +236,14 @@ def test_a_long_clip_is_made_in_windows(tiny_family, texts, tmp_path):
     with av.open(str(clip)) as container:
         assert abs(sum(frame.samples for frame in container.decode(audio=0)) / 48000 - 97 / 24) < 0.1
     assert read_recipe(clip).facts["windows"] == [33, 9]
-    for wrong, says in (("16", "8n"), ("9", "at least 17")):
+    for wrong, says in (("16", "8n"), ("9", "17 or more")):
         with pytest.raises(UserError, match=says):
             run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--window_frames", wrong)
+    for wrong, nearest in (("1", 9), ("33", 25), ("97", 25)):
+        with pytest.raises(
+            UserError, match=f"must be from 9 to 25, 8 less than --window_frames 33; the nearest that is allowed is {nearest}"
+        ):
+            run(tiny_family, texts, tmp_path, "--prompt", "a dog", "--window_frames", "33", "--window_overlap", wrong)
 
 
 def test_enhanced_prompts_are_written_once_and_both_are_kept(tiny_family, texts, tmp_path, monkeypatch):

@@ -162,6 +162,7 @@ def test_another_text_encoder_is_told(tiny_family, texts, tmp_path, caplog):
         (lambda facts: facts["prompt"].update(prompt=5), "prompt: prompt = 5"),
         (lambda facts: facts["guidance"].update(stg_scale=-1), "its recipe: stg_scale = -1: must be at least 0"),
         (lambda facts: facts["guidance"].update(output_dir="/"), "holds 'output_dir'"),
+        (lambda facts: facts.update(stepz=3), "its recipe: holds 'stepz', which this version does not know"),
         (lambda facts: facts.update(pipeline="none"), "its recipe: pipeline = 'none'"),
         (lambda facts: facts.update(loras={}), "has no 'loras'"),
         (lambda facts: facts.update(loras=[{"name": "/etc/passwd", "size": 1, "sha256": "x", "video": 1, "audio": 1}]), "loras: sha256"),

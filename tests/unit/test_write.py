@@ -1,6 +1,8 @@
 """Written media, opened again with the real decoders."""
 
+import errno
 import math
+import os
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import fit_audio, write_image, write_video, write_wav
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 AAC_BLOCK = 1024
 
@@ -112,3 +115,22 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="numpy array"):
         write_video(path, frames(9)[..., :1].expand(-1, -1, -1, 2), 24.0)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "says"),
+    [
+        (errno.ENOSPC, TemporaryFailure, "the disk is full.*[Mm]ake room and run the same command again"),
+        (errno.EFBIG, UserError, "takes no file of that size. Write to another disk, or raise the limit"),
+        (errno.EACCES, UserError, "cannot be written"),
+    ],
+)
+def test_a_disk_that_takes_no_file_is_told_with_a_remedy(tmp_path, monkeypatch, number, kind, says):
+    def fails(self, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "replace", fails)
+    for write in (lambda path: write_image(path, torch.zeros(8, 8, 3, dtype=torch.uint8)), lambda path: write_bytes(path, b"latents")):
+        with pytest.raises(UserError, match=rf"a.png: .*{says}") as error:
+            write(tmp_path / "a.png")
+        assert isinstance(error.value, TemporaryFailure) == (kind is TemporaryFailure) and not list(tmp_path.iterdir())

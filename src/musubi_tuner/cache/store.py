@@ -1,6 +1,5 @@
 """Reading and writing cache files: whole or not at all, finite, the same bytes for the same content; and identity by content."""
 
-import errno
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from torch import Tensor
 from musubi_tuner.cache.forms import Forms, TensorHeader, value_fault
 from musubi_tuner.cache.names import ending_of, training_key
 from musubi_tuner.cache.record import note_checked
+from musubi_tuner.runtime.disk import FULL, not_written
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 FORMAT_VERSION = "1"
@@ -121,12 +121,12 @@ def write_bytes(path: Path, data: bytes, *, lasting: bool = True) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             raise DiskFullError(
                 f"{path}: the disk is full ({len(data):,} bytes were to be written). What is cached stays good; "
                 "make room and run the same command again, it completes what is missing."
             ) from error
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+        raise not_written(path, error) from error
     finally:
         if temporary.exists():
             temporary.unlink()

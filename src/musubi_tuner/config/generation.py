@@ -65,9 +65,13 @@ class PipelineOptions:
         if self.window_frames is None and self.window_overlap is not None:
             raise UserError("--window_overlap says how much windows share; give --window_frames too.")
         if self.window_frames is not None and self.window_frames < 17:
-            raise UserError(f"--window_frames {self.window_frames}: must be at least 17, so that windows can overlap.")
+            raise UserError(f"--window_frames {self.window_frames}: must be 17 or more, so that windows can overlap.")
         if self.window_frames is not None and self.window_overlap is not None and not 1 < self.window_overlap < self.window_frames:
-            raise UserError(f"--window_overlap {self.window_overlap}: must lie between 9 and --window_frames {self.window_frames}.")
+            most = self.window_frames - 8
+            raise UserError(
+                f"--window_overlap {self.window_overlap}: must be from 9 to {most}, 8 less than --window_frames {self.window_frames}; the "
+                f"nearest that is allowed is {9 if self.window_overlap < 9 else most}."
+            )
         return self
 
 

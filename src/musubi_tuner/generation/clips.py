@@ -84,10 +84,12 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
     if missing:
         cap_device_memory(setting.device, setting.config.memory.vram_gb)
         planned, needs = _prepare(missing, recipes, setting)
-        for number in range(max(len(one.stages) for one in planned)):
-            run_stage(number, planned, needs, unfinished, setting, tell)
+        with _told_when_interrupted(unfinished):
+            for number in range(max(len(one.stages) for one in planned)):
+                run_stage(number, planned, needs, unfinished, setting, tell)
         seconds = {one.job: unfinished.seconds(one.job.stem, one.recipe, len(one.stages)) for one in planned}
-        there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
+        with _told_when_interrupted(unfinished):
+            there |= _decode(planned, unfinished, setting, lambda job, path: tell(job, path, seconds[job]))
     return [Made(job, there[job], seconds.get(job, 0.0)) for job in jobs]
 
 
@@ -204,6 +206,18 @@ def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting
             written(one.job, paths[one.job])
             bar.advance()
     return paths
+
+
+@contextmanager
+def _told_when_interrupted(unfinished: Unfinished) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.info(
+            "stopped; clips that are done stay, and what is sampled of others is kept in %s: the same command goes on from there",
+            unfinished.folder / FOLDER,
+        )
+        raise
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from musubi_tuner.prompts.prompt import PreviewPrompt
 from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts, prompts_of_lines
 from musubi_tuner.runtime.errors import UserError
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_LARGEST_STRENGTH = 100
 _FACTORS = (
     ("reference_downscale_factor", "reference_spatial_scale_factor"),
     ("reference_temporal_scale_factor",),
@@ -49,18 +50,23 @@ def parse_lora(text: str) -> LoraUse:
     C:\\a.safetensors:0.8.
 
     Raises:
-        UserError: two numbers, or four and more, behind the file; a file that is not there.
+        UserError: two numbers, or four and more, behind the file, or what is no strength; a file that is not there.
     """
     path, numbers = split_lora(text)
     strength, video, audio = (*numbers, 1.0, 1.0)[:3] if len(numbers) == 1 else numbers or (1.0, 1.0, 1.0)
-    return LoraUse(_existing(Path(path), "--lora"), Strength(video, audio) * strength)
+    found = Strength(video, audio) * strength
+    if max(abs(found.video), abs(found.audio)) > _LARGEST_STRENGTH:
+        raise UserError(
+            f"--lora {shortened(text)}: a strength must be between -{_LARGEST_STRENGTH} and {_LARGEST_STRENGTH}; 1 is as trained."
+        )
+    return LoraUse(_existing(Path(path), "--lora"), found)
 
 
 def split_lora(text: str) -> tuple[str, list[float]]:
     """The file of a --lora, and the numbers behind it: none, one or three.
 
     Raises:
-        UserError: another count of numbers.
+        UserError: another count of numbers, or a file that is there with something else behind it.
     """
     path, numbers = text, []
     while len(numbers) < 4 and ":" in path and not is_there(Path(path)):
@@ -68,9 +74,23 @@ def split_lora(text: str) -> tuple[str, list[float]]:
         if not before or not _NUMBER.fullmatch(last):
             break
         path, numbers = before, [float(last), *numbers]
+    if not is_there(Path(path)):
+        _refuse_other_words(text)
     if len(numbers) not in (0, 1, 3):
         raise UserError(f"--lora {text}: {len(numbers)} numbers behind the file. Give FILE:STRENGTH, or FILE:STRENGTH:VIDEO:AUDIO.")
     return path, numbers
+
+
+def _refuse_other_words(text: str) -> None:
+    file, _, behind = text.rpartition(":")
+    while file:
+        if is_there(Path(file)):
+            raise UserError(
+                f"--lora {shortened(text)}: what is behind the colon, '{shortened(behind)}', is no strength. Give FILE:STRENGTH, such as "
+                "FILE:0.8, or FILE:STRENGTH:VIDEO:AUDIO."
+            )
+        file, _, more = file.rpartition(":")
+        behind = f"{more}:{behind}"
 
 
 def chosen_loras(options: LoraOptions) -> tuple[LoraUse, ...]:

@@ -49,6 +49,7 @@ _OF_PROMPT = {
 _WINDOWS = ("window_frames", "window_overlap")
 _MODEL = {"fingerprint": "--ltxv2_model", "vae": "--vae", "audio_vae": "--audio_vae"}
 _BESIDE = ("spatial_upsampler_path", "distilled_lora")
+_KNOWN = {*_FLAGS, *_BESIDE, "prompt", "inputs", "model", "windows", "guidance", "loras", "versions", "text_encoder", "written"}
 _GIVEN = {"image": "image", "reference": "reference_video", "audio": "audio"}
 """Input -> the flag that gives it."""
 
@@ -135,6 +136,8 @@ def flags_of(clip: Path) -> Beneath:
     """
     facts = read_recipe(clip).facts
     where = f"{clip}: its recipe"
+    if unknown := sorted(set(facts) - _KNOWN):
+        raise UserError(f"{where}: holds '{shortened(unknown[0])}', which this version does not know.")
     prompt = validated(_Prompt, _table(facts, "prompt", where), where=f"{where}, prompt")
     values = {**_table(facts, "guidance", where), **{flag: facts.get(name) for name, flag in _FLAGS.items()}}
     values |= {flag: getattr(prompt, name) for name, flag in _OF_PROMPT.items()}

@@ -1,6 +1,7 @@
 """One stage of all clips: one load of the model, tried for the largest of them, and every clip that has not come so far is sampled."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,17 @@ from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.progress import Progress
 
+log = logging.getLogger(__name__)
+
 
 def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], unfinished: Unfinished, setting: Setting, tell: Tell) -> None:
     """Sample one stage of every clip that has not come so far; clips that share their networks follow each other."""
     waiting = [one for one in planned if number < len(one.stages) and not unfinished.has(one.job.stem, one.recipe, number)]
     if not waiting:
         return
+    title = "sampling" if len(planned[0].stages) == 1 else f"sampling, stage {number + 1} of {len(planned[0].stages)}"
+    if already := sum(number < len(one.stages) for one in planned) - len(waiting):
+        log.info("%s: %d of %d clips are sampled already, by an earlier run", title, already, already + len(waiting))
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
     wrapper, stack = _load(number, waiting, needs, setting)
     for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
@@ -43,7 +49,6 @@ def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], un
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
     waiting.sort(key=lambda one: order[_beside(one, number, setting)])
     total = sum(one.inputs[number].plan.steps for one in waiting)
-    title = "sampling" if len(planned[0].stages) == 1 else f"sampling, stage {number + 1} of {len(planned[0].stages)}"
     with Progress(title, total, unit="step") as bar:
         for one in waiting:
             stack.use(_beside(one, number, setting))

@@ -45,7 +45,6 @@ class Unfinished:
     def keep(self, stem: str, recipe: Recipe, stage: int, latents: SampledLatents, seconds: float) -> None:
         tensors = {name: value for name in ("video", "audio") if (value := getattr(latents, name)) is not None}
         path = self._path(stem, recipe, stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, {"seconds": f"{seconds:.3f}"}))
 
     def read(self, stem: str, recipe: Recipe, stage: int) -> SampledLatents:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.media.audio import Waveform
-from musubi_tuner.runtime.disk import FULL, reason
+from musubi_tuner.runtime.disk import not_written
 from musubi_tuner.runtime.errors import UserError
 
 _H264 = {"crf": "18", "preset": "medium", "mbtree": "0"}
@@ -38,7 +38,8 @@ def write_video(path: Path, frames: Tensor, fps: float, audio: Waveform | None =
         comment: kept in the file's metadata.
 
     Raises:
-        UserError: odd sizes, or a disk that is full.
+        TemporaryFailure: a disk that is full.
+        UserError: odd sizes, or a folder that cannot be written.
     """
     count, height, width, _ = frames.shape
     if height % 2 or width % 2:
@@ -123,13 +124,18 @@ def _as_yuv(frame: Tensor) -> Any:
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:
-    """Let `save` write a temporary file beside `path`, and put it in place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `save` write a temporary file beside `path`, and put it in place when it is whole.
+
+    Raises:
+        TemporaryFailure: the disk is full.
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {reason(error)}.{' Make room.' if error.errno in FULL else ''}") from error
+        raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 """No room, or none left of what this user may have."""
@@ -92,6 +92,18 @@ def check_folder(folder: Path, named: str) -> None:
     there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
     if there is not None and not there.is_dir():
         raise UserError(f"{named}: {there} is a file, not a folder. Give another place.")
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    """What to raise in place of `error`, which writing `path` has raised: a `TemporaryFailure` where the disk is full."""
+    if error.errno in FULL:
+        return TemporaryFailure(f"{path}: the disk is full. Make room and run the same command again.")
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"{path}: cannot be written ({reason(error)}): its file system, or a limit of this shell (`ulimit -f`), takes no file of that "
+            "size. Write to another disk, or raise the limit."
+        )
+    return UserError(f"{path}: cannot be written ({reason(error)}).")
 
 
 def reason(error: BaseException) -> str:

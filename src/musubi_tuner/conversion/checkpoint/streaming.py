@@ -17,7 +17,7 @@ from torch import Tensor
 
 from musubi_tuner.ltxv2.reading import TensorEntry
 from musubi_tuner.ltxv2.weights import DTYPE_NAMES
-from musubi_tuner.runtime.disk import FULL, check_folder, reason, sync_folder
+from musubi_tuner.runtime.disk import FULL, check_folder, not_written, sync_folder
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.headers import SUFFIXES
 
@@ -76,7 +76,7 @@ def write_stream(path: Path, parts: Sequence[Part], metadata: Mapping[str, str],
     except OSError as error:
         if error.errno in FULL:
             raise TemporaryFailure(f"{path}: the disk is full. Nothing of it is left; make room and run it again.") from error
-        raise UserError(f"{path}: cannot be written ({reason(error)}).") from error
+        raise not_written(path, error) from error
     finally:
         with suppress(OSError):  # where its folder cannot be made, the error that says so is the one to be seen
             temporary.unlink(missing_ok=True)
