@@ -36,7 +36,7 @@ def project(tiny_family, tmp_path_factory) -> Path:
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(file, folder / f"{name}.safetensors")
-    shutil.copytree(tiny_family.gemma, folder / "gemma-3-12b-it")
+    shutil.copytree(tiny_family.gemma, folder / "gemma-3-12b-it-qat-q4_0-unquantized")
     for name, color in (("door.png", (200, 40, 90)), ("street.png", (40, 90, 200)), ("start.png", (90, 200, 40))):
         Image.new("RGB", (128, 64), color).save(folder / name)
     sound = Waveform(samples=torch.sin(torch.arange(16000 * 4) / 9).expand(2, -1) * 0.3, rate=16000)

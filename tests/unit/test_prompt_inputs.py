@@ -1,11 +1,13 @@
 """Conditioning inputs of prompts, pictures, clips and sound: read, found and checked before training."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from musubi_tuner.generation.encode import _kept_video, generated_spans
 from musubi_tuner.prompts.prompt import ConditioningInputs, Rectangle, Span
-from musubi_tuner.prompts.sample_prompts import load_prompts
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts, prompts_of_lines
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -69,3 +71,14 @@ def test_the_same_in_toml(tmp_path):
 def test_mistakes_name_line_flag_and_remedy(tmp_path, flags, message):
     with pytest.raises(UserError, match=f"prompts.txt, line 1: .*{message}"):
         read(tmp_path, flags)
+
+
+def test_spans_that_are_generated_are_told_in_whole_latent_frames():
+    """`--vt 2-3` of 97 frames at 24: the latent frames [41, 49) to [65, 73) are touched."""
+    inputs = ConditioningInputs(video=Path("a.mp4"), video_span=Span(2.0, 3.0), audio=Path("a.wav"), audio_span=Span(1.0, float("inf")))
+    (prompt,) = prompts_of_lines(["a dog --f 97 --w 64 --h 64"], "--prompt", Path(), PromptDefaults())
+    pictures, sound = generated_spans(dataclasses.replace(prompt, inputs=inputs))
+    assert pictures.startswith("pictures from 1.71 to 3.04 s, frames 41 to 72 ") and sound.startswith("sound from 0.97 to ")
+    kept = _kept_video(dataclasses.replace(prompt, inputs=inputs))[:, 0, 0]
+    assert (~kept).nonzero().flatten().tolist() == [6, 7, 8, 9], "[41, 49), [49, 57), [57, 65), [65, 73)"
+    assert generated_spans(prompt) == []

@@ -148,7 +148,7 @@ class EnhancementOptions:
     """Prompt enhancement."""
 
     enhance_prompt: Text | None = flag(
-        "have the text encoder's model write each prompt out: 'default', or a text file with your own instruction; both prompts are kept",
+        "have the text encoder's model expand each prompt: 'default', or a text file with your own instruction; both prompts are kept",
         default=None,
     )
     prompt_enhancement_seed: Seed = flag("of what it writes; sampling does not depend on it", default=10)

@@ -22,6 +22,7 @@ from musubi_tuner.generation.encode import (
     ConditioningLatents,
     audio_steps,
     encode_conditioning,
+    generated_spans,
     still_crf,
     video_cells,
 )
@@ -115,6 +116,8 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
         for job in jobs
     }  # fmt: skip
     check_networks(stages, setting)
+    for line in dict.fromkeys(f"{job.prompt.where}: generated are {span}" for job in jobs for span in generated_spans(job.prompt)):
+        log.info(line)
     every = [stage for of_job in stages.values() for stage in of_job]
     try_decoders(files.vae, files.audio_vae, {stream for stage in every for stream in stage.plan.streams})
     needs = _needs_after(list(stages.values()), setting)

@@ -373,6 +373,26 @@ def _kept_video(prompt: PreviewPrompt) -> Tensor:
     return ~(_within(geometry.frame_bounds(cells[0]) / prompt.fps, inputs.video_span)[:, None, None] & generated)
 
 
+def generated_spans(prompt: PreviewPrompt) -> list[str]:
+    """What `--vt` and `--at` have generated, in words: their seconds reach outwards to whole latent frames and steps of the sound."""
+    inputs, found = prompt.inputs, []
+    if inputs.video is not None and inputs.video_span is not None:
+        frames = geometry.frame_bounds(video_cells(prompt)[0])
+        touched = frames[_within(frames / prompt.fps, inputs.video_span)]
+        if len(touched):
+            first, end = int(touched[0, 0]), min(int(touched[-1, 1]), prompt.frames)
+            found.append(
+                f"pictures from {first / prompt.fps:.2f} to {end / prompt.fps:.2f} s, frames {first} to {end - 1} "
+                f"(whole latent frames, each {geometry.TEMPORAL_SCALE} of the clip but for its first)"
+            )
+    if inputs.audio is not None and inputs.audio_span is not None:
+        steps = geometry.audio_positions(audio_steps(prompt), 1)[0, 0]
+        touched = steps[_within(steps, inputs.audio_span)]
+        if len(touched):
+            found.append(f"sound from {float(touched[0, 0]):.2f} to {float(touched[-1, 1]):.2f} s")
+    return found
+
+
 def _within(bounds: Tensor, span: Span | None) -> Tensor:
     """(n,) bool of (n, 2) seconds [start, end): those that the span touches; all where there is none."""
     if span is None:
