@@ -1,19 +1,22 @@
 """A clip made again from the recipe in it: files by their hashes, the same bytes, and words for whatever differs."""
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_generate_video
+from musubi_tuner.flow import guidance
 from musubi_tuner.generation import recreate
-from musubi_tuner.generation.recipe import KEY, read_recipe, recipe_path
+from musubi_tuner.generation.recipe import KEY, Recipe, read_recipe, recipe_path
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import write_image, write_video
 from musubi_tuner.runtime.errors import UserError
@@ -190,3 +193,18 @@ def test_files_without_a_recipe_are_refused(tiny_family, texts, library, tmp_pat
             again(tiny_family, texts, path, tmp_path / "again")
     with pytest.raises(UserError, match="--input_folder: is where --recreate looks"):
         run(tiny_family, texts, tmp_path / "again", "--prompt", "a dog", "--input_folder", str(tmp_path))
+
+
+def test_defaults_that_change_later_do_not_change_a_clip_that_is_made_again(tiny_family, texts, tmp_path, monkeypatch):
+    """Guidance, steps and blocks that were left to the release's defaults, of the pictures alone and of both."""
+    (clip,) = run(tiny_family, texts, tmp_path / "first", "--prompt", "a dog --f 1", "--audio_stg_scale", "2")
+    recipe = read_recipe(clip)
+    used = recipe.facts["used"]
+    assert used["guidance"]["video_cfg_scale"] == 3 and used["stages"][0]["sigmas"][0] == 1 and used["dtype"] == "float32"
+    assert recipe.digest == Recipe({name: value for name, value in recipe.facts.items() if name != "used"}).digest
+    before = guidance.defaults_for("2.3")
+    other = dataclasses.replace(before.video, cfg=9.0, stg=0.0)
+    monkeypatch.setitem(guidance._DEFAULTS, "2.3", dataclasses.replace(before, video=other, audio=other, stg_blocks=(0,)))
+    made = again(tiny_family, texts, clip, tmp_path / "again")
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in (made, clip)))
+    assert read_recipe(made).facts["used"] == used

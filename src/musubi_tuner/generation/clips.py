@@ -33,6 +33,7 @@ from musubi_tuner.generation.recipe import Recipe, recipe_of
 from musubi_tuner.generation.setting import Planned, Setting, Tell
 from musubi_tuner.generation.stages import run_stage
 from musubi_tuner.generation.unfinished import FOLDER, Unfinished
+from musubi_tuner.generation.used import used_by
 from musubi_tuner.generation.windows import WindowSize
 from musubi_tuner.ltxv2.geometry import latent_frames
 from musubi_tuner.ltxv2.transformer.load import read_config
@@ -134,7 +135,9 @@ def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Settin
     planned = []
     for job in jobs:
         inputs = tuple(_inputs(stage, contexts, encoders, encoded, _window(config)) for stage in stages[job])
-        planned.append(Planned(job, recipes[job], stages[job], inputs))
+        layers = transformer.num_layers
+        used = used_by(stages[job], config.pipeline.pipeline, version=version, num_layers=layers, dtype=setting.dtype)
+        planned.append(Planned(job, Recipe({**recipes[job].facts, "used": used}), stages[job], inputs))
     encoders.close()
     return planned, needs
 

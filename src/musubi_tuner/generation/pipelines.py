@@ -24,8 +24,9 @@ WITH_DISTILLED_LORA: Mapping[str, tuple[float, float]] = {"two_stage": (0.0, 1.0
 """Strength of --distilled_lora in both stages; the other pipelines run on a distilled checkpoint."""
 FIXED_STEPS: frozenset[str] = frozenset({"distilled", "distilled_one_stage", "ic_lora"})
 """Eight steps, without guidance."""
-_HQ_STEPS = 15
-_HQ = {"video": GuidanceScales(cfg=3, stg=0, rescale=0.45, modality=3), "audio": GuidanceScales(cfg=7, stg=0, rescale=1, modality=3)}
+HQ_STEPS = 15
+"""Of the first stage of hq, as its guidance in place of the release's."""
+HQ = {"video": GuidanceScales(cfg=3, stg=0, rescale=0.45, modality=3), "audio": GuidanceScales(cfg=7, stg=0, rescale=1, modality=3)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,7 @@ def make_stages(
 
 def _hq_plan(guidance: GuidanceOptions, prompt: PreviewPrompt, *, mode: str, version: str, num_layers: int) -> SamplingPlan:
     """res_2s along levels whose shift is that of the stage's own size; what the user sets wins here too."""
-    usual = make_plan(guidance, prompt, mode=mode, version=version, num_layers=num_layers, scales=_HQ, steps=_HQ_STEPS)
+    usual = make_plan(guidance, prompt, mode=mode, version=version, num_layers=num_layers, scales=HQ, steps=HQ_STEPS)
     sigmas = usual.sigmas
     if guidance.sample_scheduler == "ltx2":
         sigmas = ltx2_sigmas(usual.steps, token_count(prompt, usual.streams[0]))

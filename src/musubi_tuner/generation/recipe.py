@@ -32,7 +32,7 @@ _FORMAT = 1
 _OF_PROMPT = ("prompt", "negative", "width", "height", "frames", "fps", "seed")
 _BY_PROMPT = ("sample_width", "sample_height", "sample_frames", "sample_fps", "sample_steps", "video_cfg_scale", "audio_cfg_scale")
 """Flags that hold where a prompt names nothing else: what came of both is in the recipe, so that it is the same however it was said."""
-_NOT_IN_THE_DIGEST = ("name", "versions", "written")
+_NOT_IN_THE_DIGEST = ("name", "versions", "written", "used")
 
 
 @dataclass(frozen=True, slots=True)
