@@ -102,7 +102,7 @@ def world_commands(python: Path) -> list[tuple[str, list[object]]]:
     model, gemma = world / "models" / "world.safetensors", world / "models" / "gemma3"
     dataset = ["--dataset_config", world / "dataset.toml", "--ltx_mode", "av"]
     prompts = ["--sample_prompts", world / "prompts.txt"]
-    training = [*launch(python), ROOT / "ltxv2_train_network.py", *dataset, *prompts, "--ltxv2_model", model, *WORLD_RECIPE]
+    training = [*launch(python, 2), ROOT / "ltxv2_train_network.py", *dataset, *prompts, "--ltxv2_model", model, *WORLD_RECIPE]
     training += ["--max_train_steps", WORLD_STEPS, "--sample_at_first", "--sample_every_n_steps", WORLD_STEPS]
     training += ["--output_dir", world / "training", "--output_name", "zorbo", "--overwrite"]
     return [
@@ -125,7 +125,7 @@ def commands(python: Path) -> list[tuple[str, list[object]]]:
     model, gemma = OUTPUT / "models" / "ltx2_tiny_2.3.safetensors", OUTPUT / "models" / "gemma3"
     dataset = ["--dataset_config", OUTPUT / "dataset.toml", "--ltx_mode", "av"]
     prompts = ["--sample_prompts", OUTPUT / "prompts.txt"]
-    training = [*launch(python), ROOT / "ltxv2_train_network.py", *dataset, *prompts, "--ltxv2_model", model]
+    training = [*launch(python, 1), ROOT / "ltxv2_train_network.py", *dataset, *prompts, "--ltxv2_model", model]
     training += ["--ltxv2_timestep_format", "flowmatch_1_1000", "--network_module", "musubi_tuner.networks.lora_ltxv2"]
     training += ["--network_dim", "16", "--network_alpha", "16", "--learning_rate", "1e-2", "--lr_warmup_steps", "5"]
     training += [
@@ -161,10 +161,10 @@ def caching(python: Path, dataset: list[object], prompts: list[object], model: P
     ]
 
 
-def launch(python: Path) -> list[object]:
+def launch(python: Path, threads: int) -> list[object]:
     """accelerate, on one process."""
     words = [python, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    return [*words, "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+    return [*words, "--num_cpu_threads_per_process", threads, "--mixed_precision", "no"]
 
 
 def summary(seconds: float) -> str:
