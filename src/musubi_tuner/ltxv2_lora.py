@@ -112,8 +112,9 @@ def _resize(options: config.ResizeConfig) -> int:
 
     contents = read_lora(options.file.lora)
     rank, energy = options.rank.rank, options.rank.energy
-    words = [f"rank {rank}" for _ in (rank,) if rank] + [f"energy {energy:g}" for _ in (energy,) if energy]
-    _write(_resized(contents, rank, energy), options.writing, f"resize to {', '.join(words)} {contents.path.name}")
+    wanted = {"rank": rank, "energy": energy}
+    words = ", ".join(f"{name} {value:g}" for name, value in wanted.items() if value is not None)
+    _write(_resized(contents, rank, energy), options.writing, f"resize to {words} {contents.path.name}")
     return 0
 
 
@@ -218,7 +219,7 @@ def _extract(options: config.ExtractConfig) -> int:
 
 def _metadata(options: config.MetadataConfig) -> int:
     from musubi_tuner.conversion.lora.inspection import metadata_table
-    from musubi_tuner.conversion.lora.writing import rewrite_metadata
+    from musubi_tuner.conversion.lora.writing import rewrite_metadata, thumbnail
     from musubi_tuner.networks.reading import network_metadata, newest_file
 
     chosen, path = options.metadata, newest_file(options.file.lora)
@@ -231,9 +232,7 @@ def _metadata(options: config.MetadataConfig) -> int:
             metadata = {key: value for key, value in metadata.items() if key not in gone}
         metadata |= {name.strip(): value for name, _, value in (entry.partition("=") for entry in chosen.set)}
         if chosen.picture is not None:
-            from musubi_tuner.conversion.lora.picture import as_data_uri
-
-            metadata["modelspec.thumbnail"] = as_data_uri(chosen.picture)
+            metadata["modelspec.thumbnail"] = thumbnail(chosen.picture)
         assert chosen.output is not None
         rewrite_metadata(path, chosen.output, metadata, overwrite=chosen.overwrite)
         log.info("%s: %d entries; its tensors are those of %s", chosen.output, len(metadata), path)

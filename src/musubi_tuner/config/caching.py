@@ -16,6 +16,10 @@ TemporalTile = Annotated[int, Field(ge=8, le=2**16, multiple_of=8), Wording("a m
 """In frames: whole latent cells."""
 
 
+TEXT_BATCH = 8
+"""Captions, where nothing else is asked for."""
+
+
 @options
 class DataOptions:
     """Data."""
@@ -117,7 +121,7 @@ class TextWorkOptions:
     """Work."""
 
     device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
-    batch_size: Count = flag("captions of similar length encoded together", default=8)
+    batch_size: Count = flag("captions of similar length encoded together", default=TEXT_BATCH)
 
 
 @options
@@ -144,30 +148,19 @@ class TextCachingConfig:
 
 
 @options
-class AllFilesOptions:
+class AllFilesOptions(TextModelOptions):
     """Models."""
 
-    ltxv2_model: AnyPath = flag("full checkpoint, or transformer file with connectors and text projection")
     vae: AnyPath | None = flag("full checkpoint or video VAE file; default: --ltxv2_model", default=None)
     audio_vae: AnyPath | None = flag("full checkpoint or audio VAE file; default: --vae", default=None)
-    text_encoder: str = flag("encoder folder, or the one file of LTX-2.5's")
-    text_encoder_backend: Literal["gemma", "t5"] = flag("kind of encoder; released models take gemma", default="gemma")
-    tokenizer: str | None = flag("tokenizer folder; default: --text_encoder", default=None)
-    max_length: TextTokens = flag("captions are cut to this many tokens; the context stays 1024", default=1024)
     vae_dtype: Dtype | None = flag("compute dtype of the video VAE; default: bfloat16 on a GPU, float32 on the CPU", default=None)
-    text_dtype: Dtype | None = flag("compute dtype of the encoder; default: the same", default=None)
-    gemma_load_in_8bit: bool = flag("load the encoder in 8 bits (bitsandbytes)", default=False)
-    gemma_load_in_4bit: bool = flag("load the encoder in 4 bits (bitsandbytes)", default=False)
 
 
 @options
-class AllWorkOptions:
+class AllWorkOptions(WorkOptions):
     """Work."""
 
-    device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
-    batch_size: Count = flag("clips of one size encoded together", default=1)
-    text_batch_size: Count = flag("captions of similar length encoded together", default=8)
-    num_workers: Count = flag("threads that decode ahead", default=2)
+    text_batch_size: Count = flag("captions of similar length encoded together", default=TEXT_BATCH)
 
 
 @options

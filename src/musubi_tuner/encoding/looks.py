@@ -1,11 +1,10 @@
 """What people see of a clip on the page of a run: its middle frame, small, and the outline of its sound."""
 
-import io
-
 import torch
 from torch import Tensor
 
 from musubi_tuner.cache.looks import MOST_PEAKS, outline_bytes
+from musubi_tuner.media.picture import small_jpeg
 
 _LONGEST_SIDE = 160
 """Of the picture, in pixels."""
@@ -14,13 +13,7 @@ _QUALITY = 80
 
 def picture_of(frames: Tensor) -> bytes:
     """(F, H, W, 3) uint8 -> the middle frame as a JPEG file."""
-    from PIL import Image
-
-    picture = Image.fromarray(frames[len(frames) // 2].numpy())
-    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    held = io.BytesIO()
-    picture.save(held, "JPEG", quality=_QUALITY)
-    return held.getvalue()
+    return small_jpeg(frames[len(frames) // 2], longest=_LONGEST_SIDE, quality=_QUALITY)
 
 
 def outline_of(samples: Tensor) -> bytes:

@@ -1,5 +1,6 @@
 """Stills, and fitting pictures to a size."""
 
+import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,17 @@ def cover_and_crop(picture: Tensor, width: int, height: int, aspect: float | Non
         picture = resized[0].permute(1, 2, 0)
     top, left = (new_height - height) // 2, (new_width - width) // 2
     return picture[top : top + height, left : left + width].contiguous()
+
+
+def small_jpeg(picture: Tensor, *, longest: int, quality: int) -> bytes:
+    """A (H, W, 3) uint8 picture as a JPEG file whose longer side has `longest` pixels at most."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.numpy())
+    image.thumbnail((longest, longest))
+    held = io.BytesIO()
+    image.save(held, "JPEG", quality=quality)
+    return held.getvalue()
 
 
 def as_video_frame(picture: Tensor, crf: int) -> Tensor:

@@ -1,24 +1,23 @@
 """A LoRA's new file or folder: checked, whole or not at all, never over another file unasked, and with how it was made."""
 
-import contextlib
-import json
+import base64
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from musubi_tuner.cache.store import serialize
+from musubi_tuner.conversion.checkpoint.streaming import check_new, copied, write_stream
 from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.conversion.lora.forms import WITH_ALPHA, config_text, formed
+from musubi_tuner.ltxv2.weights import open_files
+from musubi_tuner.media.picture import read_picture, small_jpeg
 from musubi_tuner.networks.scales import HEADER, PEFT_CONFIG, PEFT_FILE
-from musubi_tuner.runtime.disk import check_folder, reason, write_folder, write_whole
+from musubi_tuner.runtime.disk import check_folder, not_written, write_folder, write_whole
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.headers import read_header
 
 _MADE_FROM = "ltxv2_made_from"
-_COPIED = 2**24
 
 
 def write_lora(contents: LoraContents, path: Path, *, form: str, dtype: torch.dtype, overwrite: bool, made_from: str) -> None:
@@ -50,7 +49,7 @@ def write_lora(contents: LoraContents, path: Path, *, form: str, dtype: torch.dt
 
             write_folder(path, _temporary(path), fill)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}).") from error
+        raise not_written(path, error) from error
 
 
 def rewrite_metadata(source: Path, path: Path, metadata: Mapping[str, str], *, overwrite: bool) -> None:
@@ -60,24 +59,17 @@ def rewrite_metadata(source: Path, path: Path, metadata: Mapping[str, str], *, o
         UserError: as `write_lora`.
     """
     check_free(path, overwrite=overwrite, folder=False)
-    header = read_header(source)
-    first = min((tensor.start for tensor in header.tensors.values()), default=source.stat().st_size)
-    entries = {
-        name: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [one.start - first, one.end - first]}
-        for name, one in header.tensors.items()
-    }
-    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    entries = sorted(open_files(source, [source]).entries.items(), key=lambda one: one[1].start)
+    write_stream(path, [copied(name, entry) for name, entry in entries], metadata, lambda count: None)
 
-    def copied(target: Path) -> None:
-        with source.open("rb") as old, target.open("wb") as new:
-            new.write(len(text).to_bytes(8, "little") + text)
-            old.seek(first)
-            shutil.copyfileobj(old, new, _COPIED)
-            new.flush()
-            os.fsync(new.fileno())
 
-    _write(path, copied)
+def thumbnail(path: Path) -> str:
+    """A picture as model sites read it in `modelspec.thumbnail`: a JPEG of 256 pixels at most, as a data URI.
+
+    Raises:
+        UserError: no picture that can be read.
+    """
+    return f"data:image/jpeg;base64,{base64.b64encode(small_jpeg(read_picture(path), longest=256, quality=85)).decode()}"
 
 
 def check_free(path: Path, *, overwrite: bool, folder: bool) -> None:
@@ -85,32 +77,18 @@ def check_free(path: Path, *, overwrite: bool, folder: bool) -> None:
     Raises:
         UserError: something is there, or it is named as another kind of thing.
     """
-    if folder and path.suffix == ".safetensors":
+    if not folder:
+        check_new(path, "--output", overwrite=overwrite)
+        return
+    if path.suffix == ".safetensors":
         raise UserError(
             f"--output {path}: PEFT's form is a folder, with adapter_model.safetensors and adapter_config.json in it. Name one."
         )
-    if not folder and path.suffix != ".safetensors":
-        raise UserError(f"--output {path}: must end in .safetensors.")
     check_folder(path.parent, f"--output {path}")
-    if not path.exists():
-        return
-    if path.is_dir() and (not folder or {one.name for one in path.iterdir()} - {PEFT_FILE, PEFT_CONFIG}):
-        raise UserError(f"--output {path}: is a folder{' with other files in it' if folder else ''}. Give another name.")
-    if not overwrite:
+    if path.is_dir() and {one.name for one in path.iterdir()} - {PEFT_FILE, PEFT_CONFIG}:
+        raise UserError(f"--output {path}: is a folder with other files in it. Give another name.")
+    if path.exists() and not overwrite:
         raise UserError(f"--output {path}: is there already. Give another name, or --overwrite.")
-
-
-def _write(path: Path, fill: Callable[[Path], None]) -> None:
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fill(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
