@@ -179,7 +179,9 @@ def test_a_cpu_runs_the_kernels_that_it_has_and_refuses_the_others(tiny_family) 
         assert prove._choose_attention(request_of(tiny_family, asked, "cpu")) == ((("attention", f"{asked}, as asked"),), asked == "math")
     with pytest.raises(UserError, match="--attn_mode cudnn: the cpu does not have it.*flash, math"):
         prove._choose_attention(request_of(tiny_family, "cudnn", "cpu"))
+    assert state()[1]["flash"] is False, "as was asked last"
     assert prove._choose_attention(request_of(tiny_family, "auto", "cpu")) == ((), False)
+    assert all(state()[1].values()), "nothing of an earlier model's choice is left"
 
 
 def test_a_card_that_has_no_other_kernel_keeps_its_scores(tiny_family, monkeypatch) -> None:

@@ -13,7 +13,15 @@ from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.memory.attention import KERNELS_OF_A_CPU, SCORE_BYTES, choose_kernels, describe_choice, try_kernels, use_attention
+from musubi_tuner.memory.attention import (
+    KERNELS_OF_A_CPU,
+    SCORE_BYTES,
+    choose_kernels,
+    describe_choice,
+    try_kernels,
+    use_attention,
+    use_default_attention,
+)
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
 from musubi_tuner.memory.pinning import PinningFailed, refusal
@@ -280,6 +288,7 @@ def choose_attention(
     mode, tokens = options.attn_mode, batches[0]
     if device.type != "cuda" or mode == "math":  # which takes everything
         if mode == "auto":
+            use_default_attention()  # not what an earlier model in this process was asked for
             return (), False
         if mode not in KERNELS_OF_A_CPU and device.type != "cuda":
             raise UserError(
