@@ -26,6 +26,13 @@ class Intended:
 
 
 INTENDED = (
+    Intended(".*", r".*ltxv2_looks/.*: only in", "caching leaves a picture and a waveform of each clip, for the page of a run"),
+    Intended(
+        ".*",
+        r".*(report\.html|-report\.json|-loss\.png): only in",
+        "a run leaves its page, which has the loss curves of the picture before",
+    ),
+    Intended(".*", r".*models/gemma4/.*: only in", "the tiny family has the text encoder of 2.5"),
     Intended(".*", r".*/progress\.json: (fingerprints|settings clips|settings datasets): only in the newer", "states remember more"),
     Intended("resume", r"whole against resumed: .*fingerprints optimizer\.pt", "a digest of a file that holds torch's own seed"),
     Intended("plans", r"plans\.md: row", "seconds of the planner since an H200 was measured (memory/step_model.py)"),

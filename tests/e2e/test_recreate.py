@@ -208,3 +208,15 @@ def test_defaults_that_change_later_do_not_change_a_clip_that_is_made_again(tiny
     made = again(tiny_family, texts, clip, tmp_path / "again")
     assert np.array_equal(*(np.asarray(Image.open(path)) for path in (made, clip)))
     assert read_recipe(made).facts["used"] == used
+
+
+def test_a_clip_of_weights_that_a_plan_made_smaller_is_made_again_with_them(tiny_family, texts, tmp_path):
+    """Where there is room for all of them, a plan takes them as they are."""
+    flags = ("--prompt", "a dog --f 1", "--vram_gb", "0.0085", "--blocks_to_swap", "0", "--no-compile")
+    (clip,) = run(tiny_family, texts, tmp_path / "small", *flags)
+    (whole,) = run(tiny_family, texts, tmp_path / "large", *flags[:2])
+    formats = {path: read_recipe(path).facts["used"]["weight_formats"] for path in (clip, whole)}
+    assert formats == {clip: ["nf4"], whole: ["float32"]}
+    made = again(tiny_family, texts, clip, tmp_path / "again")
+    pixels = [np.asarray(Image.open(path)) for path in (made, clip, whole)]
+    assert np.array_equal(*pixels[:2]) and not np.array_equal(*pixels[1:])

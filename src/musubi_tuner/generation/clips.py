@@ -207,7 +207,9 @@ def _decode(planned: Sequence[Planned], unfinished: Unfinished, setting: Setting
         for one, (frames, sound) in zip(planned, decoded, strict=True):
             stem = unfinished.free_stem(one.job.stem)
             sound = _own_sound(one.job.prompt) or sound
-            paths[one.job] = write_sample(stem, one.job.prompt, frames, sound, one.recipe.text)
+            formats = unfinished.weight_formats(one.job.stem, one.recipe, len(one.stages))
+            recipe = Recipe({**one.recipe.facts, "used": {**one.recipe.facts["used"], "weight_formats": formats}})
+            paths[one.job] = write_sample(stem, one.job.prompt, frames, sound, recipe.text)
             unfinished.remove(one.job.stem, one.recipe)
             written(one.job, paths[one.job])
             bar.advance()

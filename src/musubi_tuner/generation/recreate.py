@@ -24,7 +24,7 @@ from musubi_tuner.generation.contexts import encoders_of
 from musubi_tuner.generation.jobs import LoraUse, chosen_loras, split_lora
 from musubi_tuner.generation.recipe import Recipe, file_hash, read_recipe
 from musubi_tuner.generation.setting import Setting
-from musubi_tuner.generation.used import changed_defaults
+from musubi_tuner.generation.used import changed_defaults, changed_format
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
 from musubi_tuner.prompts.sample_prompts import check_prompt
@@ -142,7 +142,8 @@ def flags_of(clip: Path) -> Beneath:
     prompt = validated(_Prompt, _table(facts, "prompt", where), where=f"{where}, prompt")
     values = {**_table(facts, "guidance", where), **{flag: facts.get(name) for name, flag in _FLAGS.items()}}
     values |= {flag: getattr(prompt, name) for name, flag in _OF_PROMPT.items()}
-    values |= changed_defaults(_table(facts, "used", where) if "used" in facts else {}, values, facts.get("pipeline"))
+    used = _table(facts, "used", where) if "used" in facts else {}
+    values |= changed_defaults(used, values, facts.get("pipeline")) | changed_format(used, values["weight_format"])
     known = {field.name for field in dataclasses.fields(GuidanceOptions)} | {
         *_FLAGS.values(),
         *_OF_PROMPT.values(),

@@ -43,7 +43,7 @@ def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], un
     if already := sum(number < len(one.stages) for one in planned) - len(waiting):
         log.info("%s: %d of %d clips are sampled already, by an earlier run", title, already, already + len(waiting))
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper, stack = _load(number, waiting, needs, setting)
+    wrapper, stack, weight_format = _load(number, waiting, needs, setting)
     for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
         stack.check(path)
     order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
@@ -55,15 +55,18 @@ def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], un
             started = time.perf_counter()
             with watching(setting.config, one.job.stem, number + 1) as watch:
                 latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
-            unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started)
+            unfinished.keep(one.job.stem, one.recipe, number, latents, time.perf_counter() - started, weight_format)
             if number + 1 == len(one.stages):
                 tell(one.job, None, unfinished.seconds(one.job.stem, one.recipe, len(one.stages)))
     del wrapper, stack
     free_memory(setting.device)
 
 
-def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], setting: Setting) -> tuple[OfficialLTXV2Wrapper, NetworkStack]:
-    """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory."""
+def _load(
+    number: int, waiting: Sequence[Planned], needs: Sequence[Need], setting: Setting
+) -> tuple[OfficialLTXV2Wrapper, NetworkStack, str]:
+    """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory, and the format
+    of the weights."""
     config = setting.config
     works = {one.job: _work(one, number, setting) for one in waiting}
     largest = max(waiting, key=lambda one: (works[one.job].video_tokens + works[one.job].audio_tokens, works[one.job].passes))
@@ -96,8 +99,8 @@ def _load(number: int, waiting: Sequence[Planned], needs: Sequence[Need], settin
         merged=_networks(largest, number, setting) if config.loras.merge_loras else (),
         beside=tuple(need.row() for need in needs),
     )
-    wrapper = load_for_sampling(request, trial)
-    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype, linears)
+    wrapper, weight_format = load_for_sampling(request, trial)
+    return wrapper, tried[0] if tried else NetworkStack(wrapper.transformer, setting.dtype, linears), weight_format
 
 
 def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:

@@ -42,10 +42,11 @@ class Unfinished:
     def has(self, stem: str, recipe: Recipe, stage: int) -> bool:
         return self._path(stem, recipe, stage).is_file()
 
-    def keep(self, stem: str, recipe: Recipe, stage: int, latents: SampledLatents, seconds: float) -> None:
+    def keep(self, stem: str, recipe: Recipe, stage: int, latents: SampledLatents, seconds: float, weight_format: str) -> None:
         tensors = {name: value for name in ("video", "audio") if (value := getattr(latents, name)) is not None}
         path = self._path(stem, recipe, stage)
-        write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, {"seconds": f"{seconds:.3f}"}))
+        facts = {"seconds": f"{seconds:.3f}", "weight_format": weight_format}
+        write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, facts))
 
     def read(self, stem: str, recipe: Recipe, stage: int) -> SampledLatents:
         tensors = read(self._path(stem, recipe, stage))
@@ -54,6 +55,10 @@ class Unfinished:
     def seconds(self, stem: str, recipe: Recipe, stages: int) -> float:
         """Of sampling, all stages."""
         return sum(float(read_metadata(self._path(stem, recipe, stage))["seconds"]) for stage in range(stages))
+
+    def weight_formats(self, stem: str, recipe: Recipe, stages: int) -> list[str]:
+        """What each stage was sampled with."""
+        return [read_metadata(self._path(stem, recipe, stage))["weight_format"] for stage in range(stages)]
 
     def remove(self, stem: str, recipe: Recipe) -> None:
         """What is kept of a clip that is there now."""

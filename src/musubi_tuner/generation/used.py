@@ -14,6 +14,7 @@ from musubi_tuner.generation.pipelines import FIXED_STEPS, HQ, HQ_STEPS, Stage
 from musubi_tuner.generation.sampling import SamplingPlan
 
 _RELEASES = ("2.0", "2.3", "2.5")
+_LOW_BIT_FORMATS = ("fp8", "int8", "nf4")
 _OF_BOTH = ("stg_scale", "rescale_scale", "modality_scale")
 """Flags that hold for the sound too, where its own, which begin with `audio_`, are not given."""
 
@@ -50,6 +51,20 @@ def changed_defaults(used: Mapping[str, Any], typed: Mapping[str, Any], pipeline
     changed = {name: then[name] for name in left if then[name] != now[name]}
     own = [f"audio_{name}" for name in _OF_BOTH if name in changed]  # or the sound would follow the pictures
     return changed | {name: then[name] for name in own if name in left}
+
+
+def changed_format(used: Mapping[str, Any], typed: Any) -> dict[str, str]:
+    """The low-bit format that a memory plan chose for a clip's weights, as another plan, by another card or with less of it free, may
+    choose another. Weights as they are need no flag: they are what a plan takes where there is room.
+
+    Args:
+        used: as of `changed_defaults`.
+        typed: `--weight_format` of the recipe.
+    """
+    formats = used.get("weight_formats")
+    if typed != "auto" or not isinstance(formats, list) or len(formats) == 0 or any(one != formats[0] for one in formats):
+        return {}
+    return {"weight_format": formats[0]} if formats[0] in _LOW_BIT_FORMATS else {}
 
 
 def _flags(video: GuidanceScales, audio: GuidanceScales, steps: int, stg_blocks: Sequence[int]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from musubi_tuner.runtime.errors import UserError
 
 Cells = tuple[int, int, int]
 """Latent frames, rows, columns."""
+_WORKSPACE = 2**25
+"""Bytes that torch lends cuBLAS on a Hopper or later, and does not ask back (8 MiB on others)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +117,14 @@ def _decoding_bytes(decoder: VideoVAE, tiles: TileSizes, sizes: Collection[Cells
     """Of the largest of these clips."""
     decoder.use_tiles(tiles)
     if diffusion := [found for cells in sizes if (found := decoder.diffusion_bytes(cells)) is not None]:
-        return decoder.weight_bytes + max(diffusion)
+        return decoder.weight_bytes + max(diffusion) + _WORKSPACE
     most = 0
     for tile in {decoder.largest_tile(cells) for cells in sizes}:
         latents = torch.empty((1, LATENT_CHANNELS, *tile), device="meta")
         with LiveBytes() as memory:
             next(decoder.decode_in_parts(latents, device=None))
         most = max(most, memory.peak)
-    return decoder.weight_bytes + most
+    return decoder.weight_bytes + most + _WORKSPACE
 
 
 def _upsampler_bytes(checkpoint: Checkpoint, sizes: Collection[Cells], dtype: torch.dtype) -> int:
@@ -132,7 +134,7 @@ def _upsampler_bytes(checkpoint: Checkpoint, sizes: Collection[Cells], dtype: to
         with LiveBytes() as memory:
             upsample(torch.empty((1, LATENT_CHANNELS, *cells), device="meta"))
         most = max(most, memory.peak)
-    return upsample.weight_bytes + most
+    return upsample.weight_bytes + most + _WORKSPACE
 
 
 def _sound_bytes(checkpoint: Checkpoint, steps: int) -> int:
@@ -144,4 +146,4 @@ def _sound_bytes(checkpoint: Checkpoint, steps: int) -> int:
     with LiveBytes() as of_vocoder:
         sound = vocoder(mel)
     made = 2 * sound.nbytes * (steps - counted) // counted  # in parts, and put together
-    return max(decoder.weight_bytes + of_decoder.peak, vocoder.weight_bytes + of_vocoder.peak) + made
+    return max(decoder.weight_bytes + of_decoder.peak, vocoder.weight_bytes + of_vocoder.peak) + made + _WORKSPACE

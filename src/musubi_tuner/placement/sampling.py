@@ -62,8 +62,8 @@ class SamplingRequest:
     """Rows of the plan's table: what has the card before and after."""
 
 
-def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wrapper], object]) -> OfficialLTXV2Wrapper:
-    """Load by the plan and prove it.
+def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wrapper], object]) -> tuple[OfficialLTXV2Wrapper, str]:
+    """Load by the plan and prove it; with the weights' format, as `--weight_format` names it.
 
     Args:
         trial: runs one step of the largest sample, with the networks it is made with.
@@ -76,9 +76,11 @@ def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wr
     attention, keeps_scores = choose_attention(request.memory, request.checkpoint, device, request.dtype, [tokens])
     if keeps_scores:
         request = dataclasses.replace(request, work=dataclasses.replace(request.work, scores_bytes=SCORE_BYTES))
+    full_format = _full_format(request.dtype)
     machine = read_machine(device, request.memory, processes=1)
     if machine is None:
-        return _load(request, place_by_hand(request.memory, blocks, device))
+        by_hand = place_by_hand(request.memory, blocks, device)
+        return _load(request, by_hand), by_hand.weight_format or full_format
     cap_device_memory(device, request.memory.vram_gb)
     factor = 1.0
     for _ in range(_TRIALS):
@@ -96,11 +98,15 @@ def load_for_sampling(request: SamplingRequest, trial: Callable[[OfficialLTXV2Wr
         if wrapper is not None:
             rows = [*describe(placement, plan, request), *_measured(plan, device), *attention, *request.beside]
             log.info("%s", format_table(rows, ("sampling", "")))
-            return wrapper
+            return wrapper, placement.weight_format or full_format
     raise UserError(
         "the largest clip ran out of memory however it was planned. Use a smaller size or fewer frames, or close other programs."
         f"{KEEPS_SCORES if keeps_scores else ''}"
     )
+
+
+def _full_format(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "float32"
 
 
 def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placement, SamplingPlan]:
@@ -112,7 +118,7 @@ def place_to_sample(request: SamplingRequest, machine: Machine) -> tuple[Placeme
     options = request.memory
     with torch.device("meta"):
         shape = shape_of(LTXModel(read_config(request.checkpoint), STREAMS[request.mode]))
-    full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
+    full_format = _full_format(request.dtype)
     formats, rates = formats_to_choose(options, machine, full_format)
     unquantized, compiled = unquantized_blocks(shape.blocks), compiles(options, machine.device)
     limits = Limits(
