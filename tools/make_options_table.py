@@ -16,6 +16,7 @@ from musubi_tuner import (
     ltxv2_cache_all,
     ltxv2_cache_audio_latents,
     ltxv2_cache_latents,
+    ltxv2_cache_rollouts,
     ltxv2_cache_text_encoder_outputs,
     ltxv2_checkpoint,
     ltxv2_dataset,
@@ -24,6 +25,7 @@ from musubi_tuner import (
     ltxv2_lora,
     ltxv2_report,
     ltxv2_train_network,
+    ltxv2_train_rl,
 )
 from musubi_tuner.config.caching import (
     AdoptConfig,
@@ -36,6 +38,8 @@ from musubi_tuner.config.caching import (
 from musubi_tuner.config.flags import Flag, describe
 from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.config.report import ReportConfig
+from musubi_tuner.config.rl import RlTrainingConfig
+from musubi_tuner.config.rollouts import RolloutConfig
 from musubi_tuner.config.training import TrainingConfig
 
 OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
@@ -81,6 +85,8 @@ PROGRAMS = (
     Program(ltxv2_cache_text_encoder_outputs, TextCachingConfig),
     Program(ltxv2_train_network, TrainingConfig),
     Program(ltxv2_generate_video, GenerateConfig),
+    Program(ltxv2_cache_rollouts, RolloutConfig),
+    Program(ltxv2_train_rl, RlTrainingConfig),
     Program(ltxv2_report, ReportConfig),
     Program(ltxv2_import_precomputed, ImportConfig),
     Program(ltxv2_adopt_caches, AdoptConfig),

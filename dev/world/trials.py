@@ -1,6 +1,7 @@
 """Many recipes for a LoRA in one process: trained on a lesson's latents, sampled in batches, and read by the scorer.
 
-python -m dev.world.trials FOLDER TRIALS.toml [--only NAME ...]      TRIALS.toml: tables `[NAME]` with fields of `Trial`, and `seeds`
+python -m dev.world.trials FOLDER TRIALS.toml [--only NAME ...]      TRIALS.toml: tables `[NAME]` with fields of `Trial`, `seeds`, and
+                                                                     `like`, the name of a table whose fields hold besides
 
 Each trial is a line of FOLDER/trials.jsonl and is not made again; `--table` prints them. See `lab.py` for what differs from the programs.
 """
@@ -27,6 +28,7 @@ from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma
 from musubi_tuner.ltxv2.transformer.modality import Velocity
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
 from musubi_tuner.tiny.world.lesson import Lesson, lesson_subjects, prompt_subjects
+from musubi_tuner.tiny.world.subjects import CHARACTER
 from musubi_tuner.training.optimizer import make_optimizer
 
 SHOWN = {"character": ("identity", "shape", "color", "eye", "voice"), "base": ("color", "shape", "motion", "ground", "voice")}
@@ -61,6 +63,8 @@ class Trial:
     """Different ones that there are."""
     teacher: bool = False
     """Reminders learn what the base model predicts of them (`preserve_base`)."""
+    dop: str | None = None
+    """`--dop_prompt`, in place of the character's name in its captions: what the base model predicts with it is to be kept."""
     clips: int = 16
     reminder_weight: float = 1.0
     """Of reminders' losses."""
@@ -97,6 +101,8 @@ class Training:
         if trial.misnamed:
             self._known = _moved_on(self._known)
         lab.text([caption for one in self._known for caption in one.captions])
+        if trial.dop is not None:
+            lab.text([self._of_the_class(caption) for caption in self._known[0].captions])
         self.model = lab.model()
         self.network: LoRANetwork = create_network(self.model.model, dim=trial.dim, alpha=trial.alpha, args=trial.args, seed=trial.seed)
         for parameter in self.network.parameters():
@@ -153,7 +159,25 @@ class Training:
         weights = torch.tensor([trial.reminder_weight if kind else 1.0 for kind, _ in chosen])
         errors = [(v - target).square().mean((1, 2)) for v, target in zip(predicted, targets, strict=True) if v is not None]
         losses = [(error * weights).mean() for error in errors]
+        if trial.dop is not None and character:
+            losses = [
+                loss + more for loss, more in zip(losses, self._changes_of_the_class(inputs, captions[:character], seeds), strict=True)
+            ]
         return trial.video_weight * losses[0] + trial.audio_weight * losses[1]
+
+    def _of_the_class(self, caption: str) -> str:
+        assert self._trial.dop is not None
+        return caption.replace(CHARACTER, self._trial.dop)
+
+    def _changes_of_the_class(self, inputs: Sequence[Tensor], captions: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+        """By stream, of the same noised clips with the class prompt: mean squared change of the base model's prediction."""
+        count = len(captions)
+        of_class = (*(one[:count] for one in inputs[:4]), *self._lab.text([self._of_the_class(caption) for caption in captions]))
+        with torch.no_grad(), self.network.disabled():
+            base = self.model(*of_class)
+        with self.network.dropout(seeds[:count]):
+            predicted = self.model(*of_class)
+        return [(v - own).square().mean() for v, own in zip(predicted, base, strict=True) if v is not None and own is not None]
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
@@ -269,7 +293,9 @@ def main() -> None:
         print(table(rows))
         return
     lab = Lab(options.folder)
-    for name, values in tomllib.loads(options.trials.read_text(encoding="utf-8")).items():
+    tables = tomllib.loads(options.trials.read_text(encoding="utf-8"))
+    for name, own in tables.items():
+        values = tables[own["like"]] | {key: value for key, value in own.items() if key != "like"} if "like" in own else dict(own)
         if options.only and not any(re.fullmatch(pattern, name) for pattern in options.only):
             continue
         for seed in values.pop("seeds", [values.get("seed", 0)]):

@@ -15,6 +15,8 @@ COMMANDS = {
     "cache-text": "ltxv2_cache_text_encoder_outputs",
     "train": "ltxv2_train_network",
     "generate": "ltxv2_generate_video",
+    "cache-rollouts": "ltxv2_cache_rollouts",
+    "train-rl": "ltxv2_train_rl",
     "report": "ltxv2_report",
     "dataset": "ltxv2_dataset",
     "lora": "ltxv2_lora",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,25 @@ DESCRIPTION = "Train a LoRA for LTX-2, 2.3 or 2.5 from cached latents and captio
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse_arguments(argv, prog)
+    from musubi_tuner.training.preflight import check_inputs
+
+    return run(config, argv, prog, check_inputs)
+
+
+def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[[TrainingConfig], RunInputs]) -> int:
+    """Train, and return the exit code.
+
+    Args:
+        argv, prog: the command as it was typed.
+        check: makes everything fail that can fail without the transformer's weights, and says what is trained on what.
+
+    Raises:
+        UserError: whatever stands in the way.
+    """
     from musubi_tuner.runtime.processes import processes
     from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest, tell_of_later
     from musubi_tuner.training.loop import train
     from musubi_tuner.training.metrics import loss_path
-    from musubi_tuner.training.preflight import check_inputs
     from musubi_tuner.training.report import summary
     from musubi_tuner.training.reporting import Reporting, write_page_of
     from musubi_tuner.training.rescue import Restart, rescue
@@ -36,7 +50,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
     with processes() as group, owned_output(config.saving, group):
         config = resolve_newest(config)
-        inputs = check_inputs(config)
+        inputs = check(config)
         if nothing_left(inputs, group):
             if group.is_main and loss_path(config.saving.output_dir, config.saving.output_name).is_file():
                 write_page_of(config.saving.output_dir)  # a run that was killed at its last save has not

@@ -36,7 +36,7 @@ MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".
 
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
 TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
-GENERATE, REPORT = "ltxv2_generate_video", "ltxv2_report"
+GENERATE, REPORT, ROLLOUTS, TRAIN_RL = "ltxv2_generate_video", "ltxv2_report", "ltxv2_cache_rollouts", "ltxv2_train_rl"
 
 _DATASET = """\
 [general]
@@ -116,6 +116,16 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_encoder", "models/gemma3",
         "--prompt", "a dog --w 64 --h 64 --f 9 --s 1", "--output_dir", "generated", "--device", "cpu",
         "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "1",
+    ),
+    ROLLOUTS: (
+        *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_cache", "cache",
+        "--rl_prompts", "rl_prompts.txt", "--rl_rollout_cache", "rollouts", "--rl_group_size", "2", "--device", "cpu",
+        "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--rl_sde_type", "cps",
+    ),
+    TRAIN_RL: (
+        "--rl_rollout_cache", "rollouts", "--reward_fn", "tone:1", *_MODEL, "--vae", "models/vae.safetensors",
+        "--audio_vae", "models/audio_vae.safetensors", "--device", "cpu", "--network_dim", "2", "--network_alpha", "2",
+        "--max_data_loader_n_workers", "0", "--mixed_precision", "no", "--max_train_steps", "1", "--output_dir", "output",
     ),
     REPORT: ("--runs", "trained", "--output", "page.html"),
     TINY: ("--output_dir", "tiny"),
@@ -232,6 +242,7 @@ def _write_documents(folder: Path) -> None:
         "prompts.toml": _PROMPTS_TOML,
         "prompts.json": json.dumps([_ENTRY, _ENTRY | {"frame_count": 1}], indent=1),
         "flags.toml": _FLAGS,
+        "rl_prompts.txt": "A disc moves.\n",
     }
     for name, text in texts.items():
         put(folder, name, text)
@@ -244,6 +255,9 @@ def _run_programs() -> None:
     Path("output/ltxv2_lora.safetensors").rename("lora.safetensors")
     next(Path("output").glob("*-state")).rename("state")
     shutil.rmtree("output")
+    assert MAINS[ROLLOUTS]([*ARGUMENTS[ROLLOUTS]]) == 0
+    scores = {"format": 1, "reward": "tone", "route": "sync", "arguments": {}, "weight_files": {}, "errors": {}}
+    put(Path("rollouts"), "scores/tone.json", json.dumps(scores | {"scores": {"g0000_k00": 0.0, "g0000_k01": 1.0}}))
 
 
 def _write_precomputed(folder: Path) -> None:

@@ -85,7 +85,7 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
     seconds: dict[Job, float] = {}
     if missing:
         cap_device_memory(setting.device, setting.config.memory.vram_gb)
-        planned, needs = _prepare(missing, recipes, setting)
+        planned, needs = prepare(missing, recipes, setting)
         with _told_when_interrupted(unfinished):
             for number in range(max(len(one.stages) for one in planned)):
                 run_stage(number, planned, needs, unfinished, setting, tell)
@@ -105,8 +105,12 @@ def recipes_of(jobs: Sequence[Job], setting: Setting) -> dict[Job, Recipe]:
     return {job: recipe_of(job, setting.config, model, encoders[job.prompt.prompt]) for job in jobs}
 
 
-def _prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> tuple[list[Planned], list[Need]]:
-    """Stages, contexts and conditioning of each clip, and what comes after the transformer; every file is looked at."""
+def prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> tuple[list[Planned], list[Need]]:
+    """Stages, contexts and conditioning of each clip, and what comes after the transformer; every file is looked at.
+
+    Raises:
+        UserError: anything that cannot be used.
+    """
     config, files = setting.config, setting.files
     transformer, version, mode = read_config(files.transformer), detect_version(files.transformer), config.model.ltx_mode
     stages = {

@@ -14,6 +14,7 @@ from musubi_tuner.flow.guidance import OFF, guide
 from musubi_tuner.flow.path import add_noise, model_sigma, velocity_to_x0
 from musubi_tuner.generation.contexts import TextContext
 from musubi_tuner.generation.encode import TEXT_ALONE, ConditioningLatents, audio_steps, token_count, video_cells
+from musubi_tuner.generation.samplers import Solver
 from musubi_tuner.generation.samplers import sample as run_sampler
 from musubi_tuner.generation.sampling import SamplingPlan
 from musubi_tuner.generation.windows import Piece, WindowSize, cut, spans_of
@@ -68,6 +69,7 @@ def generate(
     start: SampledLatents | None = None,
     advance: Callable[[], object] = lambda: None,
     watch: Watch | None = None,
+    solve: Solver = run_sampler,
 ) -> SampledLatents:
     """Latents of one sample. Depends on the prompt's seed alone, not on any global random state.
 
@@ -75,6 +77,7 @@ def generate(
         start: latents of the sample's size that are brought to the first noise level and refined from there; None = noise alone.
         advance: called after each step.
         watch: is told of every prediction, for diagnostics.
+        solve: goes from the first noise level to the last, by the predictions that it is given.
 
     Raises:
         UserError: the model gave NaN or infinity; names the step, the pass and the tensor.
@@ -89,7 +92,7 @@ def generate(
     values = {name: _initial(prompt, stream, name, start, levels[0]) for name, stream in denoiser.streams.items()}
     keep = denoiser.keep_clean
     with wrapper.transformer.remembering_positions():
-        values = run_sampler(plan.sampler, values, levels, predict, keep, seed=prompt.seed, advance=advance)
+        values = solve(plan.sampler, values, levels, predict, keep, seed=prompt.seed, advance=advance)
     return SampledLatents(
         video=geometry.unpatchify_video(_own(values, "video", prompt), *video_cells(prompt)).cpu() if "video" in values else None,
         audio=geometry.unpatchify_audio(_own(values, "audio", prompt)).cpu() if "audio" in values else None,

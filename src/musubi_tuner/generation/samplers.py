@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ Predict = Callable[[Mapping[str, Tensor], Tensor, int], Streams]
 """Values at a noise level, and the number of the step from 1 -> clean predictions; conditioning tokens come back clean."""
 Keep = Callable[[str, Tensor], Tensor]
 """A stream's values with its conditioning tokens laid over them."""
+
+
+class Solver(Protocol):
+    """`sample`, or what stands in its place."""
+
+    def __call__(
+        self, sampler: Sampler, values: Streams, levels: Tensor, predict: Predict, keep: Keep, *, seed: int, advance: Callable[[], object]
+    ) -> Streams: ...
 
 
 def sample(

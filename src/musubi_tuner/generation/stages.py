@@ -43,15 +43,15 @@ def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], un
     if already := sum(number < len(one.stages) for one in planned) - len(waiting):
         log.info("%s: %d of %d clips are sampled already, by an earlier run", title, already, already + len(waiting))
     starts = _upsampled(number, waiting, unfinished, setting) if number else {}
-    wrapper, stack, weight_format = _load(number, waiting, needs, setting)
-    for path in dict.fromkeys(path for one in waiting for path, _ in _beside(one, number, setting)):
+    wrapper, stack, weight_format = load_stage(number, waiting, needs, setting)
+    for path in dict.fromkeys(path for one in waiting for path, _ in networks_beside(one, number, setting)):
         stack.check(path)
-    order = {networks: place for place, networks in enumerate(dict.fromkeys(_beside(one, number, setting) for one in waiting))}
-    waiting.sort(key=lambda one: order[_beside(one, number, setting)])
+    order = {networks: place for place, networks in enumerate(dict.fromkeys(networks_beside(one, number, setting) for one in waiting))}
+    waiting.sort(key=lambda one: order[networks_beside(one, number, setting)])
     total = sum(one.inputs[number].plan.steps for one in waiting)
     with Progress(title, total, unit="step") as bar:
         for one in waiting:
-            stack.use(_beside(one, number, setting))
+            stack.use(networks_beside(one, number, setting))
             started = time.perf_counter()
             with watching(setting.config, one.job.stem, number + 1) as watch:
                 latents = generate(wrapper, one.inputs[number], start=starts.get(one.job), advance=bar.advance, watch=watch)
@@ -62,11 +62,15 @@ def run_stage(number: int, planned: Sequence[Planned], needs: Sequence[Need], un
     free_memory(setting.device)
 
 
-def _load(
+def load_stage(
     number: int, waiting: Sequence[Planned], needs: Sequence[Need], setting: Setting
 ) -> tuple[OfficialLTXV2Wrapper, NetworkStack, str]:
     """Planned for the largest of these clips, and tried by a step of it; with the networks that it was tried with in memory, and the format
-    of the weights."""
+    of the weights.
+
+    Raises:
+        UserError: no plan fits, or none held.
+    """
     config = setting.config
     works = {one.job: _work(one, number, setting) for one in waiting}
     largest = max(waiting, key=lambda one: (works[one.job].video_tokens + works[one.job].audio_tokens, works[one.job].passes))
@@ -84,7 +88,7 @@ def _load(
         inputs = largest.inputs[number]
         one_step = dataclasses.replace(inputs.plan, sigmas=inputs.plan.sigmas[[0, -1]], sampler="euler")
         stack = NetworkStack(wrapper.transformer, setting.dtype, linears)
-        stack.use(_beside(largest, number, setting))
+        stack.use(networks_beside(largest, number, setting))
         generate(wrapper, dataclasses.replace(inputs, plan=one_step))
         tried.append(stack)
 
@@ -122,7 +126,7 @@ def _work(one: Planned, number: int, setting: Setting) -> SamplingWork:
         audio_tokens=tokens["audio"],
         text_tokens=inputs.positive.text.shape[1],
         passes=1 + plan.needs_negative + plan.needs_perturbed + plan.needs_isolated,
-        networks_bytes=sum(path.stat().st_size for path, strength in _beside(one, number, setting) if strength != Strength(0, 0)),
+        networks_bytes=sum(path.stat().st_size for path, strength in networks_beside(one, number, setting) if strength != Strength(0, 0)),
         masked_tokens=0 if reference is None or reference.attention is None else tokens["video"],
     )
 
@@ -137,7 +141,7 @@ def _networks(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, 
     return tuple(networks)
 
 
-def _beside(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
+def networks_beside(one: Planned, number: int, setting: Setting) -> tuple[tuple[Path, Strength], ...]:
     """Networks that are not merged: all of them or, as then all clips have the same, none."""
     return () if setting.config.loras.merge_loras else _networks(one, number, setting)
 

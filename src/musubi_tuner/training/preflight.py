@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,14 +28,20 @@ from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint,
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import looks_distilled, stored_in_8_bits
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import quoted
+from musubi_tuner.training.objective import FlowMatching, Objective
 
 log = logging.getLogger(__name__)
 
 REFERENCE_DOWNSCALE = "reference_downscale_factor"
 REFERENCE_TEMPORAL = "reference_temporal_scale_factor"
+
+
+Learns = Callable[[FlowMatching, LoRANetwork], Objective]
+"""Called with the network as it starts, before a state is restored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +57,8 @@ class RunInputs:
     validation_items: tuple[Item, ...]
     wanted: Wanted
     """What the caches of this run must be."""
+    learns: Learns | None = None
+    """What the run learns in place of its items' content; None = that."""
 
     @property
     def shows_references(self) -> bool:

@@ -107,6 +107,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     balance = AudioBalance(machine.device) if config.audio.audio_balance == "ema" else None
     loaded = _load_model(inputs, machine, rules, prompt)
     network = loaded.network
+    objective = make_objective(inputs, loaded.wrapper, network, balance=balance, prompt=prompt)
     optimizer = make_optimizer(
         optimization.optimizer_type,
         network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
@@ -138,7 +139,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         dtype=machine.dtype,
         wrapper=loaded.wrapper,
         network=network,
-        objective=make_objective(config, loaded.wrapper, network, balance=balance, prompt=prompt),
+        objective=objective,
         optimizer=optimizer,
         scheduler=scheduler,
         items=inputs.items,
@@ -187,7 +188,7 @@ def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> 
 
 
 def make_objective(
-    config: TrainingConfig,
+    inputs: RunInputs,
     wrapper: OfficialLTXV2Wrapper,
     network: LoRANetwork,
     *,
@@ -195,8 +196,9 @@ def make_objective(
     prompt: PromptPreservation | None = None,
 ) -> BatchObjective:
     """What a run learns, which the trial of its memory plan learns too."""
-    matching = FlowMatching(wrapper, error_function(config.losses.loss_type, config.losses.huber_delta))
-    objective = WithTeacher(matching, Teacher(wrapper, network))
+    losses = inputs.config.losses
+    matching = FlowMatching(wrapper, error_function(losses.loss_type, losses.huber_delta))
+    objective = WithTeacher(matching, Teacher(wrapper, network)) if inputs.learns is None else inputs.learns(matching, network)
     return BatchObjective(network=network, objective=objective, balance=balance, prompt=prompt)
 
 
@@ -290,7 +292,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
                 for parameter in network.parameters():
                     parameter.grad = None
             started = time.perf_counter()
-            make_objective(config, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
+            make_objective(inputs, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
             if machine.device.type == "cuda":
                 torch.cuda.synchronize(machine.device)
             seconds.append(time.perf_counter() - started)

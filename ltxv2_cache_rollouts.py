@@ -1,0 +1,7 @@
+"""Sample groups of clips of each prompt for reinforcement learning: python ltxv2_cache_rollouts.py --help"""
+
+from musubi_tuner.ltxv2_cache_rollouts import main
+from musubi_tuner.runtime.program import run_program
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,72 @@
+"""Options of training on rollouts: those of training, and the rule."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from musubi_tuner.config.flags import flag
+from musubi_tuner.config.model import ModeOptions
+from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.config.validation import AnyPath, Count, NotNegative, Positive, Seed, Text, options
+from musubi_tuner.runtime.errors import UserError
+
+
+@options
+class RlOptions:
+    """Reinforcement learning."""
+
+    rl_rollout_cache: AnyPath = flag("folder of rollouts with their scores", common=True)
+    rl_loss: Literal["nft", "grpo", "grpo_guard", "awm", "rwr", "dpo", "ppo"] = flag(
+        "update rule; grpo and grpo_guard need rollouts with stochastic steps; ppo is grpo", default="nft", common=True
+    )
+    reward_fn: Text = flag("REWARD:WEIGHT,..., rewards that were scored and what each weighs", common=True)
+    rl_advantage: Literal["sum", "gdpo"] = flag(
+        "sum: weighted sum of each reward's advantages within the group; gdpo: that, normalized over all samples", default="sum"
+    )
+    rl_shuffle_advantages: Seed | None = flag(
+        "deal the advantages of each group out at random by this seed: a control, from which nothing can be learned", default=None
+    )
+    rl_timesteps_per_sample: Annotated[int, Field(ge=1, le=10_000)] = flag(
+        "noise levels (or stochastic steps) at which each sample is learned", default=3, common=True
+    )
+    rl_micro_batch_size: Count = flag("samples of a batch; of dpo always a pair", default=1, common=True)
+    rl_ref_mse_weight: NotNegative = flag("weight of the distance from the base model's prediction", default=0.0)
+    nft_beta_mix: Positive = flag("nft: how far from the old policy the compared predictions lie", default=1.0)
+    nft_adv_clip_max: Positive = flag("largest advantage", default=5.0)
+    ppo_clip_eps: Positive = flag("grpo, awm: how far a ratio may move from 1", default=1e-4)
+    awm_weighting: Literal["uniform", "sigma", "sigma2"] = flag("awm: weight of noise levels", default="sigma")
+    rwr_temperature: Positive = flag("rwr: the lower, the more the best samples weigh", default=1.0)
+    dpo_beta: Positive = flag("dpo: how sharply pairs are told apart", default=2000.0)
+    dpo_pairs: AnyPath | None = flag(
+        "dpo: JSONL of picks, {chosen, rejected} names of samples, in place of the best and the worst of each group", default=None
+    )
+
+    @property
+    def rule(self) -> str:
+        """`ppo` is called what it is."""
+        return "grpo" if self.rl_loss == "ppo" else self.rl_loss
+
+    @model_validator(mode="after")
+    def _check(self) -> "RlOptions":
+        if self.dpo_pairs is not None and self.rl_loss != "dpo":
+            raise UserError(f"--dpo_pairs: is read by --rl_loss dpo alone, not by {self.rl_loss}.")
+        return self
+
+
+@options
+class RolloutModeOptions(ModeOptions):
+    """What is trained; the rollouts say it."""
+
+    dataset_config: AnyPath = flag("dataset TOML; default: that of the rollouts", default=Path("dataset.toml"))
+    ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] = flag(
+        "how noise levels are written down; default: as for the rollouts", default="sd3_0_1"
+    )
+
+
+@options
+class RlTrainingConfig(TrainingConfig):
+    """All sections of training, and the rule."""
+
+    mode: RolloutModeOptions  # pyrefly: ignore[bad-override] - the same options, with defaults
+    rl: RlOptions

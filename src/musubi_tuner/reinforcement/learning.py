@@ -1,0 +1,205 @@
+"""From checked rollouts and their scores to what a run trains on: which samples, with which advantage, by which rule."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+
+from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.config.rl import RlOptions, RlTrainingConfig
+from musubi_tuner.dataset.items import Item
+from musubi_tuner.generation.recipe import file_hash
+from musubi_tuner.ltxv2.versions import transformer_names
+from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
+from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.reinforcement.advantages import STREAMS, Advantages, advantages, group_softmax
+from musubi_tuner.reinforcement.objective import OldPolicy, RolloutObjective, RuleSettings
+from musubi_tuner.reinforcement.rollouts import Rollouts, read_rollouts
+from musubi_tuner.reinforcement.scored import rewards_of
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json_lines
+from musubi_tuner.training.objective import FlowMatching
+from musubi_tuner.training.preflight import Learns, RunInputs, check_inputs
+
+log = logging.getLogger(__name__)
+
+Weights = Mapping[str, Mapping[str, float]]
+"""{item: {stream: what it weighs}}"""
+
+
+def check_rollouts(config: RlTrainingConfig) -> RunInputs:
+    """As `check_inputs` of training, on rollouts.
+
+    Raises:
+        UserError: another policy or model than made the rollouts, a reward that was not scored, nothing to learn.
+    """
+    options = config.rl
+    rollouts = read_rollouts(options.rl_rollout_cache)
+    if config.ltx_mode != rollouts.facts["mode"]:
+        raise UserError(f"--ltx_mode {config.ltx_mode}: the rollouts are of the mode {rollouts.facts['mode']} ({rollouts.folder}).")
+    _check_policy(config, rollouts)
+    _check_model(open_checkpoint(config.model.ltxv2_model), rollouts)
+    inputs = check_inputs(config)
+    if options.rule.startswith("grpo") and rollouts.stochastic is None:
+        raise UserError(
+            f"--rl_loss {options.rl_loss}: learns from stochastic steps, and the rollouts in {rollouts.folder} have none. Make them with "
+            "--rl_sde_type cps or flow_sde; nft, awm, rwr and dpo learn from these."
+        )
+    if options.rule.startswith("grpo") and _guided(rollouts):
+        raise UserError(
+            f"--rl_loss {options.rl_loss}: the rollouts were sampled with guidance, and a step's probability is the model's own alone. "
+            "Make them with --video_cfg_scale 1 --audio_cfg_scale 1 --stg_scale 0 --modality_scale 1, or take nft, awm, rwr or dpo."
+        )
+    found = advantages(
+        rollouts.groups,
+        rewards_of(rollouts.folder, options.reward_fn),
+        clip=options.nft_adv_clip_max,
+        over_all=options.rl_advantage == "gdpo",
+        shuffled=options.rl_shuffle_advantages,
+    )
+    _tell(found, rollouts)
+    items, weights = _learned(options, inputs.items, rollouts, found)
+    _tell_of_passes(config, len(items))
+    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts))
+
+
+def _learns(options: RlOptions, weights: Weights, rollouts: Rollouts) -> Learns:
+    settings = RuleSettings(
+        rule=options.rule,
+        mix=options.nft_beta_mix,
+        most=options.nft_adv_clip_max,
+        width=options.ppo_clip_eps,
+        awm_weighting=options.awm_weighting,
+        beta=options.dpo_beta,
+        reference_weight=options.rl_ref_mse_weight,
+    )
+
+    def objective(matching: FlowMatching, network: LoRANetwork) -> RolloutObjective:
+        return RolloutObjective(
+            matching=matching, network=network, old=OldPolicy(network), settings=settings, advantages=weights, rollouts=rollouts
+        )
+
+    return objective
+
+
+def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, found: Advantages) -> tuple[tuple[Item, ...], Weights]:
+    """The samples from which there is anything to learn, and what each weighs.
+
+    Raises:
+        UserError: there are none, or pairs of samples that are not there.
+    """
+    by_name = {item.clip.key: item for item in items}
+    if options.rule == "dpo":
+        pairs = _picked(options, by_name) if options.dpo_pairs is not None else _best_and_worst(rollouts, found)
+        return _paired(pairs, by_name, options)
+    if not found.learned:
+        raise UserError(
+            f"{rollouts.folder}: nothing to learn: in no group do the rewards {options.reward_fn} tell samples apart. Score another "
+            "reward, or make larger groups."
+        )
+    spec = dataclasses.replace(items[0].spec, batch_size=options.rl_micro_batch_size, num_repeats=options.rl_timesteps_per_sample)
+    of = group_softmax(rollouts.groups, found, options.rwr_temperature) if options.rule == "rwr" else found.of
+    chosen = [dataclasses.replace(by_name[name], spec=spec) for name in found.learned]
+    return tuple(chosen), {item.key: of[item.clip.key] for item in chosen}
+
+
+Pair = tuple[str, str, tuple[str, ...]]
+"""The better sample, the worse one, and the streams in which it is better."""
+
+
+def _best_and_worst(rollouts: Rollouts, found: Advantages) -> list[Pair]:
+    pairs = []
+    for names in rollouts.groups.values():
+        ranked = sorted((name for name in names if name in found.learned), key=lambda name: sum(found.of[name].values()))
+        if len(ranked) > 1:
+            worst, best = ranked[0], ranked[-1]
+            pairs.append((best, worst, tuple(stream for stream in STREAMS if found.of[best][stream] > found.of[worst][stream])))
+    return [pair for pair in pairs if pair[2]]
+
+
+def _picked(options: RlOptions, by_name: Mapping[str, Item]) -> list[Pair]:
+    """Pairs that a person chose; both streams are learned.
+
+    Raises:
+        UserError: a line that names no two samples.
+    """
+    path = options.dpo_pairs
+    assert path is not None
+    pairs = []
+    for where, line in read_json_lines(path):
+        names = [line.get(key) if isinstance(line, dict) else None for key in ("chosen", "rejected")]
+        if not all(isinstance(name, str) and name in by_name for name in names) or names[0] == names[1]:
+            raise UserError(f"{where}: 'chosen' and 'rejected' must name two samples of --rl_rollout_cache, such as g0000_k01.")
+        pair: Pair = (str(names[0]), str(names[1]), STREAMS)
+        pairs.append(pair)
+    return pairs
+
+
+def _paired(pairs: Sequence[Pair], by_name: Mapping[str, Item], options: RlOptions) -> tuple[tuple[Item, ...], Weights]:
+    """Each pair as a dataset of its own, so that it makes a batch."""
+    if not pairs:
+        raise UserError(
+            f"{options.rl_rollout_cache}: no group has a better and a worse sample. Score another reward, or make larger groups."
+        )
+    items, weights = [], {}
+    for number, (best, worst, streams) in enumerate(pairs):
+        for name, sign in ((best, 1.0), (worst, -1.0)):
+            item = by_name[name]
+            spec: DatasetSpec = dataclasses.replace(
+                item.spec, label=f"pair {number}", batch_size=2, num_repeats=options.rl_timesteps_per_sample
+            )
+            items.append(dataclasses.replace(item, key=f"pair {number}/{name}", spec=spec))
+            weights[items[-1].key] = {stream: sign if stream in streams else 0.0 for stream in STREAMS}
+    return tuple(items), weights
+
+
+def _check_policy(config: RlTrainingConfig, rollouts: Rollouts) -> None:
+    """The run starts from the very file that made the rollouts.
+
+    Raises:
+        UserError: from another one, or none.
+    """
+    policy, path = rollouts.facts["policy"], config.network.network_weights
+    if policy is None:
+        if path is not None:
+            raise UserError(f"--network_weights {path}: the rollouts in {rollouts.folder} were made by the base model. Leave it out.")
+        return
+    if path is None:
+        raise UserError(
+            f"{rollouts.folder}: was made by the LoRA '{policy['name']}'. Give --network_weights that file, to train it further."
+        )
+    if not path.is_file() or file_hash(path) != policy["sha256"]:
+        raise UserError(
+            f"--network_weights {path}: is not the file that made the rollouts in {rollouts.folder} ('{policy['name']}', sha256 "
+            f"{policy['sha256'][:16]}...). Rules compare the policy with the one that sampled, so it must be that; or make new rollouts."
+        )
+
+
+def _check_model(checkpoint: Checkpoint, rollouts: Rollouts) -> None:
+    if checkpoint.fingerprint(transformer_names(checkpoint)) != rollouts.facts["model"]["fingerprint"]:
+        raise UserError(
+            f"--ltxv2_model {checkpoint.path}: is another model than '{rollouts.facts['model']['name']}', which made the rollouts in "
+            f"{rollouts.folder}. Give that one, or make new rollouts."
+        )
+
+
+def _guided(rollouts: Rollouts) -> bool:
+    return bool(rollouts.facts["sampling"]["guided"])
+
+
+def _tell(found: Advantages, rollouts: Rollouts) -> None:
+    for one in found.flagged:
+        prompt = rollouts.facts["prompts"][one.group]["prompt"]
+        log.warning("WARNING: prompt %d (%.40s): nothing is learned from '%s': %s", one.group, json.dumps(prompt), one.reward, one.reason)
+
+
+def _tell_of_passes(config: RlTrainingConfig, items: int) -> None:
+    optimization, rl = config.optimization, config.rl
+    if optimization.max_train_epochs == 1:
+        return
+    a_pass = -(-items * rl.rl_timesteps_per_sample // (2 if rl.rule == "dpo" else rl.rl_micro_batch_size))
+    asked = optimization.max_train_epochs or optimization.max_train_steps * optimization.gradient_accumulation_steps / a_pass
+    if asked > 1:
+        log.warning(
+            "WARNING: %.1f passes over the rollouts: after one the policy has moved away from the one that made them. Make new ones.", asked
+        )

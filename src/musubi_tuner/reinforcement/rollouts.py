@@ -1,0 +1,207 @@
+"""A folder of rollouts: samples of a policy as ordinary cache files, with a dataset's TOML and index, so that training reads them as clips.
+
+    rollouts.json                      what they were made with, the prompts, the samples with their seeds
+    dataset.toml, ltxv2_index_*.json   the samples as a dataset
+    g0003_k02_ltxv2.safetensors, g0003_k02_ltxv2_audio.safetensors         latents of sample 2 of prompt 3
+    g0003_k02_ltxv2_steps.safetensors  its stochastic steps, where it has any: values before and after each
+    p0003_ltxv2_te.safetensors         the prompt's context, once for all its samples
+    scores/REWARD.json                 what rewards say, added later
+
+Sources: docs/explanation/reinforcement_learning.md.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.index import DatasetIndex, write_index
+from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, text_name
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.store import canonical, read, text_fingerprint, write, write_bytes
+from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json
+
+ROLLOUTS, DATASET, SCORES = "rollouts.json", "dataset.toml", "scores"
+STEPS_ENDING = "_ltxv2_steps.safetensors"
+FORMAT = 1
+_STORED = torch.bfloat16
+_FACTS = ("seed", "round", "mode", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts", "samples")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rollout."""
+
+    name: str
+    prompt: int
+    """Number of its prompt, which is its group."""
+    k: int
+    """Place within the group."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What a folder holds, or is to hold."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    """As in rollouts.json."""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(Sample(**one) for one in self.facts["samples"])
+
+    @property
+    def groups(self) -> dict[int, tuple[str, ...]]:
+        """Names of samples by prompt."""
+        found: dict[int, list[str]] = {}
+        for one in self.samples:
+            found.setdefault(one.prompt, []).append(one.name)
+        return {prompt: tuple(names) for prompt, names in found.items()}
+
+    @property
+    def stochastic(self) -> Mapping[str, Any] | None:
+        """How steps were drawn: `kind`, `level`, `streams`; None where none was."""
+        return self.facts["sampling"]["stochastic"]
+
+    def write(self) -> None:
+        """The description, and the samples as a dataset."""
+        write_bytes(self.folder / ROLLOUTS, (json.dumps({"format": FORMAT, **self.facts}, indent=1, ensure_ascii=False) + "\n").encode())
+        write_bytes(self.folder / DATASET, _toml(self.facts).encode())
+        spec = self.dataset.datasets[0]
+        write_index(spec, DatasetIndex(settings=spec.settings(), clips=tuple(map(self.clip_of, self.samples))))
+
+    @property
+    def dataset(self) -> DatasetConfig:
+        return load_dataset_config(self.folder / DATASET)
+
+    def clip_of(self, sample: Sample) -> Clip:
+        """As the index has it."""
+        facts, sound = self.facts, self.facts["mode"] == "av"
+        sidecars = {"latents": Sidecar(file=f"{sample.name}{LATENTS_ENDING}"), "text": Sidecar(file=context_name(sample.prompt))}
+        if sound:
+            sidecars["audio"] = Sidecar(file=f"{sample.name}{AUDIO_ENDING}")
+        return Clip(
+            key=sample.name,
+            kind="video" if facts["frames"] > 1 else "image",
+            source=source_name(sample.prompt),
+            stem=sample.name,
+            source_fingerprint=text_fingerprint(canonical({"policy": facts["policy"], "model": facts["model"], "seed": sample.seed})),
+            start_seconds=0.0,
+            end_seconds=facts["frames"] / facts["fps"],
+            fps=facts["fps"],
+            frames=facts["frames"],
+            width=facts["width"],
+            height=facts["height"],
+            original_width=facts["width"],
+            original_height=facts["height"],
+            has_audio=sound,
+            sidecars=sidecars,
+        )
+
+    def is_there(self, sample: Sample) -> bool:
+        """Whether a sample is whole: its latents are written last."""
+        return (self.folder / f"{sample.name}{LATENTS_ENDING}").is_file()
+
+    def write_sample(
+        self, sample: Sample, video: Tensor, audio: Tensor | None, steps: Mapping[str, Tensor], encoders: Mapping[str, str]
+    ) -> None:
+        """
+        Args:
+            video: (128, F, h, w) latents.
+            audio: (8, T, 16); None in video mode.
+            steps: of `sampling.Recorded`; empty where none was drawn.
+            encoders: fingerprints of the autoencoders, by kind of sidecar.
+        """
+        clip = self.clip_of(sample)
+        if steps:
+            write(self.folder / f"{sample.name}{STEPS_ENDING}", steps, {"kind": "rollout_steps", "source": sample.name})
+        if audio is not None:
+            self._write(
+                clip, "audio", KINDS["audio"].pack(audio.to(_STORED)), {"encoder_fingerprint": encoders["audio"], "audio": "present"}
+            )
+        self._write(clip, "latents", KINDS["latents"].pack(video.to(_STORED)), {"encoder_fingerprint": encoders["latents"]})
+
+    def _write(self, clip: Clip, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        kind = KINDS[name]
+        common = {"source": clip.source, "encoding": canonical({"rollout": True, "stored": str(_STORED).removeprefix("torch.")})}
+        path = self.folder / clip.sidecars[name].file
+        write(path, tensors, {**common, **kind.expected(clip), **metadata}, kind.forms(clip))
+
+    def steps_of(self, name: str) -> dict[str, Tensor]:
+        """A sample's stochastic steps.
+
+        Raises:
+            UserError: it has none.
+        """
+        path = self.folder / f"{name}{STEPS_ENDING}"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: not found. Rollouts with stochastic steps have one for each sample: run ltxv2_cache_rollouts.py again."
+            )
+        return read(path)
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """
+    Raises:
+        UserError: no rollouts, or of another version.
+    """
+    path = folder / ROLLOUTS
+    if not path.is_file():
+        raise UserError(f"{path}: not found. Rollouts are made by: python ltxv2_cache_rollouts.py --rl_rollout_cache {folder} ...")
+    facts = read_json(path)
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise UserError(f"{path}: its format is not {FORMAT}, the one that this version reads. Make the rollouts again.")
+    missing = [name for name in _FACTS if name not in facts]
+    if missing:
+        raise UserError(f"{path}: '{missing[0]}' is missing, so the file is damaged. Make the rollouts again.")
+    return Rollouts(folder, {name: facts[name] for name in facts if name != "format"})
+
+
+def sample_seed(run: int, round_number: int, prompt: str, k: int) -> int:
+    """By a hash, so that no two rounds, prompts or places share noise, and no sample depends on how many others there are."""
+    digest = hashlib.sha256(f"{run}|{round_number}|{k}|{prompt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def list_samples(run: int, round_number: int, prompts: Sequence[str], group_size: int) -> tuple[Sample, ...]:
+    """All samples, group after group."""
+    return tuple(
+        Sample(name=f"g{number:04d}_k{k:02d}", prompt=number, k=k, seed=sample_seed(run, round_number, prompt, k))
+        for number, prompt in enumerate(prompts)
+        for k in range(group_size)
+    )
+
+
+def source_name(prompt: int) -> str:
+    """What all samples of a prompt are clips of, as far as the cache is concerned."""
+    return f"p{prompt:04d}"
+
+
+def context_name(prompt: int) -> str:
+    """File name of a prompt's context."""
+    return text_name(source_name(prompt))
+
+
+def _toml(facts: Mapping[str, Any]) -> str:
+    still = facts["frames"] == 1
+    return f"""# Samples of a policy as a dataset: ltxv2_train_rl.py reads it, and ltxv2_train_network.py may.
+[general]
+resolution = [{facts["width"]}, {facts["height"]}]
+enable_bucket = false
+
+[[datasets]]
+{"image" if still else "video"}_directory = "media"
+cache_directory = "."
+{"" if still else f"target_frames = [{facts['frames']}]"}
+"""

@@ -1,0 +1,245 @@
+"""Rollouts on the tiny 2.3 family, scores, and every update rule through the trainer."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from musubi_tuner import ltxv2_cache_rollouts, ltxv2_train_network, ltxv2_train_rl
+from musubi_tuner.dataset.merge import merge_sources
+from musubi_tuner.reinforcement import objective as objectives
+from musubi_tuner.reinforcement.rollouts import read_rollouts
+from musubi_tuner.runtime.errors import UserError
+
+SIZE = ("--sample_width", "96", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "4")
+UNGUIDED = ("--video_cfg_scale", "1", "--audio_cfg_scale", "1", "--stg_scale", "0", "--modality_scale", "1")
+PROMPTS = ("a dog barks", "rain on a tin roof")
+
+
+def make(family, folder: Path, *flags: str, prompts: tuple[str, ...] = PROMPTS) -> Path:
+    """Rollouts in `folder`/rollouts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    out = folder / "rollouts"
+    base = [
+        "--rl_prompts",
+        str(folder / "prompts.txt"),
+        "--rl_rollout_cache",
+        str(out),
+        "--ltxv2_model",
+        str(family.ltx23),
+        "--device",
+        "cpu",
+    ]
+    text = ["--text_encoder", str(family.gemma)]
+    assert ltxv2_cache_rollouts.main([*base, *text, "--rl_group_size", "3", *SIZE, *UNGUIDED, *flags]) == 0
+    return out
+
+
+def score(folder: Path, name: str = "tone", route: str = "sync", key: str = "latents") -> dict[str, float]:
+    """A reward that is cheap and real: the mean of a sample's latents."""
+    samples = read_rollouts(folder).samples
+    scores = {}
+    for one in samples:
+        files = [folder / f"{one.name}_ltxv2{kind}.safetensors" for kind in ("", "_audio")]
+        scores[one.name] = float(merge_sources([path for path in files if path.is_file()])[key].float().mean())
+    (folder / "scores").mkdir(exist_ok=True)
+    facts = {"format": 1, "reward": name, "route": route, "arguments": {}, "weight_files": {}, "scores": scores, "errors": {}}
+    (folder / "scores" / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
+    return scores
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny_family, tmp_path_factory):
+    """By the base model, with stochastic steps of both streams, scored."""
+    folder = make(tiny_family, tmp_path_factory.mktemp("rl") / "mit Leerzeichen", "--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    score(folder)
+    return folder
+
+
+def train(family, folder: Path, out: Path, *flags: str) -> int:
+    base = ["--rl_rollout_cache", str(folder), "--reward_fn", "tone:1", "--ltxv2_model", str(family.ltx23), "--output_dir", str(out)]
+    base += ["--device", "cpu", "--mixed_precision", "no", "--no-compile", "--network_dim", "4", "--max_data_loader_n_workers", "0"]
+    return ltxv2_train_rl.main([*base, "--learning_rate", "1e-3", "--save_precision", "float32", *flags])
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "ltxv2_lora-loss.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_sample_does_not_depend_on_how_many_others_there_are(tiny_family, rollouts, tmp_path):
+    larger = make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_steps", "2", "--rl_group_size", "4")
+    for k in range(3):
+        name = f"g0000_k{k:02d}"
+        for ending in ("_ltxv2", "_ltxv2_audio", "_ltxv2_steps"):
+            assert (larger / f"{name}{ending}.safetensors").read_bytes() == (rollouts / f"{name}{ending}.safetensors").read_bytes()
+    assert len({one.seed for one in (*read_rollouts(larger).samples, *read_rollouts(rollouts).samples)}) == 8
+
+
+def test_what_is_there_is_kept_and_other_settings_are_refused(tiny_family, rollouts, tmp_path):
+    flags = ("--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    folder = make(tiny_family, tmp_path, *flags)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert before == {path.name: path.read_bytes() for path in rollouts.glob("*.safetensors")}
+    gone = folder / "g0001_k02_ltxv2.safetensors"
+    kept = (folder / "g0001_k01_ltxv2.safetensors").stat().st_mtime_ns
+    gone.unlink()
+    make(tiny_family, tmp_path, *flags)
+    assert gone.read_bytes() == before[gone.name] and (folder / "g0001_k01_ltxv2.safetensors").stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match="holds rollouts with another 'seed'"):
+        make(tiny_family, tmp_path, *flags, "--rl_seed", "1")
+
+
+def test_recorded_steps_are_what_was_sampled(rollouts):
+    """Each step's values are rounded before they are used, so what lies in the file is what the model saw; levels fall."""
+    for one in read_rollouts(rollouts).samples:
+        steps = load_file(rollouts / f"{one.name}_ltxv2_steps.safetensors")
+        assert set(steps) == {"levels", "second", "video_before", "video_after", "audio_before", "audio_after"}
+        assert steps["video_before"].dtype == torch.bfloat16 and steps["video_before"].shape == (2, 2 * 2 * 3, 128)
+        assert bool((steps["levels"][:, 0] > steps["levels"][:, 1]).all()) and float(steps["levels"][-1, 1]) > 0
+    groups = {
+        one.prompt: load_file(rollouts / f"{one.name}_ltxv2_steps.safetensors")["levels"].tolist()
+        for one in read_rollouts(rollouts).samples
+    }
+    assert len(groups) == 2
+
+
+@pytest.mark.parametrize("rule", ["nft", "grpo", "grpo_guard", "awm", "rwr", "dpo"])
+def test_every_rule_trains(tiny_family, rollouts, tmp_path, rule):
+    assert train(tiny_family, rollouts, tmp_path, "--rl_loss", rule, "--rl_timesteps_per_sample", "2", "--rl_ref_mse_weight", "0.001") == 0
+    lora = load_file(tmp_path / "ltxv2_lora.safetensors")
+    moved = [float(tensor.abs().max()) for key, tensor in lora.items() if key.endswith("lora_B.weight")]
+    assert moved and min(moved) > 0 and all(math.isfinite(value) for value in moved)
+    assert len(losses(tmp_path)) == (4 if rule == "dpo" else 12), "one pass: samples times noise levels, pairs times noise levels"
+
+
+@pytest.mark.parametrize("rule", ["nft", "grpo", "grpo_guard", "awm"])
+def test_before_it_has_moved_the_policy_is_the_old_one(tiny_family, rollouts, tmp_path, monkeypatch, rule):
+    """Bit for bit, so every ratio is exactly 1 in the first step; after it they differ."""
+    seen, real = [], objectives.RolloutObjective.loss
+
+    def loss(self, prediction):
+        for stream in ("video", "audio"):
+            new, old = getattr(prediction.velocity, stream), getattr(prediction.old, stream)
+            seen.append(bool(torch.equal(new, old)))
+        return real(self, prediction)
+
+    monkeypatch.setattr(objectives.RolloutObjective, "loss", loss)
+    assert (
+        train(tiny_family, rollouts, tmp_path, "--rl_loss", rule, "--gradient_accumulation_steps", "2", "--rl_micro_batch_size", "2") == 0
+    )
+    assert all(seen[:4]) and not any(seen[4:])
+
+
+def test_a_resumed_run_compares_with_the_policy_that_made_the_rollouts(tiny_family, rollouts, tmp_path):
+    """Not with the weights that it resumes from: it ends where a run that was not interrupted ends."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ("--max_train_steps", "6", "--save_state", "--save_every_n_steps", "3")
+    assert train(tiny_family, rollouts, whole, *flags) == 0
+    assert train(tiny_family, rollouts, parts, *flags, "--max_train_steps", "3") == 0
+    assert train(tiny_family, rollouts, parts, *flags, "--resume", str(next(parts.glob("*step00000003-state")))) == 0
+    ours, theirs = (load_file(folder / "ltxv2_lora.safetensors") for folder in (parts, whole))
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_the_next_round_starts_from_the_very_file_that_sampled(tiny_family, rollouts, tmp_path):
+    first = tmp_path / "first"
+    assert train(tiny_family, rollouts, first) == 0
+    policy = first / "ltxv2_lora.safetensors"
+    folder = make(tiny_family, tmp_path / "second", "--rl_policy", str(policy), "--rl_round", "1")
+    score(folder)
+    assert not {one.seed for one in read_rollouts(folder).samples} & {one.seed for one in read_rollouts(rollouts).samples}
+    with pytest.raises(UserError, match="was made by the LoRA 'ltxv2_lora.safetensors'. Give --network_weights"):
+        train(tiny_family, folder, tmp_path / "out")
+    with pytest.raises(UserError, match="the base model. Leave it out"):
+        train(tiny_family, rollouts, tmp_path / "out", "--network_weights", str(policy))
+    assert train(tiny_family, folder, tmp_path / "out", "--network_weights", str(policy)) == 0
+    other = tmp_path / "other.safetensors"
+    data = bytearray(policy.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    with pytest.raises(UserError, match="is not the file that made the rollouts"):
+        train(tiny_family, folder, tmp_path / "out2", "--network_weights", str(other))
+
+
+def test_samples_are_an_ordinary_dataset(tiny_family, rollouts, tmp_path):
+    base = [
+        "--dataset_config",
+        str(rollouts / "dataset.toml"),
+        "--ltxv2_model",
+        str(tiny_family.ltx23),
+        "--ltx_mode",
+        "av",
+        "--device",
+        "cpu",
+    ]
+    base += ["--ltxv2_timestep_format", "sd3_0_1", "--max_train_steps", "2", "--output_dir", str(tmp_path), "--mixed_precision", "no"]
+    assert ltxv2_train_network.main([*base, "--no-compile", "--max_data_loader_n_workers", "0"]) == 0
+
+
+def test_a_first_frame_stays_clean(tiny_family, tmp_path, monkeypatch):
+    """In sampling, in what is recorded, and out of every loss."""
+    from PIL import Image
+
+    Image.new("RGB", (96, 64), (200, 40, 90)).save(tmp_path / "start.png")
+    prompts = tuple(f"{text} --i start.png" for text in PROMPTS)
+    folder = make(tiny_family, tmp_path, "--rl_sde_type", "flow_sde", prompts=prompts)
+    score(folder)
+    first = {
+        tuple(merge_sources([folder / f"{one.name}_ltxv2.safetensors"])["latents"][:, 0].flatten().tolist())
+        for one in read_rollouts(folder).samples
+    }
+    assert len(first) == 1
+    steps = [load_file(folder / f"{one.name}_ltxv2_steps.safetensors") for one in read_rollouts(folder).samples]
+    assert len({tuple(one[f"video_{when}"][:, :6].flatten().tolist()) for one in steps for when in ("before", "after")}) == 1
+    weights, real = [], objectives.RolloutObjective.loss
+    monkeypatch.setattr(
+        objectives.RolloutObjective,
+        "loss",
+        lambda self, prediction: weights.append(prediction.noised.weights["video"].clone()) or real(self, prediction),
+    )
+    for rule in ("nft", "grpo"):
+        assert train(tiny_family, folder, tmp_path / rule, "--rl_loss", rule) == 0
+    assert weights and all(not one[:, :6].any() and one[:, 6:].all() for one in weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--reward_fn", "loudness"), "loudness.json: not found. Score it by: python ltxv2_score_rollouts.py"),
+        (("--reward_fn", "tone:much"), "--reward_fn tone:much: must be NAME:WEIGHT"),
+        (("--ltx_mode", "video"), "--ltx_mode video: the rollouts are of the mode av"),
+        (("--dpo_pairs", "picks.jsonl"), "is read by --rl_loss dpo alone"),
+        (("--ltxv2_model", "other"), "is another model than"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_the_model_is_loaded(tiny_family, rollouts, tmp_path, flags, says):
+    flags = tuple(str(tiny_family.ltx20) if flag == "other" else flag for flag in flags)
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(tiny_family, rollouts, tmp_path, *flags)
+
+
+def test_rules_on_steps_need_steps_and_no_guidance(tiny_family, tmp_path):
+    plain = make(tiny_family, tmp_path / "plain")
+    score(plain)
+    with pytest.raises(UserError, match="learns from stochastic steps, and the rollouts in .* have none"):
+        train(tiny_family, plain, tmp_path / "out", "--rl_loss", "ppo")
+    guided = make(tiny_family, tmp_path / "guided", "--rl_sde_type", "cps", "--video_cfg_scale", "3")
+    score(guided)
+    with pytest.raises(UserError, match="were sampled with guidance"):
+        train(tiny_family, guided, tmp_path / "out", "--rl_loss", "grpo")
+
+
+def test_pairs_that_a_person_picked(tiny_family, rollouts, tmp_path):
+    picks = tmp_path / "picks.jsonl"
+    picks.write_text('{"chosen": "g0000_k01", "rejected": "g0000_k00"}\n', encoding="utf-8")
+    flags = ("--rl_loss", "dpo", "--dpo_pairs", str(picks))
+    assert train(tiny_family, rollouts, tmp_path / "out", *flags) == 0
+    assert len(losses(tmp_path / "out")) == 3
+    picks.write_text('{"chosen": "g0000_k01", "rejected": "g0009_k00"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: 'chosen' and 'rejected' must name two samples"):
+        train(tiny_family, rollouts, tmp_path / "out2", *flags)
