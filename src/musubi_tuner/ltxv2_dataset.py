@@ -6,6 +6,7 @@ from typing import Any
 
 from musubi_tuner.config import dataset_tools as config
 from musubi_tuner.config.caching import first_given
+from musubi_tuner.config.captioning import CaptionConfig
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.config.subcommands import Subcommand, run_subcommand
 from musubi_tuner.runtime.program import EXIT_NOT_ALL, run_program
@@ -45,8 +46,17 @@ def _decode(options: config.DecodeConfig) -> int:
     return EXIT_NOT_ALL if holes else 0
 
 
+def _caption(options: CaptionConfig) -> int:
+    from musubi_tuner.curation.captioning.program import caption
+
+    return caption(options)
+
+
 SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "decode": Subcommand(config.DecodeConfig, _decode, "Cached clips as mp4, png or wav: what will be trained.", "dataset_config"),
+    "caption": Subcommand(
+        CaptionConfig, _caption, "Captions for videos, images and sounds, by a local model or a server of yours.", "media"
+    ),
 }
 
 

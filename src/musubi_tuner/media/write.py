@@ -1,5 +1,6 @@
 """Tensors to media files that play everywhere: mp4 (H.264 and AAC), png, wav. Whole or not at all."""
 
+import io
 import os
 import wave
 from collections.abc import Callable, Mapping
@@ -64,16 +65,23 @@ def write_image(path: Path, frame: Tensor, texts: Mapping[str, str] | None = Non
 
 def write_wav(path: Path, audio: Waveform) -> None:
     """A wav of 16 bits."""
+    _replace(path, lambda temporary: _save_wav(str(temporary), audio))
 
-    def save(temporary: Path) -> None:
-        with wave.open(str(temporary), "wb") as file:
-            file.setnchannels(audio.samples.shape[0])
-            file.setsampwidth(2)
-            file.setframerate(audio.rate)
-            samples = (audio.samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
-            file.writeframes(samples.T.contiguous().numpy().tobytes())
 
-    _replace(path, save)
+def wav_bytes(audio: Waveform) -> bytes:
+    """The same, as the bytes of the file."""
+    held = io.BytesIO()
+    _save_wav(held, audio)
+    return held.getvalue()
+
+
+def _save_wav(place: str | io.BytesIO, audio: Waveform) -> None:
+    with wave.open(place, "wb") as file:
+        file.setnchannels(audio.samples.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(audio.rate)
+        samples = (audio.samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
+        file.writeframes(samples.T.contiguous().numpy().tobytes())
 
 
 def _rate(fps: float) -> Fraction:
