@@ -8,6 +8,7 @@ from musubi_tuner.config import dataset_tools as config
 from musubi_tuner.config.caching import first_given
 from musubi_tuner.config.captioning import CaptionConfig
 from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.packing import PackConfig, UnpackConfig
 from musubi_tuner.config.subcommands import Subcommand, run_subcommand
 from musubi_tuner.runtime.program import EXIT_NOT_ALL, run_program
 from musubi_tuner.runtime.tables import format_table
@@ -15,7 +16,7 @@ from musubi_tuner.runtime.tables import format_table
 log = logging.getLogger(__name__)
 
 PROG = "tools/dataset.py"
-DESCRIPTION = "Look into datasets: cached clips back into files that play."
+DESCRIPTION = "Datasets: captions for media, cached clips back into files that play, caches moved to another machine."
 _MOST_ROWS = 40
 
 
@@ -52,11 +53,27 @@ def _caption(options: CaptionConfig) -> int:
     return caption(options)
 
 
+def _pack(options: PackConfig) -> int:
+    from musubi_tuner.curation.packing.program import pack
+
+    return pack(options)
+
+
+def _unpack(options: UnpackConfig) -> int:
+    from musubi_tuner.curation.packing.program import unpack
+
+    return unpack(options)
+
+
 SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "decode": Subcommand(config.DecodeConfig, _decode, "Cached clips as mp4, png or wav: what will be trained.", "dataset_config"),
     "caption": Subcommand(
         CaptionConfig, _caption, "Captions for videos, images and sounds, by a local model or a server of yours.", "media"
     ),
+    "pack": Subcommand(
+        PackConfig, _pack, "Caches as one archive or folder, to train elsewhere without media and encoders.", "dataset_config"
+    ),
+    "unpack": Subcommand(UnpackConfig, _unpack, "Caches out of a pack, each file compared with its checksum.", "pack"),
 }
 
 

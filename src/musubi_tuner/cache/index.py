@@ -62,16 +62,20 @@ def printable(text: str) -> str:
 
 def write_index(dataset: PlannedDataset, index: DatasetIndex) -> Path:
     """Write the index, the same bytes for the same plan."""
+    path, data = index_path(dataset), index_bytes(index)
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+    return path
+
+
+def index_bytes(index: DatasetIndex) -> bytes:
+    """The file of an index, the same for the same plan."""
     value = {
         "settings": dict(index.settings),
         "clips": [_to_json(clip) for clip in index.clips],
         "dropped": [[printable(text) for text in row] for row in index.dropped],
     }
-    path = index_path(dataset)
-    data = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8")
-    if not path.is_file() or path.read_bytes() != data:
-        write_bytes(path, data)
-    return path
+    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode("utf-8")
 
 
 def read_index(dataset: PlannedDataset, dataset_config: Path, arguments: Mapping[str, str] | None = None) -> DatasetIndex:

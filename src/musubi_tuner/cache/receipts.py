@@ -43,10 +43,15 @@ def write_receipts(dataset: PlannedDataset, rows: Sequence[SourceReceipt]) -> No
         UserError, DiskFullError: it cannot be written.
     """
     path = receipts_path(dataset)
-    told = [{key: printable(value) if isinstance(value, str) else value for key, value in asdict(row).items()} for row in rows]
-    data = json.dumps(told, indent=1, ensure_ascii=False).encode("utf-8")
+    data = receipts_bytes(rows)
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
+
+
+def receipts_bytes(rows: Sequence[SourceReceipt]) -> bytes:
+    """Their file."""
+    told = [{key: printable(value) if isinstance(value, str) else value for key, value in asdict(row).items()} for row in rows]
+    return json.dumps(told, indent=1, ensure_ascii=False).encode("utf-8")
 
 
 def read_receipts(dataset: PlannedDataset) -> list[SourceReceipt] | None:
