@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def check_folder(folder: Path, named: str) -> None:
     there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
     if there is not None and not there.is_dir():
         raise UserError(f"{named}: {there} is a file, not a folder. Give another place.")
+
+
+def check_writable(folder: Path) -> None:
+    """Whether files can be made in a folder that is there, before hours of work whose results go into it.
+
+    Raises:
+        TemporaryFailure: the disk is full.
+        UserError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 def not_written(path: Path, error: OSError) -> UserError:

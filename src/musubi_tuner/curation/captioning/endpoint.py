@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from musubi_tuner.runtime.files import read_text
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Answers that another try may get over."""
 _LONGEST_ANSWER = 8 * 2**20
+_BLOCK = 2**16
 _LONGEST_WAIT = 60.0
 _JPEG_QUALITY = 90
 
@@ -182,7 +183,7 @@ class EndpointCaptioner:
             headers["Authorization"] = f"Bearer {self._server.key}"
         try:
             with self._opener.open(urllib.request.Request(url, body, headers), timeout=self._server.timeout) as response:
-                data = response.read(_LONGEST_ANSWER + 1)
+                data = self._read(response)
         except urllib.error.HTTPError as error:
             with error:
                 refused = _Refused(url, error.code, _message(error.read(_LONGEST_ANSWER)), self._hint(error.code))
@@ -207,6 +208,20 @@ class EndpointCaptioner:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{url}: its answer is no JSON: {_short(data.decode('utf-8', 'replace'))}. Is the address right?") from error
+
+    def _read(self, response: Any) -> bytes:
+        """All of an answer, as long as it is not too long, and comes within the time: one may trickle without end.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        parts, count, end = [], 0, monotonic() + self._server.timeout
+        while count <= _LONGEST_ANSWER and (part := response.read1(_BLOCK)):
+            parts.append(part)
+            count += len(part)
+            if monotonic() > end:
+                raise TimeoutError
+        return b"".join(parts)
 
     def _late(self, url: str) -> TemporaryFailure:
         return TemporaryFailure(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from musubi_tuner.cache.index import printable
 from musubi_tuner.config.captioning import NO_PREFIXES, CaptionConfig, CaptionerOptions, WordingOptions
 from musubi_tuner.curation.captioning.answers import USUAL_PREFIXES
 from musubi_tuner.curation.captioning.endpoint import EndpointCaptioner, find_server
@@ -78,27 +79,28 @@ def _wording(options: WordingOptions) -> Wording:
 def _finish(places: Sequence[Place]) -> None:
     for place in places:
         if (path := place.finish()) is not None:
-            print(f"captions are in {path}; name it in the dataset TOML")
+            print(f"captions are in {printable(str(path))}; name it in the dataset TOML")
 
 
 def _told(made: Sequence[Outcome], choice: Choice, shared: Sequence[tuple[Medium, Medium]]) -> int:
     """A table of what was written, the failures first; returns the exit code."""
     failed = [one for one in made if one.caption is None]
-    rows = [(one.medium.path.name, f"FAILED: {one.note}") for one in failed]
-    rows += [(one.medium.path.name, _shown(one.caption, one.note)) for one in made if one.caption is not None]
+    rows = [(printable(one.medium.path.name), f"FAILED: {one.note}") for one in failed]
+    rows += [(printable(one.medium.path.name), _shown(one.caption, one.note)) for one in made if one.caption is not None]
     if rows:
         print(format_table(rows[:_MOST_ROWS], ("file", "caption")))
     if len(rows) > _MOST_ROWS:
         print(f"... and {len(rows) - _MOST_ROWS} more")
     for medium, owner in shared[:_MOST_ROWS]:
-        print(f"{medium.path.name}: not captioned by itself, as its caption is that of {owner.path.name}")
+        name, owns = printable(medium.path.name), printable(owner.path.name)
+        print(f"{name}: not captioned by itself, as its caption is that of {owns}")
     cut = sum(bool(one.note) for one in made if one.caption is not None)
     untried = len(choice.wanted) + len(choice.unreadable) - len(made)
     written = f"{len(made) - len(failed)} written{f' ({cut} of them cut)' if cut else ''}"
     kept = f"{choice.kept} kept{f' ({choice.edited} of them a person has written or edited)' if choice.edited else ''}"
     print(f"Captions: {written}, {kept}, {len(failed)} failed, {untried} not tried")
     for folder in sorted({one.medium.spec.root for one in made if one.caption is not None}):
-        print(f"to review: {folder / REVIEW_NAME}")
+        print(f"to review: {printable(str(folder / REVIEW_NAME))}")
     if failed or untried:
         log.warning("WARNING: %d file(s) have no new caption; run the same command again, it keeps what is there", len(failed) + untried)
     return EXIT_NOT_ALL if failed or untried else 0

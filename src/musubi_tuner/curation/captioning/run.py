@@ -14,6 +14,7 @@ from musubi_tuner.curation.captioning.instruction import Instruction
 from musubi_tuner.curation.captioning.media import Look, Looking, Medium, look_at
 from musubi_tuner.curation.captioning.places import Place
 from musubi_tuner.curation.captioning.review import Review, Written, caption_hash
+from musubi_tuner.runtime.disk import check_writable
 from musubi_tuner.runtime.errors import UserError
 
 Given = TypeVar("Given")
@@ -78,6 +79,9 @@ def choose(media: Sequence[Medium], places: Mapping[str, Place], *, overwrite: b
     Args:
         places: by the labels of the datasets.
         overwrite: captions of ours that nobody has edited too.
+
+    Raises:
+        UserError: a folder that cannot be written into.
     """
     reviews: dict[Path, Review] = {}
     wanted: list[Wanted] = []
@@ -85,7 +89,9 @@ def choose(media: Sequence[Medium], places: Mapping[str, Place], *, overwrite: b
     kept = edited = 0
     for medium in media:
         folder, place = medium.spec.root, places[medium.spec.label]
-        review = reviews.setdefault(folder, Review(folder)) if folder not in reviews else reviews[folder]
+        if folder not in reviews:
+            reviews[folder] = Review(folder)
+        review = reviews[folder]
         now = place.now(medium)
         if now.problem:
             unreadable.append(Outcome(medium, None, f"its caption cannot be read, and is left as it is: {now.problem}"))
@@ -95,7 +101,10 @@ def choose(media: Sequence[Medium], places: Mapping[str, Place], *, overwrite: b
             wanted.append(Wanted(medium, place, review, now.text))
         else:
             kept, edited = kept + 1, edited + overwrite
-    return Choice(tuple(wanted[:most]), kept, edited, tuple(unreadable))
+    chosen = tuple(wanted[:most])
+    for folder in {one.medium.spec.root for one in chosen}:
+        check_writable(folder)
+    return Choice(chosen, kept, edited, tuple(unreadable))
 
 
 def caption_all(

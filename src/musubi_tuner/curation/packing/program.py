@@ -14,6 +14,7 @@ from musubi_tuner.curation.packing.lock import TOML_NAME, Lock, windows_fault
 from musubi_tuner.curation.packing.pack import pack as write_pack
 from musubi_tuner.runtime.disk import check_folder
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import real_path
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.runtime.progress import Progress
 from musubi_tuner.runtime.tables import format_table
@@ -50,15 +51,16 @@ def unpack(options: UnpackConfig) -> int:
         UserError: what `unpacking.unpack` raises.
     """
     chosen = options.unpacking
-    if chosen.output is not None:
-        unpacking.check_output(chosen.output)
+    output = None if chosen.output is None else real_path(chosen.output)
+    if output is not None:
+        unpacking.check_output(output)
     with unpacking.open_pack(chosen.pack) as opened:
         size = opened.lock.size
-    with _Bytes("checking" if chosen.output is None else "unpacking", size) as bar:
-        if chosen.output is None:
+    with _Bytes("checking" if output is None else "unpacking", size) as bar:
+        if output is None:
             lock = unpacking.check(chosen.pack, bar.advance)
         else:
-            lock = unpacking.unpack(chosen.pack, chosen.output, bar.advance)
+            lock = unpacking.unpack(chosen.pack, output, bar.advance)
     _tell(lock)
     if chosen.output is None:
         print(f"{chosen.pack}: every file is as it was packed")
