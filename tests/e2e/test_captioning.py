@@ -1,6 +1,7 @@
 """Captions written by real models of toy size and by a server of the chat protocol: where they land, what stays, what is told."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -235,6 +236,9 @@ def test_a_server_that_is_too_slow_or_talks_nonsense_is_told_of(clips, capsys):
         b"<html>": "is no JSON",
         b"[" * 100_000: "is no JSON",
         b'{"choices": []}': "holds no choices",
+        b'{"choices": [1]}': "holds no choices",
+        b"null": "holds no choices",
+        b'{"choices": [{"message": {"content": ["x", {"text": 0}]}}]}': "answered nothing",
         b'{"choices": [{"message": {"content": 5}}]}': "is no text",
         b'{"choices": [{"message": {"content": null}}]}': "answered nothing",
     }
@@ -315,6 +319,39 @@ def test_captions_land_where_the_dataset_reads_them(clips, tmp_path, capsys):
         caption(clips, "--endpoint", server.url, "--caption_extension", ".cap", "--overwrite", "--trigger_word", "T")
         assert {source.caption for spec in datasets.all for source in list_sources(spec)} == {f"T, {Reply().text}"}, "one memory"
     assert not list(clips.glob("*.txt"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such names")
+def test_files_of_any_name_and_state(tmp_path, capsys):
+    folder = tmp_path / "odd"
+    (clip,) = write_clips(folder, count=1, frames=1)
+    clip.with_suffix(".txt").unlink()
+    for name in (b"a b'c\"d.mp4", ("\u65e5" * 80 + ".mp4").encode(), b"bad\xff.mp4", b"n" * 251 + b".mp4"):
+        (folder / os.fsdecode(name)).write_bytes(clip.read_bytes())
+    for name in ("zero.mp4", "no.png", "none.wav"):
+        (folder / name).write_bytes(b"")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "folder.mp4").write_bytes(clip.read_bytes())
+    (folder / "folder.txt").mkdir()
+    (folder / "link.mp4").symlink_to(folder / "nowhere")
+    with parts.serving() as server:
+        caption(folder, "--endpoint", server.url, "--sound", "on", "--frames", "256", code=1)
+        assert "5 written, 0 kept, 6 failed, 0 not tried" in capsys.readouterr().out
+        caption(folder, "--endpoint", server.url, "--overwrite", "--trigger_word", "T", code=1)
+    (folder / "folder.txt").rmdir()
+    assert len(texts(folder)) == 5 and all(text.startswith("T, ") for text in texts(folder).values())
+
+
+def test_real_clips(shared_media, tmp_path):
+    for path in shared_media.glob("*.mp4"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with parts.serving() as server:
+        caption(tmp_path, "--endpoint", server.url, "--sound", "on")
+    assert len(texts(tmp_path)) == 3 and server.faults == []
+    for body in server.requests:
+        assert {picture.size for picture in parts.pictures(body)} == {(768, 443)} and len(parts.pictures(body)) == 8
+        ((channels, rate, samples),) = parts.sounds(body)
+        assert (channels, rate) == (1, 16000) and samples > 16000
 
 
 def test_one_caption_file_of_two_media_is_of_the_video(clips, tmp_path, capsys):
@@ -408,7 +445,6 @@ def test_folders_without_media_and_other_files(tmp_path):
 
 
 def test_ctrl_c_ends_without_waiting_for_the_server(clips):
-    import os
     import signal
 
     with parts.serving(lambda body, number: Reply(hold=20 if number else 0)) as server:

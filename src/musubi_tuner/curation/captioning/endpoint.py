@@ -126,10 +126,10 @@ class EndpointCaptioner:
         except (TypeError, LookupError) as error:
             raise UserError(f"{where} holds no choices with a message: {_short(answer)}. Is it a server of the chat protocol?") from error
         if isinstance(said, list):
-            said = "".join(part.get("text", "") for part in said if isinstance(part, dict))
+            said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
         if said is not None and not isinstance(said, str):
             raise UserError(f"{where} is no text: {_short(said)}.")
-        return Answer((said or "").encode("utf-8", "replace").decode(), choice.get("finish_reason") == "length")
+        return Answer(_clean(said or ""), choice.get("finish_reason") == "length")
 
     def _request(self, instruction: str, look: Look) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
@@ -162,7 +162,8 @@ class EndpointCaptioner:
                 raise
             return []
         rows = listed.get("data") if isinstance(listed, dict) else None
-        return [row["id"] for row in rows or () if isinstance(row, dict) and isinstance(row.get("id"), str)]
+        found = [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)] if isinstance(rows, list) else []
+        return list(dict.fromkeys(_clean(name) for name in found if name.strip()))
 
     def _send(self, path: str, body: bytes | None) -> Any:
         wait = 1.0
@@ -260,6 +261,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
+
+
+def _clean(text: str) -> str:
+    """Without halves of pairs of escapes, which no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _base64(data: bytes) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from musubi_tuner.cache.store import text_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.curation.captioning.media import Medium
 from musubi_tuner.runtime.disk import not_written, write_whole
@@ -162,6 +161,6 @@ def new_jsonl(spec: DatasetSpec) -> Path:
 
 def _replace(path: Path, data: bytes) -> None:
     try:
-        write_whole(path, data, path.with_name(f".{text_fingerprint(path.name)[:12]}.{os.getpid()}.tmp"))
+        write_whole(path, data, path.with_name(f".ltxv2_caption.{os.getpid()}.tmp"))
     except OSError as error:
         raise not_written(path, error) from error

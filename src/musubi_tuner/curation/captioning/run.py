@@ -15,7 +15,7 @@ from musubi_tuner.curation.captioning.media import Look, Looking, Medium, look_a
 from musubi_tuner.curation.captioning.places import Place
 from musubi_tuner.curation.captioning.review import Review, Written, caption_hash
 from musubi_tuner.runtime.disk import check_writable
-from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ def caption_all(
         requests: at once, to a server; None: one after the other by a model in this process, while the next files are decoded.
 
     Raises:
-        UserError: a caption or the review cannot be written.
+        TemporaryFailure: the disk is full.
     """
     gone = 0
 
@@ -150,7 +150,12 @@ def caption_all(
             continue
         gone = 0
         note = "; ".join(part for part in (caption.note, cut) if part)
-        yield _write(one, caption, answer, note, seconds, heard, captioner.name, wording.instruction)
+        try:
+            yield _write(one, caption, answer, note, seconds, heard, captioner.name, wording.instruction)
+        except TemporaryFailure:  # the disk is full: no later one can be written either
+            raise
+        except UserError as error:
+            yield Outcome(one.medium, None, str(error))
 
 
 def _write(
