@@ -82,6 +82,50 @@ def write_hearing_model(folder: Path) -> Path:
     return folder
 
 
+def write_omni_model(folder: Path) -> Path:
+    """A Qwen2.5-Omni that sees and hears, without the part that speaks; needs torchvision."""
+    from transformers import (
+        Qwen2_5OmniConfig,
+        Qwen2_5OmniForConditionalGeneration,
+        Qwen2_5OmniProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    signs = {
+        "image": "<|IMAGE|>", "audio": "<|AUDIO|>", "video": "<|VIDEO|>", "vision_bos": "<|vision_bos|>", "vision_eos": "<|vision_eos|>",
+        "audio_bos": "<|audio_bos|>", "audio_eos": "<|audio_eos|>",
+    }  # fmt: skip
+    tokenizer = _tokenizer(**{f"{name}_token": sign for name, sign in signs.items()})
+    template = _TEMPLATE.replace("<boi>", "<|vision_bos|><|IMAGE|><|vision_eos|>").replace(
+        "<|AUDIO|>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    )
+    pictures, ear = Qwen2VLImageProcessor(min_pixels=784, max_pixels=3136), WhisperFeatureExtractor(feature_size=16, chunk_length=4)
+    Qwen2_5OmniProcessor(pictures, Qwen2VLVideoProcessor(), ear, tokenizer, chat_template=template).save_pretrained(folder)
+    ids = {name: tokenizer.convert_tokens_to_ids(sign) for name, sign in signs.items()}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    thinker = {
+        "audio_config": {
+            "num_mel_bins": 16, "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "output_dim": 32,
+            "max_source_positions": 200, "n_window": 20,
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14,
+            "fullatt_block_indexes": [0], "window_size": 56,
+        },
+        "text_config": {
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "rope_parameters": rope,
+        },
+        "image_token_id": ids["image"], "audio_token_id": ids["audio"], "video_token_id": ids["video"], "pad_token_id": 0,
+        "vision_start_token_id": ids["vision_bos"], "vision_end_token_id": ids["vision_eos"], "audio_start_token_id": ids["audio_bos"],
+        "audio_end_token_id": ids["audio_eos"],
+    }  # fmt: skip
+    _save(Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False), folder, tokenizer)
+    return folder
+
+
 def _save(kind, config, folder: Path, tokenizer) -> None:
     """With a generation config by which it says words alone: random weights would end at once, or say what is not shown."""
     with torch.random.fork_rng():

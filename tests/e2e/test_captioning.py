@@ -1,7 +1,9 @@
 """Captions written by real models of toy size and by a server of the chat protocol: where they land, what stays, what is told."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +98,29 @@ def test_an_audio_model_captions_sound_and_sees_nothing(hearing, clips, tmp_path
     assert "sees nothing" in capsys.readouterr().out and not texts(clips)
 
 
+def test_an_omni_model_sees_and_hears(clips, tmp_path):
+    pytest.importorskip("torchvision")
+    model = parts.write_omni_model(tmp_path / "toy omni")
+    caption(clips, "--model", model, "--frames", "2", *LOCAL)
+    rows = {row["file"]: row for row in review(clips)}
+    assert len(rows) == 4 and {name: row["heard"] for name, row in rows.items() if name.startswith("still")} == {"still_000.png": False}
+    assert all(row["heard"] for name, row in rows.items() if name.startswith("clip"))
+    silent = [row["caption"] for row in review(clips)]
+    caption(clips, "--model", model, "--frames", "2", *LOCAL, "--sound", "off", "--overwrite")
+    assert not any(row["heard"] for row in review(clips)[4:]) and [row["caption"] for row in review(clips)[4:]] != silent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_processor_that_needs_torchvision_says_so(seeing, clips, tmp_path):
+    broken = tmp_path / "toy qwen"
+    shutil.copytree(seeing, broken)
+    (broken / "processor_config.json").unlink()
+    config = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (broken / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="its processor needs torchvision.*--endpoint"):
+        caption(clips, "--model", broken, *LOCAL)
+
+
 def test_a_vision_model_does_not_hear(seeing, clips, capsys):
     caption(clips, "--model", seeing, *LOCAL, "--sound", "on", "--most", "1", code=1)
     assert "hears nothing" in capsys.readouterr().out
@@ -118,8 +143,6 @@ def test_a_vision_model_does_not_hear(seeing, clips, capsys):
     ],
 )
 def test_folders_that_are_no_such_model_are_refused(seeing, clips, tmp_path, change, says):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(seeing, broken)
     change(broken)
@@ -129,8 +152,6 @@ def test_folders_that_are_no_such_model_are_refused(seeing, clips, tmp_path, cha
 
 
 def test_weights_that_are_missing_are_told_of(seeing, clips, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"

@@ -13,14 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from musubi_tuner import ltxv2_dataset, ltxv2_train_network
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.curation.packing import lock as locks
 from musubi_tuner.curation.packing import pack as packing
+from musubi_tuner.media.write import write_image
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
-from musubi_tuner.tiny.clips import write_audio_files, write_stills
+from musubi_tuner.tiny.clips import write_audio_files, write_clips, write_stills
 from tests import training_parts as parts
+from tests.e2e.test_conditioning import RECIPES
 
 LOCK = "ltxv2_pack.json"
 
@@ -59,8 +62,8 @@ def dataset(*words, code=0):
     assert ltxv2_dataset.main([*map(str, words)]) == code
 
 
-def train(data, toml, output):
-    words = data.arguments("--max_train_steps", "3", "--output_dir", str(output), "--seed", "7", "--validate_every_n_steps", "3")
+def train(data, toml, output, *more):
+    words = data.arguments("--max_train_steps", "3", "--output_dir", str(output), "--seed", "7", "--validate_every_n_steps", "3", *more)
     assert ltxv2_train_network.main([str(toml) if word == str(data.toml) else word for word in words]) == 0
     return [{key: value for key, value in row.items() if "second" not in key and "time" not in key} for row in parts.losses(output)]
 
@@ -96,6 +99,34 @@ def test_a_pack_trains_elsewhere_with_the_same_losses(data, archive, tmp_path, f
     assert "datasets[1]" in out and "--ltx_mode av" in out
     assert not left_beside(tmp_path / "there ü" / "data") == [], "the folder itself"
     assert left_beside(tmp_path / "there ü" / "data") == ["data"]
+
+
+def test_every_kind_of_sidecar_and_shared_folders_move(tiny_family, tmp_path):
+    """References, masks, keyframes, mirror images; two datasets of the same media and cache, and a setting of each kind."""
+    here = tmp_path / "here"
+    write_clips(here / "clips", count=1, frames=25, width=128, height=64)
+    write_clips(here / "references", count=1, frames=25, width=128, height=64, seed=7)
+    (here / "references" / "clip_000.txt").unlink()
+    (here / "masks").mkdir()
+    write_image(here / "masks" / "clip_000.png", torch.full((64, 128, 3), 255, dtype=torch.uint8))
+    (here / "dataset.toml").write_text(
+        '[general]\nresolution = [128, 64]\nreference_downscale = 2\nflip_x = "force"\ncaption_dropout_rate = 0.1\n'
+        '[[datasets]]\nvideo_directory = "clips"\nreference_directory = "references"\nmask_directory = "masks"\ntarget_frames = [17]\n'
+        'keyframes = ["first", 3, "every 8"]\nvideo_loss_weight = 0.5\n'
+        '[[datasets]]\nvideo_directory = "clips"\ntarget_frames = [9]\nframe_extraction = "uniform"\nframe_sample = 2\ntarget_fps = 12.5\n',
+        encoding="utf-8",
+    )
+    data = parts.Data(here, here / "dataset.toml", tiny_family.ltx23, "video", tiny_family.gemma)
+    parts.cache(data)
+    dataset("pack", data.toml, "--output", tmp_path / "pack.tar", "--ltx_mode", "video")
+    dataset("unpack", tmp_path / "pack.tar", "--output", tmp_path / "there")
+    endings = {"_ref", "_mask", "_keyframes", "_mirrored_ltxv2", "_te"}
+    assert all(any(f"{ending}.safetensors" in name for name in files_of(tmp_path / "there")) for ending in endings)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"dataset.toml", "datasets_0"}, "what was one folder still is"
+    recipe = ("--conditioning_config", str(RECIPES / "reference_video.toml"))
+    before = train(data, data.toml, tmp_path / "a", *recipe)
+    here.rename(tmp_path / "gone")
+    assert train(data, tmp_path / "there" / "dataset.toml", tmp_path / "b", *recipe) == before
 
 
 def test_a_pack_holds_no_media_and_no_path_of_this_machine(data, archive):

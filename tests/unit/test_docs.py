@@ -49,6 +49,9 @@ SEARCHES = {
     "timestep sampling": "explanation/noise_levels.md",
     "text encoder": "how-to/captions.md",
     "latent caching": "how-to/cache.md",
+    "auto-captioning": "how-to/caption_clips.md",
+    "VLM": "how-to/caption_clips.md",
+    "another machine": "how-to/move_caches.md",
     "NaN": "how-to/troubleshooting.md",
     "GGUF": "reference/model_files.md",
 }

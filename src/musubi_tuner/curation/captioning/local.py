@@ -18,6 +18,13 @@ from musubi_tuner.runtime.files import read_json
 
 _WEIGHTS = ("*.safetensors",)
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WRITERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""Of models that also speak, by their type: the part that writes. What speaks is left in its file, a pickle among it."""
+_EARS = ("feature_extractor", "audio_processor")
+"""Parts of processors."""
 _REMEDY = "Give the folder of a vision-language or omni model as it is published (config.json, processor, tokenizer, *.safetensors)."
 
 
@@ -46,12 +53,13 @@ class LocalCaptioner:
             self._model = _load_model(folder, device)
         known = self._processor.get_attributes()
         self.sees = "image_processor" in known
-        self.hears = "feature_extractor" in known
+        ears = [name for name in _EARS if name in known]
+        self.hears = bool(ears)
         if not self.sees and not self.hears:
             raise UserError(f"--model {folder}: its processor takes neither pictures nor sound. {_REMEDY}")
         if not getattr(self._processor, "chat_template", None):
             raise UserError(f"--model {folder}: holds no chat template, so it follows no instruction. Give a model tuned to instructions.")
-        self._rate = int(getattr(getattr(self._processor, "feature_extractor", None), "sampling_rate", SOUND_RATE))
+        self._rate = int(getattr(getattr(self._processor, ears[0]), "sampling_rate", SOUND_RATE)) if ears else SOUND_RATE
 
     def ask(self, instruction: str, look: Look) -> Answer:
         """What it says.
@@ -97,8 +105,6 @@ class LocalCaptioner:
             chosen["temperature"] = self._sampling.temperature
         else:
             chosen |= {"temperature": None, "top_p": None, "top_k": None}
-        if hasattr(self._model, "disable_talker"):  # an omni model that also speaks
-            chosen["return_audio"] = False
         return chosen
 
 
@@ -136,8 +142,8 @@ def _load_processor(folder: Path) -> Any:
     except ImportError as error:
         library = "torchvision" if "torchvision" in str(error).lower() else _first_line(error)
         raise UserError(
-            f"--model {folder}: its processor needs {library}, which is not installed. Install it (docs/how-to/caption_clips.md), or run "
-            "the model in a server and give --endpoint."
+            f"--model {folder}: its processor needs {library}, which is not installed here, or does not fit torch. Install it "
+            "(docs/how-to/caption_clips.md), or run the model in a server and give --endpoint."
         ) from error
     except Exception as error:  # of tokenizers, which has no narrower class for what is wrong with a file
         raise UserError(f"--model {folder}: its processor cannot be loaded ({_first_line(error)}). {_REMEDY}") from error
@@ -147,19 +153,19 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _load_model(folder: Path, device: torch.device) -> Any:
-    from transformers import AutoModelForMultimodalLM
+    import transformers
 
-    quantized = "quantization_config" in read_json(folder / "config.json")  # such weights are made on the device, and stay there
+    config = read_json(folder / "config.json")
+    kind: Any = getattr(transformers, _WRITERS.get(config["model_type"], "AutoModelForMultimodalLM"))
+    quantized = "quantization_config" in config  # such weights are made on the device, and stay there
     where = {"device_map": {"": str(device)}} if quantized else {}
     try:
-        model, found = AutoModelForMultimodalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             dtype="auto" if quantized else compute_dtype(device), **where,
         )  # fmt: skip
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"--model {folder}: its files lack {len(missing)} weights, first {missing[0]}. Download it again.")
-        if hasattr(model, "disable_talker"):
-            model.disable_talker()
         model = model.requires_grad_(False).eval()
         return model if quantized else model.to(device)
     except UserError:
