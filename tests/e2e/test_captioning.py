@@ -15,6 +15,7 @@ import torch
 from musubi_tuner import ltxv2_dataset
 from musubi_tuner.config.dataset import load_dataset_config
 from musubi_tuner.curation.captioning import endpoint
+from musubi_tuner.page.fill import data_of
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.sources.listing import list_sources
 from musubi_tuner.tiny.clips import write_audio_files, write_clips, write_stills
@@ -51,6 +52,7 @@ def impatient(monkeypatch):
 
 
 waits: list[float] = []
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def caption(*words, code=0):
@@ -373,6 +375,59 @@ def test_real_clips(shared_media, tmp_path):
         assert {picture.size for picture in parts.pictures(body)} == {(768, 443)} and len(parts.pictures(body)) == 8
         ((channels, rate, samples),) = parts.sounds(body)
         assert (channels, rate) == (1, 16000) and samples > 16000
+
+
+NASTY = '</script><img src=x onerror="alert(1)"> & {{data}}'
+
+
+def test_the_page_shows_every_caption_and_runs_nothing_of_them(clips, capsys):
+    (clips / "clip_000.txt").write_text(NASTY, encoding="utf-8")
+    (clips / "still_000.txt").write_bytes(b"\xff")
+    (clips / "clip_001.mp4").rename(clips / "a #%& b.mp4")
+    with parts.serving(lambda body, number: Reply(text=f"The video shows {NASTY}")) as server:
+        caption(clips, "--endpoint", server.url, "--page", code=1)
+        (clips / "clip_002.txt").write_text("edited", encoding="utf-8")
+        caption(clips, "--endpoint", server.url, "--page", code=1)
+    page = clips / "caption_review.html"
+    assert f"to look at: {page}" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "<img" not in text and text.count("</script>") == 2
+    rows = {row["file"]: row for row in data_of(page)["rows"]}
+    assert {name: (row["caption"], row["by"], row["ours"]) for name, row in rows.items()} == {
+        "a #%& b.mp4": (NASTY, "by toy-vlm", True),
+        "clip_000.mp4": (NASTY, "by a person", False),
+        "clip_002.mp4": ("edited", "edited by a person", False),
+        "still_000.png": ("", "", False),
+    }
+    assert "not UTF-8" in rows["still_000.png"]["note"] and rows["a #%& b.mp4"]["answer"].startswith("The video shows")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, CHROMIUM)), reason="no browser")
+def test_the_page_in_a_browser(clips):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra 'browser')")
+    (clips / "clip_001.mp4").rename(clips / "a #%& b.mp4")
+    (clips / "clip_000.txt").write_text(NASTY, encoding="utf-8")
+    with parts.serving() as server:
+        caption(clips, "--endpoint", server.url, "--page")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=next(filter(None, map(shutil.which, CHROMIUM))), args=["--no-sandbox"])
+        page = browser.new_page()
+        faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("requestfailed", lambda request: faults.append(request.url))
+        page.goto((clips / "caption_review.html").as_uri())
+        page.wait_for_function("[...document.querySelectorAll('video')].every((one) => one.readyState > 0)")
+        assert page.locator("article").count() == 4 and page.locator("#count").text_content() == "4 of 4"
+        assert page.locator("article p").all_text_contents().count(NASTY) == 1
+        assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+        page.select_option("#which", "person")
+        assert page.locator("article:visible").count() == 1
+        page.select_option("#which", "all")
+        page.fill("#words", "STILL_")
+        assert page.locator("article:visible strong").all_text_contents() == ["still_000.png"]
+        assert faults == []
+        browser.close()
 
 
 def test_one_caption_file_of_two_media_is_of_the_video(clips, tmp_path, capsys):

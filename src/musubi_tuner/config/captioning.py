@@ -88,6 +88,7 @@ class CaptionWritingOptions:
     """What is written."""
 
     overwrite: bool = flag("caption again what this program captioned and nobody has edited since", default=False)
+    page: bool = flag("also write caption_review.html beside the media: each with its caption, for a browser", default=False)
     output: AnyPath | None = flag(
         "new jsonl of a jsonl dataset; default: beside the old one, with .captioned before its ending", default=None
     )

@@ -10,6 +10,7 @@ from musubi_tuner.curation.captioning.endpoint import EndpointCaptioner, find_se
 from musubi_tuner.curation.captioning.instruction import read_instruction
 from musubi_tuner.curation.captioning.local import LocalCaptioner, Sampling
 from musubi_tuner.curation.captioning.media import Looking, Medium, list_media, media_specs
+from musubi_tuner.curation.captioning.page import write_pages
 from musubi_tuner.curation.captioning.places import Place, open_places
 from musubi_tuner.curation.captioning.review import REVIEW_NAME
 from musubi_tuner.curation.captioning.run import Choice, Outcome, Wording, caption_all, choose
@@ -40,7 +41,11 @@ def caption(options: CaptionConfig) -> int:
             made += _made(options, choice, wording)
         finally:
             _finish(list(places.values()))
-    return _told(made, choice, shared)
+    pages = write_pages(media, places) if options.writing.page else []
+    code = _told(made, choice, shared)
+    for page in pages:
+        print(f"to look at: {printable(str(page))}")
+    return code
 
 
 def _made(options: CaptionConfig, choice: Choice, wording: Wording) -> list[Outcome]:

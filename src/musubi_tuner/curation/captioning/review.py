@@ -7,6 +7,7 @@ counts, and what cannot be read is passed over: a caption that no line tells of 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Review:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / REVIEW_NAME
-        self._hashes: dict[tuple[str, str], str] = {}
+        self._entries: dict[tuple[str, str], Mapping[str, Any]] = {}
         try:
             lines = self.path.read_bytes().splitlines()
         except OSError:
@@ -60,11 +61,15 @@ class Review:
             except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "place", "sha256")):
-                self._hashes[entry["file"], entry["place"]] = entry["sha256"]
+                self._entries[entry["file"], entry["place"]] = entry
 
     def is_ours(self, file: str, place: str, caption: str) -> bool:
         """Whether a caption is still the one that was written last."""
-        return self._hashes.get((file, place)) == caption_hash(caption)
+        return self.entry(file, place).get("sha256") == caption_hash(caption)
+
+    def entry(self, file: str, place: str) -> Mapping[str, Any]:
+        """What was written of a file last, as `Written` has it; nothing where nothing was."""
+        return self._entries.get((file, place), {})
 
     def add(self, written: Written) -> None:
         """
@@ -81,4 +86,4 @@ class Review:
                 file.write(b"\n" * torn + line)
         except OSError as error:
             raise not_written(self.path, error) from error
-        self._hashes[written.file, written.place] = written.sha256
+        self._entries[written.file, written.place] = entry
