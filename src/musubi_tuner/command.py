@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "ltxv2_generate_video",
     "cache-rollouts": "ltxv2_cache_rollouts",
     "train-rl": "ltxv2_train_rl",
+    "rl-rounds": "ltxv2_rl_rounds",
     "report": "ltxv2_report",
     "dataset": "ltxv2_dataset",
     "lora": "ltxv2_lora",

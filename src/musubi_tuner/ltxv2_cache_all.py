@@ -2,13 +2,12 @@
 
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 from musubi_tuner.config.caching import AudioCachingConfig, CacheAllConfig, LatentCachingConfig, TextCachingConfig
 from musubi_tuner.config.flags import describe, parse
+from musubi_tuner.runtime.children import run_command
 from musubi_tuner.runtime.program import EXIT_NOT_ALL, run_program
 from musubi_tuner.runtime.tables import format_table
 
@@ -27,14 +26,14 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     for name, words in commands.items():
         parse(_CONFIGS[name], words, prog=prog, description=DESCRIPTION)
     if not config.data.dry_run:  # the last program's models are looked at before the first one works for hours
-        code = _run(TEXT, [*commands[TEXT], "--dry_run"], quiet=True)
+        code = run_command(TEXT, [*commands[TEXT], "--dry_run"], quiet=True)
         if code > EXIT_NOT_ALL:
             return code
     rows, worst = [], 0
     for name, words in commands.items():
         log.info("\n=== ltxv2 %s", name)
         started = time.monotonic()
-        code = _run(name, words)
+        code = run_command(name, words)
         rows.append((f"ltxv2 {name}", f"{time.monotonic() - started:.0f} s", "done" if code == 0 else f"exit code {code}"))
         worst = max(worst, code)
         if code > EXIT_NOT_ALL:
@@ -57,22 +56,6 @@ def words_of(config: CacheAllConfig, name: str) -> list[str]:
             continue
         words += [f"--{flag.key}" if value else f"--no-{flag.key}"] if isinstance(value, bool) else [f"--{flag.key}", str(value)]
     return words
-
-
-def _run(name: str, words: Sequence[str], *, quiet: bool = False) -> int:
-    """Its exit code; what it says is shown unless `quiet`, where it ends well."""
-    command = [sys.executable, "-m", "musubi_tuner.command", name, *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None)
-    try:
-        said, _ = process.communicate()
-    except BaseException:  # Ctrl-C, or a signal that asks for the end
-        process.terminate()
-        process.wait()
-        raise
-    if quiet and process.returncode > EXIT_NOT_ALL:
-        sys.stderr.buffer.write(said)
-        sys.stderr.flush()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from musubi_tuner import ltxv2_cache_all, ltxv2_doctor, make_tiny
+from musubi_tuner import ltxv2_cache_all, ltxv2_doctor, ltxv2_rl_rounds, make_tiny
 from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.store import serialize, write_bytes
 from musubi_tuner.config.training import TrainingConfig
@@ -29,8 +29,9 @@ from musubi_tuner.tiny.checkpoint import write_tiny_family
 from musubi_tuner.tiny.clips import write_audio_files, write_clips, write_stills
 from tools.make_options_table import PROGRAMS as DOCUMENTED
 
-CONFIGS = {program.module: program.config for program in DOCUMENTED if not program.subcommand and program.module is not ltxv2_cache_all}
-"""Of every program but that which runs three of them, and those with subcommands."""
+_RUN_OTHERS = (ltxv2_cache_all, ltxv2_rl_rounds)
+CONFIGS = {program.module: program.config for program in DOCUMENTED if not program.subcommand and program.module not in _RUN_OTHERS}
+"""Of every program but those that run several of them, and those with subcommands."""
 CONFIGS |= {ltxv2_doctor: TrainingConfig, make_tiny: make_tiny.TinyConfig}
 MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".")[2]: module.main for module in CONFIGS}
 

@@ -1,0 +1,47 @@
+"""Reinforcement learning in rounds: rollouts, scores, update, judged on held-out prompts: `ltxv2_rl_rounds.py`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.rounds import RoundsConfig, read_stages
+from musubi_tuner.runtime.children import run_command
+from musubi_tuner.runtime.program import run_program
+
+log = logging.getLogger(__name__)
+
+PROG = "ltxv2_rl_rounds.py"
+DESCRIPTION = "Rollouts, scores and updates in rounds, each judged on held-out prompts."
+
+
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    config = parse(RoundsConfig, argv, prog=prog, description=DESCRIPTION)
+    options = config.rounds
+    stages = read_stages(options.rl_config)
+    from musubi_tuner.reinforcement.rounds import Rounds, StageFailed, best_of
+    from musubi_tuner.runtime.lock import held
+    from musubi_tuner.runtime.tables import format_table
+
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with held(options.output_dir / "rounds.lock", what=f"rounds in {options.output_dir}", remedy="Wait for its end."):
+        try:
+            rows = Rounds(options=options, stages=stages, run=run_command).go()
+        except StageFailed as failed:
+            log.error("%s: the message is above; the same command goes on from there", failed)
+            return failed.code
+    best = best_of(rows)
+    shown = []
+    for row in rows:
+        standing = row["heldout"]
+        name = "base model" if row["round"] is None else f"round {row['round']}{' (best)' if row['round'] == best else ''}"
+        gain = "" if row["round"] is None else f"{standing['gain']:+.4f} ± {standing['error']:.4f}"
+        shown.append((name, f"{standing['mean']:.4f}", gain, ", ".join(f"{key} {value:.4f}" for key, value in standing["rewards"].items())))
+    log.info("\n%s", format_table(shown, ("held-out prompts", "reward", "gain", "each")))
+    log.info("written: %s", options.output_dir / f"{options.output_name}.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

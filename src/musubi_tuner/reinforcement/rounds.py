@@ -1,0 +1,217 @@
+"""Rounds: rollouts, scores, update, and how the new policy does on prompts that are never learned from.
+
+    OUTPUT_DIR/rounds.json               what each round did; written when it is done
+    OUTPUT_DIR/before/heldout            held-out samples of the base model
+    OUTPUT_DIR/round_000/rollouts, training, heldout
+    OUTPUT_DIR/NAME.safetensors          the LoRA of the best round
+
+Every stage can be stopped at any point and goes on from its files, so the driver need not remember where it was.
+"""
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.cache.store import write_bytes
+from musubi_tuner.config.rounds import RoundOptions, StageFlags
+from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, read_rollouts
+from musubi_tuner.reinforcement.scored import rewards_of
+from musubi_tuner.runtime.disk import remove_folder
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.files import read_json
+
+log = logging.getLogger(__name__)
+
+ROUNDS = "rounds.json"
+_FORMAT = 1
+Run = Callable[[str, Sequence[str]], int]
+"""Command and words -> exit code."""
+
+
+class StageFailed(Exception):
+    """A program did not end well."""
+
+    def __init__(self, stage: str, code: int) -> None:
+        super().__init__(f"{stage} ended with {code}")
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A policy on the held-out prompts."""
+
+    mean: float
+    """Weighted sum of the rewards, over all samples."""
+    gain: float
+    """Mean difference from the base model's sample of the same seed."""
+    error: float
+    """Standard error of the gain, over prompts."""
+    rewards: Mapping[str, float]
+    """Mean of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounds:
+    """All rounds of a folder."""
+
+    options: RoundOptions
+    stages: StageFlags
+    run: Run
+
+    def go(self) -> list[dict[str, Any]]:
+        """Do what is left, and return a row for each round, the base model's first.
+
+        Raises:
+            StageFailed: a program has told why.
+            UserError: rounds of other settings, or a reward that no held-out sample has.
+        """
+        folder = self.options.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self._earlier()
+        if not rows:
+            first: dict[str, Any] = {"round": None, "heldout": _plain(self._judge(folder / "before", None, None))}
+            rows = [first]
+            self._keep(rows)
+        if self.options.rl_delete_round_caches:
+            for number in range(len(rows) - 1):  # a run that was killed may not have come to it
+                _delete_samples(folder / f"round_{number:03d}" / "rollouts")
+        base = folder / "before" / "heldout"
+        for number in range(len(rows) - 1, self.options.rl_rounds):
+            place = folder / f"round_{number:03d}"
+            policy = self._policy(number - 1)
+            self._stage(
+                "rollouts", "cache-rollouts",
+                {"rl_prompts": self.options.rl_prompts, "rl_rollout_cache": place / "rollouts", "rl_policy": policy, "rl_round": number},
+            )  # fmt: skip
+            self._stage("scores", "score-rollouts", {"rl_rollout_cache": place / "rollouts"})
+            learned = self._of_rollouts(place / "rollouts")
+            reward_fn = self.stages.of["scores"]["reward_fn"]
+            self._stage(
+                "training", "train-rl",
+                {
+                    "rl_rollout_cache": place / "rollouts", "reward_fn": reward_fn, "network_weights": policy,
+                    "output_dir": place / "training", "output_name": self.options.output_name, "autoresume": True,
+                },
+            )  # fmt: skip
+            standing = self._judge(place, self._policy(number), base)
+            rows.append({"round": number, "rollouts": learned, "heldout": _plain(standing)})
+            self._keep(rows)
+            if self.options.rl_delete_round_caches:
+                _delete_samples(place / "rollouts")
+        return rows
+
+    def _policy(self, number: int) -> Path | None:
+        """The LoRA of a round; None is the base model."""
+        if number < 0:
+            return None
+        return self.options.output_dir / f"round_{number:03d}" / "training" / f"{self.options.output_name}.safetensors"
+
+    def _judge(self, place: Path, policy: Path | None, base: Path | None) -> Standing:
+        """Samples of the held-out prompts, the same seeds for every policy, without stochastic steps."""
+        own = {
+            "rl_prompts": self.options.rl_heldout_prompts, "rl_rollout_cache": place / "heldout", "rl_policy": policy, "rl_round": 0,
+            "rl_group_size": self.options.rl_heldout_group_size, "rl_seed": self.options.rl_heldout_seed, "rl_sde_type": "none",
+        }  # fmt: skip
+        self._stage("rollouts", "cache-rollouts", own)
+        self._stage("scores", "score-rollouts", {"rl_rollout_cache": place / "heldout"})
+        return standing(place / "heldout", base, self.stages.of["scores"]["reward_fn"])
+
+    def _of_rollouts(self, folder: Path) -> dict[str, float]:
+        rewards = rewards_of(folder, self.stages.of["scores"]["reward_fn"])
+        return {one.reward: statistics.fmean(score for score in one.scores.values() if score is not None) for one in rewards}
+
+    def _stage(self, stage: str, command: str, own: Mapping[str, Any]) -> None:
+        log.info("\n=== ltxv2 %s: %s", command, own.get("output_dir") or own["rl_rollout_cache"])
+        code = self.run(command, self.stages.words(stage, own))
+        if code:
+            raise StageFailed(f"ltxv2 {command}", code)
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        path = self.options.output_dir / ROUNDS
+        if not path.is_file():
+            return []
+        facts = read_json(path)
+        if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("settings") != self._settings():
+            raise UserError(
+                f"{path}: holds rounds of other settings (--rl_config, prompts or held-out seeds). Give another --output_dir, or go on "
+                "with those that it was begun with."
+            )
+        return list(facts["rounds"])
+
+    def _keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        best = best_of(rows)
+        if best is not None:
+            policy = self._policy(best)
+            assert policy is not None
+            write_bytes(self.options.output_dir / policy.name, policy.read_bytes())
+        facts = {"format": _FORMAT, "settings": self._settings(), "best": best, "rounds": list(rows)}
+        write_bytes(self.options.output_dir / ROUNDS, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _settings(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "stages": {name: dict(table) for name, table in self.stages.of.items()},
+            "prompts": options.rl_prompts.read_text(encoding="utf-8"),
+            "heldout_prompts": options.rl_heldout_prompts.read_text(encoding="utf-8"),
+            "heldout": [options.rl_heldout_group_size, options.rl_heldout_seed],
+        }
+
+
+def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
+    """
+    Args:
+        base: held-out samples of the base model; None = these are.
+
+    Raises:
+        UserError: no sample has a score.
+    """
+    rollouts = read_rollouts(folder)
+    totals = _totals(rollouts, reward_fn)
+    if not totals:
+        raise UserError(f"{folder}: no held-out sample has a score by all of {reward_fn}. Score another reward, or other prompts.")
+    others = totals if base is None else _totals(read_rollouts(base), reward_fn)
+    by_prompt: dict[int, list[float]] = {}
+    for sample in rollouts.samples:
+        if sample.name in totals and sample.name in others:
+            by_prompt.setdefault(sample.prompt, []).append(totals[sample.name] - others[sample.name])
+    gains = [statistics.fmean(values) for values in by_prompt.values()]
+    rewards = {
+        one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0])
+        for one in rewards_of(folder, reward_fn)
+    }
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return Standing(statistics.fmean(totals.values()), statistics.fmean(gains), error, rewards)
+
+
+def _totals(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
+    """Weighted sum of the rewards of each sample that has them all."""
+    rewards = rewards_of(rollouts.folder, reward_fn)
+    found = {}
+    for sample in rollouts.samples:
+        scores = [(one.weight, one.scores.get(sample.name)) for one in rewards]
+        if all(score is not None for _, score in scores):
+            found[sample.name] = sum(weight * score for weight, score in scores if score is not None)
+    return found
+
+
+def _plain(one: Standing) -> dict[str, Any]:
+    return {"mean": one.mean, "gain": one.gain, "error": one.error, "rewards": dict(one.rewards)}
+
+
+def _delete_samples(folder: Path) -> None:
+    """All but the description and the scores."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != SCORES:
+            remove_folder(path)
+        elif path.suffix == ".safetensors":
+            path.unlink()
+
+
+def best_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The round with the highest held-out gain; None before any is done."""
+    done = [row for row in rows if row["round"] is not None]
+    return max(done, key=lambda row: row["heldout"]["gain"])["round"] if done else None
