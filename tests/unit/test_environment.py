@@ -85,7 +85,8 @@ def test_what_is_imported_is_what_is_declared() -> None:
     """Both ways. sentencepiece is for transformers, which reads tokenizers of its form with it; of two declared packages the code uses what
     they are built on too."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared, optional = required(project["dependencies"]), required(project["optional-dependencies"]["bitsandbytes"])
+    extras = project["optional-dependencies"]
+    declared, optional = required(project["dependencies"]), required(extras["bitsandbytes"] + extras["scenes"])
     beneath = {"transformers": "huggingface-hub", "pydantic": "pydantic-core"}
     for package, part in beneath.items():
         assert part in required(metadata.requires(package) or ())

@@ -33,7 +33,7 @@ def run_subcommand(known: Mapping[str, Subcommand], argv: Sequence[str], *, prog
     if name in ("-h", "--help", "--help_all"):
         print(f"{description}\n\nusage: {prog} --help | SUBCOMMAND [flags]\n")
         for one, subcommand in known.items():
-            print(f"  {one:<12}{subcommand.description}")
+            print(f"  {one:<14}{subcommand.description}")
         print(f"\n{prog} SUBCOMMAND --help shows its flags.")
         return 0
     if name not in known:

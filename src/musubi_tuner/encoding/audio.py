@@ -6,6 +6,7 @@ the rest. Silence, below -80 dBFS all along, counts as no sound unless the datas
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,27 +62,66 @@ def decode_audio(planned: PlannedClip) -> Tensor:
     return samples if samples.shape[1] >= _LEAST_SECONDS * AUDIO_SAMPLE_RATE else torch.zeros(2, 0)
 
 
-def judge_audio(planned: PlannedClip, samples: Tensor) -> tuple[Tensor, str]:
-    """What of a clip's decoded sound is encoded, and what is to be said of it; nothing of sound that is whole."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SoundFacts:
+    """What is to be known of a clip's sound, as it was decoded."""
+
+    peak: float
+    """0 where there is none in its seconds."""
+    at_full_scale: float
+    """Share of the samples."""
+    late: float
+    """Seconds by which the stream begins after the clip; below 0: before."""
+    early: float
+    """Seconds by which it ends before the clip."""
+
+    @property
+    def is_silent(self) -> bool:
+        return self.peak < _SILENCE
+
+    @property
+    def is_clipped(self) -> bool:
+        return self.at_full_scale > _MOST_AT_FULL_SCALE
+
+
+def sound_facts(planned: PlannedClip, samples: Tensor) -> SoundFacts | None:
+    """
+    Args:
+        samples: what `decode_audio` gave.
+
+    Returns:
+        None where there is no stream.
+    """
     clip, (_, origin, stream) = planned.clip, _sound_of(planned)
     if stream is None:
+        return None
+    peaks = samples.abs()
+    return SoundFacts(
+        peak=float(peaks.max()) if samples.shape[1] else 0.0,
+        at_full_scale=float((peaks >= _FULL_SCALE).float().mean()) if samples.shape[1] else 0.0,
+        late=stream.start - origin - clip.start_seconds,
+        early=origin + clip.end_seconds - stream.end,
+    )
+
+
+def judge_audio(planned: PlannedClip, samples: Tensor) -> tuple[Tensor, str]:
+    """What of a clip's decoded sound is encoded, and what is to be said of it; nothing of sound that is whole."""
+    clip, facts = planned.clip, sound_facts(planned, samples)
+    if facts is None:
         return samples, "no audio track"
     if not samples.shape[1]:
         return samples, "no sound in its seconds"
-    peaks = samples.abs()
-    if float(peaks.max()) < _SILENCE:
+    if facts.is_silent:
         return (samples, SILENT_SOUND) if planned.supervise_silence else (samples[:, :0], SILENT)
     notes = []
-    share = float((peaks >= _FULL_SCALE).float().mean())
-    if share > _MOST_AT_FULL_SCALE:
-        notes.append(f"clipped ({share:.1%} of its samples at full scale)")
-    late, early = stream.start - origin - clip.start_seconds, origin + clip.end_seconds - stream.end
-    if late > 1 / clip.fps:
-        notes.append(f"starts late ({late:.2f} s of silence first)")
-    if early > 1 / clip.fps:
-        notes.append(f"ends early ({early:.2f} s, not learned from)")
-    elif early > _NOTED_PADDING:
-        notes.append(f"padded ({early * 1000:.0f} ms of silence at its end)")
+    if facts.is_clipped:
+        notes.append(f"clipped ({facts.at_full_scale:.1%} of its samples at full scale)")
+    if facts.late > 1 / clip.fps:
+        notes.append(f"starts late ({facts.late:.2f} s of silence first)")
+    if facts.early > 1 / clip.fps:
+        notes.append(f"ends early ({facts.early:.2f} s, not learned from)")
+    elif facts.early > _NOTED_PADDING:
+        notes.append(f"padded ({facts.early * 1000:.0f} ms of silence at its end)")
     return samples, "; ".join(notes)
 
 

@@ -51,11 +51,7 @@ def read_audio(path: Path, sound: AudioInfo, start: float, end: float) -> Wavefo
     """
     import av
 
-    if not sound.rate:
-        raise UserError(f"{path}: its audio stream holds nothing that decodes. {_REMEDY}")
-    if sound.rate > _HIGHEST_RATE:
-        raise UserError(f"{path}: its sound has {sound.rate} samples a second, at most {_HIGHEST_RATE} are read. Convert it to 48000.")
-    check_is_file(path)
+    _check(path, sound)
     wanted = round((end - start) * sound.rate)
     parts: list[tuple[int, np.ndarray]] = []
     try:
@@ -69,9 +65,60 @@ def read_audio(path: Path, sound: AudioInfo, start: float, end: float) -> Wavefo
     samples = np.zeros((2, max((first + block.shape[1] for first, block in parts), default=0)), dtype=np.float32)  # of what is there
     for first, block in parts:
         samples[:, first : first + block.shape[1]] = block
+    return Waveform(_finite(path, samples), sound.rate)
+
+
+def stream_audio(path: Path, sound: AudioInfo, start: float, end: float) -> Iterator[Waveform]:
+    """As `read_audio`, in parts of a second or so that follow each other without a gap, decoded as they are asked for.
+
+    Raises:
+        UserError: as `read_audio`.
+    """
+    import av
+
+    _check(path, sound)
+    wanted, position, size = round((end - start) * sound.rate), 0, 0
+    held: list[np.ndarray] = []
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            for place, block in _blocks(path, container, sound, start, end):
+                first, last = max(position, place), min(wanted, place + block.shape[1])
+                if last <= first:
+                    continue
+                while first > position:  # nothing is stored there
+                    silence = min(first - position, sound.rate)
+                    held.append(np.zeros((2, silence), dtype=np.float32))
+                    position, size = position + silence, size + silence
+                    if size >= sound.rate:
+                        yield Waveform(_finite(path, np.concatenate(held, axis=1)), sound.rate)
+                        held, size = [], 0
+                held.append(block[:, first - place : last - place])
+                position, size = last, size + last - first
+                if size >= sound.rate:
+                    yield Waveform(_finite(path, np.concatenate(held, axis=1)), sound.rate)
+                    held, size = [], 0
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: its audio stream does not decode ({reason_of(error)}). {_REMEDY}") from error
+    if held:
+        yield Waveform(_finite(path, np.concatenate(held, axis=1)), sound.rate)
+
+
+def _check(path: Path, sound: AudioInfo) -> None:
+    """
+    Raises:
+        UserError: no such file, or sound that is not read.
+    """
+    if not sound.rate:
+        raise UserError(f"{path}: its audio stream holds nothing that decodes. {_REMEDY}")
+    if sound.rate > _HIGHEST_RATE:
+        raise UserError(f"{path}: its sound has {sound.rate} samples a second, at most {_HIGHEST_RATE} are read. Convert it to 48000.")
+    check_is_file(path)
+
+
+def _finite(path: Path, samples: np.ndarray) -> Tensor:
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: its audio stream decodes to NaN or infinity. {_REMEDY}")
-    return Waveform(torch.from_numpy(samples), sound.rate)
+    return torch.from_numpy(np.ascontiguousarray(samples))
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:

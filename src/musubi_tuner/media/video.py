@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,11 @@ def sampled_length(info: VideoInfo, fps: float) -> int:
 def choose_frames(info: VideoInfo, fps: float, start: float, count: int) -> tuple[int, ...]:
     """Places of the frames that are on screen at the times `start / fps`, `(start + 1) / fps`, ... since the first frame."""
     return tuple(bisect.bisect_right(info.times, (start + i) / fps + _SLACK_SECONDS) - 1 for i in range(count))
+
+
+def place_at(info: VideoInfo, seconds: float) -> int:
+    """Place of the first frame that begins `seconds` after the first one, or later; the number of frames where none does."""
+    return bisect.bisect_left(info.times, seconds - _SLACK_SECONDS)
 
 
 def read_frames(info: VideoInfo, places: Sequence[int], width: int, height: int) -> Tensor:
@@ -49,11 +55,69 @@ def read_frames(info: VideoInfo, places: Sequence[int], width: int, height: int)
             found |= _decode(info, container, set(places) - found.keys(), (width, height))
     missing = sorted(set(places) - found.keys())
     if missing:
-        raise UserError(
-            f"{info.path}: frame {missing[0]} of {len(info.stamps)} does not decode ({len(missing)} such frames). "
-            "The file is damaged or truncated; replace or remove it."
-        )
+        raise _does_not_decode(info, missing[0], len(missing))
     return torch.stack([found[place] for place in places])
+
+
+def frames_between(info: VideoInfo, first: int, end: int, holes: list[int] | None = None) -> Iterator[tuple[int, Any]]:
+    """(place, decoded frame as it is stored) of the places from `first` up to `end`, which is not among them, in order, one at a time.
+
+    Args:
+        holes: takes the places of frames that do not decode, in place of an error.
+
+    Raises:
+        UserError: a frame that does not decode, by number.
+    """
+    places = {info.stamps[place]: place for place in range(first, end)}
+    expected = first
+    for from_start in (False, True):  # from the start only where seeking lands too late
+        with open_media(info.path) as container:
+            if not from_start and (info.is_counted or first == 0 or not _seek(container, info.stamps[first])):
+                continue
+            container.streams.video[0].thread_type = "AUTO"
+            is_patient = bool(info.stored_frames) or holes is not None
+            frames = _frames_of_a_part(container) if is_patient else container.decode(container.streams.video[0])
+            for number, frame in enumerate(frames):
+                stamp = number if info.is_counted else frame.pts
+                place = places.get(stamp, -1)
+                if place < 0 and stamp is not None and stamp > info.stamps[end - 1]:
+                    break
+                if place < expected or frame.is_corrupt:
+                    continue
+                if place > expected:
+                    if holes is None or not from_start:
+                        break
+                    holes += range(expected, place)
+                yield place, frame
+                expected = place + 1
+                if expected == end:
+                    return
+    if holes is None:
+        raise _does_not_decode(info, expected, 1)
+    holes += range(expected, end)
+
+
+def small_frames(info: VideoInfo, longest: int, holes: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(place, picture) of every frame that decodes, to be compared and not to be looked at: as stored, without tone mapping.
+
+    Args:
+        longest: pixels of the longer side, at most.
+        holes: takes the places of frames that do not decode.
+
+    Yields:
+        (h, w, 3) uint8 in the order blue, green, red, which OpenCV has.
+    """
+    for place, frame in frames_between(info, 0, len(info.stamps), holes):
+        scale = min(1.0, longest / max(frame.width, frame.height))
+        width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+        yield place, frame.reformat(width=width, height=height, format="bgr24", interpolation="AREA").to_ndarray()
+
+
+def _does_not_decode(info: VideoInfo, place: int, count: int) -> UserError:
+    return UserError(
+        f"{info.path}: frame {place} of {len(info.stamps)} does not decode{f' ({count} such frames)' if count > 1 else ''}. "
+        "The file is damaged or truncated; replace or remove it."
+    )
 
 
 def _seek(container: Any, origin: int) -> bool:

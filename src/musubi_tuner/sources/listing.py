@@ -70,6 +70,18 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
     return tuple(sorted(sources, key=lambda source: source.name))
 
 
+def list_alone(spec: DatasetSpec) -> tuple[Source, ...]:
+    """The sources without the files of the dataset's further folders, which may be lacking; captions too.
+
+    Raises:
+        UserError: what `list_sources` raises.
+    """
+    alone = dataclasses.replace(
+        spec, reference_directory=None, reference_audio_directory=None, mask_directory=None, separate_audio_directory=None
+    )
+    return list_sources(alone, require_captions=False)
+
+
 def list_all_sources(specs: Sequence[DatasetSpec], *, require_captions: bool = True) -> tuple[tuple[Source, ...], ...]:
     """The sources of each dataset.
 
