@@ -1,11 +1,12 @@
 """How much memory the tools for checkpoints take, and how fast they are: python -m benchmarks.checkpoint_memory FOLDER [--blocks N]
 
 Writes a checkpoint of real block size there (0.9 GB a block) and a LoRA, and runs each tool in a process of its own. Peak memory is the
-process's largest resident set, without what the system keeps of files. FOLDER needs room for two and a half checkpoints.
+process's largest resident set, without what the system keeps of files. FOLDER needs room for three and a half checkpoints.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,9 +29,18 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    whole, pack, joined, small, baked, lora = (
+    whole, pack, joined, tree, back, small, baked, lora = (
         folder / name
-        for name in ("whole.safetensors", "pack", "joined.safetensors", "small.safetensors", "baked.safetensors", "lora.safetensors")
+        for name in (
+            "whole.safetensors",
+            "pack",
+            "joined.safetensors",
+            "tree",
+            "back.safetensors",
+            "small.safetensors",
+            "baked.safetensors",
+            "lora.safetensors",
+        )
     )
     size = write_checkpoint(whole, toy=False, blocks=options.blocks)
     _write_lora(whole, lora)
@@ -40,6 +50,9 @@ def main() -> None:
         (("verify", whole), ()),
         (("split", whole, "--output_dir", pack), (whole,)),
         (("join", "--checkpoints", pack, "--output", joined), (*pack.glob("*"), pack)),
+        (("convert", joined, "--to", "diffusers", "--output_dir", tree), ()),
+        (("convert", tree, "--to", "single_file", "--output", back), ()),
+        (("compare", joined, back), (back, tree)),
         (("quantize", joined, "--to", "fp8", "--keep_blocks", "1", "--output", small), (small,)),
         (("quantize", joined, "--to", "int8_convrot", "--keep_blocks", "1", "--output", small), ()),
         (("bake", joined, "--lora", lora, "--output", baked), (baked,)),
@@ -50,9 +63,7 @@ def main() -> None:
         print(f"| `{name}` | {peak / 1e9:.2f} | {seconds:.0f} | {size / 1e9 / seconds:.2f} |", flush=True)
         for path in after:
             if path.is_dir():
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
+                shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 

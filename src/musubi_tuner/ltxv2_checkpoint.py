@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROG = "tools/checkpoint.py"
-DESCRIPTION = "Look into checkpoints, and take apart, join, quantize or verify them, or bake LoRAs in: tensor by tensor."
+DESCRIPTION = "Look into checkpoints, and verify, take apart, join, quantize or convert them, or bake LoRAs in: tensor by tensor."
 _MOST_PROBLEMS = 20
 
 
@@ -168,6 +168,82 @@ def _bake(options: config.BakeConfig) -> int:
     return 0
 
 
+def _compare(options: config.CompareConfig) -> int:
+    from musubi_tuner.conversion.checkpoint.comparing import check_comparable, compare, stored_tensors
+
+    one, other = options.comparison.checkpoints
+    check_comparable(one, other)
+    first, second = stored_tensors(one), stored_tensors(other)
+    with _progress("comparing", sum(tensor.size for tensor in first.values())) as advance:
+        found = compare(first, second, tolerance=options.comparison.tolerance, advance=advance)
+    rows = [
+        (name, group.tensors, group.different or "", f"{group.largest:.3g}", f"{group.relative:.3%}", group.first)
+        for name, group in found.groups.items()
+    ]
+    print(format_table(rows, ("part", "tensors", "differ", "by at most", "of the norm", "first")))
+    for path, names in ((one, found.only_first), (other, found.only_second)):
+        if names:
+            print(f"in {path} alone: {len(names):,} tensor(s), {names_of(names, 5)}")
+    for name, shape, other_shape in found.shapes[:_MOST_PROBLEMS]:
+        print(f"{name}: {shape} and {other_shape}")
+    if len(found.shapes) > _MOST_PROBLEMS:
+        print(f"... and {len(found.shapes) - _MOST_PROBLEMS} more of another shape")
+    for (dtype, other_dtype), count in found.dtypes.items():
+        print(f"{count:,} tensor(s) are stored as {str(dtype).removeprefix('torch.')} and as {str(other_dtype).removeprefix('torch.')}")
+    if found.first:
+        print(f"the first that differs: {found.first}, {found.groups[found.first].first}")
+    print("they hold the same" if found.is_same else "they differ")
+    return 0 if found.is_same else 1
+
+
+def _convert(options: config.ConvertConfig) -> int:
+    return _to_diffusers(options) if options.conversion.to == "diffusers" else _to_single_file(options)
+
+
+def _to_diffusers(options: config.ConvertConfig) -> int:
+    from musubi_tuner.conversion.checkpoint.diffusers_tree import check_new_folder, plan_tree, write_tree
+    from musubi_tuner.conversion.checkpoint.parts import joined
+    from musubi_tuner.conversion.checkpoint.streaming import total_size
+    from musubi_tuner.conversion.checkpoint.text_encoder_folder import read_text_encoder_folder
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+
+    chosen = options.conversion
+    assert chosen.output_dir is not None
+    check_new_folder(chosen.output_dir, overwrite=chosen.overwrite)
+    encoder = None if chosen.gemma_path is None else read_text_encoder_folder(chosen.gemma_path)
+    checkpoint = joined([open_checkpoint(path) for path in options.source.checkpoints])
+    tree = plan_tree(checkpoint, encoder, dequantize=chosen.dequantize)
+    with _progress("converting", tree.size) as advance:
+        write_tree(tree, chosen.output_dir, advance)
+    rows: list[tuple[str, str, int | str, str]] = [
+        (model.folder, model.cls.__name__, len(tree.parts[model.folder]), _size(total_size(tree.parts[model.folder])))
+        for model in tree.models
+    ]
+    if encoder is not None:
+        rows.append(("text_encoder", encoder.model_class, "", _size(encoder.size)))
+    print(format_table(rows, ("folder", "class", "tensors", "size")))
+    print("\n".join(tree.remarks()))
+    log.info("%s: %.2f GB", chosen.output_dir, tree.size / 1e9)
+    return 0
+
+
+def _to_single_file(options: config.ConvertConfig) -> int:
+    from musubi_tuner.conversion.checkpoint.single_file import single_file_parts
+    from musubi_tuner.conversion.checkpoint.streaming import check_new, total_size, write_stream
+    from musubi_tuner.ltxv2.weights import open_checkpoint
+
+    chosen, folders = options.conversion, options.source.checkpoints
+    if len(folders) > 1:
+        raise UserError(f"--checkpoints: {len(folders)} paths; --to single_file takes the one folder that holds model_index.json.")
+    assert chosen.output is not None
+    check_new(chosen.output, "--output", overwrite=chosen.overwrite)
+    parts, metadata = single_file_parts(folders[0], None if chosen.like is None else open_checkpoint(chosen.like))
+    with _progress("converting", total_size(parts)) as advance:
+        write_stream(chosen.output, parts, metadata, advance)
+    log.info("%s: %d tensors, %.2f GB", chosen.output, len(parts), total_size(parts) / 1e9)
+    return 0
+
+
 SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "inspect": Subcommand(config.InspectConfig, _inspect, "Release, components, dtypes, quantization, config.", "checkpoint"),
     "verify": Subcommand(config.VerifyConfig, _verify, "Names and shapes against the release, NaN, and the file's hash.", "checkpoint"),
@@ -176,6 +252,8 @@ SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     ),
     "join": Subcommand(config.JoinConfig, _join, "Component files as one checkpoint.", "checkpoints"),
     "quantize": Subcommand(config.QuantizeConfig, _quantize, "The linears of the blocks in fp8, int8 or int8 ConvRot.", "checkpoint"),
+    "convert": Subcommand(config.ConvertConfig, _convert, "The folder that diffusers reads, and back.", "checkpoints"),
+    "compare": Subcommand(config.CompareConfig, _compare, "Two checkpoints block by block, and where they begin to differ.", "checkpoints"),
     "bake": Subcommand(config.BakeConfig, _bake, "LoRAs merged into the weights, in the checkpoint's own form.", "checkpoint"),
 }
 

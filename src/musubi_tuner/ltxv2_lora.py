@@ -17,11 +17,14 @@ from musubi_tuner.runtime.tables import format_table, names_of
 
 if TYPE_CHECKING:
     from musubi_tuner.conversion.lora.contents import LoraContents
+    from musubi_tuner.publishing.card import CardFacts, Preview
 
 log = logging.getLogger(__name__)
 
 PROG = "tools/lora.py"
-DESCRIPTION = "Look into LoRA files and make others of them: other forms and ranks, parts, sums, averages, differences of checkpoints."
+DESCRIPTION = (
+    "Look into LoRA files and make others of them: other forms and ranks, parts, sums, averages, differences of checkpoints, cards."
+)
 
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
@@ -253,6 +256,136 @@ def _write(contents: LoraContents, writing: config.WritingOptions, made_from: st
     log.info("%s: %d modules, %s keys, %s", writing.output, len(contents.adapters), form, says)
 
 
+def _card(options: config.CardConfig) -> int:
+    from musubi_tuner.networks.reading import newest_file
+    from musubi_tuner.publishing.card import card_text, relative_link
+    from musubi_tuner.runtime.disk import check_folder, not_written, write_whole
+
+    output = options.writing.output
+    check_folder(output.parent, f"--output {output}")
+    if output.exists() and not options.writing.overwrite:
+        raise UserError(f"--output {output}: is there already. Give another name, or --overwrite.")
+    lora = newest_file(options.file.lora)
+    placed = {relative_link(one.path, output.parent): one for one in _previews(options.card, lora)}
+    text = card_text(lora, _facts(options.card, placed))
+    try:
+        write_whole(output, text.encode(), output.with_name(f".{output.name[:100]}.tmp"))
+    except OSError as error:
+        raise not_written(output, error) from error
+    log.info("%s: the card of %s, with %d preview(s)", output, lora.name, len(placed))
+    return 0
+
+
+def _facts(card: config.CardOptions, previews: dict[str, Preview], repo_id: str = "") -> CardFacts:
+    from musubi_tuner.publishing.card import CardFacts
+
+    return CardFacts(
+        title=card.title or "",
+        trigger=card.trigger or "",
+        description=card.description or "",
+        base_model=card.base_model or "",
+        tags=card.tags,
+        repo_id=repo_id,
+        previews=previews,
+    )
+
+
+def _previews(card: config.CardOptions, lora: Path) -> list[Preview]:
+    """Those that are named, with the prompts of their recipes; else those of the run beside the file."""
+    from musubi_tuner.page.fill import MEDIA_KINDS
+    from musubi_tuner.publishing.card import IMAGES, Preview
+    from musubi_tuner.training.page.runs import find_run
+    from musubi_tuner.training.publishing import previews_of
+
+    if not card.previews:
+        return list(previews_of(find_run(lora.parent, _run_of(lora)), lora).values())
+    found = []
+    for path in card.previews:
+        if not path.is_file() or path.suffix.lower() not in (*MEDIA_KINDS, *IMAGES):
+            raise UserError(f"--previews {path}: is no clip, still or sound that is there ({', '.join((*MEDIA_KINDS, *IMAGES))}).")
+        found.append(Preview(path=path, prompt=_prompt_of(path)))
+    return found
+
+
+def _run_of(lora: Path) -> str:
+    """The --output_name that it was saved under."""
+    return re.sub(r"(-step\d{8}|-\d{6})?$", "", lora.stem)
+
+
+def _prompt_of(path: Path) -> str:
+    from musubi_tuner.generation.recipe import read_recipe
+
+    try:
+        return str(read_recipe(path).facts["prompt"]["prompt"])
+    except (UserError, LookupError, TypeError):  # made by another program, whose words are not known
+        return ""
+
+
+def _publish(options: config.PublishConfig) -> int:
+    from musubi_tuner.networks.formats import connectors_path
+    from musubi_tuner.networks.scales import PEFT_CONFIG, PEFT_FILE
+    from musubi_tuner.publishing.card import NAME, card_text
+    from musubi_tuner.publishing.hub import Hub, NotReached
+    from musubi_tuner.publishing.uploads import upload_now
+    from musubi_tuner.runtime.progress import Progress
+
+    hub = Hub(options.hub)
+    loras = _loras_of(options.published)
+    newest = loras[-1]
+    previews: dict[str, Preview] = {}
+    for one in _previews(options.card, newest):
+        if (link := _link(one.path, newest.parent)) in previews:
+            raise UserError(f"--previews {one.path}: two files would be {link} in the repository. Rename one.")
+        previews[link] = one
+    files: dict[str, Path | bytes] = {one.name: one for lora in loras for one in (lora, connectors_path(lora)) if one.is_file()}
+    if newest.name == PEFT_FILE and (described := newest.with_name(PEFT_CONFIG)).is_file():
+        files[PEFT_CONFIG] = described
+    files |= {link: one.path for link, one in previews.items()}
+    files[NAME] = card_text(newest, _facts(options.card, previews, hub.repo_id)).encode()
+    try:
+        hub.create()
+    except NotReached as error:
+        raise UserError(f"--huggingface_repo_id {hub.repo_id}: the hub was not reached ({error}). Run the same command again.") from error
+    with Progress("uploading", len(files), unit="file") as bar:
+        left_out = upload_now(hub, files, lambda: bar.advance())
+    rows = [(name, "left as it is: it was not written here" if name in left_out else "uploaded") for name in files]
+    print(format_table(rows, ("file", hub.url)))
+    return 0
+
+
+def _link(path: Path, folder: Path) -> str:
+    """Where a preview goes in the repository: as it lies in the run's folder, or into a folder of its own."""
+    from musubi_tuner.publishing.card import relative_link
+
+    try:
+        return relative_link(path, folder)
+    except UserError:
+        return f"previews/{path.name}"
+
+
+def _loras_of(published: config.PublishedOptions) -> list[Path]:
+    """The last one is the newest.
+
+    Raises:
+        UserError: no LoRA, or the LoRAs of several runs in a folder.
+    """
+    from musubi_tuner.networks.formats import CONNECTORS_ENDING
+    from musubi_tuner.training.checkpoint import steps_of
+
+    place = published.lora
+    if not place.is_dir():
+        if not place.is_file():
+            raise UserError(f"--lora {place}: is no file and no folder.")
+        return [place]
+    files = [one for one in place.glob("*.safetensors") if not one.name.endswith(CONNECTORS_ENDING)]
+    runs = sorted({_run_of(one) for one in files})
+    if len(runs) != 1:
+        raise UserError(f"--lora {place}: holds LoRAs of {len(runs)} runs ({names_of(runs) or 'none'}). Give the file.")
+    final = f"{runs[0]}.safetensors"
+    files.sort(key=lambda one: (one.name == final, steps_of(one), one.name))
+    return files if published.steps else files[-1:]
+
+
 SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "inspect": Subcommand(config.InspectConfig, _inspect, "What is in a file, and how much it changes where.", "lora"),
     "convert": Subcommand(config.ConvertConfig, _convert, "The same LoRA in the naming of another program.", "lora"),
@@ -262,6 +395,8 @@ SUBCOMMANDS: dict[str, Subcommand[Any]] = {
     "merge": Subcommand(config.MergeConfig, _merge, "Several LoRAs as one that does what all of them do.", "loras"),
     "average": Subcommand(config.AverageConfig, _average, "Checkpoints of one run as one (post-hoc EMA).", "loras"),
     "extract": Subcommand(config.ExtractConfig, _extract, "The difference of two checkpoints as a LoRA.", ""),
+    "card": Subcommand(config.CardConfig, _card, "A model card: settings, previews, the licence's notice.", "lora"),
+    "publish": Subcommand(config.PublishConfig, _publish, "Upload a LoRA, its card and previews to the Hugging Face Hub.", "lora"),
     "metadata": Subcommand(config.MetadataConfig, _metadata, "Show and change what a file says of itself.", "lora"),
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from musubi_tuner.config.flags import parse
+from musubi_tuner.config.flags import parse, without_secrets
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.runtime.program import EXIT_INTERRUPTED, EXIT_NOT_ALL, command_line, quoted, run_program
 
@@ -38,10 +39,14 @@ def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[
     Raises:
         UserError: whatever stands in the way.
     """
+    argv = without_secrets(argv, type(config))
+    sys.argv[1:] = without_secrets(sys.argv[1:], type(config))  # which trackers keep with the run
     from musubi_tuner.runtime.processes import processes
+    from musubi_tuner.runtime.signals import leave
     from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest, tell_of_later
     from musubi_tuner.training.loop import train
     from musubi_tuner.training.metrics import loss_path
+    from musubi_tuner.training.publishing import Publishing
     from musubi_tuner.training.report import summary
     from musubi_tuner.training.reporting import Reporting, write_page_of
     from musubi_tuner.training.rescue import Restart, rescue
@@ -56,6 +61,7 @@ def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[
                 write_page_of(config.saving.output_dir)  # a run that was killed at its last save has not
             return 0
         preview = make_preview(inputs) if group.is_main else None
+        publishing = Publishing(config) if group.is_main and config.hub.huggingface_repo_id is not None else None
         run = build_run(inputs, make_machine(config, group))
         if group.is_main:
             clear_earlier(config.saving)
@@ -64,13 +70,17 @@ def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[
         reporting = Reporting(run, inputs, command_line(prog, argv))
         with reporting.kept(outcome), rescue(run, outcome, restart):
             step_log, hooks = make_hooks(run, inputs, preview)
-            train(run, outcome, step_log, [*hooks, reporting])
+            train(run, outcome, step_log, [*hooks, reporting, *filter(None, [publishing])])
         run.trackers.close()
-        if group.is_main:
-            log.info("\n%s", summary(run, outcome, restart))
+    uploaded = publishing.finish(outcome) if publishing is not None else []  # no other process waits for it
+    if group.is_main:
+        log.info("\n%s", summary(run, outcome, restart, uploaded))
     if outcome.interrupted:
+        if publishing is not None and publishing.is_busy:
+            leave(EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
-    return EXIT_NOT_ALL if any(file.parent != run.output_dir for file in outcome.files) else 0
+    elsewhere = any(file.parent != run.output_dir for file in outcome.files)
+    return EXIT_NOT_ALL if elsewhere or (publishing is not None and not publishing.is_complete) else 0
 
 
 def parse_arguments(argv: Sequence[str], prog: str = PROG) -> TrainingConfig:

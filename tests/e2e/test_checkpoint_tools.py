@@ -407,3 +407,45 @@ def test_a_sound_file_without_prefixes_is_known_by_its_config(tiny_family, tmp_p
     checkpoint("verify", tmp_path / "sound.safetensors")
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("audio_vae ")]
     assert "names and shapes fit" in row
+
+
+def test_where_two_checkpoints_begin_to_differ(tiny_family, tmp_path, capsys):
+    tensors, opened = load_file(tiny_family.ltx23), open_checkpoint(tiny_family.ltx23)
+    names = transformer_names(opened)
+    changed = tensors | {names["transformer_blocks.1.ff.net.2.weight"]: tensors[names["transformer_blocks.1.ff.net.2.weight"]].clone()}
+    changed[names["transformer_blocks.1.ff.net.2.weight"]][0, 0] += 0.5
+    changed[names["proj_out.bias"]] = changed[names["proj_out.bias"]].to(torch.bfloat16)
+    bare = {name.removeprefix("model.diffusion_model."): value for name, value in changed.items()}
+    save_file(bare, tmp_path / "changed.safetensors", metadata=dict(opened.metadata))
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "changed.safetensors", "--tolerance", "0.1", code=1)
+    text = capsys.readouterr().out
+    assert "the first that differs: block 1, transformer_blocks.1.ff.net.2.weight" in text and "they differ" in text
+    assert "1 tensor(s) are stored as float32 and as bfloat16" in text and "alone" not in text
+    assert [line.split()[:4] for line in text.splitlines() if line.startswith("block 1")][0][3] == "1"
+
+    changed[names["transformer_blocks.0.attn1.to_q.bias"]] = changed[names["transformer_blocks.0.attn1.to_q.bias"]] * float("nan")
+    del changed[names["audio_proj_out.bias"]]
+    changed["more"], changed[names["proj_out.bias"]] = torch.zeros(2), torch.zeros(3)
+    save_file(changed, tmp_path / "worse.safetensors", metadata=dict(opened.metadata))
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "worse.safetensors", code=1)
+    text = capsys.readouterr().out
+    assert "the first that differs: block 0, transformer_blocks.0.attn1.to_q.bias" in text and "inf" in text
+    assert "alone: 1 tensor(s), audio_proj_out.bias" in text and "alone: 1 tensor(s), more" in text and "(128,) and (3,)" in text
+
+
+def test_the_same_in_another_form_is_the_same(tiny_family, tmp_path, capsys):
+    checkpoint("split", tiny_family.ltx23, "--output_dir", tmp_path / "pack")
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "pack")
+    words = ["--to", "diffusers", "--output_dir", tmp_path / "tree", "--gemma_path", tiny_family.gemma]
+    checkpoint("convert", tiny_family.ltx23, *words)
+    checkpoint("compare", tmp_path / "tree", tiny_family.ltx23)
+    assert capsys.readouterr().out.count("they hold the same") == 2
+    checkpoint("quantize", tiny_family.ltx23, "--to", "fp8", "--keep_blocks", "0", "--output", tmp_path / "fp8.safetensors")
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "fp8.safetensors", code=1)
+    text = capsys.readouterr().out
+    assert "the first that differs: block 0" in text and "as float32 and as float8_e4m3fn" in text and "alone" not in text
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "fp8.safetensors", "--tolerance", "0.1")
+    with pytest.raises(UserError, match="are the same file"):
+        checkpoint("compare", tiny_family.ltx23, tiny_family.ltx23)
+    with pytest.raises(UserError, match="1 given; two are compared"):
+        checkpoint("compare", tiny_family.ltx23)

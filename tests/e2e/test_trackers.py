@@ -59,7 +59,13 @@ def test_wandb_shows_the_previews_of_each_step(data, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("A disc --w 64 --h 64 --f 9 --s 1\nA still --w 64 --h 64 --f 1 --s 1\n", encoding="utf-8")
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "2", "--log_with", "wandb", "--text_encoder", str(data.encoder)]
     flags += ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]
-    assert ltxv2_train_network.main(data.arguments(*flags)) == 0
+    words = data.arguments(*flags, "--log_every_n_steps", "1")
+    monkeypatch.setattr(sys, "argv", ["ltxv2_train_network.py", *words, "--huggingface_token", "hf_seen_by_nobody"])
+    assert ltxv2_train_network.main(words) == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_seen_by_nobody" in path.read_bytes()]
+    (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    said = stored.read_bytes()
+    assert b"loss_video" in said and b"A disc" in said and b"A still" in said, "numbers, and words under the pictures"
     for prompt, kind, ending in ((0, "videos", "mp4"), (1, "images", "png")):
         shown = {path.read_bytes() for path in tmp_path.glob(f"wandb/offline-run-*/files/media/{kind}/previews/{prompt}_*.{ending}")}
         assert shown and shown == {path.read_bytes() for path in (tmp_path / "out" / "sample").glob(f"*.{ending}")}
@@ -74,11 +80,13 @@ def test_previews_reach_wandb_by_their_kind_and_failures_cost_the_tracker_alone(
     numbers_alone = SimpleNamespace(name="tensorboard")
     trackers = Trackers(SimpleNamespace(trackers=[numbers_alone, wandb], log=lambda values, step: logged.append(values)), None, "", {})
     files = [tmp_path / name for name in ("a.mp4", "b.png", "c.wav")]
-    trackers.log_previews(files, 7)
-    expected = {f"previews/{n}": (kind, str(file), file.stem) for n, (kind, file) in enumerate(zip(kinds, files, strict=True))}
+    prompts = ["a dog", "a cat", "rain"]
+    trackers.log_previews(files, prompts, 7)
+    rows = enumerate(zip(kinds, files, prompts, strict=True))
+    expected = {f"previews/{n}": (kind, str(file), prompt) for n, (kind, file, prompt) in rows}
     assert logged == [(expected, 7)]
 
     wandb.log = lambda values, step: 1 / 0
-    trackers.log_previews(files, 8)
+    trackers.log_previews(files, prompts, 8)
     trackers.log({"loss": 1.0}, 9)
     assert len(logged) == 1 and caplog.text.count("the tracker failed (ZeroDivisionError") == 1

@@ -72,7 +72,7 @@ def test_what_is_not_needed_is_named_and_changes_nothing(line, caplog):
         ("--reference_downscale 2", "key of the dataset TOML"), ("--lr_scheduler_num_cycles 2", "--lr_scheduler_args num_cycles=N"),
         ("--lr_scheduler_power 2", "--lr_scheduler_args power=X"), ("--lr_scheduler_min_lr_ratio 0.1", "schedules fall to 0"),
         ("--strict_audio_mode", "--audio_supervision_mode error"), ("--nf4_base", "--weight_format nf4"),
-        ("--sigmoid_scale 1.5", "std=X"), ("--huggingface_repo_id a/b", "hf upload"), ("--audio_dim 8", "--network_args audio_dim=N"),
+        ("--sigmoid_scale 1.5", "std=X"), ("--audio_dim 8", "--network_args audio_dim=N"),
     ],
 )  # fmt: skip
 def test_what_means_something_else_is_answered_with_its_name_here(line, says):

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from musubi_tuner import __version__
 from musubi_tuner.config.names import ALIASES, IGNORED, OTHER_VALUES, PERCENTAGES, VALUES, answer, ours
-from musubi_tuner.config.validation import shortened, validated
+from musubi_tuner.config.validation import HIDDEN, Secret, shortened, validated
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_toml
 
@@ -67,6 +67,8 @@ class Flag:
     common: bool
     may_be_empty: bool
     repeats: bool = False
+    is_secret: bool = False
+    """Whether its value is shown nowhere."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -163,6 +165,8 @@ def parse(
 
     def naming(place: str, value: Any) -> str:
         key = place.partition("[")[0]
+        if key in by_key and by_key[key].is_secret:
+            return f"--{key} {HIDDEN}"
         if key not in typed:
             return f"{below.where if below is not None and key not in in_file else file}: {place} = {shortened(repr(value))}"
         return f"--{key} {shortened(' '.join(word or repr(word) for word in _words(typed[key])))}"
@@ -188,15 +192,29 @@ def describe(config_class: type) -> tuple[Flag, ...]:
             if is_list := typing.get_origin(inner) is tuple:
                 inner = typing.get_args(inner)[0]
             choices = typing.get_args(inner) if typing.get_origin(inner) is Literal else ()
-            kind = str if choices else inner
+            kind = str if choices or inner is Secret else inner
             found.append(
                 Flag(
                     section=section, group=group, key=field.name, type=kind, is_list=is_list, choices=choices, default=field.default,
                     help=field.metadata["help"], common=field.metadata["common"], may_be_empty=field.metadata["may_be_empty"],
-                    repeats=field.metadata["repeats"],
+                    repeats=field.metadata["repeats"], is_secret=inner is Secret,
                 )
             )  # fmt: skip
     return tuple(found)
+
+
+def without_secrets(argv: Sequence[str], config_class: type) -> list[str]:
+    """A command line that can be shown: what follows the flags of secrets is hidden."""
+    secret = {name for flag in describe(config_class) if flag.is_secret for name in (flag.name, *flag.aliases)}
+    shown: list[str] = []
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if shown and shown[-1] in secret:
+            word = HIDDEN
+        elif name in secret and equals:
+            word = f"{name}={HIDDEN}"
+        shown.append(word)
+    return shown
 
 
 def read_config_file(path: Path, flags: Sequence[Flag]) -> tuple[dict[str, Any], list[str]]:

@@ -1,10 +1,12 @@
 """All options of `ltxv2 lora` and its subcommands."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
+from musubi_tuner.config.publishing import HubOptions
 from musubi_tuner.config.validation import AnyPath, Count, List, Share, Text, options
 from musubi_tuner.runtime.errors import UserError
 
@@ -218,3 +220,65 @@ class MetadataConfig:
 
     file: FileOptions
     metadata: MetadataOptions
+
+
+@options
+class CardOptions:
+    """What the card says, beside what the file says of itself."""
+
+    title: Text | None = flag("heading; default: the file's own title", default=None)
+    trigger: Text | None = flag("words that a prompt needs to have (instance_prompt)", default=None)
+    description: Text | None = flag("a sentence or more", default=None)
+    base_model: Text | None = flag("repository of the base model on the hub; default: Lightricks' own, by the file's release", default=None)
+    tags: Annotated[tuple[Text, ...], List] = flag("further tags", default=())
+    previews: Annotated[tuple[AnyPath, ...], List] = flag(
+        "clips, stills and sounds to show; default: those of its run in 'sample' beside the file, of its step", default=()
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CardOptions":
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
+            raise UserError(
+                f"--base_model {self.base_model}: must be a repository of the hub, NAME/REPOSITORY, such as Lightricks/LTX-2.3."
+            )
+        return self
+
+
+@options
+class CardFileOptions:
+    """What is written."""
+
+    output: AnyPath = flag("the card, README.md in the folder that will be uploaded")
+    overwrite: bool = flag("replace what is there", default=False)
+
+
+@options
+class CardConfig:
+    """All sections."""
+
+    file: FileOptions
+    card: CardOptions
+    writing: CardFileOptions
+
+
+@options
+class PublishedOptions:
+    """What is uploaded."""
+
+    lora: AnyPath = flag("the LoRA, or the folder of its run; the flag's name may be left out")
+    steps: bool = flag("of a run's folder, the LoRAs of steps and epochs too, not the last one alone", default=False)
+
+
+@options
+class PublishConfig:
+    """All sections."""
+
+    published: PublishedOptions
+    card: CardOptions
+    hub: HubOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "PublishConfig":
+        if self.hub.huggingface_repo_id is None:
+            raise UserError("--huggingface_repo_id is missing: NAME/REPOSITORY on the Hugging Face Hub.")
+        return self

@@ -124,6 +124,7 @@ IGNORED: Mapping[str, Ignored] = {
     **_each(Ignored(0, _GROUPS), "ddp_gradient_as_bucket_view ddp_static_graph"),
     "ddp_timeout": Ignored(1, _GROUPS),
     **_each(Ignored(1, "the version is read from the model's file"), "ltx_version ltx_version_check_mode"),
+    "async_upload": Ignored(0, "uploads never hold up training"),
     **_each(Ignored(1, _TRACKERS), "log_prefix log_tracker_name wandb_run_name"),
     "log_config": Ignored(0, "settings are always handed to the trackers"),
     **_each(Ignored(1, _FILE), "metadata_title metadata_reso metadata_arch"),
@@ -134,7 +135,6 @@ IGNORED: Mapping[str, Ignored] = {
     "preserve_audio_timing": Ignored(0, "sound is never stretched"),
     "atomic_cache_writes": Ignored(0, "files are always written whole"),
     "no_convert_to_comfy": Ignored(0, "the one file is what ComfyUI and diffusers load"),
-    "async_upload": Ignored(0, "nothing is uploaded"),
 }
 """Flags that nothing here needs; the result does not depend on them."""
 
@@ -161,7 +161,6 @@ ELSEWHERE: Mapping[str, str] = {
 }
 """Flags of some programs -> those they belong to, for a program that lacks them."""
 
-_HUB = "nothing is uploaded or fetched; use the hub's own program: hf upload, hf download"
 _RESAMPLED = "give it in --timestep_args"
 _INSTEAD_KINDS = "give --weight_format"
 
@@ -177,11 +176,7 @@ INSTEAD: Mapping[str, str] = {
         "such metadata are not written; add them to the finished file, or leave the flag out",
         "metadata_author metadata_description metadata_license metadata_tags training_comment",
     ),
-    **_each(
-        _HUB,
-        "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token huggingface_repo_visibility "
-        "save_state_to_huggingface resume_from_huggingface",
-    ),
+    "resume_from_huggingface": "fetch the state's folder with the hub's own program, hf download, and give --resume",
     "wandb_api_key": "log in with 'wandb login', or set WANDB_API_KEY",
     "log_tracker_config": "trackers are set up by their own environment variables and files",
     "log_grad_metrics": "grad_norm is always logged; leave it out",

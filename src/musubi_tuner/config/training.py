@@ -12,6 +12,7 @@ from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOp
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.preview import PreviewOptions
+from musubi_tuner.config.publishing import TrainingHubOptions
 from musubi_tuner.config.validation import AnyPath, Count, FileName, List, NotNegative, Seed, Wording, options
 from musubi_tuner.runtime.errors import UserError
 
@@ -105,6 +106,7 @@ class TrainingConfig:
     saving: SavingOptions
     preview: PreviewOptions
     logging: LoggingOptions
+    hub: TrainingHubOptions
 
     @property
     def ltx_mode(self) -> Mode:

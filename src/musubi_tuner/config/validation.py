@@ -26,6 +26,8 @@ Options = TypeVar("Options")
 
 _LONGEST_SIDE, _LARGEST_COUNT, _LONGEST_SHOWN = 16384, 10**9, 100
 _MOST_LINES = 20
+HIDDEN = "(hidden)"
+"""In the place of a secret."""
 _LONGEST_NAME = 150
 """Bytes; what is added to it, and to a temporary file's name, finds room in the 255 that file systems take."""
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -47,6 +49,26 @@ class Wording:
         return core_schema.custom_error_schema(
             handler(source), custom_error_type="worded", custom_error_message="{rule}", custom_error_context={"rule": self.rule}
         )
+
+
+class Secret:
+    """A text that is shown nowhere: not in a log, a page, a tracker or a file."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        text = core_schema.no_info_after_validator_function(cls, core_schema.str_schema(min_length=1, strict=True))
+        return core_schema.union_schema([core_schema.is_instance_schema(cls), text])
 
 
 def as_path(value: Any) -> Any:

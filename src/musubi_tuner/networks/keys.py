@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from musubi_tuner.ltxv2.transformer.diffusers_names import official_module
 from musubi_tuner.ltxv2.versions import CONNECTORS
 from musubi_tuner.networks.formats import DORA_SCALE, PREFIX
 from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
@@ -32,19 +33,6 @@ _LEAVES = {
 """Other endings, and what we call them."""
 _TEXT_SIDE = (*CONNECTORS, "connectors.", "text_embedding_projection.", *(name.replace(".", "_") for name in CONNECTORS))
 """Where the text connectors lie, in official files and in diffusers'."""
-
-_FROM_DIFFUSERS = (
-    ("av_cross_attn_video_scale_shift.", "av_ca_video_scale_shift_adaln_single."),
-    ("av_cross_attn_audio_scale_shift.", "av_ca_audio_scale_shift_adaln_single."),
-    ("av_cross_attn_video_a2v_gate.", "av_ca_a2v_gate_adaln_single."),
-    ("av_cross_attn_audio_v2a_gate.", "av_ca_v2a_gate_adaln_single."),
-    ("audio_prompt_adaln.", "audio_prompt_adaln_single."),
-    ("prompt_adaln.", "prompt_adaln_single."),
-    ("audio_time_embed.", "audio_adaln_single."),
-    ("time_embed.", "adaln_single."),
-    ("audio_proj_in.", "audio_patchify_proj."),
-    ("proj_in.", "patchify_proj."),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +69,8 @@ def read_key(key: str, flattened: Mapping[str, str]) -> Key | None:
     while found := next((prefix for prefix in PREFIXES if module.startswith(prefix)), None):
         module = module.removeprefix(found)
     prefix = stem.removesuffix(module)
-    for theirs, ours in _FROM_DIFFUSERS:
-        if module.startswith(theirs):
-            module = ours + module.removeprefix(theirs)
-            break
+    module = official_module(module)
     return Key(module, leaf, stem, f"{prefix}*.{theirs_leaf}")
-
-
-def diffusers_name(module: str) -> str:
-    """What diffusers calls an official module of the transformer."""
-    for theirs, ours in _FROM_DIFFUSERS:
-        if module.startswith(ours):
-            return theirs + module.removeprefix(ours)
-    return module
 
 
 def is_text_side(module: str) -> bool:

@@ -47,8 +47,11 @@ def write_folder(path: Path, temporary: Path, write: Callable[[Path], None]) -> 
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        for file in temporary.iterdir():
-            with file.open("rb+") as opened:
+        for one in sorted(temporary.rglob("*"), reverse=True):
+            if one.is_dir():
+                sync_folder(one)
+                continue
+            with one.open("rb+") as opened:
                 os.fsync(opened.fileno())
         sync_folder(temporary)
         remove_folder(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from musubi_tuner.runtime.allocator import choose_allocator
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.offline import go_offline
 from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid
 
@@ -32,10 +33,10 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "torch.distributed"):
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are files of the user; bitsandbytes fetches a kernel unasked when it is imported
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # and warns where it could not
+    go_offline()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns where it could not fetch a kernel
     try:
         choose_allocator()
         code = main(sys.argv[1:])

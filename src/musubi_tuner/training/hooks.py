@@ -176,6 +176,8 @@ class Previews(Hook):
 
     run: TrainingRun
     preview: Preview
+    prompts: Sequence[str]
+    """For those who see them."""
     failures: set[str] = field(default_factory=set)
     """What has been warned of."""
 
@@ -194,7 +196,7 @@ class Previews(Hook):
         try:
             with self.run.evaluating():
                 made = self.preview(self.run.wrapper, step, self.run.schedule.epoch(step))
-            self.run.trackers.log_previews(made, step)
+            self.run.trackers.log_previews(made, self.prompts, step)
         except Exception as error:  # of decoders, of media libraries, of the disk
             free_memory(self.run.device)
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

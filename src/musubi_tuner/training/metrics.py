@@ -227,11 +227,12 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._try(lambda: self._accelerator.log(dict(values), step=step))
 
-    def log_previews(self, files: Sequence[Path], step: int) -> None:
-        """Show a step's previews in Weights & Biases, under `previews/` and the number of the prompt; TensorBoard plays no such files."""
+    def log_previews(self, files: Sequence[Path], prompts: Sequence[str], step: int) -> None:
+        """Show a step's previews in Weights & Biases, under `previews/` and the number of the prompt, with its words; TensorBoard plays no
+        such files."""
         for tracker in self._accelerator.trackers:
             if tracker.name == "wandb":
-                self._try(lambda tracker=tracker: tracker.log(_media(files), step=step))
+                self._try(lambda tracker=tracker: tracker.log(_media(files, prompts), step=step))
 
     def _try(self, report: Callable[[], None]) -> None:
         if self._failed:
@@ -250,6 +251,9 @@ class Trackers:
             log.warning("WARNING: the tracker failed at the end (%s: %s).", type(error).__name__, error)
 
 
-def _media(files: Sequence[Path]) -> dict[str, Any]:
+def _media(files: Sequence[Path], prompts: Sequence[str]) -> dict[str, Any]:
     wandb = importlib.import_module("wandb")
-    return {f"previews/{number}": getattr(wandb, _MEDIA[file.suffix])(str(file), caption=file.stem) for number, file in enumerate(files)}
+    return {
+        f"previews/{number}": getattr(wandb, _MEDIA[file.suffix])(str(file), caption=prompt)
+        for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+    }

@@ -30,6 +30,8 @@ from musubi_tuner.ltxv2.versions import looks_distilled, stored_in_8_bits
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.networks.reading import network_metadata
+from musubi_tuner.prompts.prompt import PreviewPrompt
+from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training.objective import FlowMatching, Objective
@@ -182,6 +184,13 @@ def text_recipe(config: TrainingConfig, checkpoint: Checkpoint, device: torch.de
         mode=config.ltx_mode,
         stage=text_stage(config),
     )
+
+
+def preview_prompts(config: TrainingConfig) -> tuple[PreviewPrompt, ...]:
+    """Of `--sample_prompts`; none where there is none."""
+    if config.preview.sample_prompts is None:
+        return ()
+    return load_prompts(config.preview.sample_prompts, PromptDefaults(fps=config.preview.sample_fps))
 
 
 def cached_prompt(datasets: DatasetConfig, prompt: str, wanted: Wanted, why: str, flags: str = "") -> Path:

@@ -1,5 +1,7 @@
 """The table at the end of a run."""
 
+from collections.abc import Sequence
+
 import torch
 
 from musubi_tuner.runtime.tables import format_table
@@ -8,8 +10,12 @@ from musubi_tuner.training.rescue import Restart
 from musubi_tuner.training.run import Outcome, TrainingRun
 
 
-def summary(run: TrainingRun, outcome: Outcome, restart: Restart) -> str:
-    """What the run did, in one table; with the command that goes on where it was interrupted."""
+def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequence[tuple[str, str]] = ()) -> str:
+    """What the run did, in one table; with the command that goes on where it was interrupted.
+
+    Args:
+        uploaded: rows of what is on the hub, and of what is not.
+    """
     steps = outcome.step - run.start_step
     rows = [("steps", f"{run.start_step} to {outcome.step} of {run.schedule.total}")]
     if steps:
@@ -23,6 +29,7 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart) -> str:
     rows += [("written", str(path)) for path in outcome.files[-4:]]
     if (page := run.output_dir / PAGE).is_file():
         rows.append(("to look at", str(page)))
+    rows += uploaded
     text = format_table(rows, ("done" if not outcome.interrupted else "interrupted", ""))
     state = next((path for path in reversed(outcome.files) if path.is_dir()), None)  # none where no place took it
     if outcome.interrupted and state is not None:

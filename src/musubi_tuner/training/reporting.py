@@ -19,7 +19,6 @@ from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.flags import VERSION, describe
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item
-from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts
 from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.facts import banner_rows
@@ -37,7 +36,7 @@ from musubi_tuner.training.page.record import (
 )
 from musubi_tuner.training.page.runs import find_run, find_runs
 from musubi_tuner.training.page.write import PAGE, write_page
-from musubi_tuner.training.preflight import RunInputs
+from musubi_tuner.training.preflight import RunInputs, preview_prompts
 from musubi_tuner.training.run import Outcome, TrainingRun
 
 log = logging.getLogger(__name__)
@@ -189,9 +188,7 @@ def settings_of(config: TrainingConfig) -> list[tuple[str, str, str]]:
 
 
 def _prompts(config: TrainingConfig) -> list[Prompt]:
-    if config.preview.sample_prompts is None:
-        return []
-    prompts = load_prompts(config.preview.sample_prompts, PromptDefaults(fps=config.preview.sample_fps))
+    prompts = preview_prompts(config)
     return [Prompt(index=one.index, prompt=one.prompt, negative=one.negative, seed=one.seed, fps=one.fps) for one in prompts]
 
 

@@ -37,7 +37,7 @@ from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Valida
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
 from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler, try_out
-from musubi_tuner.training.preflight import RunInputs, cached_prompt
+from musubi_tuner.training.preflight import RunInputs, cached_prompt, preview_prompts
 from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
 from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
 from musubi_tuner.training.saving import Saving
@@ -183,7 +183,7 @@ def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> 
         items = run.processes.share(inputs.validation_items)
         hooks.append(Validation(run, items, draw_rules(inputs, "validation", 0), step_log.report))
     if preview is not None:
-        hooks.append(Previews(run, preview))
+        hooks.append(Previews(run, preview, [one.prompt for one in preview_prompts(run.config)]))
     return step_log, hooks
 
 

@@ -31,12 +31,22 @@ def split(checkpoint: Checkpoint, paths: dict[str, Path], *, overwrite: bool, ad
 
 
 def join(checkpoints: Sequence[Checkpoint], path: Path, *, overwrite: bool, advance: Callable[[int], object]) -> None:
-    """Write all tensors of several files into one. Metadata are those of all; each section of the config is from the file with its tensors.
+    """Write all tensors of several files into one.
 
     Raises:
-        UserError: one tensor in two files, files of two releases, or what `write_stream` raises.
+        UserError: what `joined` or `write_stream` raises.
     """
     check_new(path, "--output", overwrite=overwrite)
+    one = joined(checkpoints)
+    write_stream(path, [copied(name, entry) for name, entry in one.entries.items()], one.metadata, advance)
+
+
+def joined(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Several files as one checkpoint. Metadata are those of all; each section of the config is from the file with its tensors.
+
+    Raises:
+        UserError: one tensor in two files, or files of two releases.
+    """
     owner: dict[str, Checkpoint] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
@@ -58,7 +68,8 @@ def join(checkpoints: Sequence[Checkpoint], path: Path, *, overwrite: bool, adva
         metadata["config"] = json.dumps(config, ensure_ascii=False)
     if layers:
         metadata[QUANTIZATION] = json.dumps({"layers": layers})
-    write_stream(path, [copied(name, one.entries[name]) for name, one in owner.items()], metadata, advance)
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    return Checkpoint(checkpoints[0].path, metadata, sections, {name: one.entries[name] for name, one in owner.items()})
 
 
 def raw_config(checkpoint: Checkpoint) -> dict[str, object]:

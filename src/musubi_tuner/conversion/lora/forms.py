@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.conversion.lora.contents import LoraContents, require_kinds, unscaled
+from musubi_tuner.ltxv2.transformer.diffusers_names import diffusers_module
 from musubi_tuner.networks.base import Tensors
 from musubi_tuner.networks.formats import DORA_SCALE, PREFIX
-from musubi_tuner.networks.keys import ALPHA, diffusers_name, is_text_side
+from musubi_tuner.networks.keys import ALPHA, is_text_side
 from musubi_tuner.networks.lora import DOWN, MAGNITUDE, UP
 from musubi_tuner.networks.reading import StoredAdapter
 from musubi_tuner.runtime.errors import UserError
@@ -65,7 +66,7 @@ def formed(contents: LoraContents, form: str, dtype: torch.dtype) -> Formed:
         return Formed({key: value for name, one in contents.adapters.items() for key, value in _kohya(name, one, dtype).items()})
     if form == "peft":
         return _peft(contents, dtype)
-    named = {name if form == "official" else diffusers_name(name): one for name, one in contents.adapters.items()}
+    named = {name if form == "official" else diffusers_module(name): one for name, one in contents.adapters.items()}
     prefix = PREFIX if form == "official" else "transformer."
     return Formed({f"{prefix}{name}.{leaf}": value for name, one in named.items() for leaf, value in _cast(one.tensors, dtype).items()})
 
@@ -98,7 +99,7 @@ def _kohya(name: str, adapter: StoredAdapter, dtype: torch.dtype) -> dict[str, T
 
 
 def _peft(contents: LoraContents, dtype: torch.dtype) -> Formed:
-    adapters = {diffusers_name(name): one for name, one in contents.adapters.items()}
+    adapters = {diffusers_module(name): one for name, one in contents.adapters.items()}
     ranks = {name: one.rank for name, one in adapters.items()}
     alphas = {name: one.rank * one.scale for name, one in adapters.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)

@@ -24,7 +24,7 @@ CLASS = "CausalDiffusionVAE"
 """`_class_name` of a VAE that has this decoder."""
 
 _GATES = (".gate_msa", ".gate_mlp", ".gate_ctx")
-_ASIDE = re.compile(r"decoder\.(.*\.)?(coarse_|type_emb)")
+ASIDE = re.compile(r"decoder\.(.*\.)?(coarse_|type_emb)")
 """Heads for coarse pictures, which decoding does not use."""
 _TILE_UNITS, _FEATURES, _COLORS, _FINISHED = 11.5, 4.0, 3.3, 13.0
 """Memory of decoding. The last stages hold so many tensors of their width, at a quarter of the frames' width and height, for the tile that
@@ -59,7 +59,7 @@ class DiffusionDecoder:
         Raises:
             UserError: a config that no such decoder can be built from, gates, or tensors that do not fit.
         """
-        names = {name: full for name, full in component.names.items() if name.startswith("decoder.") and not _ASIDE.match(name)}
+        names = {name: full for name, full in component.names.items() if name.startswith("decoder.") and not ASIDE.match(name)}
         if gate := next((full for name, full in names.items() if name.endswith(_GATES)), None):
             raise UserError(f"{checkpoint.path}: a diffusion decoder with gates ('{gate}'), which is not read. {_REMEDY}")
         network = _build(component, checkpoint)

@@ -16,7 +16,7 @@ from musubi_tuner.runtime.errors import UserError
 PREFIX = "duration_head."
 SHORTEST, LONGEST = 1.0, 20.0
 """Seconds: what is predicted beyond them is brought back to them, as official tools do it."""
-_HEADS = 4
+HEADS = 4
 _PROJECTIONS = ("video_input_proj", "audio_input_proj")
 _QUERY, _HIDDEN = "attention_pooler.query_tokens", "mlp_hidden.weight"
 _REMEDY = "Give 'ltx-2.5-duration-head-bf16.safetensors' of the release, or the folder of a split pack that it is in."
@@ -26,7 +26,7 @@ class _Pooler(nn.Module):
     def __init__(self, width: int, queries: int) -> None:
         super().__init__()
         self.query_tokens = nn.Parameter(torch.empty(queries, width))
-        self.cross_attn = nn.MultiheadAttention(width, _HEADS, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(1, N, width) -> (1, queries, width)"""
@@ -62,7 +62,7 @@ class DurationHead(nn.Module):
         names = duration_names(checkpoint)
         shapes = {name: checkpoint.shape(full) for name, full in names.items()}
         flat = {name: shape for name, shape in shapes.items() if name in (_QUERY, _HIDDEN, *(f"{one}.weight" for one in _PROJECTIONS))}
-        if len(flat) != 4 or any(len(shape) != 2 for shape in flat.values()) or shapes[_QUERY][1] % _HEADS:
+        if len(flat) != 4 or any(len(shape) != 2 for shape in flat.values()) or shapes[_QUERY][1] % HEADS:
             raise UserError(f"--duration_head {checkpoint.path}: holds no duration head of the form of LTX-2.5's. {_REMEDY}")
         video, audio = (shapes[f"{one}.weight"][1] for one in _PROJECTIONS)
         queries, width = shapes[_QUERY]

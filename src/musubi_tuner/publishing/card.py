@@ -1,0 +1,167 @@
+"""A LoRA's model card: YAML front matter as the Hugging Face Hub reads it (https://huggingface.co/docs/hub/model-cards), previews, how to
+use the file, the settings that its metadata tell, and the notice of the licence that LTX-2's terms ask for."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from musubi_tuner.networks.reading import network_metadata
+from musubi_tuner.runtime.errors import UserError
+
+NAME = "README.md"
+MARK = "<!-- written by musubi-tuner-ltxv2 -->"
+"""In a card that was written here, which may be written anew."""
+RELEASES: Mapping[str, tuple[str, str]] = {
+    "ltx-2.0": ("LTX-2", "Lightricks/LTX-2"),
+    "ltx-2.3": ("LTX-2.3", "Lightricks/LTX-2.3"),
+    "ltx-2.5": ("LTX-2.5", "Lightricks/LTX-2.5"),
+}
+"""Name and repository by `ss_base_model_version`."""
+LICENSE = ("ltx-2-community-license-agreement", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
+"""Its name on the hub, and where it stands."""
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+_SETTINGS = (
+    ("type", "ltxv2_network_type"), ("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"), ("arguments", "ss_network_args"),
+    ("modules", "ltxv2_network_shape"), ("streams", "ltxv2_adapted_streams"), ("mode", "ltxv2_mode"), ("base file", "ss_sd_model_name"),
+    ("steps", "ss_steps"), ("epochs", "ss_epoch"), ("items", "ss_num_train_items"), ("optimizer", "ss_optimizer"),
+    ("learning rate", "ss_learning_rate"), ("learning rate of the sound", "ltxv2_audio_learning_rate"), ("schedule", "ss_lr_scheduler"),
+    ("gradient accumulation", "ss_gradient_accumulation_steps"), ("noise levels", "ltxv2_timestep_sampling"),
+    ("conditioning", "ltxv2_conditioning"), ("average of weights (EMA)", "ltxv2_ema_decay"), ("precision", "ss_mixed_precision"),
+    ("seed", "ss_seed"), ("made from", "ltxv2_made_from"),
+)  # fmt: skip
+"""What the table shows, and the entries of the metadata that it is from."""
+_EMPTY = ("", "None", "null", "[]", "{}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """A clip, still or sound that the card shows."""
+
+    path: Path
+    prompt: str
+    """Empty where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What the file itself does not say."""
+
+    title: str = ""
+    """Default: the metadata's, or the file's name."""
+    trigger: str = ""
+    description: str = ""
+    base_model: str = ""
+    """A repository of the hub; default: the release's."""
+    tags: Sequence[str] = ()
+    repo_id: str = ""
+    """Where it will lie."""
+    previews: Mapping[str, Preview] = field(default_factory=dict)
+    """By their path from the card's folder, with slashes."""
+
+
+def card_text(lora: Path, facts: CardFacts) -> str:
+    """
+    Raises:
+        UserError: a file that cannot be read, or one that does not say which release it is for where `facts` do not either.
+    """
+    metadata = network_metadata(lora)
+    release, base = RELEASES.get(metadata.get("ss_base_model_version", ""), ("", ""))
+    base = facts.base_model or base
+    if not base:
+        known = metadata.get("ss_base_model_version") or "nothing"
+        raise UserError(f"{lora}: does not say which release of LTX-2 it is for ({known}). Give --base_model, such as Lightricks/LTX-2.3.")
+    release = release or base
+    title = facts.title or metadata.get("modelspec.title") or lora.stem
+    head = _front_matter(metadata, facts, base, release)
+    return f"{head}\n{MARK}\n\n" + "\n\n".join(_body(lora, metadata, facts, title=title, base=base, release=release)) + "\n"
+
+
+def relative_link(path: Path, folder: Path) -> str:
+    """A file's path from a folder, with slashes.
+
+    Raises:
+        UserError: it does not lie in or below the folder, so that a link would break once the folder is uploaded.
+    """
+    try:
+        relative = Path(os.path.relpath(path.resolve(), folder.resolve()))
+    except ValueError:  # of another drive
+        relative = Path("..")
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{path}: lies outside of {folder}, where the card goes, so its link would break on the hub. Copy it there first.")
+    return relative.as_posix()
+
+
+def _front_matter(metadata: Mapping[str, str], facts: CardFacts, base: str, release: str) -> str:
+    """JSON's texts are YAML's too."""
+    tags = ["lora", "template:diffusion-lora", "ltx-2", *([release.lower()] if release != base else []), "musubi-tuner-ltxv2", *facts.tags]
+    task = pipeline_tag(metadata)
+    lines = ["---", f"base_model: {_quoted(base)}", "base_model_relation: adapter", "library_name: diffusers", f"pipeline_tag: {task}"]
+    lines += ["license: other", f"license_name: {LICENSE[0]}", f"license_link: {LICENSE[1]}", "tags:"]
+    lines += [f"- {_quoted(tag)}" for tag in dict.fromkeys([*tags, task])]
+    if facts.trigger:
+        lines.append(f"instance_prompt: {_quoted(facts.trigger)}")
+    shown = {link: one for link, one in facts.previews.items() if one.path.suffix.lower() in (".mp4", *IMAGES)}
+    if shown:
+        lines.append("widget:")
+        for link, one in shown.items():
+            lines += [f"- text: {_quoted(one.prompt or ' ')}", "  output:", f"    url: {_quoted(quote(link))}"]
+    return "\n".join([*lines, "---"])
+
+
+def pipeline_tag(metadata: Mapping[str, str]) -> str:
+    """The hub's word for what a LoRA does."""
+    if "reference_downscale_factor" in metadata:
+        return "video-to-video"
+    return "text-to-audio" if metadata.get("ltxv2_mode") == "audio" else "text-to-video"
+
+
+def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: str, base: str, release: str) -> list[str]:
+    found = [f"# {_plain(title)}"]
+    found.append(
+        f"A LoRA for [{_plain(release)}](https://huggingface.co/{quote(base)}).{' ' + facts.description if facts.description else ''}"
+    )
+    if facts.trigger:
+        found.append(f"## Trigger words\n\nPut `{facts.trigger.replace('`', '')}` into the prompt.")
+    if facts.previews:
+        lines = [
+            f"- [{_plain(link)}]({quote(link)}){': ' + _plain(one.prompt) if one.prompt else ''}" for link, one in facts.previews.items()
+        ]
+        found.append("## Previews\n\n<Gallery />\n\n" + "\n".join(lines))
+    found.append(_use(lora, facts))
+    rows = [(name, metadata[key]) for name, key in _SETTINGS if metadata.get(key, "") not in _EMPTY]
+    if rows:
+        table = "\n".join(f"| {name} | {_plain(value)} |" for name, value in rows)
+        trainer = metadata.get("ltxv2_trainer_version")
+        by = f"\n\nTrained with musubi-tuner-ltxv2 {_plain(trainer)}." if trainer else ""
+        found.append(f"## Settings\n\n| | |\n|---|---|\n{table}{by}")
+    name, link = "LTX-2 Community License Agreement", LICENSE[1]
+    found.append(
+        f"## Licence\n\nThis file is a derivative of {_plain(release)} by Lightricks, and is passed on under the [{name}]({link}). "
+        "Its terms, the restrictions of use among them, bind everyone who uses the file or passes it on, with this notice."
+    )
+    return found
+
+
+def _use(lora: Path, facts: CardFacts) -> str:
+    name = lora.name
+    place = facts.repo_id or "FOLDER"
+    lines = [
+        "## Use",
+        f"ComfyUI: put `{name}` into `models/loras`, and load it with a LoRA loader for the model.",
+        f'diffusers:\n\n```python\nfrom diffusers import LTX2Pipeline\n\npipeline = LTX2Pipeline.from_pretrained("LTX_IN_DIFFUSERS_FORM")\n'
+        f'pipeline.load_lora_weights("{place}", weight_name="{name}")\n```',
+    ]
+    return "\n\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(text: str) -> str:
+    """Text that can stand in a cell of a table and is no markup."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;").strip()
