@@ -21,12 +21,13 @@ _VENV_ADVICE = (
 _PIP_ADVICE = "Check the network and the free disk space, then run this again."
 
 
-def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[str, ...] = ()) -> Path:
+def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[str, ...] = (), torch_indexes: Sequence[str] = ()) -> Path:
     """Create `.venv` if it is not there, install the project into it, and return its Python.
 
     Args:
         extras: of the project.
         without_dependencies: packages that are installed alone, as their own demands would pull in what is not needed.
+        torch_indexes: where torch is looked for before the usual package index.
 
     A second call with the same `pyproject.toml` and `constraints.txt` installs nothing. A torch that is already in
     the environment (a CUDA build, say) stays.
@@ -41,7 +42,7 @@ def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[s
     fingerprint = _fingerprint()
     installed = _installed(fingerprint)
     if not wanted <= installed:
-        _install(python, extras, without_dependencies)
+        _install(python, extras, without_dependencies, torch_indexes)
         stamp = {"fingerprint": fingerprint, "installed": sorted(wanted | installed)}
         (_FOLDER / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
     return python
@@ -72,14 +73,16 @@ def _python_of(folder: Path) -> Path:
     return folder / "Scripts" / "python.exe" if os.name == "nt" else folder / "bin" / "python"
 
 
-def _install(python: Path, extras: Sequence[str], without_dependencies: Sequence[str]) -> None:
+def _install(python: Path, extras: Sequence[str], without_dependencies: Sequence[str], torch_indexes: Sequence[str]) -> None:
     if run([python, "-m", "pip", "--version"]) != 0:  # an environment that another tool made
         _checked([str(python), "-m", "ensurepip"], _VENV_ADVICE)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
     keep = _torch_of(python)
     if keep is None:
         print("installing torch", flush=True)
-        _checked([*pip, _pinned_torch()], _PIP_ADVICE)
+        there = any(run([*pip, _pinned_torch(), "--index-url", index]) == 0 for index in torch_indexes)
+        if not there:
+            _checked([*pip, _pinned_torch()], _PIP_ADVICE)
     else:
         print(f"keeping torch {keep}", flush=True)
         pip = [*pip[:-2], "-c", str(_constraints_with_torch(keep))]

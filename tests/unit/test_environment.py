@@ -19,7 +19,7 @@ from musubi_tuner.runtime.allocator import setting_fault
 from tools import environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-NEWCOMERS_FILES = ("quickstart.py", "run_tests.py", "tools/environment.py")
+NEWCOMERS_FILES = ("quickstart.py", "run_tests.py", "start.py", "tools/environment.py", "tools/graphics_driver.py")
 
 
 @pytest.mark.parametrize("name", NEWCOMERS_FILES)
@@ -30,7 +30,7 @@ def test_newcomers_files_import_the_standard_library_alone(name: str) -> None:
     assert {module.split(".")[0] for module in modules} <= {*sys.stdlib_module_names, "tools"}
 
 
-@pytest.mark.parametrize("name", ("quickstart.py", "run_tests.py"))
+@pytest.mark.parametrize("name", ("quickstart.py", "run_tests.py", "start.py"))
 def test_an_older_python_is_told_so(name: str) -> None:
     """The check stands before anything that an older Python could not import."""
     tree = ast.parse((REPOSITORY / name).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def test_an_older_python_is_told_so(name: str) -> None:
 def test_a_second_call_installs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installs = []
     monkeypatch.setattr(environment, "_FOLDER", tmp_path / ".venv")
-    monkeypatch.setattr(environment, "_install", lambda python, extras, alone: installs.append((tuple(extras), tuple(alone))))
+    monkeypatch.setattr(environment, "_install", lambda python, extras, alone, indexes: installs.append((tuple(extras), tuple(alone))))
     python = environment._python_of(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.write_bytes(b"")
