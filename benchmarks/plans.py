@@ -1,14 +1,30 @@
-"""What the planner would choose on cards that people own: `python -m benchmarks.plans`. Modelled from data sheets, not measured."""
+"""What the planner would choose on cards that people own: `python -m benchmarks.plans`. Modelled from data sheets, not measured.
 
+python -m benchmarks.plans 18                what a LoRA takes, with 18 GiB of host memory that may be pinned
+python -m benchmarks.plans full_finetune     what --full_finetune takes at 19 and 22 billion weights, on one card and on two that share
+"""
+
+import dataclasses
 import sys
+
+import torch
 
 from benchmarks.block_counts import SHAPES, TEXT_TOKENS
 from musubi_tuner.memory.card import DEVICE_SHARE, GIB
-from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels
+from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels, leanest_plan
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
+from musubi_tuner.placement.full_finetuning import bytes_of_an_update
+from musubi_tuner.placement.planning import state_bytes
 
 MODEL = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
 RANK_32_ATTENTION = 214_000_000
+
+RELEASED = {"19 B": MODEL, "22 B": dataclasses.replace(MODEL, other_weights=MODEL.other_weights + 3_200_000_000)}
+"""The transformer of each release, and with the text connectors (`--train_connectors`)."""
+LARGEST_TENSOR = 4 * 4096**2
+OPTIMIZERS = (("AdamW", False), ("AdamW8bit", False), ("AdamW8bit", True), ("Adafactor", True))
+"""With whether each weight is updated within the backward pass."""
+SEVERAL = (("H100 80G", 1), ("H200", 1), ("H100 80G", 2), ("H200", 2), ("H100 80G", 8))
 
 CARDS = {
     "H200": (139, 790, 1185, 620, 515, 4.3, 50, "fp8"),
@@ -63,5 +79,43 @@ def table(host_gb: float) -> str:
     return "\n".join(lines)
 
 
+def full_plan(model: ModelShape, card: str, shards: int, optimizer: str, clip: str, *, within_backward: bool) -> tuple[Plan, bool]:
+    """Of `--full_finetune` in bf16, and whether it fits; the leanest plan where none does."""
+    frames, rows, columns, steps = SHAPES[clip]
+    work = Workload(
+        video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=model.weights,
+        optimizer_bytes=state_bytes(optimizer, averaged=False), master_bytes=0.0, gradient_bytes=2.0, trains_model=True,
+        updates_within_backward=within_backward, update_bytes=LARGEST_TENSOR * bytes_of_an_update(torch.bfloat16), shards=shards,
+    )  # fmt: skip
+    limits = Limits(
+        device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=0, formats=("bf16",), streamed=0, compiled=shards == 1,
+        inputs_may_wait=False,
+    )  # fmt: skip
+    found = choose_plan(model, work, rates(card), limits)
+    return (found, True) if found is not None else (leanest_plan(model, work, rates(card), limits), False)
+
+
+def full_table(clip: str) -> str:
+    """One row for each model and way to update it, one column for each number of cards: GiB on each of them."""
+    head = ["model", "optimizer", "weights", "gradients", "states", *(f"{count} x {card}" for card, count in SEVERAL)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, model in RELEASED.items():
+        for optimizer, within in OPTIMIZERS:
+            gradients = 2 * model.weights / (model.blocks if within else 1)
+            sizes = (2 * model.weights, gradients, state_bytes(optimizer, averaged=False) * model.weights)
+            cells = [name, f"{optimizer}{', fused' * within}", *(f"{size / GIB:.1f}" for size in sizes)]
+            for card, count in SEVERAL:
+                if count > 1 and within:
+                    cells.append("-")
+                    continue
+                plan, fits = full_plan(model, card, count, optimizer, clip, within_backward=within)
+                cells.append(f"{plan.device_bytes / GIB:.0f}{'' if fits else ' (no)'}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(float(sys.argv[1]) if len(sys.argv) > 1 else 18.0))
+    if sys.argv[1:] == ["full_finetune"]:
+        print(full_table("768x512x121"))
+    else:
+        print(table(float(sys.argv[1]) if len(sys.argv) > 1 else 18.0))

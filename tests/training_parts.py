@@ -10,6 +10,7 @@ from safetensors.torch import load as load_tensors
 from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_cache_latents, ltxv2_cache_text_encoder_outputs
 from musubi_tuner.conditioning.recipe import Reference, make_recipe
 from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.conversion.checkpoint.trained import writer_of_trained
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
@@ -125,4 +126,4 @@ def item_losses(
 def build(config: TrainingConfig, group: Processes) -> tuple[TrainingRun, RunInputs]:
     """The run of a config, built as the program builds it."""
     inputs = check_inputs(config)
-    return build_run(inputs, make_machine(config, group)), inputs
+    return build_run(inputs, make_machine(config, group), writer_of_trained(inputs.checkpoint)), inputs

@@ -41,6 +41,7 @@ def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[
     """
     argv = without_secrets(argv, type(config))
     sys.argv[1:] = without_secrets(sys.argv[1:], type(config))  # which trackers keep with the run
+    from musubi_tuner.conversion.checkpoint.trained import writer_of_trained
     from musubi_tuner.runtime.processes import processes
     from musubi_tuner.runtime.signals import leave
     from musubi_tuner.training.earlier import clear_earlier, nothing_left, owned_output, resolve_newest, tell_of_later
@@ -62,7 +63,7 @@ def run(config: TrainingConfig, argv: Sequence[str], prog: str, check: Callable[
             return 0
         preview = make_preview(inputs) if group.is_main else None
         publishing = Publishing(config) if group.is_main and config.hub.huggingface_repo_id is not None else None
-        run = build_run(inputs, make_machine(config, group))
+        run = build_run(inputs, make_machine(config, group), writer_of_trained(inputs.checkpoint))
         if group.is_main:
             clear_earlier(config.saving)
             tell_of_later(config.saving, run.start_step)

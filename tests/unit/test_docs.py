@@ -54,6 +54,9 @@ SEARCHES = {
     "another machine": "how-to/move_caches.md",
     "NaN": "how-to/troubleshooting.md",
     "GGUF": "reference/model_files.md",
+    "Full fine-tuning": "how-to/full_finetuning.md",
+    "FSDP": "how-to/full_finetuning.md",
+    "multi-node": "how-to/several_machines.md",
 }
 """What a user types into a search box -> the page whose first lines must hold it."""
 FIRST_LINES = 6

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.plans import full_table
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.attention import SCORE_BYTES
 from musubi_tuner.memory.plan import SLOTS, Limits, candidates, choose_plan, count_levels, fits, leanest_plan
@@ -24,6 +25,7 @@ from musubi_tuner.memory.step_model import (
 )
 from musubi_tuner.placement.planning import Machine, describe_placement, place_by_plan
 from musubi_tuner.runtime.errors import UserError
+from tests.conftest import REPOSITORY
 
 GB = 10**9
 LARGE = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
@@ -266,3 +268,32 @@ def test_where_no_plan_fits_the_cap_and_small_sizes_are_named():
     options = MemoryOptions(vram_gb=0.001, compile=False)
     with pytest.raises(UserError, match=r"1\.0 MiB by --vram_gb 0\.001 and 0\.0 GiB may .*in 1 clip.*larger --vram_gb"):
         place_by_plan(options, machine, LARGE, work(), full_format="bf16")
+
+
+def whole(**changes: object) -> Workload:
+    """A step that trains the model's own weights in bf16."""
+    own = {"trainable": LARGE.weights, "optimizer_bytes": 2.0, "master_bytes": 0.0, "gradient_bytes": 2.0, "trains_model": True}
+    return dataclasses.replace(work(), **(own | changes))
+
+
+def test_full_finetuning_takes_weights_gradients_and_states_once():
+    fixed = limits(10_000, 0, formats=("bf16",), streamed=0, level="everything")
+    (plan,) = (plan for plan in candidates(LARGE, whole(), rates(), fixed) if not plan.inputs_on_host)
+    least = LARGE.weights * (2 + 2 + 2)
+    assert least < plan.device_bytes < least + 10 * GB
+    (fused,) = (plan for plan in candidates(LARGE, whole(updates_within_backward=True), rates(), fixed) if not plan.inputs_on_host)
+    less = plan.device_bytes - fused.device_bytes
+    assert 0.85 < less / (LARGE.weights * 2) < 1, "all gradients but one block's; what a block takes in flight is there in their place"
+    (half,) = (plan for plan in candidates(LARGE, whole(shards=2), rates(), fixed) if not plan.inputs_on_host)
+    assert half.device_bytes - least / 2 < 10 * GB, "and two blocks that are gathered"
+
+
+def test_full_finetuning_multiplies_three_times_where_a_lora_does_twice():
+    assert gradient_operations(LARGE, whole()) == 2 * linear_operations(LARGE, whole())
+    assert floor_seconds(LARGE, whole(), rates()) > 1.3 * floor_seconds(LARGE, work(), rates())
+
+
+def test_the_page_on_full_finetuning_has_the_numbers_of_the_planner():
+    """`python -m benchmarks.plans full_finetune` prints them."""
+    page = (REPOSITORY / "docs" / "how-to" / "full_finetuning.md").read_text(encoding="utf-8")
+    assert full_table("768x512x121") in page

@@ -189,7 +189,9 @@ INSTEAD: Mapping[str, str] = {
     "lycoris_config": "use --network_args type=lokr or type=loha, with preset= or include_patterns=",
     "scale_weight_norms": "is not here; a lower --network_alpha or --learning_rate holds the weights down",
     "loftq_init": "is not here; the adapter starts at zero",
-    **_each("an adapter's own weights are float32; leave it out (--mixed_precision is the model's)", "full_fp16 full_bf16"),
+    **_each(
+        "an adapter's own weights are float32, and --full_finetune's of the dtype of --mixed_precision; leave it out", "full_fp16 full_bf16"
+    ),
     **_each("use --ema_decay 0.999, which switches it on", "use_ema save_ema_only"),
     "ic_lora_strategy": "use --conditioning_config conditioning_recipes/reference_video.toml",
     "ltx2_conditioning_config": "use --conditioning_config, whose recipes have a form of their own (docs/reference/recipes.md)",

@@ -28,6 +28,11 @@ class NetworkOptions:
     network_weights: AnyPath | None = flag("LoRA file to start from, or a folder, whose newest one is taken", default=None)
     dim_from_weights: bool = flag("take type, modules and ranks from --network_weights", default=False)
     train_connectors: bool = flag("adapt the text connectors too; needs caches made with --text_cache_stage features", default=False)
+    full_finetune: bool = flag(
+        "train the weights of the model itself and write whole checkpoints, in place of a network (docs/how-to/full_finetuning.md)",
+        default=False,
+        common=True,
+    )
     base_weights: Annotated[tuple[AnyPath, ...], List] = flag("LoRA files that are merged into the model before training", default=())
     base_weights_multiplier: Annotated[tuple[float, ...], List] = flag("strength of each of --base_weights; default: 1", default=())
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from musubi_tuner.config.conditioning import ConditioningOptions
 from musubi_tuner.config.flags import flag
+from musubi_tuner.config.full_finetuning import check_full_finetuning
 from musubi_tuner.config.losses import AudioOptions, LossOptions, PreservationOptions, check_losses
 from musubi_tuner.config.model import Dtype, MemoryOptions, Mode, ModelOptions, ModeOptions, chosen_mode
 from musubi_tuner.config.network import NetworkOptions
@@ -47,11 +48,30 @@ class OptimizationOptions:
         "save, preview and measure a moving average of the weights, such as 0.999; 0 = off", default=0.0
     )
     max_grad_norm: NotNegative = flag("gradients are clipped to this norm; 0 = not clipped", default=1.0)
+    fused_backward_pass: bool = flag(
+        "of --full_finetune: update each weight as soon as its gradient is complete and free that; needs --max_grad_norm 0",
+        default=False,
+    )
     mixed_precision: Literal["no", "bf16"] | None = flag(
-        "dtype of the frozen weights, no = float32; default: bf16 on a GPU, else what accelerate was launched with", default=None
+        "dtype of the model's weights, no = float32; default: bf16 on a GPU, else what accelerate was launched with", default=None
     )
     seed: Seed = flag("seed of data order, noise and initial weights", default=42, common=True)
     max_data_loader_n_workers: Annotated[int, Field(ge=0, le=256)] = flag("processes that read caches ahead", default=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizationOptions":
+        if self.fused_backward_pass and self.max_grad_norm:
+            raise UserError(
+                f"--fused_backward_pass with --max_grad_norm {self.max_grad_norm:g}: the norm of all gradients is known only when the last "
+                "one is, and the first weights have been updated by then. Give --max_grad_norm 0, with an optimizer that bounds its own "
+                "steps (Adafactor does; AdamW nearly)."
+            )
+        if self.fused_backward_pass and self.gradient_accumulation_steps > 1:
+            raise UserError(
+                f"--fused_backward_pass with --gradient_accumulation_steps {self.gradient_accumulation_steps}: gradients that are used up "
+                "at once cannot wait for the next batch. Give a larger batch_size in the dataset file, or leave one of the two out."
+            )
+        return self
 
 
 @options
@@ -121,6 +141,10 @@ class TrainingConfig:
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
         check_losses(self.losses, self.audio, self.preservation, self.ltx_mode)
+        if self.network.full_finetune:
+            check_full_finetuning(self.network, self.preservation, self.memory)
+        elif self.optimization.fused_backward_pass:
+            raise UserError("--fused_backward_pass: is of --full_finetune. The gradients of a network are small; leave it out.")
         if self.network.train_connectors and (self.losses.video_caption_dropout_rate or self.losses.audio_caption_dropout_rate):
             raise UserError("--train_connectors: captions are dropped for both streams together; give --caption_dropout_rate alone.")
         return self

@@ -5,10 +5,10 @@ The terms of a plan, for B blocks of which S are streamed through `slots` slots 
 where they lie and says what each choice trades):
 
     device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format
-                    + trainable weights * (master weight + optimizer states)
+                    + trainable weights * (master weight + optimizer states)                 (no master where the model itself is trained)
                     + the most that is held at any moment of the backward pass:
                           what the blocks that have not yet run backward keep, by their levels     (3 units where inputs are on the host)
-                          + gradients of the others                                                (of all, where gradients accumulate)
+                          + gradients of the others         (of all, where they accumulate; of one block, where they are used up at once)
                           + what the block in flight takes
 
     host bytes      S blocks in the weight format, divided by the processes that share them
@@ -51,8 +51,6 @@ from musubi_tuner.memory.step_model import (
 )
 
 SLOTS = 2
-MASTER_BYTES = GRADIENT_BYTES = 4
-"""Of each trainable weight, in float32. Its copy in the compute dtype lives within a block."""
 _ON_THE_WAY = 3.0
 """Units on the device where block inputs wait on the host: those of a block, of the next one, and of one that is being copied."""
 WORSE = {"float32": 1.0, "bf16": 1.0, "int8": 1.3, "fp8": 1.3, "nf4": 1.7}
@@ -177,7 +175,9 @@ def _plan(
     device = (
         shape.other_weights * limits.compute_bytes + unquantized * full_block + (shape.blocks - unquantized - streamed + slots) * low_block
     )
-    device += work.trainable * (MASTER_BYTES + work.optimizer_bytes)
+    if work.shards > 1:
+        device = device / work.shards + SLOTS * full_block + shape.other_weights * limits.compute_bytes
+    device += work.trainable * (work.master_bytes + work.optimizer_bytes) / work.shards
     unit = unit_bytes(shape, work) * limits.compute_bytes / 2
     host = streamed * low_block / limits.sharers
     if inputs_on_host:
@@ -215,7 +215,12 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
     """The most bytes at any moment of a step, beside weights and optimizer states."""
     unit, text = (bytes_ * limits.compute_bytes / 2 for bytes_ in (unit_bytes(shape, work), text_bytes(shape, work)))
     low_bit = weight_format in ("fp8", "int8")
-    gradients, scores = GRADIENT_BYTES * work.trainable, scores_in_flight(shape, work)
+    gradients, scores = work.gradient_bytes * work.trainable, scores_in_flight(shape, work)
+    if work.updates_within_backward:
+        gradients /= len(levels)
+    elif work.shards > 1:
+        gradients = gradients / work.shards + SLOTS * gradients / len(levels)
+    within = work.update_bytes * work.updates_within_backward
     transient = 4.0 * shape.video_dim**2 * limits.compute_bytes if weight_format == "nf4" else 0.0  # a weight as it is multiplied by
 
     def kept(level: Level) -> float:
@@ -229,18 +234,18 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
         if limits.compiled:
             units = level.in_flight_low_bit if low_bit else level.in_flight
         units += INT8_IN_FLIGHT * (weight_format == "int8")
-        return max(units * unit, scores) + (2 - level.keeps_text) * text + transient + work.adapters_in_flight
+        return max(units * unit, scores) + (2 - level.keeps_text) * text + transient + work.adapters_in_flight + within
 
     if inputs_on_host:
         inner = LEVELS[0] if limits.compiled else LEVELS[-1]  # how a block runs when its states are back
-        within = kept(inner) if limits.compiled else 0.0
-        return _ON_THE_WAY * unit + within + in_flight(inner) + gradients  # no block is larger than the first, the last to run
-    most, stored, done = float(gradients), 0.0, 0
+        states = kept(inner) if limits.compiled else 0.0
+        return _ON_THE_WAY * unit + states + in_flight(inner) + gradients  # no block is larger than the first, the last to run
+    most, stored, done = gradients + work.update_bytes, 0.0, 0
     by_name = {level.name: level for level in LEVELS}
     for name, group in itertools.groupby(levels):
         count, level = len(list(group)), by_name[name]
         for place in (1, count):
-            behind = 1.0 if work.accumulates else (len(levels) - done - place) / len(levels)
+            behind = 1.0 if work.accumulates or work.updates_within_backward else (len(levels) - done - place) / len(levels)
             most = max(most, stored + place * kept(level) + gradients * behind + in_flight(level))
         stored, done = stored + count * kept(level), done + count
     return most

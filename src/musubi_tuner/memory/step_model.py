@@ -120,12 +120,24 @@ class Workload:
     trainable: int
     optimizer_bytes: float
     """Of the optimizer's states, for each trainable weight."""
+    master_bytes: float = 4.0
+    """Of each trainable weight beside the model's own; 0 where these are what is trained."""
+    gradient_bytes: float = 4.0
+    """Of each trainable weight."""
+    trains_model: bool = False
+    """The model's own weights are trained, so its linears have gradients of their weights too."""
+    updates_within_backward: bool = False
+    """Gradients are used up as soon as they are complete: those of one block are there at a time."""
+    update_bytes: float = 0.0
+    """What the update of the largest tensor takes while it is made."""
     accumulates: bool = False
     """Whether gradients of earlier batches wait while a batch is computed."""
     adapters_in_flight: float = 0.0
     """Bytes that the adapters of one block take while it runs backward, beside what those of a LoRA do (placement/adapters.py)."""
     scores_bytes: int = 0
     """Of one score of attention, where its kernel keeps them (`math`); 0 = it keeps none."""
+    shards: int = 1
+    """Processes that hold a part each of weights, gradients and states; each gathers two blocks, and what lies outside of them."""
     others: tuple["Workload", ...] = ()
     """Other batches of the run that may take more memory; a plan holds all of them."""
 
@@ -140,7 +152,9 @@ def linear_operations(shape: ModelShape, work: Workload) -> float:
 
 
 def gradient_operations(shape: ModelShape, work: Workload) -> float:
-    """Of one block's frozen linears in the backward pass: gradients of inputs alone, and none of the text."""
+    """Of one block's linears in the backward pass: gradients of inputs alone, and none of the text, where they are frozen."""
+    if work.trains_model:
+        return 2 * linear_operations(shape, work)
     text = 2.0 * (2 * shape.video_dim**2 + 2 * shape.audio_dim**2) * work.text_tokens * work.clips
     return linear_operations(shape, work) - text
 
@@ -163,6 +177,8 @@ def scores_in_flight(shape: ModelShape, work: Workload) -> float:
 
 def adapter_operations(shape: ModelShape, work: Workload) -> float:
     """Of one block's adapters, forward and backward."""
+    if work.trains_model:
+        return 0.0
     tokens = (work.video_tokens + work.audio_tokens) / 2
     return 3 * 2.0 * work.trainable / shape.blocks * tokens
 

@@ -79,8 +79,8 @@ def network_arguments(args: Mapping[str, str], *, dim: int, alpha: float) -> Net
         kind=kind,
         targets=TargetChoice(
             preset=args.get("preset", "attention"),
-            include=_patterns(args, "include_patterns"),
-            exclude=_patterns(args, "exclude_patterns"),
+            include=patterns(args, "include_patterns"),
+            exclude=patterns(args, "exclude_patterns"),
         ),
         rank=dim,
         alpha=alpha,
@@ -140,7 +140,7 @@ def _factor(args: Mapping[str, str]) -> int:
     return factor
 
 
-def _patterns(args: Mapping[str, str], key: str) -> tuple[str, ...]:
+def patterns(args: Mapping[str, str], key: str) -> tuple[str, ...]:
     """REGEX,REGEX,... or, as musubi-tuner's notes have it, a Python list of strings."""
     text = args.get(key, "").strip()
     form = f"must be REGEX,REGEX,... or a list, \"{key}=[r'REGEX', r'REGEX']\", with its quotes and in quotes of the shell"

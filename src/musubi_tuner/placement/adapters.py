@@ -25,6 +25,7 @@ from musubi_tuner.networks.reading import NetworkFile, read_network
 from musubi_tuner.networks.release import check_release
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.networks.targets import is_audio_side, linear_names, linear_shapes
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -120,13 +121,15 @@ def make_network(
     return network
 
 
-def bytes_in_flight(network: LoRANetwork, *, video_tokens: int, audio_tokens: int, compute_bytes: int) -> float:
+def bytes_in_flight(network: TrainedNetwork, *, video_tokens: int, audio_tokens: int, compute_bytes: int) -> float:
     """What the adapters of one block take while it runs backward, beside what those of a LoRA do: LoHa's changes of the weights are as
     large as the weights, two factors in float32 and their product; LoKr's inner products are about as large as the linears' outputs, and
     so is what DoRA's lengths multiply.
 
     `python -m benchmarks.peaks --network lokr` counts it.
     """
+    if isinstance(network, WholeTransformer):
+        return 0.0
     blocks: dict[str, float] = defaultdict(float)
     for name, layer in network.layers.items():
         if not name.startswith("transformer_blocks."):
@@ -180,9 +183,7 @@ def adapted_connectors(
     """
     if kind == "full":
         raise UserError("--train_connectors: connectors cannot be adapted with type=full; choose another type.")
-    connectors = load_connectors(checkpoint, device=device, dtype=dtype)
-    for stream in {"video", "audio"} - set(transformer.streams):
-        delattr(connectors, f"{stream}_embeddings_connector")
+    connectors = load_connectors_of(checkpoint, transformer, device=device, dtype=dtype)
     args = parse_pairs(options.network_args, "--network_args")
     args = {key: value for key, value in args.items() if key not in ("include_patterns", "exclude_patterns")}
     start = None if options.network_weights is None else _connectors_start(options.network_weights, connectors)
@@ -197,6 +198,14 @@ def adapted_connectors(
     if start is not None:
         network.load(start)
     return connectors, network
+
+
+def load_connectors_of(checkpoint: Checkpoint, transformer: LTXModel, *, device: torch.device, dtype: torch.dtype) -> Connectors:
+    """The frozen connectors of the streams that the transformer has."""
+    connectors = load_connectors(checkpoint, device=device, dtype=dtype)
+    for stream in {"video", "audio"} - set(transformer.streams):
+        delattr(connectors, f"{stream}_embeddings_connector")
+    return connectors
 
 
 def _connectors_start(path: Path, connectors: Connectors) -> NetworkFile | None:

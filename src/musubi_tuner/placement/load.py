@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.config.model import MemoryOptions
-from musubi_tuner.config.network import NetworkOptions
+from musubi_tuner.config.network import NetworkOptions, parse_pairs
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
@@ -20,11 +20,13 @@ from musubi_tuner.memory.regions import Gather, Region, share_regions
 from musubi_tuner.memory.step_model import ModelShape
 from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import adds_everywhere, group_projections
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.stack import Strength
+from musubi_tuner.networks.whole import TrainedNetwork, train_whole
 from musubi_tuner.placement.adapters import (
     Place,
     adapted_connectors,
+    load_connectors_of,
     make_network,
     read_start,
     report_network,
@@ -32,6 +34,7 @@ from musubi_tuner.placement.adapters import (
     with_networks,
 )
 from musubi_tuner.placement.planning import BatchTokens, Placement
+from musubi_tuner.placement.sharding import shard
 from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,10 @@ class ModelRequest:
     """Kept for each trained weight beside its gradient: `planning.state_bytes`."""
     accumulates: bool = False
     """A step has several backward passes, so gradients wait while the next ones are computed."""
+    updates_within_backward: bool = False
+    """Weights are updated as soon as their gradients are complete, which are freed there (`--fused_backward_pass`)."""
+    shards: int = 1
+    """Processes that hold a part each of the model that they train; 1 = each holds all of it."""
     processes: Processes
 
 
@@ -77,7 +84,7 @@ class LoadedModel:
     """A model that is ready for its first step."""
 
     wrapper: OfficialLTXV2Wrapper
-    network: LoRANetwork
+    network: TrainedNetwork
     placement: Placement
     notes: tuple[tuple[str, str], ...]
     """What was measured: rows for the banner."""
@@ -182,8 +189,10 @@ def load_request(request: ModelRequest, placement: Placement) -> Weights:
 
 
 def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> LoadedModel:
-    """Network, connectors and engine around the frozen model."""
+    """Network, connectors and engine around the model, which stays frozen but under `--full_finetune`."""
     options, device, transformer = request.network, request.device, weights.transformer
+    if options.full_finetune:
+        return _assemble_whole(request, placement, weights)
     start = read_start(options, request.checkpoint, transformer)
     network = make_network(options, transformer, start, seed=request.seed, shows_references=request.shows_references)
     if start is not None:
@@ -207,6 +216,25 @@ def assemble(request: ModelRequest, placement: Placement, weights: Weights) -> L
     )
 
 
+def _assemble_whole(request: ModelRequest, placement: Placement, weights: Weights) -> LoadedModel:
+    """The model as its own network."""
+    options, transformer = request.network, weights.transformer
+    connectors = None
+    if options.train_connectors:
+        connectors = load_connectors_of(request.checkpoint, transformer, device=request.device, dtype=request.dtype)
+    network = train_whole(transformer, parse_pairs(options.network_args, "--network_args"), connectors)
+    run_blocks(weights, placement, request.device, max_rank=network.max_rank, keeps_trained=True)
+    if request.shards > 1:
+        shard(transformer, request.device)
+        network = network.found_again(transformer)
+    return LoadedModel(
+        wrapper=OfficialLTXV2Wrapper(transformer, request.timestep_format, connectors).train(),
+        network=network,
+        placement=placement,
+        notes=(),
+    )
+
+
 def shape_of(model: LTXModel, *, beside: int = 0) -> ModelShape:
     """A model's sizes, for plans.
 
@@ -225,12 +253,14 @@ def shape_of(model: LTXModel, *, beside: int = 0) -> ModelShape:
     )
 
 
-def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], LoRANetwork]]:
+def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], TrainedNetwork]]:
     """The frozen transformer without memory, for counting, and what puts its network on it."""
     with torch.device("meta"):
         model = LTXModel(read_config(request.checkpoint), STREAMS[request.mode]).requires_grad_(False)
 
-    def adapt() -> LoRANetwork:
+    def adapt() -> TrainedNetwork:
+        if request.network.full_finetune:
+            return train_whole(model, parse_pairs(request.network.network_args, "--network_args"))
         start = read_start(request.network, request.checkpoint, model)
         return make_network(request.network, model, start, seed=request.seed, shows_references=request.shows_references)
 

@@ -281,13 +281,14 @@ def streamed_blocks(blocks: int, unquantized: frozenset[int], count: int) -> tup
 
 def _nothing_fits(leanest: Plan, machine: Machine, work: Workload, vram_gb: float | None) -> str:
     recomputed = ", ".join(count_levels(leanest)).replace("_", " ")
+    smaller = "" if work.trains_model else ", a smaller --network_dim, or AdamW8bit"
     capped = "" if vram_gb is None else f" by --vram_gb {vram_gb:g}"
     return (
         f"no plan fits: the leanest one ({leanest.weight_format}, {leanest.streamed} blocks streamed, recomputing {recomputed}) takes "
         f"{size_in_words(leanest.device_bytes)} on the device and {size_in_words(leanest.host_bytes)} pinned on the host; "
         f"{size_in_words(machine.device_bytes)}{capped} and {size_in_words(machine.host_bytes)} may be used. The largest batch has "
         f"{work.video_tokens} video tokens in {work.clips} clip(s): use a smaller resolution, fewer frames or batch_size 1 in the dataset "
-        "file, a smaller --network_dim, or AdamW8bit; close other programs that hold memory"
+        f"file{smaller}; close other programs that hold memory"
         f"{'' if vram_gb is None else ', or give a larger --vram_gb'}."
     )
 

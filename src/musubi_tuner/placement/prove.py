@@ -27,8 +27,10 @@ from musubi_tuner.memory.compiling import compiler_message, first_line
 from musubi_tuner.memory.pinning import PinningFailed, refusal
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.adapters import bytes_in_flight
+from musubi_tuner.placement.full_finetuning import REMEDY, Needs, check_host, in_words, needs_of
 from musubi_tuner.placement.load import LoadedModel, ModelRequest, assemble, load_request, model_on_meta, shape_of
 from musubi_tuner.placement.planning import BatchTokens, Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
@@ -37,7 +39,7 @@ from musubi_tuner.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 
-Trial = Callable[[OfficialLTXV2Wrapper, LoRANetwork], float]
+Trial = Callable[[OfficialLTXV2Wrapper, TrainedNetwork], float]
 """One forward and backward pass of the largest batch, which leaves its gradients; returns its seconds."""
 
 Result = TypeVar("Result")
@@ -83,15 +85,25 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
         TemporaryFailure: the host has no memory left.
     """
     group, device, options = request.processes, request.device, request.memory
-    attention, keeps_scores = _choose_attention(request)
+    needs = None
+    if request.network.full_finetune:
+        options = dataclasses.replace(options, weight_format="bf16", blocks_to_swap=0)  # in the compute dtype, and on the device
+        if request.shards > 1:
+            options = dataclasses.replace(options, compile=False)  # weights are gathered by code that no graph takes in
+        needs = _whole_needs(request)
+    notes, keeps_scores = _choose_attention(request)
+    if needs is not None:
+        notes = (*notes, ("takes", in_words(needs)))
     here = processes_here(group.gather)
     sharers = here if can_share(group.gather) else 1
     machine = read_machine(device, options, processes=here, sharers=sharers)
     if machine is None:
+        if needs is not None:
+            check_host(needs)
         loaded = _load(request, place_by_hand(options, read_config(request.checkpoint).num_layers, device, sharers=sharers))
-        return _with_notes(loaded, attention)
+        return _with_notes(loaded, notes)
     cap_device_memory(device, options.vram_gb)
-    shape, work, outside = _step_to_plan(request, scores_bytes=SCORE_BYTES if keeps_scores else 0)
+    shape, work, outside = _step_to_plan(request, needs, scores_bytes=SCORE_BYTES if keeps_scores else 0)
     full_format = "bf16" if request.dtype == torch.bfloat16 else "float32"
     factor, refused = 1.0, None
     for _ in range(_TRIALS):
@@ -100,10 +112,13 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
             found = place_by_plan(options, smaller, shape, work, full_format=full_format, trains_outside_blocks=outside)
         except UserError as error:
             told = f"{error}{KEEPS_SCORES if keeps_scores else ''}"
+            if needs is not None:
+                told = f"--full_finetune: {in_words(needs)}; {told} {REMEDY}"
             raise UserError(told if refused is None else f"{refused} With less, {told}") from None
         placement = group.gather(found)[0]
         try:
-            return _with_notes(_load_and_prove(request, placement, trial, reserve=int(work.trainable * work.optimizer_bytes)), attention)
+            reserve = int(work.trainable * work.optimizer_bytes / work.shards)
+            return _with_notes(_load_and_prove(request, placement, trial, reserve=reserve), notes)
         except PlanFailed as failed:
             failure = failed.failure
         if failure.kind == "compiler":
@@ -234,14 +249,11 @@ def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve:
     return "measured", f"{text}, forward and backward of the largest batch"
 
 
-def _step_to_plan(request: ModelRequest, *, scores_bytes: int) -> tuple[ModelShape, Workload, bool]:
+def _step_to_plan(request: ModelRequest, needs: Needs | None, *, scores_bytes: int) -> tuple[ModelShape, Workload, bool]:
     """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
     is trained."""
     model, adapt = model_on_meta(request)
-    beside = 0
-    if request.network.train_connectors:
-        beside = sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
-    shape = shape_of(model, beside=beside)
+    shape = shape_of(model, beside=_weights_of_connectors(request))
     network = adapt()
     works = [
         Workload(
@@ -259,9 +271,48 @@ def _step_to_plan(request: ModelRequest, *, scores_bytes: int) -> tuple[ModelSha
         )
         for tokens in (request.tokens, *request.other_tokens)
     ]
+    if needs is not None:
+        works = [_of_whole(one, request, needs) for one in works]
     work = dataclasses.replace(works[0], others=tuple(works[1:]))
-    outside = request.network.train_connectors or not all(name.startswith("transformer_blocks.") for name in network.names)
+    inside = all(name.startswith("transformer_blocks.") for name in network.names)
+    outside = needs is not None or request.network.train_connectors or not inside
     return shape, work, outside
+
+
+def _of_whole(work: Workload, request: ModelRequest, needs: Needs) -> Workload:
+    """Of `--full_finetune`: what is trained is the model, and has no masters beside it."""
+    return dataclasses.replace(
+        work,
+        master_bytes=0.0,
+        gradient_bytes=float(request.dtype.itemsize),
+        trains_model=True,
+        updates_within_backward=request.updates_within_backward,
+        update_bytes=float(needs.update),
+        shards=request.shards,
+    )
+
+
+def _whole_needs(request: ModelRequest) -> Needs:
+    """Of `--full_finetune`, counted on a model without memory."""
+    model, adapt = model_on_meta(request)
+    network = adapt()
+    assert isinstance(network, WholeTransformer)
+    return needs_of(
+        network,
+        weights=sum(parameter.numel() for parameter in model.parameters()) + _weights_of_connectors(request),
+        blocks=len(model.transformer_blocks),
+        dtype=request.dtype,
+        state_bytes=request.state_bytes,
+        within_backward=request.updates_within_backward,
+        shards=request.shards,
+    )
+
+
+def _weights_of_connectors(request: ModelRequest) -> int:
+    """0 where they are not trained."""
+    if not request.network.train_connectors:
+        return 0
+    return sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
 
 
 def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> LoadedModel:

@@ -34,6 +34,11 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
         UserError: another policy or model than made the rollouts, a reward that was not scored, nothing to learn.
     """
     options = config.rl
+    if config.network.full_finetune:
+        raise UserError(
+            "--full_finetune: rules compare the policy with the base model, which is gone where its own weights are trained. Train a LoRA, "
+            "or whole linears by --network_args type=full include_patterns=..."
+        )
     rollouts = read_rollouts(options.rl_rollout_cache)
     if config.ltx_mode != rollouts.facts["mode"]:
         raise UserError(f"--ltx_mode {config.ltx_mode}: the rollouts are of the mode {rollouts.facts['mode']} ({rollouts.folder}).")

@@ -10,9 +10,13 @@ import torch
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
     """A CPU generator whose state is a hash of `seed` and `names`."""
+    return torch.Generator().manual_seed(seed_for(seed, *names))
+
+
+def seed_for(seed: int, *names: object) -> int:
+    """A hash of `seed` and `names`, for a generator of any device."""
     text = "|".join(map(str, (seed, *names)))
-    number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little")
-    return torch.Generator().manual_seed(number & (2**63 - 1))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") & (2**63 - 1)
 
 
 def uniform(generator: torch.Generator) -> float:

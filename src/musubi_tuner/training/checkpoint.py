@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from musubi_tuner.cache.store import read_metadata, serialize
 from musubi_tuner.networks.formats import connectors_path
@@ -50,6 +51,16 @@ def save_lora(network: LoRANetwork, path: Path, metadata: Mapping[str, str], dty
         write_whole(target, serialize(tensors, metadata), target.with_name(f"{_temporary_stem(name)}{os.getpid()}{_TEMPORARY}"))
 
 
+def check_whole(weights: Mapping[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        UserError: a trained weight is not finite.
+    """
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"{path}: '{name}' holds NaN or infinity; it is not written. Lower --learning_rate.")
+
+
 def remove_old_loras(folder: Path, name: str, keep: int, *, step: int, epoch: int) -> None:
     """Keep the newest `keep` LoRAs of steps and as many of epochs, with what lies beside them; the final one always stays.
 
@@ -86,6 +97,9 @@ def steps_of(path: Path) -> int:
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """What killed runs of this name have begun to write; call it while the run's lock is held."""
+    whole = re.compile(rf"\.{re.escape(name)}(-step\d{{8}}|-\d{{6}})?\.safetensors{re.escape(_TEMPORARY)}")
+    for path in [path for path in folder.iterdir() if whole.fullmatch(path.name)]:
+        path.unlink(missing_ok=True)
     for path in folder.glob(f"{_temporary_stem(name)}*{_TEMPORARY}"):
         path.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from musubi_tuner import __version__
 from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.versions import detect_version, looks_distilled
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.preflight import RunInputs, reference_facts
@@ -69,8 +69,16 @@ def _identity(items: Sequence[Item]) -> str:
     return f"{len(items)} with the fingerprint {text_fingerprint(canonical(rows))[:12]}"
 
 
-def file_facts(inputs: RunInputs, machine: Machine, network: LoRANetwork) -> dict[str, object]:
-    """Entries of the LoRA file's metadata."""
+def file_facts(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> dict[str, object]:
+    """Entries of the file's metadata."""
+    if isinstance(network, WholeTransformer):
+        facts = _facts_of_run(inputs, machine, network)
+        own = {"modelspec.architecture": f"ltx-{detect_version(inputs.checkpoint)}", "ltxv2_full_finetune": network.describe()}
+        return {key: value for key, value in facts.items() if not key.startswith(("ss_network_", "ltxv2_network_"))} | own
+    return _facts_of_run(inputs, machine, network)
+
+
+def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> dict[str, object]:
     config = inputs.config
     version = detect_version(inputs.checkpoint)
     adapted = [stream for stream, count in network.count_by_stream().items() if count]
@@ -133,13 +141,15 @@ def banner_rows(inputs: RunInputs, run: TrainingRun) -> list[tuple[str, str]]:
     heard = sum(item.clip.has_audio for item in inputs.items)
     left_alone = ", which --ltx_mode video does not train" if heard and config.ltx_mode == "video" else ""
     parameters = sum(p.numel() for p in run.network.parameters())
+    whole = isinstance(run.network, WholeTransformer)
+    unit = "tensors" if whole else "linears"
     rows = [
         (
             "model",
             f"{inputs.checkpoint.path.name}: LTX-{detect_version(inputs.checkpoint)}{', distilled' * looks_distilled(inputs.checkpoint)}, "
             f"mode {config.ltx_mode}, {str(run.dtype).removeprefix('torch.')}",
         ),
-        ("network", f"{run.network.describe()}, {streams} linears, {parameters:,} parameters"),
+        ("full fine-tuning" if whole else "network", f"{run.network.describe()}, {streams} {unit}, {parameters:,} parameters"),
         *[("merged first", f"{path.name} x {strength:g}") for path, strength in config.network.base_networks],
         ("items", f"{len(inputs.items)} in {len({item.bucket for item in inputs.items})} bucket(s), {heard} with sound{left_alone}"),
         ("held out", f"{len(inputs.validation_items)} items" if inputs.validation_items else "none"),

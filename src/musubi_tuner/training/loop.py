@@ -16,8 +16,10 @@ from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training.hooks import Hook, StepLog
 from musubi_tuner.training.last_step import LastStep
 from musubi_tuner.training.metrics import Reading
-from musubi_tuner.training.optimizer import average_gradients, clip
+from musubi_tuner.training.optimizer import average_gradients, clip, clip_model
 from musubi_tuner.training.run import Outcome, TrainingRun
+from musubi_tuner.training.watch import not_finite_within
+from musubi_tuner.training.weight_steps import NotFinite
 
 
 def train(run: TrainingRun, outcome: Outcome, log: StepLog, hooks: Sequence[Hook]) -> None:
@@ -80,27 +82,64 @@ def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: I
     """Accumulate, average over processes, clip, guard, update. Returns the gradient norm, a scalar on the device."""
     accumulation = run.config.optimization.gradient_accumulation_steps
     seen, expected, supervised = [], 0, 0
+    steps = run.weight_steps
+    if steps is not None:
+        steps.begin(step)
+    if run.updates_within_backward:
+        last.settle()
     for _ in range(accumulation):
-        batch, losses = run.objective.backward(next(batches), accumulation)
+        batch = next(batches)
+        with _within_backward(run, outcome, step, batch):
+            batch, losses = run.objective.backward(batch, accumulation)
         log.add(batch, losses)
         if run.balance is not None:
             run.balance.add(losses, batch.video_weight, batch.audio_weight)
         expected, supervised = expected + batch.audio_expected, supervised + batch.audio_supervised
         seen.append((batch.names, losses))
-    parameters = run.network.parameters()
-    average_gradients(parameters, run.processes.count)
-    norm = clip(parameters, run.config.optimization.max_grad_norm)
-    last.guard(step, norm, seen)
+    if steps is not None and run.updates_within_backward:
+        norm = steps.norm()
+    else:
+        norm = _averaged_and_clipped(run)
+        last.guard(step, norm, seen)
     outcome.torn = True  # from here on the step counts; until here nothing that a state holds has changed
     run.supervision.add(expected, supervised)
     if run.balance is not None:
         run.balance.step(run.processes.count)
-    run.optimizer.step()
+    if steps is None:
+        run.optimizer.step()
+    elif not run.updates_within_backward:
+        steps.step()
     run.scheduler.step()
     if run.average is not None:
         run.average.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _averaged_and_clipped(run: TrainingRun) -> Tensor:
+    """The gradient norm; where the model is sharded, gradients were averaged as they were computed."""
+    parameters, most = run.network.parameters(), run.config.optimization.max_grad_norm
+    sharded = run.shards > 1
+    if not sharded:
+        average_gradients(parameters, run.processes.count)
+    return clip(parameters, most) if run.weight_steps is None else clip_model(parameters, most, sharded=sharded)
+
+
+@contextmanager
+def _within_backward(run: TrainingRun, outcome: Outcome, step: int, batch: Batch) -> Iterator[None]:
+    """Around a backward pass: with `--fused_backward_pass` the weights change in it."""
+    if run.weight_steps is None or not run.updates_within_backward:
+        yield
+        return
+
+    def changed() -> None:
+        outcome.torn = True
+
+    try:
+        with run.weight_steps.within_backward(changed):
+            yield
+    except NotFinite as error:
+        raise not_finite_within(step, str(error), batch.names) from error
 
 
 class _EndAsked:

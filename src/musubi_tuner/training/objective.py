@@ -18,7 +18,8 @@ from musubi_tuner.conditioning.tokens import audio_stream, loss_weights, noised,
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.flow.path import model_sigma
 from musubi_tuner.ltxv2.transformer.modality import Modality, Velocity
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.whole import TrainedNetwork
 
 if TYPE_CHECKING:
     from musubi_tuner.training.balance import AudioBalance
@@ -163,7 +164,7 @@ class FlowMatching:
 class BatchObjective:
     """Everything that a batch gives gradients for: its own content or what the teacher makes of it, then the prompt of `--dop_prompt`."""
 
-    network: LoRANetwork
+    network: TrainedNetwork
     objective: Objective
     balance: "AudioBalance | None" = None
     """Weighs the audio loss in place of `--audio_loss_weight`; None = that weight."""

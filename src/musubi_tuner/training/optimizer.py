@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from musubi_tuner.config.validation import nearest
+from musubi_tuner.placement.sharding import part_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.fused_adamw import FusedAdamW
 
@@ -53,6 +54,8 @@ _PACKAGES = {
     "schedulefree": "pip install schedulefree",
 }
 _CYCLES, _POWER = 3, 2.0
+_EXCHANGED = 2**30
+"""Bytes of gradients that are averaged at once, which no network reaches."""
 _CLIP_EPS = 1e-6
 """As torch has it."""
 
@@ -202,16 +205,29 @@ def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> Non
     """Replace every gradient by its mean over the processes, in one exchange.
 
     Adapters are small beside the model, so one flat buffer after the last backward costs less than hooks during it, and a
-    parameter that took no part in this process's batch simply adds zero.
+    parameter that took no part in this process's batch simply adds zero. A whole model's are exchanged by `_EXCHANGED` bytes.
     """
     if processes == 1:
         return
-    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([piece.reshape(-1) for piece in pieces])
-    torch.distributed.all_reduce(flat)
-    flat /= processes
-    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = piece.view_as(parameter)
+    for some in _by_size(parameters, _EXCHANGED):
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        torch.distributed.all_reduce(flat)
+        flat /= processes
+        for parameter, piece in zip(some, flat.split([p.numel() for p in some]), strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+
+def _by_size(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
+    """In their order, by no more than so many bytes, but for one that is larger itself."""
+    some: list[nn.Parameter] = []
+    for parameter in parameters:
+        if some and sum(one.nbytes for one in some) + parameter.nbytes > most:
+            yield some
+            some = []
+        some.append(parameter)
+    if some:
+        yield some
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -222,6 +238,26 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def clip_model(parameters: Sequence[nn.Parameter], max_norm: float, *, sharded: bool) -> Tensor:
+    """As `clip`, of gradients of a model's own weights, whose norm is taken in float32 where they are bf16.
+
+    Args:
+        sharded: each process holds a part of every gradient.
+    """
+    gradients = [part_of(p.grad) for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    squares = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]).square().sum()
+    if sharded:
+        torch.distributed.all_reduce(squares)
+    norm = squares.sqrt()
+    if max_norm > 0:
+        factor = (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
     return norm
 
 

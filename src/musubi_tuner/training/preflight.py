@@ -17,16 +17,18 @@ from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
+from musubi_tuner.config.full_finetuning import NO_BASE
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.verify import Wanted, verify_caches
 from musubi_tuner.ltxv2.autoencoders.audio_vae import audio_vae_fingerprint
 from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
+from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.text.encoders import EncoderOptions, encoder_fingerprint, encoder_options, is_local
 from musubi_tuner.ltxv2.text.packed import with_projection
 from musubi_tuner.ltxv2.text.pipeline import TextRecipe, projection_fingerprint, text_widths
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.ltxv2.versions import looks_distilled, stored_in_8_bits
+from musubi_tuner.ltxv2.versions import looks_distilled, stored_in_8_bits, transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.networks.reading import network_metadata
@@ -76,6 +78,11 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
     """
     recipe = make_recipe(config.conditioning, config.ltx_mode)
     checkpoint = open_checkpoint(config.model.ltxv2_model)
+    if config.network.full_finetune and (receipt := read_quantization(checkpoint, transformer_names(checkpoint)).receipt):
+        raise UserError(
+            f"{checkpoint.path}: its weights are stored as {receipt}, and --full_finetune trains them themselves. Give the release's "
+            "bf16 file."
+        )
     if looks_distilled(checkpoint):
         log.warning(
             "WARNING: %s: is distilled, by its name or metadata. Distilled checkpoints sample in few steps, which training on them can "
@@ -90,6 +97,8 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
         )
     path = config.mode.dataset_config
     datasets = load_dataset_config(path)
+    if config.network.full_finetune and any(spec.preserve_base for spec in datasets.datasets):
+        raise UserError(f"{path}: preserve_base: {NO_BASE}. Take it out, so that its items are trained as they are, or train a network.")
     arguments = caching_arguments(config)
     items = list_items(datasets.datasets, config.ltx_mode, path, arguments)
     held_out = datasets.validation_datasets

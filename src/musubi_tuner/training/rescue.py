@@ -97,6 +97,8 @@ def _cheaper(run: TrainingRun) -> list[str]:
         choices.append("leave --attn_mode math out, which keeps the scores of all pairs of tokens")
     if memory.gradient_checkpointing is False:
         choices.append("leave --no-gradient_checkpointing out")
+    if run.weight_steps is not None:
+        return [*choices, *_cheaper_whole(run)]
     if optimization.optimizer_type.lower() == "adamw":
         choices.append("--optimizer_type AdamW8bit")
     if run.device.type == "cuda":
@@ -107,6 +109,18 @@ def _cheaper(run: TrainingRun) -> list[str]:
     choices.append(f"--blocks_to_swap {(memory.blocks_to_swap or 0) + 8} (blocks streamed from host memory)")
     choices.append("a smaller resolution or fewer frames in the dataset file")
     return choices
+
+
+def _cheaper_whole(run: TrainingRun) -> list[str]:
+    """The same, where the model's own weights are trained."""
+    optimization = run.config.optimization
+    choices = [] if run.updates_within_backward or run.processes.count > 1 else ["--max_grad_norm 0 --fused_backward_pass"]
+    if optimization.optimizer_type.lower() == "adamw":
+        choices.append("--optimizer_type AdamW8bit")
+    if optimization.optimizer_type.lower() != "adafactor" and run.shards == 1:
+        choices.append("--optimizer_type Adafactor")
+    choices.append("a smaller resolution or fewer frames in the dataset file")
+    return [*choices, "several cards that share the weights (docs/how-to/full_finetuning.md)"]
 
 
 def _saved(run: TrainingRun, outcome: Outcome, restart: Restart, error: Exception) -> list[str]:
@@ -141,10 +155,13 @@ def _problem_of_saving(run: TrainingRun, outcome: Outcome, error: Exception) -> 
     """Save LoRA and state of `outcome.step`; returns why that was not possible."""
     if isinstance(error, NotSaved):
         return "see above."
+    if run.shards > 1:
+        return f"the model is sharded over {run.shards} processes, which can no longer be asked for their parts."
     try:
         if isinstance(error, torch.OutOfMemoryError):
             traceback.clear_frames(error.__traceback__)  # they hold what the step has computed
-        run.optimizer.zero_grad(set_to_none=True)
+        for parameter in run.network.parameters():
+            parameter.grad = None
         free_memory(run.device)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in run.network.parameters()):
             return "its weights are not finite."

@@ -1,7 +1,7 @@
 """A run as `setup` builds it: everything that the loop and its hooks need, and nothing that changes after."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.draws import DrawRules
 from musubi_tuner.dataset.items import BatchPlan, Item
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.whole import TrainedNetwork
 from musubi_tuner.placement.planning import Placement
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
@@ -25,8 +26,13 @@ from musubi_tuner.training.objective import BatchObjective
 from musubi_tuner.training.optimizer import WeightAverage, evaluating
 from musubi_tuner.training.state import LAST_STEP, Watched
 from musubi_tuner.training.watch import AudioSupervision
+from musubi_tuner.training.weight_steps import WeightSteps
 
 _VALIDATIONS_PER_RUN = 10
+
+WriteWhole = Callable[[Path, Mapping[str, Tensor], torch.dtype, Mapping[str, str]], None]
+"""(path, {official name: trained weight}, dtype, metadata): write a whole checkpoint, the rest of which is the one that was started from.
+Raises OSError where it cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,9 +115,11 @@ class TrainingRun:
     dtype: torch.dtype
     """As of `Machine`."""
     wrapper: OfficialLTXV2Wrapper
-    network: LoRANetwork
+    network: TrainedNetwork
     objective: BatchObjective
     optimizer: Optimizer
+    weight_steps: WeightSteps | None
+    """Takes the optimizer's steps where the model's own weights are trained; None where the optimizer does so itself."""
     scheduler: LRScheduler
     items: Sequence[Item]
     rules: DrawRules
@@ -122,7 +130,9 @@ class TrainingRun:
     settings: Mapping[str, Any]
     """What the state remembers, to list what differs on resume."""
     facts: Mapping[str, object]
-    """Entries of the LoRA file's metadata."""
+    """Entries of the file's metadata."""
+    write_whole: WriteWhole | None
+    """Writes the file where the model's own weights are trained; None where a network is."""
     trackers: Trackers
     balance: AudioBalance | None
     """None where the audio loss has a fixed weight."""
@@ -131,6 +141,8 @@ class TrainingRun:
     """None where the weights count as they are."""
     watched: Mapping[str, Watched]
     """What has a state of its own beside network and optimizer."""
+    shards: int
+    """Processes that hold a part each of the model that they train; 1 = each holds all of what it trains."""
     placement: Placement
     """How the model is held and run."""
     notes: Sequence[tuple[str, str]]
@@ -145,6 +157,11 @@ class TrainingRun:
                 yield
             finally:
                 self.wrapper.train()
+
+    @property
+    def updates_within_backward(self) -> bool:
+        """`--fused_backward_pass`"""
+        return self.config.optimization.fused_backward_pass
 
     @property
     def output_dir(self) -> Path:

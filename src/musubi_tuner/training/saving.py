@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
+from musubi_tuner.placement.sharding import gathered
 from musubi_tuner.runtime.disk import FULL, reason
 from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.training import checkpoint, state
@@ -26,9 +30,17 @@ class NotSaved(TemporaryFailure):
 class Saving(Hook):
     """The LoRA, and the state where one is wanted. The last step and an interrupt always save."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, *, beside_trained: int = 0) -> None:
+        """
+        Args:
+            beside_trained: as of `SpaceWatch`.
+        """
         self._run = run
-        self.space = SpaceWatch(run)
+        self._gathered: dict[str, Tensor] = {}
+        """Of a model that is sharded, in the main process, for one save."""
+        self._problems: list[str] = []
+        """What kept other processes from saving their parts."""
+        self.space = SpaceWatch(run, beside_trained=beside_trained)
 
     def after_step(self, outcome: Outcome, seconds: float) -> None:
         run, step, schedule = self._run, outcome.step, self._run.schedule
@@ -37,6 +49,8 @@ class Saving(Hook):
         by_step = outcome.interrupted or schedule.is_due(step, schedule.save_every, None)
         if not (step == schedule.total or by_step or schedule.is_due(step, None, schedule.save_every_epochs)):
             return
+        if run.shards > 1:
+            self._take_part(outcome)
         if not run.processes.is_main:
             return
         if step == schedule.total:
@@ -46,6 +60,7 @@ class Saving(Hook):
         else:
             path = checkpoint.lora_path(run.output_dir, run.name, epoch=schedule.epoch(step))
         self.save(outcome, path)
+        self._gathered = {}
 
     def save(self, outcome: Outcome, path: Path) -> None:
         """
@@ -70,6 +85,28 @@ class Saving(Hook):
         if saving.save_last_n is not None:
             checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n, step=step, epoch=epoch)
         outcome.files = [file for file in outcome.files if file.exists()]
+
+    def _take_part(self, outcome: Outcome) -> None:
+        """What all processes do for a save, where each holds a part of the model."""
+        run = self._run
+        weights = _changed_weights(run, run.network)
+        self._gathered = gathered(weights, keep=run.processes.is_main)
+        if run.config.saving.save_state or outcome.interrupted:
+            path = state.state_path(run.output_dir, run.name, outcome.step)
+            problem = None
+            if not run.processes.is_main:
+                try:
+                    state.save_part(
+                        path,
+                        run.processes.index,
+                        network=run.network,
+                        optimizer=run.optimizer,
+                        scheduler=run.scheduler,
+                        watched=run.watched,
+                    )
+                except OSError as error:
+                    problem = f"process {run.processes.index}: {reason(error)}"
+            self._problems = [one for one in run.processes.gather(problem) if one is not None]
 
     def _written(self, outcome: Outcome, name: str, write: Callable[[int, Path], None], *, must: bool) -> tuple[Path | None, str | None]:
         """Write `name` into the run's folder; where it `must` be, and that takes it not, into the next one that does.
@@ -124,10 +161,19 @@ class Saving(Hook):
         run, saving = self._run, self._run.config.saving
         with run.evaluating():
             metadata = checkpoint.lora_metadata(run.facts, step=step, epoch=run.schedule.epoch(step), turn=run.turn)
-            checkpoint.save_lora(run.network, path, metadata, checkpoint.SAVE_DTYPES[saving.save_precision], name=run.name)
+            dtype = checkpoint.SAVE_DTYPES[saving.save_precision]
+            if isinstance(run.network, WholeTransformer):
+                assert run.write_whole is not None, "given with the network"
+                weights = self._gathered or _changed_weights(run, run.network)
+                checkpoint.check_whole(weights, path)
+                run.write_whole(path, weights, dtype, metadata)
+            else:
+                checkpoint.save_lora(run.network, path, metadata, dtype, name=run.name)
 
     def _save_state(self, step: int, path: Path, *, torn: bool) -> None:
         run = self._run
+        if self._problems:
+            raise OSError("; ".join(self._problems))
         state.save_state(
             path,
             network=run.network,
@@ -138,6 +184,13 @@ class Saving(Hook):
             watched=run.watched,
             turn=run.turn,
             torn=torn,
+            parts=run.shards,
         )
         if path.parent == run.output_dir:
             state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
+
+
+def _changed_weights(run: TrainingRun, network: TrainedNetwork) -> dict[str, nn.Parameter]:
+    """What differs from the checkpoint that was started from: trained weights, and all of the model where LoRAs were merged into it."""
+    weights = network.named_parameters()
+    return {**dict(run.wrapper.transformer.named_parameters()), **weights} if run.config.network.base_networks else weights

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,27 +23,31 @@ from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.flow.sigma import SAMPLER_ARGUMENTS, SigmaSettings
 from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.ltxv2.transformer.load import read_config
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, OfficialLTXV2Wrapper
+from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.adapters import network_module
 from musubi_tuner.placement.load import LoadedModel, ModelRequest
 from musubi_tuner.placement.planning import BatchTokens, state_bytes
 from musubi_tuner.placement.prove import load_model
+from musubi_tuner.placement.sharding import sharding_is_asked_for
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.earlier import turn_after
 from musubi_tuner.training.facts import banner, file_facts, run_settings
+from musubi_tuner.training.full_finetuning import check_sharded, check_whole, make_weight_steps, taken_over_bytes
 from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Validation, Watching
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
 from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler, try_out
 from musubi_tuner.training.preflight import RunInputs, cached_prompt, preview_prompts
 from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
-from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
+from musubi_tuner.training.run import Machine, TrainingRun, WriteWhole, make_schedule
 from musubi_tuner.training.saving import Saving
 from musubi_tuner.training.state import Watched, load_state
 from musubi_tuner.training.watch import AudioSupervision
+from musubi_tuner.training.weight_steps import gradients_used_up
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +91,12 @@ def weight_dtype(mixed_precision: str, asked: str | None, device: torch.device) 
     )
 
 
-def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
-    """Load the transformer, put the network on it, and restore a state where one is given."""
+def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | None = None) -> TrainingRun:
+    """Load the transformer, put the network on it, and restore a state where one is given.
+
+    Args:
+        write_whole: as of `TrainingRun`; needed with `--full_finetune`.
+    """
     config = inputs.config
     optimization = config.optimization
     rules = draw_rules(inputs, "train", optimization.seed, _caption_dropout(inputs))
@@ -104,16 +113,23 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     )
     try_out(optimization.optimizer_type, optimization.learning_rate, optimizer_args, schedule_options, machine.device)
     network_module(config.network.network_module)
+    whole = config.network.full_finetune
+    shards = machine.processes.count if sharding_is_asked_for(trains_model=whole, group=machine.processes) else 1
+    if whole:
+        assert write_whole is not None, "given by the program"
+        check_whole(config, machine)
+    if shards > 1:
+        check_sharded(inputs)
     balance = AudioBalance(machine.device) if config.audio.audio_balance == "ema" else None
-    loaded = _load_model(inputs, machine, rules, prompt)
+    loaded = _load_model(inputs, machine, rules, prompt, shards)
     network = loaded.network
     objective = make_objective(inputs, loaded.wrapper, network, balance=balance, prompt=prompt)
-    optimizer = make_optimizer(
-        optimization.optimizer_type,
-        network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
-        optimization.learning_rate,
-        optimizer_args,
-    )
+    weight_steps = make_weight_steps(config, optimizer_args, machine, network, shards=shards) if whole else None
+    if weight_steps is None:
+        groups = network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate)
+        optimizer = make_optimizer(optimization.optimizer_type, groups, optimization.learning_rate, optimizer_args)
+    else:
+        optimizer = weight_steps.optimizer
     scheduler = make_scheduler(optimizer, schedule_options)
     settings = run_settings(inputs, machine, loaded.placement.weight_format)
     average = None
@@ -128,7 +144,14 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
     start_step = turn = 0
     if config.saving.resume is not None:
         start_step, differences = load_state(
-            config.saving.resume, network=network, optimizer=optimizer, scheduler=scheduler, settings=settings, watched=watched
+            config.saving.resume,
+            network=network,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            settings=settings,
+            watched=watched,
+            part=machine.processes.index if shards > 1 else 0,
+            parts=shards,
         )
         _report_resume(config.saving.resume, start_step, schedule.total, differences)
         turn = turn_after(config.saving, start_step)
@@ -141,6 +164,7 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         network=network,
         objective=objective,
         optimizer=optimizer,
+        weight_steps=weight_steps,
         scheduler=scheduler,
         items=inputs.items,
         rules=rules,
@@ -149,11 +173,13 @@ def build_run(inputs: RunInputs, machine: Machine) -> TrainingRun:
         turn=turn,
         settings=settings,
         facts=file_facts(inputs, machine, network),
+        write_whole=write_whole if whole else None,
         trackers=machine.trackers,
         balance=balance,
         supervision=supervision,
         average=average,
         watched=watched,
+        shards=shards,
         placement=loaded.placement,
         notes=loaded.notes,
     )
@@ -174,13 +200,15 @@ def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> 
     Raises:
         UserError: the disk has no room for the LoRA.
     """
-    saving = Saving(run)
+    beside = 0 if run.write_whole is None else taken_over_bytes(inputs.checkpoint, run.network)
+    saving = Saving(run, beside_trained=beside)
     if run.processes.is_main:
         saving.space.check_before()
     step_log = StepLog(run)
     hooks: list[Hook] = [Watching(run), saving]
     if inputs.validation_items:
-        items = run.processes.share(inputs.validation_items)
+        together = run.shards > 1  # all processes run all items, as each holds a part of the weights
+        items = inputs.validation_items if together else run.processes.share(inputs.validation_items)
         hooks.append(Validation(run, items, draw_rules(inputs, "validation", 0), step_log.report))
     if preview is not None:
         hooks.append(Previews(run, preview, [one.prompt for one in preview_prompts(run.config)]))
@@ -190,7 +218,7 @@ def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> 
 def make_objective(
     inputs: RunInputs,
     wrapper: OfficialLTXV2Wrapper,
-    network: LoRANetwork,
+    network: TrainedNetwork,
     *,
     balance: AudioBalance | None = None,
     prompt: PromptPreservation | None = None,
@@ -198,6 +226,8 @@ def make_objective(
     """What a run learns, which the trial of its memory plan learns too."""
     losses = inputs.config.losses
     matching = FlowMatching(wrapper, error_function(losses.loss_type, losses.huber_delta))
+    if isinstance(network, WholeTransformer):
+        return BatchObjective(network=network, objective=matching, balance=balance, prompt=prompt)
     objective = WithTeacher(matching, Teacher(wrapper, network)) if inputs.learns is None else inputs.learns(matching, network)
     return BatchObjective(network=network, objective=objective, balance=balance, prompt=prompt)
 
@@ -273,7 +303,7 @@ def _prompt_preservation(inputs: RunInputs, device: torch.device) -> PromptPrese
     return PromptPreservation(text=tensors["text"][None].to(device), text_mask=text_mask, weight=options.dop_weight)
 
 
-def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None) -> LoadedModel:
+def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: PromptPreservation | None, shards: int) -> LoadedModel:
     config = inputs.config
     model = read_config(inputs.checkpoint)
     largest = largest_items(inputs.items, config.ltx_mode, rules.recipe.keyframes, widths=(model.video_dim, model.audio_dim))
@@ -285,14 +315,15 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
 
     accumulates = config.optimization.gradient_accumulation_steps > 1
 
-    def trial(wrapper: OfficialLTXV2Wrapper, network: LoRANetwork) -> float:
+    def trial(wrapper: OfficialLTXV2Wrapper, network: TrainedNetwork) -> float:
         seconds = []
         for batch in batches:
             if not accumulates:
                 for parameter in network.parameters():
                     parameter.grad = None
             started = time.perf_counter()
-            make_objective(inputs, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
+            with gradients_used_up(network.parameters()) if config.optimization.fused_backward_pass else nullcontext():
+                make_objective(inputs, wrapper, network, prompt=prompt).backward(batch.to(machine.device))
             if machine.device.type == "cuda":
                 torch.cuda.synchronize(machine.device)
             seconds.append(time.perf_counter() - started)
@@ -319,6 +350,8 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
         other_tokens=sizes[1:],
         state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
         accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
+        updates_within_backward=config.optimization.fused_backward_pass,
+        shards=shards,
         processes=machine.processes,
     )
     return load_model(request, trial)

@@ -16,11 +16,15 @@ _MB = 10**6
 class SpaceWatch:
     """Compares the room that the run's folder has with what the next save needs."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, *, beside_trained: int = 0) -> None:
+        """
+        Args:
+            beside_trained: bytes of a file beside the trained weights.
+        """
         saving, optimization = run.config.saving, run.config.optimization
         weights = sum(parameter.numel() for parameter in run.network.parameters())
         self._folder = run.output_dir
-        self.lora = weights * SAVE_DTYPES[saving.save_precision].itemsize
+        self.lora = weights * SAVE_DTYPES[saving.save_precision].itemsize + beside_trained
         """Bytes, near enough: a file's header and its folded scale are small."""
         beside = state_bytes(optimization.optimizer_type, averaged=optimization.ema_decay > 0)
         self.state = round(sum(parameter.numel() * (parameter.element_size() + beside) for parameter in run.network.parameters()))

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
+from musubi_tuner.networks.whole import TrainedNetwork
+from musubi_tuner.placement.sharding import part_of
 from musubi_tuner.runtime.disk import remove_folder, write_folder
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
@@ -57,6 +58,8 @@ class SavedState:
     """How often the run had gone back behind steps that were saved (`earlier.turn_after`)."""
     torn: bool
     """Whether the weights lie in the middle of the update after `step`."""
+    parts: int
+    """Processes that held a part each of the weights; 1 = all is here."""
     network: Mapping[str, Tensor]
     stored: Mapping[str, Any]
     """Of optimizer, schedule and random numbers, and of what else has a state."""
@@ -73,7 +76,7 @@ class Watched(Protocol):
 def save_state(
     path: Path,
     *,
-    network: LoRANetwork,
+    network: TrainedNetwork,
     optimizer: Optimizer,
     scheduler: LRScheduler,
     step: int,
@@ -81,38 +84,89 @@ def save_state(
     watched: Mapping[str, Watched],
     turn: int = 0,
     torn: bool = False,
+    parts: int = 1,
 ) -> None:
     """Write the state folder, whole or not at all.
+
+    Args:
+        parts: processes that hold a part each of the weights; the others have called `save_part` before.
 
     Raises:
         OSError: it could not be written; an older state stays as it is.
     """
-    stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
-    stored |= {name: one.state_dict() for name, one in watched.items()}
+    stored = _stored(optimizer, scheduler, watched)
     progress = {"step": step, "settings": dict(settings)} | ({"turn": turn} if turn else {}) | ({"torn": True} if torn else {})
+    progress |= {"parts": parts} if parts > 1 else {}
 
     def write(folder: Path) -> None:
         try:
-            save_file({name: p.detach().cpu().contiguous() for name, p in network.named_parameters().items()}, folder / _NETWORK)
-            torch.save(stored, folder / _OPTIMIZER)
+            _write_part(folder, network, stored, 0)
+            for part in range(1, parts):
+                for file in _part_folder(path, part).iterdir():
+                    shutil.move(file, folder / file.name)
         except (RuntimeError, SafetensorError) as error:  # words of their own for whatever the system says
             raise OSError(f"the state could not be written ({error})") from error
-        sealed = {"fingerprints": {name: _fingerprint((folder / name).read_bytes()) for name in (_NETWORK, _OPTIMIZER)}}
+        finally:
+            for part in range(1, parts):
+                shutil.rmtree(_part_folder(path, part), ignore_errors=True)
+        sealed = {"fingerprints": {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}}
         (folder / _PROGRESS).write_text(json.dumps(progress | sealed, indent=1, ensure_ascii=False), encoding="utf-8")
 
     write_folder(path, path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}"), write)
 
 
-def read_state(path: Path) -> SavedState:
+def save_part(
+    path: Path, part: int, *, network: TrainedNetwork, optimizer: Optimizer, scheduler: LRScheduler, watched: Mapping[str, Watched]
+) -> None:
+    """Write a process's part beside the state folder `path`, into which `save_state` of the main process takes it.
+
+    Raises:
+        OSError: it could not be written.
     """
+    folder = _part_folder(path, part)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        _write_part(folder, network, _stored(optimizer, scheduler, watched), part)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"a part of the state could not be written ({error})") from error
+
+
+def _stored(optimizer: Optimizer, scheduler: LRScheduler, watched: Mapping[str, Watched]) -> dict[str, Any]:
+    stored = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "torch_rng": torch.get_rng_state()}
+    return stored | {name: one.state_dict() for name, one in watched.items()}
+
+
+def _part_folder(path: Path, part: int) -> Path:
+    return path.with_name(f".{path.name}.{part}.part{_TEMPORARY}")
+
+
+def _write_part(folder: Path, network: TrainedNetwork, stored: Mapping[str, Any], part: int) -> None:
+    weights = {name: part_of(p.detach()).cpu().contiguous() for name, p in network.named_parameters().items()}
+    save_file(weights, folder / _of_part(_NETWORK, part))
+    torch.save(stored, folder / _of_part(_OPTIMIZER, part))
+
+
+def _of_part(name: str, part: int) -> str:
+    """The name of a file of a process's part; of the first one the name itself."""
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}-{part}{dot}{ending}" if part else name
+
+
+def read_state(path: Path, part: int = 0) -> SavedState:
+    """
+    Args:
+        part: of which process; of several where the model is sharded.
+
     Raises:
         DamagedState: a file of it is missing, or does not hold what it should; names the file.
     """
-    for name in (_NETWORK, _OPTIMIZER, _PROGRESS):
+    names = [_of_part(name, part) for name in (_NETWORK, _OPTIMIZER)]
+    for name in (*names, _PROGRESS):
         if not (path / name).is_file():
             raise DamagedState(f"{path}: no training state (no {name}).")
     progress = _read_progress(path / _PROGRESS)
-    file = path / _NETWORK
+    file = path / names[0]
     try:
         network = dict(sorted(load(_sealed(file, progress)).items()))  # which come in no order
     except (SafetensorError, OSError, ValueError) as error:
@@ -121,7 +175,7 @@ def read_state(path: Path) -> SavedState:
         raise DamagedState(f"{file}: '{odd[0]}' is of {network[odd[0]].dtype}, which no network is trained in.")
     if odd := [name for name, tensor in network.items() if not bool(torch.isfinite(tensor.float()).all())]:
         raise DamagedState(f"{file}: '{odd[0]}' holds NaN or infinity.")
-    file = path / _OPTIMIZER
+    file = path / names[1]
     try:
         stored = torch.load(io.BytesIO(_sealed(file, progress)), map_location="cpu", weights_only=True)
     except DamagedState:
@@ -144,13 +198,15 @@ def read_state(path: Path) -> SavedState:
         settings=progress["settings"],
         turn=progress.get("turn", 0),
         torn=bool(progress.get("torn")),
+        parts=progress.get("parts", 1),
         network=network,
         stored=stored,
     )
 
 
-def _fingerprint(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+def _fingerprint(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
 
 
 def _sealed(file: Path, progress: Mapping[str, Any]) -> bytes:
@@ -161,7 +217,7 @@ def _sealed(file: Path, progress: Mapping[str, Any]) -> bytes:
         OSError: it cannot be read.
     """
     data, known = file.read_bytes(), progress.get("fingerprints")
-    if isinstance(known, dict) and known.get(file.name) != _fingerprint(data):
+    if isinstance(known, dict) and known.get(file.name) != hashlib.sha256(data).hexdigest()[:32]:
         raise DamagedState(f"{file}: is not the file that was saved (its checksum differs): it is damaged, or of another state.")
     return data
 
@@ -193,7 +249,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
         raise DamagedState(str(error)) from error
     if not isinstance(progress, dict) or not isinstance(progress.get("settings"), dict):
         raise DamagedState(f"{path}: must hold 'step' and 'settings'.")
-    for key, value in (("step", progress.get("step")), ("turn", progress.get("turn", 0))):
+    for key, value in (("step", progress.get("step")), ("turn", progress.get("turn", 0)), ("parts", progress.get("parts", 1))):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LAST_STEP:
             raise DamagedState(f"{path}: {key} = {value!r:.100}: must be a whole number of at least 0.")
     return progress
@@ -206,13 +262,18 @@ def _first_line(error: Exception) -> str:
 def load_state(
     path: Path,
     *,
-    network: LoRANetwork,
+    network: TrainedNetwork,
     optimizer: Optimizer,
     scheduler: LRScheduler,
     settings: Mapping[str, Any],
     watched: Mapping[str, Watched],
+    part: int = 0,
+    parts: int = 1,
 ) -> tuple[int, list[str]]:
     """Restore a run.
+
+    Args:
+        part, parts: which of the parts of a sharded model this process holds.
 
     Returns:
         The step to go on from, and what differs from the settings that the state was saved with, a line each.
@@ -220,9 +281,12 @@ def load_state(
     Raises:
         UserError: no whole state, or one of another network or optimizer.
     """
-    saved = read_state(path)
+    saved = read_state(path, part)
+    if saved.parts != parts:
+        then, now = (f"sharded over {count} processes" if count > 1 else "whole in each process" for count in (saved.parts, parts))
+        raise UserError(f"--resume {path}: the model was {then}, and is {now} here. Launch it as it was, or start from its checkpoint.")
     _check_optimizer(path, saved.settings, settings)
-    current = network.named_parameters()
+    current = {name: part_of(parameter.detach()) for name, parameter in network.named_parameters().items()}
     if odd := _first_difference(saved.network, current):
         raise UserError(
             f"--resume {path}: the state is of another network ({odd}). Resume with the same --ltx_mode, --network_dim and --network_args."
@@ -348,7 +412,7 @@ def remove_states(folder: Path, name: str) -> None:
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """What killed runs of this name have begun to write; call it while the run's lock is held."""
-    pattern = re.compile(rf"\.{re.escape(name)}-step\d{{8}}{_SUFFIX}\.\d+(\.old)?{re.escape(_TEMPORARY)}")
+    pattern = re.compile(rf"\.{re.escape(name)}-step\d{{8}}{_SUFFIX}\.\d+(\.old|\.part)?{re.escape(_TEMPORARY)}")
     for path in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -44,6 +44,14 @@ def not_finite(step: int, seen: SeenItems) -> UserError:
     )
 
 
+def not_finite_within(step: int, weight: str, names: Sequence[str]) -> UserError:
+    """The error of a step whose weights are updated within its backward pass."""
+    return UserError(
+        f"step {step}: not finite: the gradient of {weight}; items {', '.join(names)}. Check these items' caches, or lower "
+        "--learning_rate, and resume from the last state."
+    )
+
+
 class Pace:
     """Compares the median of the last steps with that of the first: memory that is short, or a card that gets hot, slows a run down."""
 
