@@ -25,6 +25,7 @@ from musubi_tuner import (
     ltxv2_lora,
     ltxv2_report,
     ltxv2_rl_rounds,
+    ltxv2_score_rollouts,
     ltxv2_train_network,
     ltxv2_train_rl,
 )
@@ -42,6 +43,7 @@ from musubi_tuner.config.report import ReportConfig
 from musubi_tuner.config.rl import RlTrainingConfig
 from musubi_tuner.config.rollouts import RolloutConfig
 from musubi_tuner.config.rounds import RoundsConfig
+from musubi_tuner.config.scoring import ScoringConfig
 from musubi_tuner.config.training import TrainingConfig
 
 OPTIONS = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"
@@ -88,6 +90,7 @@ PROGRAMS = (
     Program(ltxv2_train_network, TrainingConfig),
     Program(ltxv2_generate_video, GenerateConfig),
     Program(ltxv2_cache_rollouts, RolloutConfig),
+    Program(ltxv2_score_rollouts, ScoringConfig),
     Program(ltxv2_train_rl, RlTrainingConfig),
     Program(ltxv2_rl_rounds, RoundsConfig),
     Program(ltxv2_report, ReportConfig),

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "ltxv2_train_network",
     "generate": "ltxv2_generate_video",
     "cache-rollouts": "ltxv2_cache_rollouts",
+    "score-rollouts": "ltxv2_score_rollouts",
     "train-rl": "ltxv2_train_rl",
     "rl-rounds": "ltxv2_rl_rounds",
     "report": "ltxv2_report",

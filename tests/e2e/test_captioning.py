@@ -15,8 +15,8 @@ import torch
 
 from musubi_tuner import ltxv2_dataset
 from musubi_tuner.config.dataset import load_dataset_config
-from musubi_tuner.curation.captioning import endpoint
 from musubi_tuner.page.fill import data_of
+from musubi_tuner.runtime import servers
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.sources.listing import list_sources
 from musubi_tuner.tiny.clips import write_audio_files, write_clips, write_stills
@@ -49,7 +49,7 @@ def clips(tmp_path):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """There is no waiting between tries."""
-    monkeypatch.setattr(endpoint, "sleep", waits.append)
+    monkeypatch.setattr(servers, "sleep", waits.append)
     waits.clear()
 
 

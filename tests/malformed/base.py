@@ -38,6 +38,7 @@ MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
 TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
 GENERATE, REPORT, ROLLOUTS, TRAIN_RL = "ltxv2_generate_video", "ltxv2_report", "ltxv2_cache_rollouts", "ltxv2_train_rl"
+SCORE = "ltxv2_score_rollouts"
 
 _DATASET = """\
 [general]
@@ -122,6 +123,10 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_cache", "cache",
         "--rl_prompts", "rl_prompts.txt", "--rl_rollout_cache", "rollouts", "--rl_group_size", "2", "--device", "cpu",
         "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--rl_sde_type", "cps",
+    ),
+    SCORE: (
+        "--rl_rollout_cache", "rollouts", "--reward_fn", "loudness,motion", "--vae", "models/vae.safetensors",
+        "--audio_vae", "models/audio_vae.safetensors", "--device", "cpu",
     ),
     TRAIN_RL: (
         "--rl_rollout_cache", "rollouts", "--reward_fn", "tone:1", *_MODEL, "--vae", "models/vae.safetensors",

@@ -4,10 +4,10 @@ Each decoder is loaded when its turn comes and freed before the next.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -106,6 +106,26 @@ def decode_audio(latents: Sequence[Tensor], checkpoint: Checkpoint, device: torc
     del vocoder
     free_memory(device)
     return sounds
+
+
+@contextmanager
+def sound_decoder(checkpoint: Checkpoint, device: torch.device) -> Iterator[Callable[[Tensor], Waveform]]:
+    """What makes (1, 8, T, 16) normalized latents a waveform, as `decode_audio` does, for as long as the context lasts: for many of them in
+    turn, with both of its parts on the device."""
+    from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
+    from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
+
+    parts: list[Any] = [AudioVAE.load(checkpoint, device=device, parts=("decoder",)), Vocoder.load(checkpoint, device=device)]
+
+    def to_sound(latents: Tensor) -> Waveform:
+        audio_vae, vocoder = parts
+        return Waveform(samples=vocoder(audio_vae.decode(latents))[0].float().cpu(), rate=vocoder.sampling_rate)
+
+    try:
+        yield to_sound
+    finally:
+        parts.clear()  # whoever keeps the function keeps no weights
+        free_memory(device)
 
 
 def try_decoders(vae: Checkpoint, audio_vae: Checkpoint, streams: set[str]) -> None:

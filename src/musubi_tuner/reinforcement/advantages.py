@@ -13,7 +13,8 @@ from typing import Literal
 
 Route = Literal["video", "audio", "sync"]
 STREAMS = ("video", "audio")
-_FLAT = 1e-6
+FLAT = 1e-6
+"""A spread below this orders nothing."""
 _EPSILON = 1e-4
 
 
@@ -108,7 +109,7 @@ def _normalized(scores: Sequence[float | None]) -> tuple[list[float], str]:
     if len(known) < len(scores):
         return flat, f"{len(scores) - len(known)} of {len(scores)} samples have no score"
     spread = statistics.pstdev(known)
-    if spread < _FLAT:
+    if spread < FLAT:
         return flat, "all samples have the same score"
     mean = statistics.fmean(known)
     return [(score - mean) / (spread + _EPSILON) for score in known], ""
@@ -118,6 +119,6 @@ def _normalize_over_all(found: Mapping[str, dict[str, float]]) -> None:
     for stream in STREAMS:
         values = [streams[stream] for streams in found.values()]
         mean, spread = statistics.fmean(values), statistics.pstdev(values)
-        if spread >= _FLAT:
+        if spread >= FLAT:
             for streams in found.values():
                 streams[stream] = (streams[stream] - mean) / (spread + _EPSILON)

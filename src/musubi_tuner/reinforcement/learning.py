@@ -15,7 +15,7 @@ from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.reinforcement.advantages import STREAMS, Advantages, advantages, group_softmax
 from musubi_tuner.reinforcement.objective import OldPolicy, RolloutObjective, RuleSettings
 from musubi_tuner.reinforcement.rollouts import Rollouts, read_rollouts
-from musubi_tuner.reinforcement.scored import rewards_of
+from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json_lines
 from musubi_tuner.training.objective import FlowMatching
@@ -57,7 +57,7 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
         )
     found = advantages(
         rollouts.groups,
-        rewards_of(rollouts.folder, options.reward_fn),
+        rewards_of(rollouts, options.reward_fn),
         clip=options.nft_adv_clip_max,
         over_all=options.rl_advantage == "gdpo",
         shuffled=options.rl_shuffle_advantages,

@@ -19,7 +19,7 @@ from typing import Any
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.rounds import RoundOptions, StageFlags
 from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, read_rollouts
-from musubi_tuner.reinforcement.scored import rewards_of
+from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.disk import remove_folder
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
@@ -121,7 +121,7 @@ class Rounds:
         return standing(place / "heldout", base, self.stages.of["scores"]["reward_fn"])
 
     def _of_rollouts(self, folder: Path) -> dict[str, float]:
-        rewards = rewards_of(folder, self.stages.of["scores"]["reward_fn"])
+        rewards = rewards_of(read_rollouts(folder), self.stages.of["scores"]["reward_fn"])
         return {one.reward: statistics.fmean(score for score in one.scores.values() if score is not None) for one in rewards}
 
     def _stage(self, stage: str, command: str, own: Mapping[str, Any]) -> None:
@@ -181,7 +181,7 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
     gains = [statistics.fmean(values) for values in by_prompt.values()]
     rewards = {
         one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0])
-        for one in rewards_of(folder, reward_fn)
+        for one in rewards_of(rollouts, reward_fn)
     }
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return Standing(statistics.fmean(totals.values()), statistics.fmean(gains), error, rewards)
@@ -189,7 +189,7 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
 
 def _totals(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
     """Weighted sum of the rewards of each sample that has them all."""
-    rewards = rewards_of(rollouts.folder, reward_fn)
+    rewards = rewards_of(rollouts, reward_fn)
     found = {}
     for sample in rollouts.samples:
         scores = [(one.weight, one.scores.get(sample.name)) for one in rewards]

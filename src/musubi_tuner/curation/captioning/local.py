@@ -15,9 +15,8 @@ from musubi_tuner.media.audio import resample
 from musubi_tuner.runtime.device import compute_dtype, free_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.files import read_json
+from musubi_tuner.runtime.local_models import first_line, model_type, quiet
 
-_WEIGHTS = ("*.safetensors",)
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WRITERS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
@@ -48,7 +47,7 @@ class LocalCaptioner:
         self.name = folder.name
         self._device, self._sampling = device, sampling
         _check(folder)
-        with _quiet():
+        with quiet():
             self._processor = _load_processor(folder)
             self._model = _load_model(folder, device)
         known = self._processor.get_attributes()
@@ -84,7 +83,7 @@ class LocalCaptioner:
                 "--endpoint with a server that runs a quantized one."
             ) from error
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            raise UserError(f"{self.name} cannot take it ({_first_line(error)}). Models of one picture need --frames 1.") from error
+            raise UserError(f"{self.name} cannot take it ({first_line(error)}). Models of one picture need --frames 1.") from error
         tokens = said[0, given["input_ids"].shape[1] :]
         is_cut = len(tokens) >= self._sampling.max_tokens and int(tokens[-1]) not in _ends(self._model)
         return Answer(self._processor.decode(tokens, skip_special_tokens=True), is_cut)
@@ -113,23 +112,13 @@ def _check(folder: Path) -> None:
     Raises:
         UserError: what can be told without loading anything.
     """
-    if not folder.is_dir():
-        raise UserError(f"--model {folder}: {'is a file' if folder.exists() else 'no such folder'}. {_REMEDY}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model {folder}: holds no config.json. {_REMEDY}")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"--model {folder}: its config.json names no model_type. {_REMEDY}")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        pickled = any(any(folder.glob(pattern)) for pattern in _UNSAFE)
-        why = "its weights are pickles, which can run code and are not loaded" if pickled else "it holds no weights"
-        raise UserError(f"--model {folder}: {why}. {_REMEDY}")
+    kind = model_type(folder, named="--model", remedy=_REMEDY)
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-    if config["model_type"] not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
-        own_code = " It brings code of its own, which is not run." if "auto_map" in config else ""
+    if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        own_code = " It brings code of its own, which is not run." if "auto_map" in read_json(folder / "config.json") else ""
         raise UserError(
-            f"--model {folder}: model_type '{config['model_type']}' is none that this transformers reads with pictures or sound.{own_code} "
+            f"--model {folder}: model_type '{kind}' is none that this transformers reads with pictures or sound.{own_code} "
             "Give another model, or run it in a server of its own and give --endpoint."
         )
 
@@ -140,13 +129,13 @@ def _load_processor(folder: Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
-        library = "torchvision" if "torchvision" in str(error).lower() else _first_line(error)
+        library = "torchvision" if "torchvision" in str(error).lower() else first_line(error)
         raise UserError(
             f"--model {folder}: its processor needs {library}, which is not installed here, or does not fit torch. Install it "
             "(docs/how-to/caption_clips.md), or run the model in a server and give --endpoint."
         ) from error
     except Exception as error:  # of tokenizers, which has no narrower class for what is wrong with a file
-        raise UserError(f"--model {folder}: its processor cannot be loaded ({_first_line(error)}). {_REMEDY}") from error
+        raise UserError(f"--model {folder}: its processor cannot be loaded ({first_line(error)}). {_REMEDY}") from error
     if not hasattr(processor, "get_attributes"):  # what AutoProcessor gives where there is a tokenizer alone
         raise UserError(f"--model {folder}: it holds no processor of pictures or sound. {_REMEDY}")
     return processor
@@ -176,9 +165,9 @@ def _load_model(folder: Path, device: torch.device) -> Any:
             "quantized one."
         ) from error
     except SafetensorError as error:
-        raise UserError(f"--model {folder}: its weights are damaged ({_first_line(error)}). Download them again.") from error
+        raise UserError(f"--model {folder}: its weights are damaged ({first_line(error)}). Download them again.") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded ({_first_line(error)}). {_REMEDY}") from error
+        raise UserError(f"--model {folder}: cannot be loaded ({first_line(error)}). {_REMEDY}") from error
 
 
 @contextlib.contextmanager
@@ -189,27 +178,6 @@ def _drawing(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _ends(model: Any) -> tuple[int, ...]:
     found = model.generation_config.eos_token_id
     return tuple(found) if isinstance(found, list | tuple) else (found,) if found is not None else ()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip()[:300] if lines else type(error).__name__

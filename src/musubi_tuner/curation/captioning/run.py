@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from musubi_tuner.curation.captioning.answers import Answer, Caption, caption_of
-from musubi_tuner.curation.captioning.endpoint import ServerGone
 from musubi_tuner.curation.captioning.instruction import Instruction
 from musubi_tuner.curation.captioning.media import Look, Looking, Medium, look_at
 from musubi_tuner.curation.captioning.places import Place
 from musubi_tuner.curation.captioning.review import Review, Written, caption_hash
 from musubi_tuner.runtime.disk import check_writable
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
+from musubi_tuner.runtime.servers import ServerGone
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")

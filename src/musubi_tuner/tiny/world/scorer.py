@@ -55,6 +55,8 @@ class Sight:
 
     ground: str
     color: str | None = None
+    rgb: tuple[float, ...] | None = None
+    """The object's own, 0 to 255."""
     shape: str | None = None
     motion: str | None = None
     overlap: float = 0.0
@@ -115,6 +117,7 @@ def see(frames: Tensor) -> Sight:
     return Sight(
         ground=ground_name,
         color=_nearest(color, _NAMED_COLORS),
+        rgb=tuple(color.tolist()),
         shape=shape,
         motion=_motion(x, y),
         overlap=overlaps[shape],

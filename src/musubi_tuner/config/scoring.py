@@ -1,0 +1,62 @@
+"""Options of scoring rollouts."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from musubi_tuner.config.flags import flag
+from musubi_tuner.config.validation import AnyPath, List, Text, options
+from musubi_tuner.runtime.errors import UserError
+
+
+@options
+class RewardOptions:
+    """What is scored, and by what."""
+
+    rl_rollout_cache: AnyPath = flag("folder of the rollouts; scores lie in its folder scores", common=True)
+    reward_fn: Text = flag("REWARD,..., such as loudness,motion; weights as in training (loudness:0.5) may stand here too", common=True)
+    reward_args: Annotated[tuple[Text, ...], List] = flag(
+        "REWARD.KEY=VALUE, such as loudness.target=-20 (docs/how-to/rewards.md)", default=(), common=True, repeats=True
+    )
+    reward_plugins: Annotated[tuple[AnyPath, ...], List] = flag(
+        "Python files with rewards of your own; they are run", default=(), common=True, repeats=True
+    )
+
+
+@options
+class DecodingOptions:
+    """Decoding."""
+
+    vae: AnyPath | None = flag("checkpoint with the video VAE; needed by rewards that see or hear", default=None, common=True)
+    audio_vae: AnyPath | None = flag("audio VAE and vocoder; default: --vae", default=None)
+    device: str | None = flag("device, such as cuda:0 or cpu; default: the best there is", default=None)
+
+
+@options
+class ScoringRunOptions:
+    """How."""
+
+    dry_run: bool = flag(
+        "score one group twice and write nothing: is the spread within it larger than the noise of scoring?", default=False, common=True
+    )
+    force: bool = flag("with --dry_run: go on where it is not", default=False)
+    save_media: Annotated[int, Field(ge=0, le=1000)] = flag(
+        "write so many of the best and of the worst samples of each reward, with their scores in their names", default=0, common=True
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoringRunOptions":
+        if self.force and not self.dry_run:
+            raise UserError("--force: is for --dry_run, which refuses rewards without a signal.")
+        if self.save_media and self.dry_run:
+            raise UserError("--save_media: --dry_run writes nothing. Leave one of them out.")
+        return self
+
+
+@options
+class ScoringConfig:
+    """All sections."""
+
+    rewards: RewardOptions
+    decoding: DecodingOptions
+    run: ScoringRunOptions

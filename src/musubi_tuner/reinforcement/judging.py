@@ -1,0 +1,82 @@
+"""What scores are worth: their spread within and between groups, and, by scoring a group twice, whether it is more than noise."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from musubi_tuner.reinforcement.advantages import FLAT
+from musubi_tuner.reinforcement.scores import Scores
+from musubi_tuner.reinforcement.scoring import Scoring, score_once
+from musubi_tuner.runtime.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one reward."""
+
+    mean: float
+    within: float
+    """Root mean variance of the groups: what is learned from."""
+    between: float
+    """Standard deviation of the groups' means."""
+    nulls: int
+
+
+def spread_of(scores: Scores, groups: Mapping[int, Sequence[str]]) -> Spread | None:
+    """None where no sample has a score."""
+    known = [[score for name in names if (score := scores.scores.get(name)) is not None] for names in groups.values()]
+    known = [one for one in known if one]
+    nulls = sum(scores.scores.get(name) is None for names in groups.values() for name in names)
+    if not known:
+        return None
+    means = [statistics.fmean(one) for one in known]
+    return Spread(
+        mean=statistics.fmean(score for one in known for score in one),
+        within=math.sqrt(statistics.fmean(statistics.pvariance(one) for one in known)),
+        between=statistics.pstdev(means),
+        nulls=nulls,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One reward, one group, scored twice."""
+
+    reward: str
+    scored: int
+    """Samples that have a score both times."""
+    spread: float
+    """Standard deviation within the group, of the means of both."""
+    noise: float
+    """Standard deviation of scoring the same sample again."""
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether there is something to learn."""
+        return self.spread > self.noise and self.spread >= FLAT
+
+
+def try_rewards(scoring: Scoring) -> list[Trial]:
+    """Decode and score the first group twice, by each reward."""
+    rollouts = scoring.rollouts
+    group = next(iter(rollouts.groups))
+    samples = [one for one in rollouts.samples if one.prompt == group]
+    found = []
+    with Progress("dry run", 2 * len(scoring.chosen), unit="pass") as bar:
+        for one in scoring.chosen:
+            both = []
+            for _ in range(2):
+                both.append(score_once(one, samples, scoring))
+                bar.advance()
+            pairs = [(first, second) for first, second in zip(*both, strict=True) if first is not None and second is not None]
+            found.append(_trial(one.name, pairs))
+    return found
+
+
+def _trial(name: str, pairs: Sequence[tuple[float, float]]) -> Trial:
+    if len(pairs) < 2:
+        return Trial(name, len(pairs), 0.0, 0.0)
+    spread = statistics.pstdev([(first + second) / 2 for first, second in pairs])
+    noise = math.sqrt(statistics.fmean((first - second) ** 2 / 2 for first, second in pairs))
+    return Trial(name, len(pairs), spread, noise)

@@ -1,0 +1,248 @@
+"""Scores of rollouts: rewards in turn, samples in turn, and what is there already is kept.
+
+Rewards without weights share one pass over the samples; a reward with a model has a pass of its own, in which it is the only one on the
+device. Each score is written when it is known, so a run that was stopped goes on where it was.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from musubi_tuner.config.scoring import ScoringConfig
+from musubi_tuner.reinforcement.decoding import Decoders, decoding
+from musubi_tuner.reinforcement.rewards.base import NoScore, Reward, RewardSample, Score, scores_groups
+from musubi_tuner.reinforcement.rewards.catalog import Chosen, choose
+from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, Sample, read_rollouts
+from musubi_tuner.reinforcement.scores import Scores, latents_fingerprint, parse_rewards, read_scores
+from musubi_tuner.runtime.device import free_memory, pick_device
+from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.lock import held
+from musubi_tuner.runtime.progress import Progress
+from musubi_tuner.runtime.tables import names_of
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".scoring.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What is asked for, checked."""
+
+    rollouts: Rollouts
+    chosen: tuple[Chosen, ...]
+    decoders: Decoders
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """For the last table."""
+
+    scores: Scores
+    made: int
+
+
+def prepare(config: ScoringConfig) -> Scoring:
+    """Everything that can fail before anything is decoded.
+
+    Raises:
+        UserError: no rollouts, or some are missing; rewards or arguments that are none; what they need is not there.
+    """
+    rollouts = read_rollouts(config.rewards.rl_rollout_cache)
+    missing = [one.name for one in rollouts.samples if not rollouts.is_there(one)]
+    if missing:
+        raise UserError(
+            f"{rollouts.folder}: {len(missing)} of {len(rollouts.samples)} samples are missing ({names_of(missing, 3)}). Run "
+            "ltxv2_cache_rollouts.py again; it makes those."
+        )
+    chosen = choose(list(parse_rewards(config.rewards.reward_fn)), config.rewards.reward_args, config.rewards.reward_plugins)
+    device = pick_device(config.decoding.device)
+    decoders = Decoders(vae=config.decoding.vae, audio_vae=config.decoding.audio_vae, device=device)
+    for one in chosen:
+        hears = "audio" in one.needs or one.kind.route in ("audio", "sync")
+        if hears and rollouts.facts["mode"] != "av":
+            raise UserError(f"--reward_fn {one.name}: is about sound, and the rollouts in {rollouts.folder} have none.")
+        one.kind().weight_files(**one.arguments)
+    decoders.check(rollouts, {need for one in chosen for need in one.needs})
+    return Scoring(rollouts, tuple(chosen), decoders)
+
+
+def score_all(scoring: Scoring) -> list[Scored]:
+    """Scores of all samples by all rewards, written.
+
+    Raises:
+        UserError: another run scores the same folder, a file of scores that is damaged, or whatever a reward raises.
+    """
+    rollouts = scoring.rollouts
+    fingerprints = {one.name: latents_fingerprint(rollouts, one.name) for one in rollouts.samples}
+    folder = rollouts.folder / SCORES
+    folder.mkdir(exist_ok=True)
+    found: dict[str, Scored] = {}
+    with held(folder / _LOCK, what=f"the scores of {rollouts.folder}", remedy="Wait for it, or end it."):
+        books = {one.name: _book(one, scoring, fingerprints) for one in scoring.chosen}
+        for together in _passes(scoring.chosen):
+            made = _score_pass(together, books, fingerprints, scoring)
+            found |= {one.name: Scored(books[one.name], made[one.name]) for one in together}
+    for name, scored in found.items():
+        _tell(name, scored.scores)
+    return [found[one.name] for one in scoring.chosen]
+
+
+def score_once(one: Chosen, samples: Sequence[Sample], scoring: Scoring) -> list[float | None]:
+    """Scores of a group, which is decoded for it; nothing is written."""
+    with _alive([one], scoring) as alive, decoding(scoring.rollouts, one.needs, scoring.decoders) as decode:
+        (reward,) = alive.values()
+        if scores_groups(one.kind):
+            given = _of_group(one.name, reward, [decode(sample) for sample in samples])
+        else:
+            given = [_of_sample(one.name, reward, decode(sample)) for sample in samples]
+    return [number(score)[0] for score in given]
+
+
+def number(score: Any) -> tuple[float | None, str]:
+    """A score as it is kept: a finite number, or None with the reason."""
+    if score is None or isinstance(score, NoScore):
+        return None, "the reward has none for it" if score is None else score.reason
+    value = float(score)
+    return (value, "") if math.isfinite(value) else (None, f"the reward gave {value}, which is not finite")
+
+
+def _book(one: Chosen, scoring: Scoring, fingerprints: Mapping[str, str]) -> Scores:
+    """The scores that are there already, as far as they are still those."""
+    files = one.files(one.kind()) | scoring.decoders.hashes(one.needs)
+    arguments = {key: value if isinstance(value, str | int | float | bool | None) else str(value) for key, value in one.arguments.items()}
+    new = Scores(reward=one.name, route=one.kind.route, version=one.kind.version, arguments=arguments, weight_files=files)
+    earlier = read_scores(scoring.rollouts.folder, one.name)
+    if earlier is None:
+        return new
+    if earlier.identity(one.kind.indifferent) != new.identity(one.kind.indifferent):
+        log.info("%s: scored again, as %s", one.name, _changed(earlier, new, one.kind.indifferent))
+        return new
+    earlier.arguments = new.arguments
+    earlier.scores = {name: score for name, score in earlier.scores.items() if earlier.fingerprints.get(name) == fingerprints.get(name)}
+    earlier.errors = {name: reason for name, reason in earlier.errors.items() if name in earlier.scores}
+    earlier.fingerprints = {name: fingerprint for name, fingerprint in earlier.fingerprints.items() if name in earlier.scores}
+    return earlier
+
+
+def _changed(earlier: Scores, new: Scores, indifferent: Sequence[str]) -> str:
+    """In words."""
+    keys = [key for key in {**earlier.arguments, **new.arguments} if earlier.arguments.get(key) != new.arguments.get(key)]
+    keys = [key for key in keys if key not in indifferent]
+    if keys:
+        return ", ".join(f"{key} was {earlier.arguments.get(key)} and is {new.arguments.get(key)}" for key in keys)
+    return "the files that it reads have changed" if earlier.weight_files != new.weight_files else "the reward has changed"
+
+
+def _passes(chosen: Sequence[Chosen]) -> list[list[Chosen]]:
+    """Rewards without weights together, every other one alone."""
+    shared = [one for one in chosen if not one.kind.has_model and not scores_groups(one.kind)]
+    return [*([shared] if shared else []), *([one] for one in chosen if one not in shared)]
+
+
+def _score_pass(
+    together: Sequence[Chosen], books: Mapping[str, Scores], fingerprints: Mapping[str, str], scoring: Scoring
+) -> dict[str, int]:
+    """How many samples each reward has scored now."""
+    rollouts, made = scoring.rollouts, {one.name: 0 for one in together}
+    todo = {one.name: {name for name in fingerprints if not books[one.name].has(name, fingerprints[name])} for one in together}
+    if scores_groups(together[0].kind):
+        groups = {sample.prompt for sample in rollouts.samples if sample.name in todo[together[0].name]}
+        todo[together[0].name] = {sample.name for sample in rollouts.samples if sample.prompt in groups}
+    lacking = [one for one in together if todo[one.name]]
+    samples = [sample for sample in rollouts.samples if any(sample.name in todo[one.name] for one in lacking)]
+    if not samples:
+        return made
+    needs = {need for one in lacking for need in one.needs}
+    title = f"scores: {', '.join(one.name for one in lacking)}"
+    with (
+        _alive(lacking, scoring) as alive,
+        decoding(rollouts, needs, scoring.decoders) as decode,
+        Progress(title, len(samples), unit="sample") as bar,
+    ):
+
+        def note(name: str, sample: Sample, score: Score) -> None:
+            value, reason = number(score)
+            books[name].note(sample.name, fingerprints[sample.name], value, reason)
+            made[name] += 1
+
+        if scores_groups(lacking[0].kind):
+            (name,) = alive
+            for group in {sample.prompt: 0 for sample in samples}:
+                members = [sample for sample in samples if sample.prompt == group]
+                for sample, score in zip(members, _of_group(name, alive[name], [decode(one) for one in members]), strict=True):
+                    note(name, sample, score)
+                books[name].write(rollouts.folder, lasting=False)
+                bar.advance(len(members))
+        else:
+            for sample in samples:
+                decoded = decode(sample)
+                for name in [name for name in alive if sample.name in todo[name]]:
+                    note(name, sample, _of_sample(name, alive[name], decoded))
+                    books[name].write(rollouts.folder, lasting=False)
+                del decoded  # before the next one is made
+                bar.advance()
+    for one in lacking:
+        books[one.name].write(rollouts.folder)
+    return made
+
+
+@contextmanager
+def _alive(together: Sequence[Chosen], scoring: Scoring) -> Iterator[dict[str, Reward]]:
+    """Rewards, set up, for as long as the context lasts."""
+    device, found = scoring.decoders.device, {}
+    try:
+        for one in together:
+            found[one.name] = one.kind()
+            found[one.name].setup(device, **one.arguments)
+        with torch.inference_mode():
+            yield found
+    finally:
+        while found:
+            found.popitem()[1].teardown()
+        free_memory(device)
+
+
+def _of_sample(name: str, reward: Reward, decoded: RewardSample) -> Score:
+    given = reward.score([decoded])
+    if not isinstance(given, Sequence) or len(given) != 1:
+        raise UserError(f"reward '{name}': `score` was given 1 sample and returned {given!r:.100}: must be a list of one score.")
+    return _scored(name, given[0])
+
+
+def _of_group(name: str, reward: Reward, group: Sequence[RewardSample]) -> Sequence[Score]:
+    given = reward.score_groups([group])
+    if not isinstance(given, Sequence) or len(given) != 1 or not isinstance(given[0], Sequence) or len(given[0]) != len(group):
+        raise UserError(
+            f"reward '{name}': `score_groups` was given one group of {len(group)} samples and returned {given!r:.100}: must be a list of "
+            "one list of as many scores."
+        )
+    return [_scored(name, score) for score in given[0]]
+
+
+def _scored(name: str, score: Any) -> Score:
+    """
+    Raises:
+        UserError: it is none.
+    """
+    if score is None or isinstance(score, NoScore):
+        return score
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward '{name}': gave {score!r:.100} as a score: must be a number, None, or NoScore(reason).") from error
+
+
+def _tell(name: str, scores: Scores) -> None:
+    """Of samples without a score, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for sample, reason in scores.errors.items():
+        by_reason.setdefault(reason, []).append(sample)
+    for reason, samples in by_reason.items():
+        log.warning("WARNING: %s: %d samples have no score, and nothing is learned from their groups: %s (%s)", name, len(samples), reason,
+                    names_of(samples, 5))  # fmt: skip

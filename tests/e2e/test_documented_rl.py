@@ -1,0 +1,103 @@
+"""The commands of the pages on reinforcement learning and rewards, in their order and as they stand there but for sizes, on toy files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner import ltxv2_cache_rollouts, ltxv2_score_rollouts, ltxv2_train_rl
+from musubi_tuner.media.write import write_video, write_wav
+from musubi_tuner.reinforcement.rollouts import read_rollouts
+from tests import reward_models
+from tests.e2e.test_http_reward import serving
+from tests.unit.test_docs import DOCS, blocks, commands
+from tests.unit.test_reward_models import stripes, tone
+
+PROGRAMS = {module.PROG: module for module in (ltxv2_cache_rollouts, ltxv2_score_rollouts, ltxv2_train_rl)}
+SMALL = {"--sample_width": "96", "--sample_height": "64", "--sample_frames": "9", "--rl_group_size": "2", "--network_dim": "4"}
+"""In place of what the pages give."""
+MORE = {
+    ltxv2_cache_rollouts.PROG: ["--sample_steps", "2"],
+    ltxv2_train_rl.PROG: ["--mixed_precision", "no", "--no-compile", "--max_data_loader_n_workers", "0", "--network_dim", "4"],
+}
+
+
+def of_page(page: str) -> list[list[str]]:
+    """Words of each command, from the program's name on."""
+    found = [words for name, words in commands() if name == page]
+    starts = [next((place for place, word in enumerate(words) if word in PROGRAMS), None) for words in found]
+    return [words[start:] for words, start in zip(found, starts, strict=True) if start is not None]
+
+
+def run(words: list[str]) -> int:
+    program, *given = words
+    small = [SMALL.get(before, word) for before, word in zip(["", *given[:-1]], given, strict=True)]
+    if program == ltxv2_cache_rollouts.PROG and "--rl_group_size" not in small:
+        small += ["--rl_group_size", "2"]
+    return PROGRAMS[program].main([*small, *MORE.get(program, []), "--device", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def project(tiny_family, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("of the page")
+    shutil.copy(tiny_family.ltx23, folder / "ltx-2.3-22b-dev.safetensors")
+    shutil.copytree(tiny_family.gemma, folder / "gemma-3-12b-it-qat-q4_0-unquantized")
+    (folder / "prompts.txt").write_text('a dog barks\na man says "come in"\n', encoding="utf-8")
+    return folder
+
+
+def test_the_commands_of_a_round_and_of_the_next_in_the_order_of_the_page(project, tmp_path, monkeypatch):
+    shutil.copytree(project, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    words = of_page("reinforcement_learning.md")
+    assert [one[0] for one in words] == [ltxv2_cache_rollouts.PROG, ltxv2_score_rollouts.PROG, ltxv2_train_rl.PROG] * 2
+    for one in words:
+        assert run(one) == 0, one
+    assert Path("rl/round_1/ltxv2_lora.safetensors").is_file()
+
+
+def test_every_command_on_rewards_scores(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    assert run(of_page("reinforcement_learning.md")[0]) == 0
+    for name, kind in (("siglip", "siglip"), ("wavlm-base-plus-sv", "wavlm_speakers"), ("whisper-small", "whisper"), ("clap", "clap")):
+        getattr(reward_models, f"write_{kind}")(project / "models" / name)
+    reward_models.write_clip(project / "models" / "clip")
+    (project / "my_clips").mkdir()
+    write_video(project / "my_clips" / "a.mp4", stripes(), 24.0, tone(220, 9 / 24))
+    write_wav(project / "my_clips" / "b.wav", tone(220))
+    (plugin,) = blocks(DOCS / "how-to" / "rewards.md", "python")
+    (project / "dark.py").write_text(plugin, encoding="utf-8")
+    assert len(plugin.strip().splitlines()) <= 21, "in twenty lines, the list among them"
+    words = of_page("rewards.md")
+    assert len(words) >= 7
+    folder = project / "rollouts" / "round_0"
+    with serving(lambda body, number: (200, {"score": number})) as (url, seen):
+        for one in words:
+            assert run([word.replace("http://127.0.0.1:8000/score", url) for word in one]) == 0, one
+    assert len(seen) == 4 and {len(body["frames"]) for _, _, body in seen} == {8}
+    scored = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "scores").glob("*.json")}
+    assert set(scored) == {
+        "loudness", "motion", "clipping", "picture_likeness", "voice_likeness", "word_error", "clap", "clip", "http_sync", "dark",
+    }  # fmt: skip
+    names = [one.name for one in read_rollouts(folder).samples]
+    for reward, facts in scored.items():
+        without = [name for name in names if facts["scores"][name] is None]
+        assert without == (names[:2] if reward == "word_error" else []), "the first prompt quotes no speech"
+    assert len(list((folder / "scores" / "loudness_media").glob("*.mp4"))) == 4
+
+
+def test_the_page_names_every_reward_with_its_route_and_arguments():
+    from musubi_tuner.reinforcement.rewards import catalog
+
+    page = (DOCS / "how-to" / "rewards.md").read_text(encoding="utf-8")
+    rows = {cells[1]: cells for line in page.splitlines() if line.startswith("| `") for cells in [[one.strip() for one in line.split("|")]]}
+    named = {name.strip(" `"): cells for first, cells in rows.items() for name in first.split(",")}
+    assert set(named) == {kind.name for kind in catalog._BUILT_IN}
+    for kind in catalog._BUILT_IN:
+        if not kind.name.startswith("http"):
+            assert named[kind.name][2] == kind.route
+            words = {"model": "model=m", "clips": "clips=c"}
+            arguments = [f"{kind.name}.{words[key]}" for key in words if f"`{key}`" in named[kind.name][4]]
+            (chosen,) = catalog.choose([kind.name], arguments, ())
+            assert all(f"`{key}`" in named[kind.name][4] for key in chosen.arguments)

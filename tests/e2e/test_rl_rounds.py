@@ -1,0 +1,159 @@
+"""Rounds of reinforcement learning through the real programs: killed drivers, and every `training_configs/rl_*.toml`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner import ltxv2_rl_rounds
+from musubi_tuner.command import dispatch
+from musubi_tuner.runtime.errors import UserError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "training_configs").glob("rl_*.toml"))
+SMALL = {
+    "rollouts": {
+        "rl_group_size": 2, "sample_width": 64, "sample_height": 64, "sample_frames": 9, "sample_steps": 3, "device": "cpu",
+    },
+    "scores": {"device": "cpu"},
+    "training": {
+        "device": "cpu", "mixed_precision": "no", "compile": False, "max_data_loader_n_workers": 0, "learning_rate": 1e-3,
+        "save_precision": "float32",
+    },
+}  # fmt: skip
+"""In place of what the files give."""
+
+
+def config_for(path: Path, family, folder: Path, **training) -> Path:
+    """The file with the tiny models and sizes."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables["rollouts"] |= {"ltxv2_model": str(family.ltx23), "text_encoder": str(family.gemma)} | SMALL["rollouts"]
+    tables["scores"] |= {"vae": str(family.ltx23), "reward_fn": "loudness:1"} | SMALL["scores"]
+    tables["training"] |= {"ltxv2_model": str(family.ltx23)} | SMALL["training"] | training
+    if "network_dim" in tables["training"]:
+        tables["training"]["network_dim"] = 4
+    tables["training"]["network_args"] = [
+        part.replace("4[0-7]", "1") for part in tables["training"].get("network_args", ["rank_dropout=0"])
+    ]
+    out = folder / "rl.toml"
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]
+    out.write_text("\n".join(lines), encoding="utf-8")
+    (folder / "prompts.txt").write_text("a dog barks\nrain on a roof\n", encoding="utf-8")
+    (folder / "heldout.txt").write_text("a cat\nwind\n", encoding="utf-8")
+    return out
+
+
+def words(config: Path, out: Path, rounds: int, *more: str) -> list[str]:
+    folder = config.parent
+    prompts = ["--rl_prompts", str(folder / "prompts.txt"), "--rl_heldout_prompts", str(folder / "heldout.txt")]
+    return [
+        "--rl_config",
+        str(config),
+        *prompts,
+        "--rl_heldout_group_size",
+        "2",
+        "--output_dir",
+        str(out),
+        "--rl_rounds",
+        str(rounds),
+        *more,
+    ]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Programs run in this process, which is faster."""
+    ran = []
+
+    def run(name: str, argv: list[str]) -> int:
+        ran.append(name)
+        return dispatch([name, *argv])
+
+    monkeypatch.setattr(ltxv2_rl_rounds, "run_command", run)
+    return ran
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_a_round(tiny_family, tmp_path, here, path):
+    config = config_for(path, tiny_family, tmp_path)
+    out = tmp_path / "die Runden"
+    assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+    facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
+    assert [row["round"] for row in facts["rounds"]] == [None, 0] and facts["best"] == 0
+    assert facts["rounds"][0]["heldout"]["gain"] == 0 and facts["rounds"][1]["heldout"]["gain"] != 0
+    assert (out / "ltxv2_lora.safetensors").read_bytes() == (out / "round_000/training/ltxv2_lora.safetensors").read_bytes()
+    assert here == ["cache-rollouts", "score-rollouts", "cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"]
+
+
+def test_more_rounds_go_on_and_caches_can_be_removed(tiny_family, tmp_path, here):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    out = tmp_path / "out"
+    assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+    here.clear()
+    assert ltxv2_rl_rounds.main(words(config, out, 2, "--rl_delete_round_caches")) == 0
+    assert here == ["cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"]
+    for number in (0, 1):
+        rollouts = out / f"round_{number:03d}" / "rollouts"
+        assert not list(rollouts.glob("*.safetensors")) and (rollouts / "scores" / "loudness.json").is_file()
+    here.clear()
+    assert ltxv2_rl_rounds.main(words(config, out, 2)) == 0
+    assert here == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_rounds_that_are_killed_again_and_again_end_as_undisturbed_ones(tiny_family, tmp_path):
+    """In processes of their own, at moments that differ from run to run; each time all that was there is gone on from."""
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    command = [sys.executable, "-m", "musubi_tuner.ltxv2_rl_rounds"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    started = time.monotonic()
+    assert subprocess.run([*command, *words(config, whole, 1)], capture_output=True, check=False).returncode == 0
+    took = time.monotonic() - started
+    for share in (0.25, 0.6):
+        process = subprocess.Popen(
+            [*command, *words(config, parts, 1)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(share * took)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run([*command, *words(config, parts, 1)], capture_output=True, check=False).returncode == 0
+    ours, theirs = (json.loads((folder / "rounds.json").read_text(encoding="utf-8")) for folder in (parts, whole))
+    assert ours == theirs
+    assert (parts / "ltxv2_lora.safetensors").read_bytes() == (whole / "ltxv2_lora.safetensors").read_bytes()
+
+
+def test_what_a_failed_stage_says_ends_the_rounds(tiny_family, tmp_path, monkeypatch):
+    monkeypatch.setattr(ltxv2_rl_rounds, "run_command", lambda name, argv: 75 if name == "score-rollouts" else 0)
+    assert ltxv2_rl_rounds.main(words(config_for(CONFIGS[0], tiny_family, tmp_path), tmp_path / "out", 1)) == 75
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[rollouts]\n[scores]\nreward_fn = 'a'\n", "the table [training] is missing"),
+        ("[rollout]\n", "'rollout' is no table of the rounds. Did you mean 'rollouts'"),
+        ("[rollouts]\nrl_round = 1\n[scores]\n[training]\n", "[rollouts] rl_round: is given by the rounds themselves"),
+        ("[rollouts]\n[scores]\n[training]\n", "[scores] reward_fn is missing"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused(tiny_family, tmp_path, text, says):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    config.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(says)):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+
+
+def test_a_folder_of_other_rounds_is_refused(tiny_family, tmp_path, here):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    assert ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1)) == 0
+    (tmp_path / "heldout.txt").write_text("another\nand another\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds rounds of other settings"):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 2))
