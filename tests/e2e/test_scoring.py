@@ -143,7 +143,7 @@ def test_what_has_a_score_is_not_scored_again(tiny_family, folder, monkeypatch, 
     before = {path.name: path.read_bytes() for path in (folder / "scores").iterdir()}
     scored, real = [], scoring._of_sample
     monkeypatch.setattr(
-        scoring, "_of_sample", lambda name, reward, decoded: scored.append((name, decoded.name)) or real(name, reward, decoded)
+        scoring, "_of_sample", lambda one, reward, decoded: scored.append((one.name, decoded.name)) or real(one, reward, decoded)
     )
     run(tiny_family, folder, "loudness,clipping")
     assert {name for name, _ in scored} == {"clipping"} and len(scored) == 6
@@ -283,6 +283,61 @@ NOTHING = "score(self, samples): return []"
 def test_a_reward_of_ones_own_that_is_none_is_told_what_it_lacks(tiny_family, folder, methods, named, says):
     with pytest.raises(UserError, match=re.escape(says)):
         run(tiny_family, folder, "a", "--reward_plugins", str(own(folder, methods, **named)))
+
+
+@pytest.mark.parametrize("values", ["[0.5]", "(0.5,)", "np.array([0.5])", "torch.tensor([0.5])", "torch.tensor([0.5]).bfloat16()"])
+def test_scores_may_be_a_list_an_array_or_a_tensor(tiny_family, folder, values):
+    mine = own(folder, f"score(self, samples): import numpy as np, torch; return {values}")
+    run(tiny_family, folder, "a", "--reward_plugins", str(mine))
+    assert set(written(folder, "a")["scores"].values()) == {0.5}
+
+
+def test_an_argument_without_annotation_has_the_type_of_its_default(tiny_family, folder):
+    mine = own(folder, "setup(self, device, least=0.5): self.least = least\nscore(self, samples): return [self.least * 2]")
+    run(tiny_family, folder, "a", "--reward_plugins", str(mine), "--reward_args", "a.least=0.25")
+    assert set(written(folder, "a")["scores"].values()) == {0.5}
+
+
+def test_what_a_reward_of_ones_own_raises_names_its_line_and_the_sample(tiny_family, folder):
+    """And what was scored before it is kept."""
+    mine = own(folder, "score(self, samples): return [1 / (samples[0].name != 'g0001_k00')]")
+    with pytest.raises(UserError, match=re.escape(f"{mine}, line 8: the reward 'a' failed to score g0001_k00 (ZeroDivisionError")):
+        run(tiny_family, folder, "a", "--reward_plugins", str(mine))
+    assert list(written(folder, "a")["scores"]) == ["g0000_k00", "g0000_k01", "g0000_k02"]
+    mine = own(folder, "setup(self): pass\nscore(self, samples): return [1]")
+    with pytest.raises(UserError, match="the reward 'a' failed to set itself up .TypeError"):
+        run(tiny_family, folder, "a", "--reward_plugins", str(mine))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"samples": []}, "'samples' is no list of samples"),
+        ({"samples": [{"name": "g0000_k00"}]}, "the sample {'name': 'g0000_k00'} is none"),
+        ({"samples": [{"name": "../g0000_k00", "prompt": 0, "k": 0, "seed": 1}]}, "a sample is called '../g0000_k00'"),
+        ({"samples": [{"name": "g0000_k00", "prompt": 9, "k": 0, "seed": 1}]}, "the sample g0000_k00 is of prompt 9, and there are 2"),
+        ({"prompts": [{"id": 0}]}, "'prompts' is no list of prompts"),
+        ({"fps": 0}, "'fps' is 0"),
+        ({"frames": "9"}, "'frames' is '9'"),
+        ({"mode": "audio"}, "'mode' is 'audio'"),
+    ],
+)
+def test_damaged_rollouts_are_told_of(folder, change, says):
+    path = folder / "rollouts.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{path}: {says}")):
+        read_rollouts(folder)
+
+
+def test_what_stands_in_the_way_of_the_scores_is_told_of(tiny_family, folder):
+    (folder / "scores").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="scores is a file, not a folder"):
+        run(tiny_family, folder, "loudness")
+    (folder / "scores").unlink()
+    (folder / "g0001_k00_ltxv2_audio.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(UserError, match="g0001_k00_ltxv2_audio.safetensors: missing or damaged"):
+        run(tiny_family, folder, "loudness")
+    assert len(written(folder, "loudness")["scores"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ Sources: docs/explanation/reinforcement_learning.md.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ ROLLOUTS, DATASET, SCORES = "rollouts.json", "dataset.toml", "scores"
 STEPS_ENDING = "_ltxv2_steps.safetensors"
 FORMAT = 1
 _STORED = torch.bfloat16
+_NAME = re.compile(r"g\d{4,9}_k\d{2,9}", re.ASCII)
 _FACTS = ("seed", "round", "mode", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts", "samples")
 
 
@@ -165,7 +167,31 @@ def read_rollouts(folder: Path) -> Rollouts:
     missing = [name for name in _FACTS if name not in facts]
     if missing:
         raise UserError(f"{path}: '{missing[0]}' is missing, so the file is damaged. Make the rollouts again.")
+    if (fault := _fault(facts)) is not None:
+        raise UserError(f"{path}: {fault}, so the file is damaged. Make the rollouts again.")
     return Rollouts(folder, {name: facts[name] for name in facts if name != "format"})
+
+
+def _fault(facts: Mapping[str, Any]) -> str | None:
+    """What of the facts cannot be so: names lead to files, and samples to prompts."""
+    if facts["mode"] not in ("av", "video"):
+        return f"'mode' is {facts['mode']!r:.60}"
+    for key in ("width", "height", "frames", "fps"):
+        if isinstance(facts[key], bool) or not isinstance(facts[key], int | float) or facts[key] <= 0:
+            return f"'{key}' is {facts[key]!r:.60}"
+    prompts, samples = facts["prompts"], facts["samples"]
+    if not isinstance(prompts, list) or not all(isinstance(one, dict) and isinstance(one.get("prompt"), str) for one in prompts):
+        return "'prompts' is no list of prompts"
+    if not isinstance(samples, list) or not samples:
+        return "'samples' is no list of samples"
+    for one in samples:
+        if not isinstance(one, dict) or set(one) != {"name", "prompt", "k", "seed"}:
+            return f"the sample {one!r:.100} is none"
+        if not isinstance(one["name"], str) or not _NAME.fullmatch(one["name"]):
+            return f"a sample is called {one['name']!r:.60}"
+        if type(one["prompt"]) is not int or not 0 <= one["prompt"] < len(prompts):
+            return f"the sample {one['name']} is of prompt {one['prompt']!r:.60}, and there are {len(prompts)}"
+    return None
 
 
 def sample_seed(run: int, round_number: int, prompt: str, k: int) -> int:

@@ -6,7 +6,7 @@ device. Each score is written when it is known, so a run that was stopped goes o
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from musubi_tuner.reinforcement.rewards.catalog import Chosen, choose
 from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, Sample, read_rollouts
 from musubi_tuner.reinforcement.scores import Scores, latents_fingerprint, parse_rewards, read_scores
 from musubi_tuner.runtime.device import free_memory, pick_device
+from musubi_tuner.runtime.disk import check_folder, check_writable
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.lock import held
 from musubi_tuner.runtime.progress import Progress
@@ -61,13 +62,15 @@ def prepare(config: ScoringConfig) -> Scoring:
             "ltxv2_cache_rollouts.py again; it makes those."
         )
     chosen = choose(list(parse_rewards(config.rewards.reward_fn)), config.rewards.reward_args, config.rewards.reward_plugins)
+    check_folder(rollouts.folder / SCORES, f"--rl_rollout_cache {rollouts.folder}")
     device = pick_device(config.decoding.device)
     decoders = Decoders(vae=config.decoding.vae, audio_vae=config.decoding.audio_vae, device=device)
     for one in chosen:
         hears = "audio" in one.needs or one.kind.route in ("audio", "sync")
         if hears and rollouts.facts["mode"] != "av":
             raise UserError(f"--reward_fn {one.name}: is about sound, and the rollouts in {rollouts.folder} have none.")
-        one.kind().weight_files(**one.arguments)
+        with one.blamed("to name its files"):
+            one.kind().weight_files(**one.arguments)
     decoders.check(rollouts, {need for one in chosen for need in one.needs})
     return Scoring(rollouts, tuple(chosen), decoders)
 
@@ -82,6 +85,7 @@ def score_all(scoring: Scoring) -> list[Scored]:
     fingerprints = {one.name: latents_fingerprint(rollouts, one.name) for one in rollouts.samples}
     folder = rollouts.folder / SCORES
     folder.mkdir(exist_ok=True)
+    check_writable(folder)
     found: dict[str, Scored] = {}
     with held(folder / _LOCK, what=f"the scores of {rollouts.folder}", remedy="Wait for it, or end it."):
         books = {one.name: _book(one, scoring, fingerprints) for one in scoring.chosen}
@@ -98,9 +102,9 @@ def score_once(one: Chosen, samples: Sequence[Sample], scoring: Scoring) -> list
     with _alive([one], scoring) as alive, decoding(scoring.rollouts, one.needs, scoring.decoders) as decode:
         (reward,) = alive.values()
         if scores_groups(one.kind):
-            given = _of_group(one.name, reward, [decode(sample) for sample in samples])
+            given = _of_group(one, reward, [decode(sample) for sample in samples])
         else:
-            given = [_of_sample(one.name, reward, decode(sample)) for sample in samples]
+            given = [_of_sample(one, reward, decode(sample)) for sample in samples]
     return [number(score)[0] for score in given]
 
 
@@ -158,7 +162,7 @@ def _score_pass(
     samples = [sample for sample in rollouts.samples if any(sample.name in todo[one.name] for one in lacking)]
     if not samples:
         return made
-    needs = {need for one in lacking for need in one.needs}
+    needs, asked = {need for one in lacking for need in one.needs}, {one.name: one for one in lacking}
     title = f"scores: {', '.join(one.name for one in lacking)}"
     with (
         _alive(lacking, scoring) as alive,
@@ -175,7 +179,7 @@ def _score_pass(
             (name,) = alive
             for group in {sample.prompt: 0 for sample in samples}:
                 members = [sample for sample in samples if sample.prompt == group]
-                for sample, score in zip(members, _of_group(name, alive[name], [decode(one) for one in members]), strict=True):
+                for sample, score in zip(members, _of_group(asked[name], alive[name], [decode(one) for one in members]), strict=True):
                     note(name, sample, score)
                 books[name].write(rollouts.folder, lasting=False)
                 bar.advance(len(members))
@@ -183,7 +187,7 @@ def _score_pass(
             for sample in samples:
                 decoded = decode(sample)
                 for name in [name for name in alive if sample.name in todo[name]]:
-                    note(name, sample, _of_sample(name, alive[name], decoded))
+                    note(name, sample, _of_sample(asked[name], alive[name], decoded))
                     books[name].write(rollouts.folder, lasting=False)
                 del decoded  # before the next one is made
                 bar.advance()
@@ -198,8 +202,9 @@ def _alive(together: Sequence[Chosen], scoring: Scoring) -> Iterator[dict[str, R
     device, found = scoring.decoders.device, {}
     try:
         for one in together:
-            found[one.name] = one.kind()
-            found[one.name].setup(device, **one.arguments)
+            with one.blamed("to set itself up"):
+                found[one.name] = one.kind()
+                found[one.name].setup(device, **one.arguments)
         with torch.inference_mode():
             yield found
     finally:
@@ -208,21 +213,30 @@ def _alive(together: Sequence[Chosen], scoring: Scoring) -> Iterator[dict[str, R
         free_memory(device)
 
 
-def _of_sample(name: str, reward: Reward, decoded: RewardSample) -> Score:
-    given = reward.score([decoded])
-    if not isinstance(given, Sequence) or len(given) != 1:
-        raise UserError(f"reward '{name}': `score` was given 1 sample and returned {given!r:.100}: must be a list of one score.")
-    return _scored(name, given[0])
+def _of_sample(one: Chosen, reward: Reward, decoded: RewardSample) -> Score:
+    with one.blamed(f"to score {decoded.name}"):
+        given = reward.score([decoded])
+        scores = _as_list(given)
+    if scores is None or len(scores) != 1:
+        raise UserError(f"reward '{one.name}': `score` was given 1 sample and returned {given!r:.100}: must be a list of one score.")
+    return _scored(one.name, scores[0])
 
 
-def _of_group(name: str, reward: Reward, group: Sequence[RewardSample]) -> Sequence[Score]:
-    given = reward.score_groups([group])
-    if not isinstance(given, Sequence) or len(given) != 1 or not isinstance(given[0], Sequence) or len(given[0]) != len(group):
+def _of_group(one: Chosen, reward: Reward, group: Sequence[RewardSample]) -> Sequence[Score]:
+    with one.blamed(f"to score the group of {group[0].name}"):
+        given = reward.score_groups([group])
+        groups = [_as_list(scores) for scores in _as_list(given) or ()]
+    if len(groups) != 1 or groups[0] is None or len(groups[0]) != len(group):
         raise UserError(
-            f"reward '{name}': `score_groups` was given one group of {len(group)} samples and returned {given!r:.100}: must be a list of "
-            "one list of as many scores."
+            f"reward '{one.name}': `score_groups` was given one group of {len(group)} samples and returned {given!r:.100}: must be a list "
+            "of one list of as many scores."
         )
-    return [_scored(name, score) for score in given[0]]
+    return [_scored(one.name, score) for score in groups[0]]
+
+
+def _as_list(given: Any) -> list[Any] | None:
+    """Of a list, an array or a tensor; None of anything else."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | dict) else None
 
 
 def _scored(name: str, score: Any) -> Score:

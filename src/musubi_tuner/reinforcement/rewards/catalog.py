@@ -6,7 +6,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -50,6 +52,27 @@ class Chosen:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset(self.kind.needs)
+
+    @contextmanager
+    def blamed(self, doing: str) -> Iterator[None]:
+        """What a file of the user's own raises becomes a message that names it and its line.
+
+        Args:
+            doing: such as `to score g0000_k00`.
+
+        Raises:
+            UserError: what it raises itself, too.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self.plugin is None:
+                raise
+            lines = [one.lineno for one in traceback.extract_tb(error.__traceback__) if one.filename == str(self.plugin)]
+            where = f"{self.plugin}, line {lines[-1]}" if lines else str(self.plugin)
+            raise UserError(f"{where}: the reward '{self.name}' failed {doing} ({type(error).__name__}: {error}).") from error
 
     def files(self, reward: Reward) -> dict[str, str]:
         """Hashes of what its scores depend on besides arguments.
@@ -102,7 +125,10 @@ def _by_reward(arguments: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _bound(kind: type[Reward], given: Mapping[str, str]) -> dict[str, Any]:
     """Every argument of `setup` after the device, as its signature types it."""
-    parameters = dict(list(inspect.signature(kind.setup, eval_str=True).parameters.items())[2:])
+    try:
+        parameters = dict(list(inspect.signature(kind.setup, eval_str=True).parameters.items())[2:])
+    except Exception as error:  # an annotation in quotes is run
+        raise UserError(f"--reward_fn {kind.name}: the types of its `setup` cannot be read ({error}).") from error
     known = {name: one for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     for key in given:
         if key not in known:
@@ -115,7 +141,8 @@ def _bound(kind: type[Reward], given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _value(reward: str, key: str, text: str, parameter: inspect.Parameter) -> Any:
-    types = [one for one in (get_args(parameter.annotation) or (parameter.annotation,)) if one is not type(None)]
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    types = [one for one in (get_args(annotation) or (annotation,)) if one is not type(None)]
     words = {bool: "true or false", int: "a whole number", float: "a number"}
     for wanted in (bool, int, float):
         if wanted in types:
@@ -159,7 +186,7 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # whatever the user's file does
         raise UserError(f"--reward_plugins {path}: cannot be run ({type(error).__name__}: {error}).") from error
     return module
 

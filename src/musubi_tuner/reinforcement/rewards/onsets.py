@@ -29,8 +29,8 @@ class Onsets(Reward):
     name, route, needs, has_model = "onsets", "sync", ("video", "audio"), False
 
     def setup(self, device: torch.device, shift: float = 0.05) -> None:
-        if not 0 <= shift <= 10:
-            raise UserError(f"--reward_args onsets.shift={shift:g}: must be from 0 to 10 seconds.")
+        if not 0 <= shift <= 1:
+            raise UserError(f"--reward_args onsets.shift={shift:g}: must be from 0 to 1 second.")
         self._shift = shift
 
     def score(self, samples: Sequence[RewardSample]) -> list[float]:
@@ -42,7 +42,7 @@ def agreement(frames: Tensor, sound: Waveform, fps: float, shift: float) -> floa
     if len(frames) < 4:
         return 0.0
     seen, heard = _smoothed(onsets_seen(frames)), _smoothed(onsets_heard(sound, fps, len(frames)))
-    most = min(math.floor(shift * fps + 1e-6), len(frames) - 3)
+    most = min(math.floor(shift * fps + 1e-6), len(frames) // 4)  # what is left must be worth comparing
     best = 0.0
     for lag in range(-most, most + 1):
         first, second = (seen[lag:], heard[: len(heard) - lag]) if lag >= 0 else (seen[:lag], heard[-lag:])
