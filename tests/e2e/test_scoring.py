@@ -5,8 +5,11 @@ import gc
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.lock import held
 from tests.rl_parts import make
 
+SOURCES = str(Path(__file__).resolve().parent.parent.parent / "src")
 SOUND = ("loudness", "silence", "clipping")
 BUILT_IN = "loudness,silence,clipping,sharpness,motion,saturation,onsets"
 
@@ -209,6 +213,31 @@ def test_a_dry_run_writes_nothing_and_refuses_what_tells_no_samples_apart(tiny_f
     with pytest.raises(UserError, match="same: samples of a group do not differ by more than scoring itself does"):
         run(tiny_family, folder, "loudness,same", *flags)
     assert run(tiny_family, folder, "same", *flags, "--force") == 0
+
+
+def test_a_dry_run_looks_for_a_group_with_scores(tiny_family, folder, caplog):
+    """A prompt may have none by a reward."""
+    caplog.set_level(logging.INFO)
+    value = "None if one.group == 0 else float(one.latents['video'].float().mean())"
+    mine = own(folder, f"score(self, samples): return [{value} for one in samples]")
+    assert run(tiny_family, folder, "a", "--reward_plugins", str(mine), "--dry_run") == 0
+    assert re.search(r"^a +3 ", caplog.text, re.MULTILINE)
+
+
+def test_stills_are_scored_and_saved(tiny_family, tmp_path):
+    stills = make(tiny_family, tmp_path, "--ltx_mode", "video", "--rl_group_size", "2", "--sample_frames", "1", prompts=("a dog",))
+    assert run(tiny_family, stills, "saturation,sharpness,motion", "--save_media", "1") == 0
+    assert len(set(written(stills, "saturation")["scores"].values())) == 2 and set(written(stills, "motion")["scores"].values()) == {0.0}
+    assert len(list((stills / "scores" / "sharpness_media").glob("*.png"))) == 2
+
+
+def test_training_needs_nothing_of_what_scores(tiny_family):
+    """Reading scores loads no models and no media."""
+    code = "import sys, musubi_tuner.reinforcement.learning; print([name for name in ('av', 'transformers', 'PIL') if name in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": SOURCES}
+    )
+    assert found.stdout.strip() == "[]"
 
 
 def test_noise_as_large_as_the_spread_is_no_signal():

@@ -12,9 +12,10 @@ from musubi_tuner import ltxv2_cache_rollouts, ltxv2_score_rollouts
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.reinforcement.rewards.base import NoScore, RewardSample
 from musubi_tuner.reinforcement.rewards.catalog import choose
+from musubi_tuner.reinforcement.rewards.onsets import agreement
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
-from musubi_tuner.tiny.world.scenes import draw_scenes, scene_of
+from musubi_tuner.tiny.world.scenes import FPS, draw_scenes, scene_of
 from musubi_tuner.tiny.world.sounds import RATE, draw_sounds, sound_of
 from musubi_tuner.tiny.world.subjects import COLORS, PITCHES, TIMBRES, Subject
 from musubi_tuner.tiny.world.text import write_world_gemma
@@ -64,6 +65,15 @@ def test_the_pitch_of_the_caption_scores_highest():
         assert of["low"] > 0 > max(of["middle"], of["high"])
     (none,) = reward.score([sample(wave=torch.zeros(1, 8000), prompt="A zorbo rises on a gray ground.")])
     assert isinstance(none, NoScore)
+
+
+def test_beats_agree_with_the_bounces_that_they_are_of():
+    bounces = replace(RED, motion="bounces")
+    for seed in range(3):
+        frames = draw_scenes([scene_of(bounces, random.Random(seed))])[0].to(torch.uint8)
+        wave = draw_sounds([sound_of(bounces, random.Random(seed))]).expand(2, -1)
+        at = {late: agreement(frames, Waveform(wave.roll(round(RATE * late / FPS), 1), RATE), FPS, 0.05) for late in (-3, 0, 2, 4)}
+        assert at[0] > 0.8 and max(at[-3], at[2], at[4]) < 0.6
 
 
 def test_rollouts_of_the_world_are_scored(tmp_path):

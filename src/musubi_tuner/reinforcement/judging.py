@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from musubi_tuner.reinforcement.advantages import FLAT
+from musubi_tuner.reinforcement.rollouts import Sample
 from musubi_tuner.reinforcement.scores import Scores
 from musubi_tuner.reinforcement.scoring import Scoring, score_once
 from musubi_tuner.runtime.progress import Progress
+
+_TRIED = 4
+"""Groups, at most: prompts may have no score by a reward, such as those that quote no speech."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +62,21 @@ class Trial:
 
 
 def try_rewards(scoring: Scoring) -> list[Trial]:
-    """Decode and score the first group twice, by each reward."""
-    rollouts = scoring.rollouts
-    group = next(iter(rollouts.groups))
-    samples = [one for one in rollouts.samples if one.prompt == group]
+    """Decode and score a group twice, by each reward: the first one of which at least two samples have a score, among a few."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in scoring.rollouts.samples:
+        groups.setdefault(sample.prompt, []).append(sample)
     found = []
-    with Progress("dry run", 2 * len(scoring.chosen), unit="pass") as bar:
+    with Progress("dry run", len(scoring.chosen), unit="reward") as bar:
         for one in scoring.chosen:
-            both = []
-            for _ in range(2):
-                both.append(score_once(one, samples, scoring))
-                bar.advance()
-            pairs = [(first, second) for first, second in zip(*both, strict=True) if first is not None and second is not None]
-            found.append(_trial(one.name, pairs))
+            first, samples = [], []
+            for samples in list(groups.values())[:_TRIED]:
+                first = score_once(one, samples, scoring)
+                if sum(score is not None for score in first) > 1:
+                    break
+            both = zip(first, score_once(one, samples, scoring), strict=True)
+            found.append(_trial(one.name, [(a, b) for a, b in both if a is not None and b is not None]))
+            bar.advance()
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING
 from musubi_tuner.cache.store import canonical, file_fingerprint, text_fingerprint, write_bytes
 from musubi_tuner.reinforcement.advantages import Route, Scored
-from musubi_tuner.reinforcement.rewards.catalog import NAME
+from musubi_tuner.reinforcement.rewards.base import NAME
 from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json

@@ -1,5 +1,6 @@
 """What a reward is, and what it is given of a sample. A reward of one's own subclasses `Reward` (docs/how-to/rewards.md)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from musubi_tuner.media.audio import Waveform
 from musubi_tuner.reinforcement.advantages import Route
 from musubi_tuner.runtime.errors import UserError
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+"""Of a reward; it names a file."""
 Need = Literal["video", "audio", "latents"]
 
 

@@ -18,7 +18,7 @@ import torch
 from musubi_tuner.cache.store import file_fingerprint
 from musubi_tuner.config.validation import nearest
 from musubi_tuner.reinforcement.advantages import Route
-from musubi_tuner.reinforcement.rewards.base import Need, Reward, scores_groups
+from musubi_tuner.reinforcement.rewards.base import NAME, Need, Reward, scores_groups
 from musubi_tuner.reinforcement.rewards.likeness import PictureLikeness, VoiceLikeness
 from musubi_tuner.reinforcement.rewards.onsets import Onsets
 from musubi_tuner.reinforcement.rewards.picture import Motion, Saturation, Sharpness
@@ -27,7 +27,6 @@ from musubi_tuner.reinforcement.rewards.remote import HttpAudio, HttpSync, HttpV
 from musubi_tuner.reinforcement.rewards.sound import Clipping, Loudness, Silence
 from musubi_tuner.runtime.errors import UserError
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _BUILT_IN: tuple[type[Reward], ...] = (
     Loudness, Silence, Clipping, Sharpness, Motion, Saturation, Onsets, PictureLikeness, VoiceLikeness, WordError, Clap, Clip,
     HttpVideo, HttpAudio, HttpSync,
