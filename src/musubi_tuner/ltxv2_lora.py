@@ -112,7 +112,9 @@ def _scale(options: config.ScaleConfig) -> int:
 
 def _resize(options: config.ResizeConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
+    from musubi_tuner.conversion.lora.writing import check_free
 
+    check_free(options.writing.output, overwrite=options.writing.overwrite, folder=False)
     contents = read_lora(options.file.lora)
     rank, energy = options.rank.rank, options.rank.energy
     wanted = {"rank": rank, "energy": energy}

@@ -225,10 +225,11 @@ def _told_when_interrupted(unfinished: Unfinished) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        log.info(
-            "stopped; clips that are done stay, and what is sampled of others is kept in %s: the same command goes on from there",
-            unfinished.folder / FOLDER,
-        )
+        kept = unfinished.folder / FOLDER
+        if kept.is_dir() and any(kept.iterdir()):
+            log.info("stopped; clips that are done stay, and stages that are sampled are kept in %s: the same command goes on there", kept)
+        else:
+            log.info("stopped; clips that are done stay. The stage that was being sampled is begun again by the same command")
         raise
 
 

@@ -25,7 +25,8 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequ
     rows += [(f"last {name}", f"{value:.4f}") for name, value in outcome.losses.items() if name.startswith("loss")]
     for name in ("validation/loss_video", "validation/loss_audio"):
         if name in outcome.last_validation:
-            rows.append((name, f"{outcome.first_validation[name]:.4f} -> {outcome.last_validation[name]:.4f}"))
+            first, last = (f"{found[name]:.4f}" for found in (outcome.first_validation, outcome.last_validation))
+            rows.append((name, last if outcome.first_validation is outcome.last_validation else f"{first} -> {last}"))
     rows += [("written", str(path)) for path in outcome.files[-4:]]
     if (page := run.output_dir / PAGE).is_file():
         rows.append(("to look at", str(page)))

@@ -103,5 +103,11 @@ def _metadata(contents: LoraContents, form: str, made_from: str) -> dict[str, st
     for key, values in (("ss_network_dim", [one.rank for one in ranked]), ("ss_network_alpha", alphas)):
         if values:
             metadata[key] = f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"
+    trained = contents.metadata.get("ss_network_dim"), contents.metadata.get("ltxv2_network_shape", "")
+    if trained[1] and ranked and trained[0] != metadata["ss_network_dim"]:
+        kind = trained[1].partition(" ")[0]
+        metadata["ltxv2_network_shape"] = f"{kind} rank {metadata['ss_network_dim']} alpha {metadata['ss_network_alpha']}"
+    if form in WITH_ALPHA and "ltxv2_network_scaling" in metadata:
+        metadata["ltxv2_network_scaling"] = "alpha / rank, by the alpha tensors of this file"
     before = metadata.get(_MADE_FROM)
     return metadata | {_MADE_FROM: f"{before}; {made_from}" if before else made_from}

@@ -50,7 +50,8 @@ def audit(datasets: DatasetConfig, options: AuditOptions) -> Audit:
         own = items_of(spec, index)
         items += own
         captions: Mapping[str, Caption] = captions_now(spec, list(sources) or [clip.source for clip in index.clips])
-        captions = captions or cached_captions(own)
+        if not captions:  # of sources that are there, nobody has written any
+            captions = {name: Caption(None) for name in sources} if sources else cached_captions(own)
         findings += caption_findings(spec.label, captions, options.trigger)
         findings += holes(own) if is_planned else ()
         findings += _upscaled(spec, index)
