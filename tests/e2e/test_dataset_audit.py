@@ -239,3 +239,12 @@ def test_the_table_of_kinds_is_whole():
     assert tuple(MEANING) == get_args(Kind)
     fail_on = AuditOptions.__dataclass_fields__["fail_on"].type
     assert get_args(get_args(get_args(fail_on)[0])[0]) == ("any", *MEANING)
+
+
+def test_a_dataset_in_which_nobody_has_written_a_caption(tmp_path):
+    """Not one of them, before anything is cached."""
+    folder = write_dataset(tmp_path)
+    for path in (folder / "clips").glob("*.txt"):
+        path.unlink()
+    names = found(audit(folder, "--trigger", "disc", "--no-media", "--fail_on", "caption", code=1))["caption"]
+    assert sorted(names) == [f"clip_00{number}.mp4" for number in range(3)]

@@ -280,3 +280,14 @@ def test_scores_of_attention_are_planned_for_where_its_kernel_keeps_them(tiny_fa
     for mode in ("auto", "math"):
         run(tiny_family, texts, tmp_path / mode, "--prompt", "a dog", "--vram_gb", "4", "--attn_mode", mode, "--no-compile")
     assert [work.scores_bytes for work in planned] == [0, SCORE_BYTES]
+
+
+def test_a_run_that_is_stopped_before_anything_is_sampled_says_so(tiny_family, texts, tmp_path, monkeypatch, caplog):
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "generate", stopped)
+    caplog.set_level("INFO")
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_family, texts, tmp_path, "--prompt", "a dog")
+    assert "is begun again by the same command" in caplog.text and "kept in" not in caplog.text

@@ -54,6 +54,11 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(tiny_family, rollo
     gone.unlink()
     make(tiny_family, tmp_path, *flags)
     assert gone.read_bytes() == before[gone.name] and (folder / "g0001_k01_ltxv2.safetensors").stat().st_mtime_ns == kept
+    make(tiny_family, tmp_path, *flags, "--rl_group_size", "4")
+    assert (folder / "g0001_k01_ltxv2.safetensors").stat().st_mtime_ns == kept and (folder / "g0001_k03_ltxv2.safetensors").is_file()
+    assert len(read_rollouts(folder).groups[0]) == 4
+    with pytest.raises(UserError, match="holds rollouts with another 'samples'"):
+        make(tiny_family, tmp_path, *flags)
     with pytest.raises(UserError, match="holds rollouts with another 'seed'"):
         make(tiny_family, tmp_path, *flags, "--rl_seed", "1")
 

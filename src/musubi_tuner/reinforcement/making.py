@@ -213,7 +213,7 @@ def _check(prompts: Sequence[PreviewPrompt], config: RolloutConfig) -> None:
 
 
 def _check_earlier(rollouts: Rollouts) -> None:
-    """Write what is to be made, or see that the folder is of the same.
+    """Write what is to be made, or see that the folder is of the same, or of smaller groups of the same.
 
     Raises:
         UserError: it holds rollouts of other settings.
@@ -222,7 +222,10 @@ def _check_earlier(rollouts: Rollouts) -> None:
         rollouts.write()
         return
     earlier = read_rollouts(rollouts.folder).facts
-    differing = next((name for name in rollouts.facts if earlier.get(name) != _plain(rollouts.facts[name])), None)
+    wanted = _plain(rollouts.facts)
+    if all(sample in wanted["samples"] for sample in earlier["samples"]):
+        earlier = {**earlier, "samples": wanted["samples"]}
+    differing = next((name for name in wanted if earlier.get(name) != wanted[name]), None)
     if differing is not None:
         raise UserError(
             f"{rollouts.folder}: holds rollouts with another '{differing}' (rollouts.json). Give another --rl_rollout_cache, or remove the "

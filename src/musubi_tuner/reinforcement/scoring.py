@@ -28,6 +28,9 @@ from musubi_tuner.runtime.tables import names_of
 
 log = logging.getLogger(__name__)
 
+_LARGEST = 1e30
+"""Scores beyond it have no spread that a float holds."""
+
 _LOCK = ".scoring.lock"
 
 
@@ -113,7 +116,9 @@ def number(score: Any) -> tuple[float | None, str]:
     if score is None or isinstance(score, NoScore):
         return None, "the reward has none for it" if score is None else score.reason
     value = float(score)
-    return (value, "") if math.isfinite(value) else (None, f"the reward gave {value}, which is not finite")
+    if not math.isfinite(value):
+        return None, f"the reward gave {value}, which is not finite"
+    return (value, "") if abs(value) <= _LARGEST else (None, f"the reward gave {value:g}; {_LARGEST:g} is the most that is compared")
 
 
 def _book(one: Chosen, scoring: Scoring, fingerprints: Mapping[str, str]) -> Scores:

@@ -5,15 +5,17 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from musubi_tuner.cache.names import TEXT_MASK_KEY
 from musubi_tuner.config.losses import LossOptions
 from musubi_tuner.config.network import parse_pairs
-from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.config.training import OptimizationOptions, TrainingConfig
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.collate import make_batch
@@ -125,19 +127,10 @@ def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | Non
     network = loaded.network
     objective = make_objective(inputs, loaded.wrapper, network, balance=balance, prompt=prompt)
     weight_steps = make_weight_steps(config, optimizer_args, machine, network, shards=shards) if whole else None
-    if weight_steps is None:
-        groups = network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate)
-        optimizer = make_optimizer(optimization.optimizer_type, groups, optimization.learning_rate, optimizer_args)
-    else:
-        optimizer = weight_steps.optimizer
+    optimizer = _optimizer_of(network, optimization, optimizer_args) if weight_steps is None else weight_steps.optimizer
     scheduler = make_scheduler(optimizer, schedule_options)
     settings = run_settings(inputs, machine, loaded.placement.weight_format)
-    average = None
-    if optimization.ema_decay:
-        if is_schedule_free(optimizer):
-            name, decay = optimization.optimizer_type, optimization.ema_decay
-            raise UserError(f"--ema_decay {decay:g}: --optimizer_type {name} averages already; give one of them.")
-        average = WeightAverage(network.named_parameters(), optimization.ema_decay)
+    average = _average_of(network, optimization, optimizer)
     supervision = AudioSupervision(config.audio)
     with_state: dict[str, Watched | None] = {"supervision": supervision, "balance": balance, "average": average}
     watched = {name: one for name, one in with_state.items() if one is not None}
@@ -192,6 +185,24 @@ def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | Non
                 len(inputs.items),
             )
     return run
+
+
+def _optimizer_of(network: TrainedNetwork, options: OptimizationOptions, args: Mapping[str, str]) -> Optimizer:
+    groups = network.parameter_groups(options.learning_rate, options.audio_learning_rate)
+    return make_optimizer(options.optimizer_type, groups, options.learning_rate, args)
+
+
+def _average_of(network: TrainedNetwork, options: OptimizationOptions, optimizer: Optimizer) -> WeightAverage | None:
+    """None without `--ema_decay`.
+
+    Raises:
+        UserError: the optimizer averages already.
+    """
+    if not options.ema_decay:
+        return None
+    if is_schedule_free(optimizer):
+        raise UserError(f"--ema_decay {options.ema_decay:g}: --optimizer_type {options.optimizer_type} averages already; give one of them.")
+    return WeightAverage(network.named_parameters(), options.ema_decay)
 
 
 def make_hooks(run: TrainingRun, inputs: RunInputs, preview: Preview | None) -> tuple[StepLog, list[Hook]]:

@@ -4,8 +4,7 @@ Plain and 8-bit files (`ltxv2.quantization`) are read as checkpoints are, straig
 what bitsandbytes makes or has made, and pickled weights, are left to transformers, which is held to the same rule.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from musubi_tuner.ltxv2.text.packed import GEMMA4
 from musubi_tuner.ltxv2.weights import INDEX_ENDING, Checkpoint, open_files, shards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.headers import GGUF, SUFFIXES
+from musubi_tuner.runtime.local_models import quiet
 
 _LAYERS = {"gemma": "layers", "t5": "encoder.block"}
 """{backend: where its layers are in the language model}."""
@@ -246,7 +246,7 @@ def _loaded_by_transformers(source: Path, config: Any, backend: str, options: Ma
     whole = None if source.is_file() else _whole_class(config)
     kind: Any = whole or language
     try:
-        with _quiet():
+        with quiet():  # its table of missing tensors too, which the error says in words
             if source.is_file():
                 model, info = _from_packed(source, kind, own_config, options)
             else:
@@ -277,22 +277,6 @@ def _from_packed(source: Path, kind: Any, config: Any, options: Mapping[str, Any
     with safe_open(source, framework="pt") as file:
         slices = {name: file.get_slice(full) for name, full in names.items()}
         return kind.from_pretrained(None, config=config, state_dict=slices, output_loading_info=True, **options)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and its table of missing tensors, which the error says in words."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _prequantized(source: Path, config: Any) -> bool:
