@@ -183,16 +183,17 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_family, folder, monkeypatch):
 
 
 def test_a_number_that_is_none_becomes_null_with_its_reason(tiny_family, folder, caplog):
-    told = '{"g0000_k00": math.nan, "g0000_k01": math.inf, "g0000_k02": 1e300, "g0001_k00": NoScore("no speech")}'
+    told = '{"g0000_k00": math.nan, "g0000_k01": math.inf, "g0001_k00": NoScore("no speech"), "g0001_k02": 1e300}'
     mine = own(folder, f"score(self, samples): return [{told}.get(one.name, 1) for one in samples]", "odd")
     assert run(tiny_family, folder, "odd", "--reward_plugins", str(mine)) == 0
     facts = written(folder, "odd")
     assert [facts["scores"][name] for name in ("g0000_k00", "g0000_k01", "g0000_k02", "g0001_k00")] == [None, None, 1.0, None]
+    assert facts["scores"]["g0001_k02"] is None
     assert facts["errors"] == {
         "g0000_k00": "the reward gave nan, which is not finite",
         "g0000_k01": "the reward gave inf, which is not finite",
-        "g0000_k02": "the reward gave 1e+300; 1e+30 is the most that is compared",
         "g0001_k00": "no speech",
+        "g0001_k02": "the reward gave 1e+300; 1e+30 is the most that is compared",
     }
     assert "WARNING: odd: 1 samples have no score" in caplog.text and "no speech (g0001_k00)" in caplog.text
 
