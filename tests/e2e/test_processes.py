@@ -134,3 +134,22 @@ def test_nothing_of_the_group_outlives_it():
     assert done.returncode == 0, done.stderr
     within, after = done.stdout.splitlines()
     assert "gloo" in within and "gloo" not in after
+
+
+def test_a_program_of_a_group_ends_before_threads_that_are_left_can_abort_it():
+    """Those of sharded weights' groups, for one; Python's own end, at which they abort the process now and then, is not come to."""
+    program = (
+        "import atexit, torch\n"
+        "from musubi_tuner.runtime.processes import processes\n"
+        "from musubi_tuner.runtime.program import run_program\n"
+        "kept = []\n"
+        "def main(argv):\n"
+        "    atexit.register(print, 'the end of Python')\n"
+        "    with processes():\n"
+        "        kept.append(torch.distributed.new_group())\n"
+        "    print('done')\n"
+        "    return 3\n"
+        "run_program(main)\n"
+    )
+    done = run_as_group_of_one(program)
+    assert (done.returncode, done.stdout) == (3, "done\n"), done.stderr

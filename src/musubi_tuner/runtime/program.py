@@ -12,7 +12,7 @@ from musubi_tuner.runtime.allocator import choose_allocator
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.offline import go_offline
 from musubi_tuner.runtime.progress import LogHandler
-from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid
+from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid, leave
 
 EXIT_NOT_ALL = 1
 """Done, and something that was wanted is not there, or not where it was wanted; the messages name it."""
@@ -54,6 +54,9 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
             code = 0
         else:
             raise
+    if "RANK" in os.environ:
+        # One of a group: objects of sharded weights hold its threads beyond its end, which aborts a process that waits for nothing else.
+        leave(code)
     sys.exit(code)
 
 
