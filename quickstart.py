@@ -79,11 +79,11 @@ def run_all(stages: Sequence[tuple[str, list[object]]], told: TextIO | None = No
     """Commands one after the other, up to the first that fails; the exit code of the last.
 
     Args:
-        told: takes what they print; None = it is shown.
+        told: takes what they print, and what is shown comes first where cores are short; None = it is shown.
     """
     for title, command in stages:
         print(f"\n=== {title}", flush=True, file=told)
-        code = run(command, told=told)
+        code = run(command, told=told, aside=told is not None)
         if code != 0:
             print(f"\nfailed with exit code {code}: {' '.join(map(str, command))}", file=told or sys.stderr, flush=True)
             return code

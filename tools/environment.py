@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,11 +49,12 @@ def make_environment(extras: tuple[str, ...] = (), without_dependencies: tuple[s
     return python
 
 
-def run(command: Sequence[object], cwd: Path = ROOT, told: TextIO | None = None) -> int:
+def run(command: Sequence[object], cwd: Path = ROOT, told: TextIO | None = None, *, aside: bool = False) -> int:
     """Run a command with the environment's own scripts first on the path, and return its exit code.
 
     Args:
         told: takes what it prints; None = it is shown.
+        aside: other programs come first where cores are short.
     """
     scripts = _python_of(_FOLDER).parent
     variables = os.environ | {
@@ -62,9 +64,14 @@ def run(command: Sequence[object], cwd: Path = ROOT, told: TextIO | None = None)
         "PYTHONUNBUFFERED": "1",
     }
     variables.pop("PYTHONHOME", None)
+    words, flags = [str(part) for part in command], 0
+    if aside and sys.platform == "win32":
+        flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS
+    elif aside and shutil.which("nice") is not None:
+        words = ["nice", *words]
+    errors = None if told is None else subprocess.STDOUT
     try:
-        errors = None if told is None else subprocess.STDOUT
-        return subprocess.run([str(part) for part in command], cwd=cwd, env=variables, stdout=told, stderr=errors, check=False).returncode
+        return subprocess.run(words, cwd=cwd, env=variables, stdout=told, stderr=errors, creationflags=flags, check=False).returncode
     except KeyboardInterrupt:
         return 130
 

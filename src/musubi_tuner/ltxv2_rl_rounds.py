@@ -20,6 +20,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(RoundsConfig, argv, prog=prog, description=DESCRIPTION)
     options = config.rounds
     stages = read_stages(options.rl_config)
+    from musubi_tuner.reinforcement.page.write import PAGE
     from musubi_tuner.reinforcement.rounds import Rounds, StageFailed, best_of
     from musubi_tuner.runtime.lock import held
     from musubi_tuner.runtime.tables import format_table
@@ -40,6 +41,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         shown.append((name, f"{standing['mean']:.4f}", gain, ", ".join(f"{key} {value:.4f}" for key, value in standing["rewards"].items())))
     log.info("\n%s", format_table(shown, ("held-out prompts", "reward", "gain", "each")))
     log.info("written: %s", options.output_dir / f"{options.output_name}.safetensors")
+    log.info("to look at: %s", options.output_dir / PAGE)
     return 0
 
 

@@ -24,19 +24,21 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(ScoringConfig, argv, prog=prog, description=DESCRIPTION)
     from musubi_tuner.reinforcement.decoding import Decoders
     from musubi_tuner.reinforcement.scoring import prepare, score_all
-    from musubi_tuner.reinforcement.shown import save_media
+    from musubi_tuner.reinforcement.shown import save_first, save_media
 
     scoring = prepare(config)
     if config.run.dry_run:
         return _try(scoring, force=config.run.force)
     decoders: Decoders = scoring.decoders
-    if config.run.save_media:
+    if config.run.save_media or config.run.save_first:
         decoders.check(scoring.rollouts, {"video", "audio"} if scoring.rollouts.facts["mode"] == "av" else {"video"})
     scored = score_all(scoring)
     _show(scored, scoring)
     if config.run.save_media:
         for one in scored:
             log.info("media of %s: %s", one.scores.reward, save_media(one.scores, scoring.rollouts, decoders, config.run.save_media))
+    if config.run.save_first:
+        log.info("first samples of each prompt: %s", save_first(scoring.rollouts, decoders, config.run.save_first))
     return 0
 
 

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
-from musubi_tuner import ltxv2_cache_rollouts, ltxv2_score_rollouts, ltxv2_train_rl
+from musubi_tuner import ltxv2_cache_rollouts, ltxv2_generate_video, ltxv2_rl_rounds, ltxv2_score_rollouts, ltxv2_train_rl
+from musubi_tuner.command import dispatch
 from musubi_tuner.media.write import write_video, write_wav
+from musubi_tuner.page.fill import data_of
 from musubi_tuner.reinforcement.rollouts import read_rollouts
+from musubi_tuner.runtime.files import read_json
 from tests import reward_models
 from tests.e2e.test_http_reward import serving
 from tests.unit.test_docs import DOCS, blocks, commands
@@ -23,10 +28,10 @@ MORE = {
 }
 
 
-def of_page(page: str) -> list[list[str]]:
-    """Words of each command, from the program's name on."""
+def of_page(page: str, programs=PROGRAMS) -> list[list[str]]:
+    """Words of each command of these programs, from the program's name on."""
     found = [words for name, words in commands() if name == page]
-    starts = [next((place for place, word in enumerate(words) if word in PROGRAMS), None) for words in found]
+    starts = [next((place for place, word in enumerate(words) if word in programs), None) for words in found]
     return [words[start:] for words, start in zip(found, starts, strict=True) if start is not None]
 
 
@@ -55,6 +60,54 @@ def test_the_commands_of_a_round_and_of_the_next_in_the_order_of_the_page(projec
     for one in words:
         assert run(one) == 0, one
     assert Path("rl/round_1/ltxv2_lora.safetensors").is_file()
+
+
+def test_the_tutorial_from_its_files_to_a_clip(project, tmp_path, monkeypatch):
+    """Its prompt files, its TOML at toy sizes, each command once; both drivers make one round."""
+    shutil.copytree(project, here := tmp_path / "der Abend")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(ltxv2_rl_rounds, "run_command", lambda name, argv: dispatch([name, *argv]))
+    tutorial = DOCS / "tutorials" / "clearer_voice.md"
+    learned, heldout = blocks(tutorial, "text")
+    (here / "prompts.txt").write_text("".join(learned.splitlines(keepends=True)[:2]), encoding="utf-8")
+    (here / "heldout.txt").write_text(heldout, encoding="utf-8")
+    reward_models.write_whisper(here / "models" / "whisper-small")
+    tables, control = (tomllib.loads(text) for text in blocks(tutorial, "toml"))
+    tables["rollouts"] |= {"device": "cpu", "sample_steps": 2, **{name[2:]: int(SMALL[name]) for name in list(SMALL)[:4]}}
+    tables["scores"] |= {"device": "cpu", "reward_args": without_language(tables["scores"]["reward_args"])}
+    tables["training"] |= {"device": "cpu", "mixed_precision": "no", "compile": False, "max_data_loader_n_workers": 0, "network_dim": 4}
+    write_tables(here / "rl.toml", tables)
+    write_tables(here / "rl_control.toml", tables | {"training": tables["training"] | control})
+    words = of_page(tutorial.name, {**PROGRAMS, ltxv2_rl_rounds.PROG: ltxv2_rl_rounds, ltxv2_generate_video.PROG: ltxv2_generate_video})
+    names = [ltxv2_cache_rollouts.PROG, ltxv2_score_rollouts.PROG, *[ltxv2_rl_rounds.PROG] * 3, ltxv2_generate_video.PROG]
+    assert [one[0] for one in words] == names
+    assert run(words[0]) == 0
+    assert run([*without_language(words[1]), "--force"]) == 0, "what a toy of random weights says is the same every time"
+    for program, *given in words[2:5]:
+        assert program == ltxv2_rl_rounds.PROG
+        given[given.index("--rl_rounds") + 1] = "1"
+        assert ltxv2_rl_rounds.main([*given, "--rl_heldout_group_size", "2"]) == 0
+    page, facts = data_of(here / "rl" / "rounds.html"), read_json(here / "rl" / "rounds.json")
+    assert [row["label"] for row in page["rounds"]] == ["base model", "round 0 (best)"]
+    assert [row["gain"] for row in page["rounds"]] == [row["heldout"]["gain"] for row in facts["rounds"]]
+    assert page["control"][1]["gain"] not in (0, page["rounds"][1]["gain"])
+    assert page["columns"] == ["base model", "round 0"] and [row["prompt"] for row in page["rows"]] == heldout.splitlines()
+    assert sorted(clip["at"] for clip in page["clips"]) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert all((here / "rl" / unquote(clip["href"])).is_file() and isinstance(clip["score"], float) for clip in page["clips"])
+    small = ["--sample_width", "96", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--device", "cpu"]
+    assert ltxv2_generate_video.main([*words[5][1:], *small]) == 0
+    assert len(list((here / "clips").glob("*.mp4"))) == 1
+
+
+def without_language(words: list[str]) -> list[str]:
+    """A toy Whisper knows none by name."""
+    assert "word_error.language=en" in words
+    return [word for word in words if word != "word_error.language=en"]
+
+
+def write_tables(path: Path, tables: dict) -> None:
+    lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()) for name, table in tables.items()]
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_every_command_on_rewards_scores(project, tmp_path, monkeypatch):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner import ltxv2_report
+from musubi_tuner import ltxv2_report, ltxv2_rl_rounds
+from musubi_tuner.command import dispatch
 from musubi_tuner.training.page.record import Prompt, Record, write_record
 from musubi_tuner.training.page.runs import find_runs
 from musubi_tuner.training.page.write import write_page
+from tests.e2e import test_rl_rounds as rl
 from tests.e2e.test_grid import checkpoints as checkpoints  # a fixture
 from tests.e2e.test_grid import grid_flags, run
 from tests.e2e.test_preview_training import project as project
@@ -200,3 +202,27 @@ def test_the_page_of_a_grid_plays_turns_and_keeps_picks(tiny_family, texts, chec
     page.locator(".cell button", has_text="than this").first.click()
     page.reload()
     assert page.locator("#list li").count() == 1
+
+
+def test_the_page_of_rounds_in_a_browser(tiny_family, tmp_path, monkeypatch, visit):
+    """A round beside its control: bars, both curves, samples that play with their scores."""
+    monkeypatch.setattr(ltxv2_rl_rounds, "run_command", lambda name, argv: dispatch([name, *argv]))
+    control, out = tmp_path / "control", tmp_path / "Runden é"
+    config = rl.config_for(rl.CONFIGS[0], tiny_family, tmp_path)
+    assert ltxv2_rl_rounds.main(rl.words(config, out, 1)) == 0
+    facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
+    facts["settings"]["stages"]["training"]["rl_shuffle_advantages"] = 1
+    facts["rounds"][1]["heldout"] |= {"gain": 0.001, "error": 0.002}
+    control.mkdir()
+    (control / "rounds.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert ltxv2_rl_rounds.main(rl.words(config, out, 1, "--rl_control", str(control))) == 0
+    page = visit(out / "rounds.html")
+    assert page.title() == "Rounds of Runden é"
+    assert "the best is round 0" in page.text_content("#state")
+    legend = page.locator("#chart-gain .legend button")
+    assert legend.all_text_contents() == ["these rounds", "control: shuffled advantages"]
+    assert page.locator("#table tbody tr").count() == 2 and page.locator("#grid video").count() == 4
+    page.click("#play")
+    page.wait_for_function(f"{OF_PLAYED}.every(([time, muted, paused]) => time > 0 && !paused)")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "rounds.png", full_page=True)

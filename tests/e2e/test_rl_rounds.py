@@ -14,6 +14,7 @@ import pytest
 
 from musubi_tuner import ltxv2_rl_rounds
 from musubi_tuner.command import dispatch
+from musubi_tuner.page.fill import data_of
 from musubi_tuner.runtime.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "training_configs").glob("rl_*.toml"))
@@ -151,9 +152,17 @@ def test_files_that_make_no_sense_are_refused(tiny_family, tmp_path, text, says)
         ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
 
 
-def test_a_folder_of_other_rounds_is_refused(tiny_family, tmp_path, here):
+def test_folders_of_other_rounds_and_controls_that_are_none_are_refused(tiny_family, tmp_path, here):
     config = config_for(CONFIGS[0], tiny_family, tmp_path)
-    assert ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1)) == 0
+    out = tmp_path / "out"
+    assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+    page = data_of(out / "rounds.html")
+    assert page["control"] == [] and [row["label"] for row in page["rounds"]] == ["base model", "round 0 (best)"]
+    for folder, says in ((tmp_path / "no", "holds no rounds"), (out, "its advantages were not shuffled: put rl_shuffle_advantages = 1")):
+        with pytest.raises(UserError, match=says):
+            ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(folder)))
     (tmp_path / "heldout.txt").write_text("another\nand another\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds rounds of other settings"):
-        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 2))
+        ltxv2_rl_rounds.main(words(config, out, 2))
+    with pytest.raises(UserError, match="was judged on other held-out prompts"):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(out)))

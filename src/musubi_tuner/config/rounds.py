@@ -35,6 +35,10 @@ class RoundOptions:
     rl_rounds: Annotated[int, Field(ge=1, le=1000)] = flag("rounds in all; the same command with more goes on", default=8, common=True)
     rl_heldout_group_size: Annotated[int, Field(ge=2, le=99)] = flag("samples of each held-out prompt", default=4)
     rl_heldout_seed: Seed = flag("of the held-out samples", default=1000)
+    rl_page_samples: Annotated[int, Field(ge=0, le=99)] = flag("samples of each held-out prompt that the page shows", default=1)
+    rl_control: AnyPath | None = flag(
+        "folder of the same rounds with rl_shuffle_advantages = 1, which the page draws beside these", default=None
+    )
     rl_delete_round_caches: bool = flag("remove a round's rollouts when it is done; scores and LoRAs stay", default=False)
 
 

@@ -44,12 +44,17 @@ class ScoringRunOptions:
         "write so many of the best and of the worst samples of each reward, with their scores in their names", default=0, common=True
     )
 
+    save_first: Annotated[int, Field(ge=0, le=99)] = flag(
+        "write the first samples of each prompt, so many: of the same seeds in every round", default=0
+    )
+
     @model_validator(mode="after")
     def _check(self) -> "ScoringRunOptions":
         if self.force and not self.dry_run:
             raise UserError("--force: is for --dry_run, which refuses rewards without a signal.")
-        if self.save_media and self.dry_run:
-            raise UserError("--save_media: --dry_run writes nothing. Leave one of them out.")
+        for name in ("save_media", "save_first"):
+            if self.dry_run and getattr(self, name):
+                raise UserError(f"--{name}: --dry_run writes nothing. Leave one of them out.")
         return self
 
 

@@ -4,6 +4,7 @@
     OUTPUT_DIR/before/heldout            held-out samples of the base model
     OUTPUT_DIR/round_000/rollouts, training, heldout
     OUTPUT_DIR/NAME.safetensors          the LoRA of the best round
+    OUTPUT_DIR/rounds.html               the page of all rounds
 
 Every stage can be stopped at any point and goes on from its files, so the driver need not remember where it was.
 """
@@ -18,8 +19,9 @@ from typing import Any
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.rounds import RoundOptions, StageFlags
-from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, read_rollouts
-from musubi_tuner.reinforcement.scores import rewards_of
+from musubi_tuner.reinforcement.page.write import PAGE, write_page
+from musubi_tuner.reinforcement.rollouts import SCORES, read_rollouts
+from musubi_tuner.reinforcement.scores import rewards_of, totals_of
 from musubi_tuner.runtime.disk import remove_folder
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ROUNDS = "rounds.json"
 _FORMAT = 1
+_JUDGED = ("heldout_prompts", "heldout")
+"""Settings that decide what rounds are judged on."""
 Run = Callable[[str, Sequence[str]], int]
 """Command and words -> exit code."""
 
@@ -67,10 +71,11 @@ class Rounds:
 
         Raises:
             StageFailed: a program has told why.
-            UserError: rounds of other settings, or a reward that no held-out sample has.
+            UserError: rounds of other settings, a reward that no held-out sample has, or a control that is none.
         """
         folder = self.options.output_dir
         folder.mkdir(parents=True, exist_ok=True)
+        self._control()
         rows = self._earlier()
         if not rows:
             first: dict[str, Any] = {"round": None, "heldout": _plain(self._judge(folder / "before", None, None))}
@@ -102,6 +107,7 @@ class Rounds:
             self._keep(rows)
             if self.options.rl_delete_round_caches:
                 _delete_samples(place / "rollouts")
+        self._show(rows)
         return rows
 
     def _policy(self, number: int) -> Path | None:
@@ -117,7 +123,8 @@ class Rounds:
             "rl_group_size": self.options.rl_heldout_group_size, "rl_seed": self.options.rl_heldout_seed, "rl_sde_type": "none",
         }  # fmt: skip
         self._stage("rollouts", "cache-rollouts", own)
-        self._stage("scores", "score-rollouts", {"rl_rollout_cache": place / "heldout"})
+        shown = self.options.rl_page_samples if self.stages.of["scores"].get("vae") is not None else 0
+        self._stage("scores", "score-rollouts", {"rl_rollout_cache": place / "heldout", "save_first": shown})
         return standing(place / "heldout", base, self.stages.of["scores"]["reward_fn"])
 
     def _of_rollouts(self, folder: Path) -> dict[str, float]:
@@ -134,8 +141,8 @@ class Rounds:
         path = self.options.output_dir / ROUNDS
         if not path.is_file():
             return []
-        facts = read_json(path)
-        if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("settings") != self._settings():
+        facts = _read(path)
+        if facts is None or facts["settings"] != self._settings():
             raise UserError(
                 f"{path}: holds rounds of other settings (--rl_config, prompts or held-out seeds). Give another --output_dir, or go on "
                 "with those that it was begun with."
@@ -150,6 +157,29 @@ class Rounds:
             write_bytes(self.options.output_dir / policy.name, policy.read_bytes())
         facts = {"format": _FORMAT, "settings": self._settings(), "best": best, "rounds": list(rows)}
         write_bytes(self.options.output_dir / ROUNDS, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+        self._show(rows)
+
+    def _control(self) -> list[dict[str, Any]]:
+        """Rounds of the control."""
+        folder = self.options.rl_control
+        if folder is None:
+            return []
+        facts = _read(folder / ROUNDS) if (folder / ROUNDS).is_file() else None
+        if facts is None:
+            raise UserError(f"--rl_control {folder}: holds no rounds. Give the --output_dir of rounds with rl_shuffle_advantages.")
+        ours, theirs = ({name: one[name] for name in _JUDGED} for one in (self._settings(), facts["settings"]))
+        if ours != theirs:
+            raise UserError(f"--rl_control {folder}: was judged on other held-out prompts or seeds. Make it with those of these rounds.")
+        if not facts["settings"]["stages"]["training"].get("rl_shuffle_advantages"):
+            raise UserError(f"--rl_control {folder}: its advantages were not shuffled: put rl_shuffle_advantages = 1 into its [training].")
+        return list(facts["rounds"])
+
+    def _show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        folder = self.options.output_dir
+        heldout = {0: folder / "before" / "heldout"}
+        heldout |= {row["round"] + 1: folder / f"round_{row['round']:03d}" / "heldout" for row in rows if row["round"] is not None}
+        reward_fn = self.stages.of["scores"]["reward_fn"]
+        write_page(folder / PAGE, rows, self._control(), heldout=heldout, best=best_of(rows), reward_fn=reward_fn)
 
     def _settings(self) -> dict[str, Any]:
         options = self.options
@@ -161,6 +191,12 @@ class Rounds:
         }
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where it is of another format."""
+    facts = read_json(path)
+    return facts if isinstance(facts, dict) and facts.get("format") == _FORMAT else None
+
+
 def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
     """
     Args:
@@ -170,10 +206,10 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
         UserError: no sample has a score.
     """
     rollouts = read_rollouts(folder)
-    totals = _totals(rollouts, reward_fn)
+    totals = totals_of(rollouts, reward_fn)
     if not totals:
         raise UserError(f"{folder}: no held-out sample has a score by all of {reward_fn}. Score another reward, or other prompts.")
-    others = totals if base is None else _totals(read_rollouts(base), reward_fn)
+    others = totals if base is None else totals_of(read_rollouts(base), reward_fn)
     by_prompt: dict[int, list[float]] = {}
     for sample in rollouts.samples:
         if sample.name in totals and sample.name in others:
@@ -185,17 +221,6 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
     }
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return Standing(statistics.fmean(totals.values()), statistics.fmean(gains), error, rewards)
-
-
-def _totals(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
-    """Weighted sum of the rewards of each sample that has them all."""
-    rewards = rewards_of(rollouts, reward_fn)
-    found = {}
-    for sample in rollouts.samples:
-        scores = [(one.weight, one.scores.get(sample.name)) for one in rewards]
-        if all(score is not None for _, score in scores):
-            found[sample.name] = sum(weight * score for weight, score in scores if score is not None)
-    return found
 
 
 def _plain(one: Standing) -> dict[str, Any]:

@@ -166,3 +166,14 @@ def latents_fingerprint(rollouts: Rollouts, sample: str) -> str:
 
 def _command(folder: Path, reward: str) -> str:
     return f"python ltxv2_score_rollouts.py --rl_rollout_cache {folder} --reward_fn {reward} ..."
+
+
+def totals_of(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
+    """Weighted sum of the rewards, of each sample that has them all."""
+    rewards = rewards_of(rollouts, reward_fn)
+    found = {}
+    for sample in rollouts.samples:
+        scores = [(one.weight, one.scores.get(sample.name)) for one in rewards]
+        if all(score is not None for _, score in scores):
+            found[sample.name] = sum(weight * score for weight, score in scores if score is not None)
+    return found

@@ -33,9 +33,10 @@ def write_page(path: Path, runs: Sequence[FoundRun], *, embed: bool = False) -> 
         UserError: a preview that cannot be embedded.
     """
     title = ", ".join(dict.fromkeys(run.name for run in runs))
-    script = "\n".join(part(_PACKAGE, name) for name in ("report_page_charts.js", "report_page.js"))
+    script = f"{part('musubi_tuner.page', 'charts.js')}\n{part(_PACKAGE, 'report_page.js')}"
+    style = f"{part('musubi_tuner.page', 'charts.css')}\n{part(_PACKAGE, 'report_page.css')}"
     page = part(_PACKAGE, "report_page.html")
-    text = fill(page, title=title, data=facts(runs, path.parent, embed=embed), script=script, style=part(_PACKAGE, "report_page.css"))
+    text = fill(page, title=title, data=facts(runs, path.parent, embed=embed), script=script, style=style)
     written = text.encode("utf-8", "backslashreplace")
     write_whole(path, written, path.with_name(f".{path.name}.{os.getpid()}.tmp"), lasting=False)
 

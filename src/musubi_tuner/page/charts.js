@@ -1,5 +1,5 @@
 // Curves as SVG: small enough to be in every page. A series has name, points [[x, y], ...], color (of the palette), and may be faint (drawn
-// without a say in the range), dashed (lengths of dash and gap), or dotted (a mark at each point).
+// without a say in the range), dashed (lengths of dash and gap), or dotted (a mark at each point); bars are [[x, low, high], ...].
 const PALETTE = 6, HIGH = 300, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 34;
 const hidden = new Set();
 
@@ -20,7 +20,11 @@ function ticks(low, high, count) {
 const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(4))));
 function range(series, axis) {
   let low = Infinity, high = -Infinity;
-  for (const one of series) for (const point of one.points) { low = Math.min(low, point[axis]); high = Math.max(high, point[axis]); }
+  const widen = (value) => { low = Math.min(low, value); high = Math.max(high, value); };
+  for (const one of series) {
+    for (const point of one.points) widen(point[axis]);
+    for (const [, ...ends] of axis === 1 ? (one.bars ?? []) : []) ends.forEach(widen);
+  }
   return [low, high];
 }
 function strokeOf(one) {
@@ -30,7 +34,8 @@ function strokeOf(one) {
   return stroke;
 }
 
-// Draws into `holder`; `about` is {title, x, y, empty}: what it shows, the names of the axes, and what stands there where nothing is.
+// Draws into `holder`; `about` is {title, x, y, empty, whole}: what it shows, the names of the axes, what stands there where nothing is, and
+// whether x counts whole things.
 function chart(holder, series, about) {
   const all = series.filter((one) => one.points.length);
   if (!all.length) return holder.replaceChildren(make("p", {}, about.empty ?? "Nothing is logged yet."));
@@ -51,12 +56,13 @@ function chart(holder, series, about) {
   for (const value of ticks(low, high, 5)) {
     picture.append(svg("line", { class: "axis", x1: LEFT, x2: wide - RIGHT, y1: y(value), y2: y(value) }), svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
   }
-  for (const value of ticks(left, right, Math.max(2, wide / 120))) picture.append(svg("text", { x: x(value), y: HIGH - BOTTOM + 16, "text-anchor": "middle" }, short(value)));
+  for (const value of ticks(left, right, Math.max(2, wide / 120)).filter((place) => !about.whole || Number.isInteger(place))) picture.append(svg("text", { x: x(value), y: HIGH - BOTTOM + 16, "text-anchor": "middle" }, short(value)));
   picture.append(svg("text", { x: wide - RIGHT, y: HIGH - 4, "text-anchor": "end" }, about.x), svg("text", { x: LEFT + 4, y: TOP + 10 }, about.y));
   const lines = svg("g", { "clip-path": `url(#${clip})` });
   for (const one of [...drawn].sort((a, b) => Number(Boolean(b.faint)) - Number(Boolean(a.faint)))) {
     const stroke = strokeOf(one);
     lines.append(svg("path", { ...stroke, d: one.points.map((point, place) => `${place ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("") }));
+    lines.append(...(one.bars ?? []).map(([at, from, to]) => svg("line", { x1: x(at), x2: x(at), y1: y(from), y2: y(to), stroke: stroke.stroke, "stroke-width": 1.5 })));
     if (one.dotted || one.points.length === 1) lines.append(...one.points.map((point) => svg("circle", { cx: x(point[0]).toFixed(1), cy: y(point[1]).toFixed(1), r: 3.5, fill: stroke.stroke })));
   }
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HIGH - BOTTOM, visibility: "hidden" });

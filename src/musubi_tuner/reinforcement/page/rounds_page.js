@@ -1,0 +1,62 @@
+const rounds = data.rounds, control = data.control;
+const signed = (value) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toPrecision(3)}`;
+
+function gains() {
+  const of = (name, color, rows, dashed) => ({
+    name, color, dashed, dotted: true,
+    points: rows.map((row) => [row.round, row.gain]),
+    bars: rows.map((row) => [row.round, row.gain - row.error, row.gain + row.error]),
+  });
+  return [of("these rounds", 0, rounds), ...(control.length ? [of("control: shuffled advantages", 1, control, "6 4")] : [])];
+}
+function rewards() {
+  const names = [...new Set(rounds.flatMap((row) => Object.keys(row.rewards)))];
+  const of = (key, name) => rounds.filter((row) => row[key] && name in row[key]).map((row) => [row.round, row[key][name]]);
+  return names.flatMap((name, place) => [
+    { name: `${name}, held out`, color: place, dotted: true, points: of("rewards", name) },
+    { name: `${name}, learned from`, color: place, dashed: "2 3", dotted: true, points: of("learned", name) },
+  ]);
+}
+function table() {
+  const cells = (row, other) => [
+    make("th", { scope: "row" }, row.label),
+    make("td", { className: "number" }, row.mean.toPrecision(4)),
+    make("td", { className: "number" }, row.round ? `${signed(row.gain)} \u00b1 ${row.error.toPrecision(2)}` : ""),
+    ...(control.length ? [make("td", { className: "number" }, other?.round ? `${signed(other.gain)} \u00b1 ${other.error.toPrecision(2)}` : "")] : []),
+  ];
+  const heads = ["policy", "reward", "gain", ...(control.length ? ["control's gain"] : [])];
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const others = new Map(control.map((row) => [row.round, row]));
+  by("table").replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rounds.map((row) => make("tr", {}, ...cells(row, others.get(row.round)))))));
+}
+function grid() {
+  if (!data.clips.length) return by("grid").replaceChildren(make("p", {}, "No samples were decoded (--rl_page_samples)."));
+  const head = make("tr", {}, make("td"), ...data.columns.map((text) => make("th", { scope: "col" }, text)));
+  const body = make("tbody");
+  shown = [];
+  data.rows.forEach((row, place) => {
+    const line = make("tr", {}, make("th", { scope: "row" }, make("span", { className: "label" }, row.prompt), make("span", { className: "faint" }, ` seed ${row.seed}`)));
+    data.columns.forEach((_, column) => {
+      const clip = data.clips.find((one) => one.at[0] === place && one.at[1] === column);
+      const holder = cell(clip);
+      if (clip?.score !== undefined) holder.querySelector("figcaption").prepend(make("span", { title: "reward" }, clip.score === null ? "no score" : clip.score.toPrecision(4)));
+      line.append(holder);
+    });
+    body.append(line);
+  });
+  by("grid").replaceChildren(make("table", {}, make("thead", {}, head), body));
+  hear(null);
+  drawPicks();
+}
+function draw() {
+  chart(by("chart-gain"), gains(), { title: "Gain on held-out prompts", x: "updates", y: "gain", whole: true, empty: "No round is done yet." });
+  chart(by("chart-rewards"), rewards(), { title: "Rewards", x: "updates", y: "reward", whole: true });
+}
+const done = rounds.length - 1, best = rounds.find((row) => row.best);
+by("state").textContent = `${done} round${done === 1 ? "" : "s"}${best ? `; the best is ${best.label.replace(" (best)", "")}, ${signed(best.gain)} \u00b1 ${best.error.toPrecision(2)}` : ""}.`;
+table();
+grid();
+draw();
+showTime();
+addEventListener("resize", draw);
+requestAnimationFrame(tick);
