@@ -116,11 +116,12 @@ def _crop(options: media_config.CropConfig) -> int:
 
 
 def _references(options: media_config.ReferencesConfig) -> int:
-    from musubi_tuner.curation.references import frame_maker, make_references, wanted_references
+    from musubi_tuner.curation.references import claim_folders, frame_maker, make_references, wanted_references
     from musubi_tuner.runtime.progress import Progress
 
     wanted = wanted_references(load_dataset_config(options.dataset.dataset_config), options.references.most)
     maker = frame_maker(options.references)
+    claim_folders(wanted, options.references)
     with Progress("making references", len(wanted), unit="file") as bar:
         done = []
         for one in make_references(wanted, maker):

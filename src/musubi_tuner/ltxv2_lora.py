@@ -147,8 +147,8 @@ def _merge(options: config.MergeConfig) -> int:
     from musubi_tuner.generation.jobs import parse_lora
 
     if len(options.merge.loras) < 2:
-        raise UserError("--loras: give two or more; `scale` changes the strength of one.")
-    uses = [parse_lora(text) for text in options.merge.loras]
+        raise UserError("--loras: two or more are merged; `scale` changes the strength of one.")
+    uses = [parse_lora(text, "--loras") for text in options.merge.loras]
     result = added([(read_lora(use.path), use.strength) for use in uses])
     if options.merge.rank is not None:
         result = _resized(result, options.merge.rank, None)
@@ -160,16 +160,16 @@ def _merge(options: config.MergeConfig) -> int:
 def _average(options: config.AverageConfig) -> int:
     from musubi_tuner.conversion.lora.changes import averaged, shares_by_decay, shares_by_width
     from musubi_tuner.conversion.lora.contents import read_lora
-    from musubi_tuner.generation.axes import loras_of
+    from musubi_tuner.generation.axes import files_of
 
     chosen = options.average
-    paths = list(dict.fromkeys(use.path for word in chosen.loras for use in loras_of(word, "--loras", Path()) if use is not None))
+    paths = list(dict.fromkeys(use.path for word in chosen.loras for use in files_of(word, "--loras", Path())))
     if len(paths) < 2:
         raise UserError(f"--loras: {len(paths)} file; an average is of two or more checkpoints of a run.")
     output = options.writing.output
     if output.exists() and any(path.exists() and path.samefile(output) for path in paths):
         raise UserError(
-            f"--output {output}: is one of the files that --loras names, and would become a part of its own average. Give another name."
+            f"--output {output}: is one of the files that are averaged, and would become a part of its own average. Give another name."
         )
     files = [read_lora(path) for path in paths]
     if chosen.sigma_rel is None:
@@ -303,8 +303,10 @@ def _previews(card: config.CardOptions, lora: Path) -> list[Preview]:
         return list(previews_of(find_run(lora.parent, _run_of(lora)), lora).values())
     found = []
     for path in card.previews:
-        if not path.is_file() or path.suffix.lower() not in (*MEDIA_KINDS, *IMAGES):
-            raise UserError(f"--previews {path}: is no clip, still or sound that is there ({', '.join((*MEDIA_KINDS, *IMAGES))}).")
+        if not path.is_file():
+            raise UserError(f"--previews {path}: no such file.")
+        if path.suffix.lower() not in (known := dict.fromkeys((*MEDIA_KINDS, *IMAGES))):
+            raise UserError(f"--previews {path}: is no clip, still or sound that a card shows ({', '.join(known)}).")
         found.append(Preview(path=path, prompt=_prompt_of(path)))
     return found
 

@@ -231,6 +231,20 @@ def test_a_lora_of_another_release_is_not_baked(wide, tmp_path):
         checkpoint("bake", wide, "--lora", tmp_path / "lora.safetensors", "--output", tmp_path / "baked.safetensors")
 
 
+def test_what_is_asked_of_the_wrong_file_is_told_what_it_is(tiny_family, tmp_path):
+    to_file = ("--to", "single_file", "--output", tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match="is a single file already.*ltxv2 checkpoint join.*--to diffusers"):
+        checkpoint("convert", tiny_family.ltx23, *to_file)
+    pack = tmp_path / "a pack"
+    pack.mkdir()
+    shutil.copy(tiny_family.ltx25_duration_head, pack / "head.safetensors")
+    with pytest.raises(UserError, match=f'but files of a checkpoint.*ltxv2 checkpoint join "{pack}"'):
+        checkpoint("convert", pack, *to_file)
+    quantized = ("--to", "fp8", "--output", tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match=r"no linear of its 2 blocks is left to be quantized. Give --keep_blocks 0\."):
+        checkpoint("quantize", tiny_family.ltx23, *quantized)
+
+
 def test_nothing_is_overwritten_and_a_full_disk_is_known_before(tiny_family, tmp_path, monkeypatch):
     source = shutil.copy(tiny_family.ltx23, tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match="is there already"):

@@ -1,6 +1,7 @@
 """Films split by their scenes, clips trimmed and cropped, by the real program on real files."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -245,6 +246,10 @@ def test_a_folder_is_cropped_with_its_captions(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=says):
             dataset("crop", source, *words)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="^" + re.escape(f"{source / 'nothing.mp4'}: no such file or folder")):
+        dataset("crop", source / "nothing.mp4", "--output_dir", tmp_path / "x", "--aspect", "1:1")
+    assert "cropping" not in "".join(capsys.readouterr()), "no progress of nothing"
     dataset("crop", source / "a.mp4", "--output_dir", tmp_path / "x", "--rectangle", "90", "0", "50", "40", code=1)
 
 

@@ -1,5 +1,6 @@
 """References made by the program: as many frames at the same times as the clips, where caching finds them."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def pictures(path: Path) -> torch.Tensor:
 def test_each_clip_gets_one_of_the_same_frames_and_times(folder, kind, tiny_family, capsys):
     references(folder, "--kind", kind)
     made = folder / "made of clips"
-    assert sorted(path.name for path in made.iterdir()) == ["clip_000.mp4", "turned.mp4", "ungerade é.mp4"]
+    assert sorted(path.name for path in made.iterdir()) == ["clip_000.mp4", "ltxv2_references.json", "turned.mp4", "ungerade é.mp4"]
     for name in ("clip_000.mp4", "turned.mp4", "ungerade é.mkv"):
         source, own = probe_video(folder / "clips" / name), probe_video((made / name).with_suffix(".mp4"))
         assert len(own.stamps) == len(source.stamps) and (own.width, own.height) == (source.width, source.height)
@@ -73,6 +74,31 @@ def test_each_clip_gets_one_of_the_same_frames_and_times(folder, kind, tiny_fami
     capsys.readouterr()
     references(folder, "--kind", kind)
     assert capsys.readouterr().out.count("there already") == 5
+
+
+def test_a_folder_holds_references_of_one_kind(folder, capsys, caplog):
+    references(folder, "--kind", "gray", "--most", "1")
+    made = sorted((folder / "made of clips").glob("*.mp4"))
+    for words, asked in ((("--kind", "blur"), "--kind blur --radius 8"), (("--function", "a/depth.py:depth"), "--function depth.py:depth")):
+        (folder / "a").mkdir(exist_ok=True)
+        (folder / "a" / "depth.py").write_text("def depth(frames): return frames", encoding="utf-8")
+        words = tuple(str(folder / word) if ".py" in word else word for word in words)
+        with pytest.raises(UserError, match=f"clips: its references were made by --kind gray .*, and {asked} is asked for.*another"):
+            references(folder, *words)
+    assert sorted((folder / "made of clips").glob("*.mp4")) == made
+    references(folder, "--kind", "gray")
+    assert len(list((folder / "made of clips").glob("*.mp4"))) == 3, "the same kind goes on"
+    for path in (folder / "made of clips").glob("*.mp4"):
+        path.unlink()
+    (folder / "made of stills" / "ltxv2_references.json").unlink()
+    caplog.clear()
+    with pytest.raises(UserError, match="made of held out: its references were made by --kind gray"):
+        references(folder, "--kind", "edges")
+    assert not list((folder / "made of clips").glob("*.mp4")), "refused before the first one is made"
+    (folder / "made of held out" / "clip_000.mp4").unlink()
+    references(folder, "--kind", "edges", "--edges", "10", "20")
+    with pytest.raises(UserError, match="made by --kind edges --edges 10 20 .*, and --kind edges --edges 100 200 is asked"):
+        references(folder, "--kind", "edges")
 
 
 def test_what_is_made_shows_what_it_says(folder):
@@ -114,8 +140,8 @@ def test_a_function_of_the_users_own_gets_all_frames_of_a_clip(folder):
     assert float((made - (255 - clip.mean(-1, keepdim=True))).abs().mean()) < 3
     still, source = (read_picture(folder / name / "still_000.png").float() for name in ("made of stills", "stills"))
     assert float((still - (255 - source.mean(-1, keepdim=True))).abs().mean()) < 1
-    for path in (folder / "made of clips").iterdir():
-        path.unlink()
+    for made_of in ("clips", "stills", "held out"):
+        shutil.rmtree(folder / f"made of {made_of}")
     for name, says in (
         ("fewer", r"must give back uint8 of \(20, 64, 96, 3\) or \(20, 64, 96\), as it was given, not \(19, 64, 96, 3\)"),
         ("broken", "RuntimeError: no weights"),
@@ -124,7 +150,7 @@ def test_a_function_of_the_users_own_gets_all_frames_of_a_clip(folder):
     ):
         with pytest.raises(UserError, match=says):
             references(folder, "--function", f"{own}:{name}")
-        assert not list((folder / "made of clips").iterdir()), "nothing is left"
+        assert not list((folder / "made of clips").glob("*.mp4")), "nothing is left"
     with pytest.raises(UserError, match="no such file"):
         references(folder, "--function", f"{folder / 'gone.py'}:depth")
     own.write_text("import nothing_of_that_name")

@@ -1,5 +1,5 @@
-"""The commands of docs/how-to/publish.md, of the card in lora_files.md, and those of checkpoints.md that convert, as they stand there, on
-toy files of the same names."""
+"""The commands of docs/how-to/publish.md, of the card in lora_files.md, and of checkpoints.md, as they stand there, on toy files of the
+same names."""
 
 import json
 import shutil
@@ -69,13 +69,33 @@ def test_the_card_of_the_page_of_files(project, monkeypatch):
     assert MAINS[script](words) == 0 and "base_model" in (project / "README.md").read_text(encoding="utf-8")
 
 
-def test_to_diffusers_and_back(project, tiny_family, monkeypatch):
+def test_the_page_of_checkpoints(project, tiny_family, monkeypatch, capsys):
+    """But for --keep_blocks, as the toy has two blocks, and ConvRot, whose groups of 256 it has no room for."""
     monkeypatch.chdir(project)
     shutil.copy(tiny_family.ltx23, project / "ltx-2.3-22b-dev.safetensors")
+    shutil.copy(project / "my.safetensors", project / "my_lora.safetensors")
     shutil.copytree(tiny_family.gemma, project / "gemma-3-12b-it-qat-q4_0-unquantized")
-    page = of_page("checkpoints.md", "convert")
-    assert [words[words.index("--to") + 1] for _, words in page] == ["diffusers", "single_file"]
+    page = of_page("checkpoints.md")
+    assert [words[0] for _, words in page] == [
+        "inspect", "verify", "split", "split", "join", "quantize", "quantize", "bake", "convert", "convert", "compare", "compare",
+    ]  # fmt: skip
+    compared = []
     for script, words in page:
-        assert MAINS[script](words) == 0
-    one, other = load_file(tiny_family.ltx23), load_file(project / "ltx-2.3-again.safetensors")
-    assert list(one) and set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+        if words[0] == "quantize":
+            words = [*("int8" if word == "int8_convrot" else word for word in words), "--keep_blocks", "0"]
+        code = MAINS[script](words)
+        text = capsys.readouterr().out
+        if words[0] == "compare":
+            compared.append((code, text))
+        else:
+            assert code == 0, words
+    (baked, of_lora), (rounded, of_fp8) = compared
+    assert baked == 1 and "the first that differs: block 0, transformer_blocks.0." in of_lora and "alone" not in of_lora
+    assert rounded == 1 and "as float32 and as float8_e4m3fn" in of_fp8, "the toy's weights are larger than a model's, and so is the error"
+    kept = {line.split()[0] for line in of_fp8.splitlines() if line.endswith("%") and line.split()[2:4] == ["0", "0.000%"]}
+    assert {"vae", "audio_vae", "vocoder", "text_projection"} <= kept, "what is not quantized is the same"
+    assert len([*project.glob("components/*.safetensors")]) == len([*project.glob("component_folders/*/model.safetensors")]) == 5
+    one = load_file(tiny_family.ltx23)
+    for again in ("whole.safetensors", "ltx-2.3-again.safetensors"):
+        other = load_file(project / again)
+        assert list(one) and set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)

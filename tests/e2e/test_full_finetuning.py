@@ -1,5 +1,6 @@
 """Training the model's own weights through the real program: as plain PyTorch does it, fused or not, resumed, saved and sampled from."""
 
+import logging
 import re
 import shutil
 from dataclasses import replace
@@ -252,13 +253,16 @@ def test_the_commands_of_the_page_run(tiny_family, data, tmp_path, monkeypatch):
     assert lora and all(bool(torch.isfinite(value).all()) for value in lora.values())
 
 
-def test_bf16_weights_take_steps_that_are_smaller_than_they_can_show(data, tmp_path):
+def test_bf16_weights_take_steps_that_are_smaller_than_they_can_show(data, tmp_path, caplog):
     """At a rate of 1/1000 of a weight's neighbor distance: in the mean over all weights, bf16 moves as float32 does."""
     flags = ("--learning_rate", "2e-6", "--max_grad_norm", "0", "--optimizer_args", "weight_decay=0")
     base = {name: value.float() for name, value in weights(data.model).items()}
     exact = weights(train(data, tmp_path / "exact", *flags))
     AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.set_level(logging.INFO)
     rounded = weights(train(data, tmp_path / "rounded", *flags, "--mixed_precision", "bf16"))
+    stored = sum(value.dtype == torch.float32 for value in weights(data.model).values())
+    assert stored and f"{stored} of them are float32 in the file, and rounded to bfloat16" in caplog.text
     wanted = torch.cat([(exact[name] - base[name]).flatten() for name in base])
     made = torch.cat([(rounded[name].float() - base[name].bfloat16().float()).flatten() for name in base])
     share = float(torch.dot(made, wanted.sign()) / wanted.abs().sum())

@@ -1,6 +1,6 @@
 """Malformed input through the programs' own `main`: no traceback, no hang, nothing wrongly accepted, and messages that name what is wrong.
 
-A fixed thousand of what `python -m tests.malformed` makes without end, families mixed by `tests.malformed.session.SHARES`: of 122 inputs
+A fixed thousand of what `python -m tests.malformed` makes without end, families mixed by `tests.malformed.session.SHARES`: of 138 inputs
 14 are pictures, sound and video, and about half go through training. They run in a process of their own, whose memory is bounded.
 """
 

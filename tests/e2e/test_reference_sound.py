@@ -20,6 +20,7 @@ from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditio
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.prompts.sample_prompts import load_prompts
+from musubi_tuner.publishing.card import CardFacts, card_text
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_audio_files, write_clips
 from tests import preview_parts, training_parts
@@ -108,6 +109,8 @@ def test_training_on_reference_sounds(data, tmp_path, mode):
     flags = run.arguments("--output_dir", str(tmp_path), "--max_train_steps", "2", "--conditioning_config", recipe)
     assert ltxv2_train_network.main(flags) == 0
     assert all(row["loss_audio"] > 0 for row in training_parts.losses(tmp_path) if "grad_norm" in row)
+    card = card_text(tmp_path / "ltxv2_lora.safetensors", CardFacts())
+    assert '--lora ltxv2_lora.safetensors --prompt "PROMPT --ra voice.wav"' in card and "LTX2Pipeline" not in card
     with pytest.raises(UserError, match="reference_audio_directory.*nothing shows them"):
         ltxv2_train_network.main(run.arguments("--output_dir", str(tmp_path / "b")))
 

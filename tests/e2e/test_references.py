@@ -1,6 +1,8 @@
 """References (IC-LoRA): planned, cached, shown in training and in previews, and recorded in the LoRA's metadata."""
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from musubi_tuner import ltxv2_cache_latents, ltxv2_train_network
 from musubi_tuner.conditioning import recipe as rules
 from musubi_tuner.conditioning.recipe import Recipe
 from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.config.flags import parse
+from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.dataset.collate import make_batch
 from musubi_tuner.dataset.items import Draw, Item, list_items
 from musubi_tuner.generation.denoise import SampleInputs, generate
@@ -21,6 +25,7 @@ from musubi_tuner.generation.encode import ConditioningEncoders, encode_conditio
 from musubi_tuner.generation.sampling import make_plan
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.prompts.sample_prompts import load_prompts
+from musubi_tuner.publishing.card import CardFacts, card_text
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny.clips import write_clips, write_stills
 from tests import preview_parts, training_parts
@@ -96,6 +101,11 @@ def test_training_on_references_and_its_metadata(data, tmp_path):
     metadata = open_checkpoint(tmp_path / "ltxv2_lora.safetensors").metadata
     assert metadata["reference_downscale_factor"] == metadata["reference_spatial_scale_factor"] == "2"
     assert metadata["reference_temporal_scale_factor"] == "1"
+    card = card_text(tmp_path / "ltxv2_lora.safetensors", CardFacts())
+    (command,) = re.findall(r"```bash\nltxv2 generate (.*?)\n```", card, re.DOTALL)
+    read = parse(GenerateConfig, shlex.split(command.replace("\\\n", " ")), prog="", description="")
+    assert (read.pipeline.pipeline, read.loras.lora) == ("ic_lora", ("ltxv2_lora.safetensors",)) and read.clips.reference_video is not None
+    assert "2 times smaller" in card and "LTX2InContextPipeline" in card and "reference_downscale_factor=2)" in card
     toml = data.folder / "other.toml"
     toml.write_text(TOML.replace("reference_downscale = 2", "reference_downscale = 1").replace('"cache"', '"other"'), encoding="utf-8")
     other = replace(data, toml=toml)
@@ -106,10 +116,13 @@ def test_training_on_references_and_its_metadata(data, tmp_path):
 
 
 def test_references_and_the_recipe_need_each_other(data, tmp_path):
-    with pytest.raises(UserError, match="has references .*but nothing shows them"):
-        ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path)))
+    with pytest.raises(UserError, match="has references .*but nothing shows them.* run ltxv2_cache_latents.py again, .* and pack again"):
+        ltxv2_train_network.main(data.arguments("--output_dir", str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists(), "a refused training leaves nothing"
     plain = data.folder / "plain.toml"
     plain.write_text(TOML.replace('reference_directory = "references"\n', ""), encoding="utf-8")
+    with pytest.raises(UserError, match="reference.* cached with .*Set it as it was cached. Or, where the media are, run: python"):
+        ltxv2_train_network.main(replace(data, toml=plain).arguments("--output_dir", str(tmp_path)))
     training_parts.cache(replace(data, toml=plain))
     with pytest.raises(UserError, match="no dataset has references"):
         ltxv2_train_network.main(replace(data, toml=plain).arguments("--output_dir", str(tmp_path), "--conditioning_config", RECIPE))

@@ -3,7 +3,8 @@
     dataset.toml  sounds.toml  clips/ stills/ sounds/ cache/  clips.jsonl  captions beside the media
     recipe.toml   prompts.txt prompts.toml prompts.json   flags.toml        lora.safetensors  state/
     models/model.safetensors  models/vae.safetensors  models/audio_vae.safetensors  models/gemma3/   precomputed/
-    models/upsampler.safetensors  models/duration_head.safetensors
+    models/upsampler.safetensors  models/duration_head.safetensors   models/other.safetensors (one weight differs)   other.safetensors
+    pack.tar packed/ (of dataset.toml)   references.toml edges/   scenes/   tree/ (diffusers)   rollouts/ scored/
 
 An input runs in a scratch folder that holds all of it, small files copied and large ones linked, and changes what is malformed there.
 Names are relative to that folder, which is the working directory of the run.
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from musubi_tuner import ltxv2_cache_all, ltxv2_doctor, ltxv2_rl_rounds, make_tiny
+from musubi_tuner import ltxv2_cache_all, ltxv2_checkpoint, ltxv2_dataset, ltxv2_doctor, ltxv2_lora, ltxv2_rl_rounds, make_tiny
 from musubi_tuner.cache.names import strip_key
 from musubi_tuner.cache.store import serialize, write_bytes
 from musubi_tuner.config.training import TrainingConfig
@@ -33,7 +34,20 @@ _RUN_OTHERS = (ltxv2_cache_all, ltxv2_rl_rounds)
 CONFIGS = {program.module: program.config for program in DOCUMENTED if not program.subcommand and program.module not in _RUN_OTHERS}
 """Of every program but those that run several of them, and those with subcommands."""
 CONFIGS |= {ltxv2_doctor: TrainingConfig, make_tiny: make_tiny.TinyConfig}
-MAINS: Mapping[str, Callable[[list[str]], int]] = {module.__name__.rpartition(".")[2]: module.main for module in CONFIGS}
+_WITH_SUBCOMMANDS = {"lora": ltxv2_lora, "checkpoint": ltxv2_checkpoint, "dataset": ltxv2_dataset}
+SUBCOMMANDS = {f"{command} {name}": one for command, module in _WITH_SUBCOMMANDS.items() for name, one in module.SUBCOMMANDS.items()}
+"""Each counts as a program, called as after `ltxv2`."""
+
+
+def _main_of(command: str) -> Callable[[list[str]], int]:
+    name, _, subcommand = command.partition(" ")
+    return lambda words: _WITH_SUBCOMMANDS[name].main([subcommand, *words])
+
+
+MAINS: Mapping[str, Callable[[list[str]], int]] = {
+    **{module.__name__.rpartition(".")[2]: module.main for module in CONFIGS},
+    **{command: _main_of(command) for command in SUBCOMMANDS},
+}
 
 LATENTS, SOUND, TEXT = "ltxv2_cache_latents", "ltxv2_cache_audio_latents", "ltxv2_cache_text_encoder_outputs"
 TRAIN, IMPORT, ADOPT, DOCTOR, TINY = "ltxv2_train_network", "ltxv2_import_precomputed", "ltxv2_adopt_caches", "ltxv2_doctor", "make_tiny"
@@ -58,6 +72,16 @@ _SOUNDS = """\
 [[datasets]]
 audio_directory = "sounds"
 cache_directory = "sound_cache"
+"""
+_REFERENCES = """\
+[general]
+resolution = [96, 64]
+target_frames = [9]
+
+[[datasets]]
+video_directory = "clips"
+reference_directory = "edges"
+cache_directory = "reference_cache"
 """
 _RECIPE = """\
 [[video]]
@@ -100,6 +124,7 @@ _TRAINING = (
     "--ltxv2_timestep_format", "flowmatch_1_1000", "--network_dim", "2", "--network_alpha", "2", "--max_data_loader_n_workers", "0",
     "--mixed_precision", "no", "--learning_rate", "1e-3", "--max_train_steps", "1", "--output_dir", "output",
 )  # fmt: skip
+_MADE = ("--output", "made.safetensors")
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     LATENTS: (*_COMMON, "--vae", "models/vae.safetensors"),
     SOUND: (*_COMMON, "--audio_vae", "models/audio_vae.safetensors"),
@@ -135,6 +160,39 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     REPORT: ("--runs", "trained", "--output", "page.html"),
     TINY: ("--output_dir", "tiny"),
+    **{
+        f"lora {name}": ("--lora", "lora.safetensors", *more)
+        for name, more in {
+            "inspect": ("--modules", "--json", "made.json"), "convert": ("--to", "kohya", *_MADE), "strip": ("--remove", "audio", *_MADE),
+            "scale": ("--strength", "0.5", *_MADE), "resize": ("--rank", "1", *_MADE), "card": ("--output", "README.md"),
+            "publish": ("--huggingface_repo_id", "a/b"), "metadata": ("--set", "a=b", *_MADE),
+        }.items()
+    },
+    "lora merge": ("--loras", "lora.safetensors", "other.safetensors:0.5", *_MADE),
+    "lora average": ("--loras", "lora.safetensors", "other.safetensors", *_MADE),
+    "lora extract": ("--tuned", "models/model.safetensors", "--base", "models/other.safetensors", "--rank", "2", "--device", "cpu", *_MADE),
+    **{
+        f"checkpoint {name}": ("--checkpoint", "models/model.safetensors", *more)
+        for name, more in {
+            "inspect": ("--config", "--json", "made.json"), "verify": (), "split": ("--output_dir", "components"),
+            "quantize": ("--to", "fp8", "--keep_blocks", "0", *_MADE), "bake": ("--lora", "lora.safetensors", *_MADE),
+        }.items()
+    },
+    "checkpoint join": ("--checkpoints", "models/model.safetensors", "models/vae.safetensors", *_MADE),
+    "checkpoint compare": ("--checkpoints", "models/model.safetensors", "models/other.safetensors"),
+    "checkpoint convert": ("--checkpoints", "tree", "--to", "single_file", *_MADE),
+    "dataset split-scenes": ("--input", "clips/clip_000.mp4", "--output_dir", "made", "--min_seconds", "0.1"),
+    "dataset trim": ("--input", "clips/clip_000.mp4", "--end", "0.2", "--output", "made.mp4"),
+    "dataset crop": ("--input", "clips/clip_000.mp4", "--output_dir", "made", "--aspect", "1:1"),
+    "dataset caption": ("--media", "clips", "--endpoint", "http://127.0.0.1:9/v1", "--retries", "0", "--timeout", "1"),
+    "dataset references": ("--dataset_config", "references.toml", "--kind", "gray"),
+    "dataset audit": ("--dataset_config", "dataset.toml", "--page", "audit.html", "--json", "audit.json"),
+    "dataset decode": (
+        "--dataset_config", "dataset.toml", "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors",
+        "--output_dir", "made", "--device", "cpu",
+    ),
+    "dataset pack": ("--dataset_config", "dataset.toml", "--output", "made.tar"),
+    "dataset unpack": ("--pack", "packed", "--output", "made"),
 }  # fmt: skip
 """Flags with which a program accepts the world as it is."""
 DRY = ("--dry_run",)
@@ -210,14 +268,21 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def furnish(scratch: Path, world: Path) -> None:
-    """The world in a new scratch folder: large files as links, everything else as copies; and `loop`, a link to itself."""
+_FOR_TOOLS = ("pack.tar", "packed", "references.toml", "edges", "scenes", "tree", "scored", "other.safetensors")
+
+
+def furnish(scratch: Path, world: Path, *, for_tools: bool = True) -> None:
+    """The world in a new scratch folder: large files as links, everything else as copies; and `loop`, a link to itself.
+
+    Args:
+        for_tools: with what the subcommands and the scores of rollouts alone need.
+    """
 
     def take(source: str, target: str) -> str:
         linked = Path(source).stat().st_size > 2**16
         return str(os.link(source, target)) if linked else str(shutil.copyfile(source, target))
 
-    shutil.copytree(world, scratch, copy_function=take, ignore=shutil.ignore_patterns("complete"))
+    shutil.copytree(world, scratch, copy_function=take, ignore=shutil.ignore_patterns("complete", *(() if for_tools else _FOR_TOOLS)))
     (scratch / "loop").symlink_to("loop")
 
 
@@ -230,6 +295,9 @@ def _write_models(folder: Path) -> None:
         tensors = {name: whole.tensor(name).clone() for name in whole.names() if name.startswith(prefixes)}
         write_bytes(folder / "models" / f"{part}.safetensors", serialize(tensors, whole.metadata))
     shutil.copytree(family.gemma, folder / "models" / "gemma3")
+    other = load_file(folder / "models" / "model.safetensors")
+    name = next(name for name in other if name.endswith("transformer_blocks.1.ff.net.2.weight"))
+    write_bytes(folder / "models" / "other.safetensors", serialize(other | {name: other[name] * 1.1}, whole.metadata))
     shutil.copy(family.upsampler, folder / "models" / "upsampler.safetensors")
     shutil.copy(family.ltx25_duration_head, folder / "models" / "duration_head.safetensors")
     shutil.rmtree(family.folder)
@@ -249,6 +317,7 @@ def _write_documents(folder: Path) -> None:
         "prompts.json": json.dumps([_ENTRY, _ENTRY | {"frame_count": 1}], indent=1),
         "flags.toml": _FLAGS,
         "rl_prompts.txt": "A disc moves.\n",
+        "references.toml": _REFERENCES,
     }
     for name, text in texts.items():
         put(folder, name, text)
@@ -261,8 +330,17 @@ def _run_programs() -> None:
     Path("output/ltxv2_lora.safetensors").rename("lora.safetensors")
     next(Path("output").glob("*-state")).rename("state")
     shutil.rmtree("output")
+    assert MAINS["lora scale"](["--lora", "lora.safetensors", "--strength", "0.9", "--output", "other.safetensors"]) == 0
+    assert MAINS["dataset pack"]([*ARGUMENTS["dataset pack"], "--output", "pack.tar"]) == 0
+    assert MAINS["dataset pack"]([*ARGUMENTS["dataset pack"], "--output", "packed"]) == 0
+    assert MAINS["dataset references"]([*ARGUMENTS["dataset references"], "--most", "1"]) == 0
+    assert MAINS["dataset split-scenes"]([*ARGUMENTS["dataset split-scenes"], "--output_dir", "scenes"]) == 0
+    tree = ["--checkpoints", "models/vae.safetensors", "--to", "diffusers", "--output_dir", "tree"]
+    assert MAINS["checkpoint convert"](tree) == 0
     assert MAINS[ROLLOUTS]([*ARGUMENTS[ROLLOUTS]]) == 0
     scores = {"format": 1, "reward": "tone", "route": "sync", "arguments": {}, "weight_files": {}, "errors": {}}
+    shutil.copytree("rollouts", "scored")
+    assert MAINS[SCORE]([*ARGUMENTS[SCORE], "--rl_rollout_cache", "scored"]) == 0
     put(Path("rollouts"), "scores/tone.json", json.dumps(scores | {"scores": {"g0000_k00": 0.0, "g0000_k01": 1.0}}))
 
 

@@ -56,13 +56,13 @@ _NO_TENSORS = frozenset(
 
 def systematic() -> Iterator[Malformed]:
     for pattern, (family, users) in USERS.items():
-        changes = [*_frames(), *((f"tensor {label}", change) for label, change in _contents())]
+        changes = [*frames(), *((f"tensor {label}", change) for label, change in contents())]
         for program, more in users:
             for label, change in changes:
                 yield changed(family, pattern, label, program, more, change, _expected(family, program, label))
         for place in range(400):
             program, more = users[place % len(users)]
-            yield changed(family, pattern, f"header {place}", program, more, _header_variant(place), "any")
+            yield changed(family, pattern, f"header {place}", program, more, header_variant(place), "any")
 
 
 def _expected(family: str, program: str, label: str) -> str:
@@ -101,7 +101,7 @@ def parts(file: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(file[8 : 8 + length]), file[8 + length :]
 
 
-def _frames() -> Iterator[tuple[str, Change]]:
+def frames() -> Iterator[tuple[str, Change]]:
     """What is around the header."""
     yield "empty", lambda file: b""
     yield "one byte", lambda file: b"\x01"
@@ -123,7 +123,7 @@ def _frames() -> Iterator[tuple[str, Change]]:
         yield f"header is {label}", lambda file, header=header: _joined(header, parts(file)[1])
 
 
-def _contents() -> Iterator[tuple[str, Change]]:
+def contents() -> Iterator[tuple[str, Change]]:
     """One tensor of a right file (the first, one in the middle, the last) is another one."""
     makes: Mapping[str, Callable[[Tensor], Tensor]] = {
         "scalar": lambda t: t.flatten()[:1].squeeze(),
@@ -163,7 +163,7 @@ def _saved(file: bytes, tensors: dict[str, Tensor]) -> bytes:
     return save(tensors, metadata=parts(file)[0].get("__metadata__"))
 
 
-def _header_variant(place: int) -> Change:
+def header_variant(place: int) -> Change:
     """The variant of that number, of the header itself or of JSON within its metadata."""
 
     def change(file: bytes) -> bytes:

@@ -55,7 +55,7 @@ def systematic() -> Iterator[Malformed]:
             yield Malformed(id=f"flags/{program}/as they are", program=program, more=_short(program), expect="accepted")
         yield from _misplaced(program)
         for flag in describe(config):
-            yield from _as_words(program, flag)
+            yield from as_words(program, flag)
         if program != DOCTOR:  # which has the trainer's
             yield from _in_file(program, config)
         if any(flag.key == "device" for flag in describe(config)):
@@ -91,7 +91,7 @@ def _misplaced(program: str) -> Iterator[Malformed]:
         yield Malformed(id=f"flags/{program}/{label}", program=program, more=words, expect="refused")
 
 
-def _as_words(program: str, flag: Flag) -> Iterator[Malformed]:
+def as_words(program: str, flag: Flag) -> Iterator[Malformed]:
     def made(word: str, expect: str) -> Malformed:
         shown = word if len(word) < 40 else f"{word[:10]} x {len(word)}"
         return Malformed(

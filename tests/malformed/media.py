@@ -29,7 +29,7 @@ def systematic() -> Iterator[Malformed]:
     kinds = {"picture": _pictures(), "video": _videos(), "sound": _sounds()}
     for family, makes in kinds.items():
         name, users = USERS[family]
-        for label, make in {**_any_file(name), **makes}.items():
+        for label, make in {**any_file(name), **makes}.items():
             for program, more in users:
                 yield of_media(family, name, label, program, more, make)
     for name, other in ((_VIDEO, _STILL), (_VIDEO, _SOUND), (_STILL, _VIDEO), (_STILL, _SOUND), (_SOUND, _VIDEO), (_SOUND, _STILL)):
@@ -63,7 +63,7 @@ def _renamed(family: str, name: str, ending: str) -> Malformed:
     return Malformed(id=f"{family}/named {ending}", program=program, more=more, prepare=prepare)
 
 
-def _any_file(name: str) -> Mapping[str, Make]:
+def any_file(name: str) -> Mapping[str, Make]:
     def read(folder: Path) -> bytes:
         return (folder / name).read_bytes()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.malformed import binaries, documents, media
+from tests.malformed import binaries, documents, media, tools
 from tests.malformed.base import IMPORT, TEXT, TRAIN, Malformed, put
 from tests.malformed.values import ANY
 
@@ -30,7 +30,7 @@ def _files() -> Mapping[str, list[tuple[str, User]]]:
     found["precomputed"] = [(f"precomputed/{kind}/clip_0.pt", (IMPORT, ())) for kind in ("latents", "audio_latents", "conditions")]
     found["encoder"] += [(f"models/gemma3/{name}", (TEXT, ("--no-skip_existing",))) for name in ("config.json", "tokenizer.json")]
     found["captions"] = [("clips/clip_000.txt", (TEXT, ()))]
-    return found
+    return found | tools.files()
 
 
 FILES = _files()

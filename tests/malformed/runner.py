@@ -75,7 +75,7 @@ def run_one(malformed: Malformed, world: Path, *, keep: Path | None = None) -> R
     above = Path(tempfile.mkdtemp(prefix="malformed ")) if keep is None else keep
     scratch, before = above / "scratch", Path.cwd()
     try:
-        furnish(scratch, world)
+        furnish(scratch, world, for_tools=malformed.family.endswith("_tools") or malformed.family == "scores")
         malformed.prepare(scratch)
         os.chdir(scratch)
         started = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from tests.malformed import binaries, classes, documents, flags, folders, generation, media, mutations
+from tests.malformed import binaries, classes, documents, flags, folders, generation, media, mutations, tools
 from tests.malformed.base import Malformed, make_world
 from tests.malformed.runner import Result, bound_memory, run_one
 from tests.settled import Settled
@@ -18,8 +18,9 @@ SHARES = {
     "flags": 20, "config": 16, "dataset": 10, "recipe": 6, "prompts": 10, "jsonl": 4, "captions": 2, "checkpoint": 6, "encoder": 3,
     "cache": 5,
     "index": 4, "lora": 4, "state": 5, "precomputed": 5, "classes": 6, "places": 2, "picture": 4, "sound": 4, "video": 6,
+    "lora_tools": 4, "checkpoint_tools": 4, "dataset_tools": 5, "scores": 3,
 }  # fmt: skip
-"""Inputs of each family in every round: of 122, 14 are media, and about a third go through the trainer."""
+"""Inputs of each family in every round: of 138, 14 are media, and about a third go through the trainer."""
 _EVERY = 4
 """One input in so many is a mutation, until the systematic ones are used up."""
 
@@ -27,7 +28,7 @@ _EVERY = 4
 def inputs(seed: int, only: Sequence[str] = ()) -> Iterator[Malformed]:
     """All inputs, without end, families mixed by their shares; the same in every run."""
     families: dict[str, list[Malformed]] = {family: [] for family in SHARES}
-    for module in (flags, generation, documents, binaries, folders, media, classes):
+    for module in (flags, generation, documents, binaries, folders, media, classes, tools):
         for malformed in module.systematic():
             families[malformed.family].append(malformed)
     ordered = {family: _mixed(family, found, seed) for family, found in families.items() if not only or family in only}

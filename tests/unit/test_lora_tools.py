@@ -291,12 +291,36 @@ def test_what_to_do_about_a_type_that_is_not_merged_is_something_that_works(tmp_
         assert never not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("average", "nothing*"), r"average: nothing\*: no such LoRA. Give files, folders or wildcards such as output/\*.safetensors\.$"),
+        (("average", "none"), "average: none: no such LoRA"),
+        (("average", "--loras", "nothing"), "--loras: nothing: no such LoRA"),
+        (("merge", "a:1:2", "b"), "a:1:2: 2 numbers behind the file"),
+        (("merge", "--loras", "a:1:2", "b"), "--loras a:1:2: 2 numbers behind the file"),
+        (("merge", "a"), "merge: two or more are merged"),
+    ],
+)
+def test_messages_name_what_was_typed(tmp_path, words, says):
+    with pytest.raises(UserError, match=f"^{says}"):
+        lora(*words, "--output", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ltx23", "ltx25_vae"])
+def test_a_checkpoint_is_called_one(tiny_family, tmp_path, name):
+    path = getattr(tiny_family, name)
+    for words in (("inspect", path), ("convert", path, "--to", "kohya", "--output", tmp_path / "out.safetensors")):
+        with pytest.raises(UserError, match=r"is a checkpoint \(.*\), and no LoRA.*ltxv2 checkpoint inspect"):
+            lora(*words)
+
+
 def test_an_average_takes_no_part_of_itself(tmp_path):
     for step in (1, 2):
         write_lora(tmp_path / f"run-{step}.safetensors", seed=step)
     words = ("average", tmp_path / "*.safetensors", "--output", tmp_path / "run-mean.safetensors", "--overwrite")
     lora(*words)
     before = (tmp_path / "run-mean.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"run-mean.safetensors: is one of the files that --loras names"):
+    with pytest.raises(UserError, match=r"run-mean.safetensors: is one of the files that are averaged"):
         lora(*words)
     assert (tmp_path / "run-mean.safetensors").read_bytes() == before

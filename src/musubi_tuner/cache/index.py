@@ -95,6 +95,10 @@ def read_index(dataset: PlannedDataset, dataset_config: Path, arguments: Mapping
         others = sorted(dataset.cache_directory.glob(index_name("*")))
         if others:
             hint = _difference(others, dataset.settings())
+            remedy = (
+                f"Set it as it was cached. Or, where the media are, {remedy[0].lower()}{remedy[1:]} "
+                "(caches that came in a pack have no media: cache where it was packed, and pack again)"
+            )
         elif any(dataset.cache_directory.glob(f"*{LATENTS_ENDING}")) or any(dataset.cache_directory.glob(f"*{AUDIO_ENDING}")):
             hint = "its files may be of another tool: tools/adopt_caches.py takes them over"
         else:

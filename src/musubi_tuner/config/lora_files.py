@@ -156,7 +156,11 @@ class AverageOptions:
     loras: Annotated[tuple[Text, ...], List] = flag(
         "checkpoints of one run: files, folders or wildcards such as 'output/mila*.safetensors'; the flag's name may be left out"
     )
-    beta: Share = flag("exponential average: what each file leaves of those before it", default=0.95)
+    beta: Share = flag(
+        "exponential average: each file leaves this share of the average of those before it and adds the rest itself, so of N files the "
+        "first one counts beta^(N-1): with few files, most of all",
+        default=0.95,
+    )
     beta2: Share | None = flag("where --beta goes to by the last file, in equal steps; default: stays", default=None)
     sigma_rel: Annotated[float, Field(gt=0, lt=0.288)] | None = flag(
         "power function average in place of --beta, by the files' steps: its width as a share of the training, such as 0.2", default=None

@@ -1,5 +1,6 @@
 """Programs with subcommands: each has a config of its own, and one flag whose name may be left out."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -39,6 +40,17 @@ def run_subcommand(known: Mapping[str, Subcommand], argv: Sequence[str], *, prog
     if name not in known:
         raise UserError(f"unknown subcommand '{name}'.{nearest(name, known)}\n{prog} --help lists them.")
     one = known[name]
-    if words and one.first and not words[0].startswith("-"):
+    is_left_out = bool(words and one.first and not words[0].startswith("-"))
+    if is_left_out:
         words.insert(0, f"--{one.first}")
-    return one.run(parse(one.config, words, prog=f"{prog} {name}", description=one.description))
+    try:
+        return one.run(parse(one.config, words, prog=f"{prog} {name}", description=one.description))
+    except UserError as error:
+        if is_left_out:
+            error.args = (_as_typed(str(error), one.first, name),)
+        raise
+
+
+def _as_typed(text: str, flag: str, name: str) -> str:
+    """A message that begins with a flag whose name was not typed, without it: `--pack a.tar: no such file` is `a.tar: no such file`."""
+    return re.sub(rf"^--{re.escape(flag)}(:| (?=\S))", lambda match: f"{name}:" if match[1] == ":" else "", text)

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.index import read_index
 from musubi_tuner.cache.names import training_key
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import read
 from musubi_tuner.config.dataset import DatasetConfig, DatasetSpec
 from musubi_tuner.generation.decode import decode_samples
@@ -115,9 +117,10 @@ def _tensor(clip: Clip, kind: str, folder: Path) -> Tensor | None:
     if kind not in clip.sidecars or not (path := folder / clip.sidecars[kind].file).is_file():
         return None
     name = {"latents": "latents", "reference": "ref_latents", "audio": "audio_latents"}[kind]
+    row = KINDS[kind]
+    if fault := reason_to_rebuild(path, {}, row.keys, row.forms(clip), to_read=True):
+        raise UserError(f"{path}: {fault}. It is of another tool or damaged; run {row.program} again.")
     tensors = {training_key(key): value for key, value in read(path).items()}
-    if name not in tensors:
-        raise UserError(f"{path}: holds no {name}. It is of another tool or damaged; run the caching program again.")
     return tensors[name].float()[None]
 
 

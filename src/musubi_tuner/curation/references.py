@@ -5,7 +5,9 @@ that look at several frames want them. References carry no sound: they are cache
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,18 @@ from musubi_tuner.media.picture import cover_and_crop, picture_size, read_pictur
 from musubi_tuner.media.probe import VideoInfo, probe_video
 from musubi_tuner.media.video import frames_between
 from musubi_tuner.media.write import write_frames, write_image
+from musubi_tuner.runtime.disk import not_written, write_whole
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
-from musubi_tuner.runtime.files import real_path
+from musubi_tuner.runtime.files import read_json, real_path
 from musubi_tuner.sources.listing import EXTENSIONS, Source, list_alone
+
+log = logging.getLogger(__name__)
 
 FrameMaker = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 """(H, W, 3) uint8 frames in, as many of the same size out."""
+_ENDINGS = EXTENSIONS["video"] + EXTENSIONS["image"]
+NOTE = "ltxv2_references.json"
+"""Beside references that were made here: how."""
 _RADIUS_SIDE = 512
 """Shorter side of the picture that `radius` is meant for."""
 _INSTALL = 'pip install "musubi-tuner-ltxv2[scenes]", or pip install -c constraints.txt opencv-python-headless'
@@ -89,6 +97,61 @@ def frame_maker(options: ReferenceOptions) -> FrameMaker:
     return lambda frames: map(one[options.kind or ""], frames)
 
 
+def claim_folders(wanted: Sequence[Wanted], options: ReferenceOptions) -> None:
+    """Note in each folder how its references are made, before the first one is: a folder holds references of one kind.
+
+    Raises:
+        UserError: a folder that holds references of another kind, or one that cannot be written into.
+    """
+    asked = _how(options)
+    folders: dict[Path, list[Wanted]] = {}
+    for one in wanted:
+        folders.setdefault(one.output.parent, []).append(one)
+    new = []
+    for folder, ones in folders.items():
+        note = folder / NOTE
+        there = [path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS] if folder.is_dir() else []
+        if not there:
+            new.append(note)
+        elif not note.is_file():
+            if missing := sum(not _is_there(one) for one in ones):
+                log.warning("WARNING: %s: nothing says how the %d references there were made (no %s); %d more are made by %s",
+                            folder, len(there), NOTE, missing, _words(asked))  # fmt: skip
+        elif (found := read_json(note)) != asked:
+            made = _words(found) if isinstance(found, dict) else "something else"
+            raise UserError(
+                f"{folder}: its references were made by {made} (as {NOTE} in it says), and {_words(asked)} is asked for. A folder holds "
+                "references of one kind: give the dataset another reference_directory, or remove this folder to make all of them anew."
+            )
+    for note in new:
+        try:
+            write_whole(note, json.dumps(asked, indent=1, ensure_ascii=False).encode(), note.with_name(f".{NOTE}.tmp"))
+        except OSError as error:
+            raise not_written(note, error) from error
+
+
+def _how(options: ReferenceOptions) -> dict[str, Any]:
+    """The flags that shape a reference, and their values."""
+    if options.function is not None:
+        file, _, name = options.function.rpartition(":")
+        return {"function": f"{Path(file).name}:{name}"}
+    shaping = {"edges": {"edges": [*options.edges]}, "blur": {"radius": options.radius}, "downscale": {"factor": options.factor}}
+    return {"kind": options.kind, **shaping.get(options.kind or "", {})}
+
+
+def _words(how: Mapping[str, Any]) -> str:
+    """As they are typed."""
+    return " ".join(
+        f"--{key} {' '.join(f'{one:g}' if isinstance(one, float) else str(one) for one in (value if isinstance(value, list) else [value]))}"
+        for key, value in how.items()
+    )
+
+
+def _is_there(one: Wanted) -> bool:
+    """Whether a reference is there, of whatever ending."""
+    return any(one.output.with_suffix(ending).exists() for ending in _ENDINGS)
+
+
 def make_references(wanted: Sequence[Wanted], maker: FrameMaker) -> Iterator[Made]:
     """One after the other; a source that has a reference already, of whatever ending, keeps it.
 
@@ -97,8 +160,7 @@ def make_references(wanted: Sequence[Wanted], maker: FrameMaker) -> Iterator[Mad
         UserError: a function of the user's own that gives something else than as many frames.
     """
     for one in wanted:
-        endings = EXTENSIONS["video"] + EXTENSIONS["image"]
-        if any(one.output.with_suffix(ending).exists() for ending in endings):
+        if _is_there(one):
             yield Made(wanted=one, outcome="kept")
             continue
         try:

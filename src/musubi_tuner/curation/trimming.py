@@ -71,6 +71,8 @@ def files_to_crop(source: Path, folder: Path) -> list[Path]:
         UserError: none, or an output folder in which they lie themselves.
     """
     check_folder(folder, f"--output_dir {folder}")
+    if not source.exists():
+        raise UserError(f"--input {source}: no such file or folder.")
     known = EXTENSIONS["video"] + EXTENSIONS["image"]
     paths = sorted(path for path in source.iterdir() if path.suffix.lower() in known) if source.is_dir() else [source]
     paths = [path for path in paths if not path.name.startswith("._")]

@@ -125,11 +125,21 @@ def _is_there(text: str) -> bool:
 
 
 def loras_of(word: str, where: str, folder: Path) -> list[LoraUse | None]:
-    """What a value stands for: no network, a file, all files of a folder, or those that a wildcard matches, by their steps."""
-    if word == NONE:
-        return [None]
+    """What a value stands for: no network, or what `files_of` finds."""
+    return [None] if word == NONE else [*files_of(word, where, folder, or_else=f", or {NONE}")]
+
+
+def files_of(word: str, where: str, folder: Path, *, or_else: str = "") -> list[LoraUse]:
+    """A file, all files of a folder, or those that a wildcard matches, by their steps.
+
+    Args:
+        or_else: what else could have been given, for the message.
+
+    Raises:
+        UserError: there is none, or one that cannot be read.
+    """
     try:
-        pattern, numbers = split_lora(word)
+        pattern, numbers = split_lora(word, where)
         behind = "".join(f":{number:g}" for number in numbers)
         for base in dict.fromkeys((Path(), folder)):  # a path counts from here, else from the file's folder
             place = base / pattern
@@ -140,15 +150,15 @@ def loras_of(word: str, where: str, folder: Path) -> list[LoraUse | None]:
             else:
                 paths = by_step(_networks(map(Path, glob.glob(str(place), recursive=True))))  # noqa: PTH207 - takes absolute ones too
             if paths:
-                uses = [parse_lora(f"{path}{behind}") for path in paths]
+                uses = [parse_lora(f"{path}{behind}", where) for path in paths]
                 for use in uses:
                     network_metadata(use.path)  # which can be read
-                return [*uses]
+                return uses
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: {shortened(repr(word))}: must be a path ({error}).") from error
-    raise UserError(f"{where}: {shortened(word)}: no such LoRA. Give files, folders, wildcards such as output/*.safetensors, or none.")
+    raise UserError(f"{where}: {shortened(word)}: no such LoRA. Give files, folders or wildcards such as output/*.safetensors{or_else}.")
 
 
 def _networks(paths: Any) -> list[Path]:

@@ -45,24 +45,27 @@ class Job:
     """What of it the prompt does not name itself."""
 
 
-def parse_lora(text: str) -> LoraUse:
+def parse_lora(text: str, named: str = "--lora") -> LoraUse:
     """FILE, FILE:STRENGTH or FILE:STRENGTH:VIDEO:AUDIO, read from the right: a colon that no number follows belongs to the file, as in
     C:\\a.safetensors:0.8.
+
+    Args:
+        named: where it is given, for messages.
 
     Raises:
         UserError: two numbers, or four and more, behind the file, or what is no strength; a file that is not there.
     """
-    path, numbers = split_lora(text)
+    path, numbers = split_lora(text, named)
     strength, video, audio = (*numbers, 1.0, 1.0)[:3] if len(numbers) == 1 else numbers or (1.0, 1.0, 1.0)
     found = Strength(video, audio) * strength
     if max(abs(found.video), abs(found.audio)) > _LARGEST_STRENGTH:
         raise UserError(
-            f"--lora {shortened(text)}: a strength must be between -{_LARGEST_STRENGTH} and {_LARGEST_STRENGTH}; 1 is as trained."
+            f"{named} {shortened(text)}: a strength must be between -{_LARGEST_STRENGTH} and {_LARGEST_STRENGTH}; 1 is as trained."
         )
-    return LoraUse(_existing(Path(path), "--lora"), found)
+    return LoraUse(_existing(Path(path), named), found)
 
 
-def split_lora(text: str) -> tuple[str, list[float]]:
+def split_lora(text: str, named: str = "--lora") -> tuple[str, list[float]]:
     """The file of a --lora, and the numbers behind it: none, one or three.
 
     Raises:
@@ -75,18 +78,18 @@ def split_lora(text: str) -> tuple[str, list[float]]:
             break
         path, numbers = before, [float(last), *numbers]
     if not is_there(Path(path)):
-        _refuse_other_words(text)
+        _refuse_other_words(text, named)
     if len(numbers) not in (0, 1, 3):
-        raise UserError(f"--lora {text}: {len(numbers)} numbers behind the file. Give FILE:STRENGTH, or FILE:STRENGTH:VIDEO:AUDIO.")
+        raise UserError(f"{named} {text}: {len(numbers)} numbers behind the file. Give FILE:STRENGTH, or FILE:STRENGTH:VIDEO:AUDIO.")
     return path, numbers
 
 
-def _refuse_other_words(text: str) -> None:
+def _refuse_other_words(text: str, named: str) -> None:
     file, _, behind = text.rpartition(":")
     while file:
         if is_there(Path(file)):
             raise UserError(
-                f"--lora {shortened(text)}: what is behind the colon, '{shortened(behind)}', is no strength. Give FILE:STRENGTH, such as "
+                f"{named} {shortened(text)}: what is behind the colon, '{shortened(behind)}', is no strength. Give FILE:STRENGTH, such as "
                 "FILE:0.8, or FILE:STRENGTH:VIDEO:AUDIO."
             )
         file, _, more = file.rpartition(":")

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from musubi_tuner.ltxv2.versions import transformer_prefix
 from musubi_tuner.networks.base import Tensors
 from musubi_tuner.networks.formats import CONNECTORS_ENDING
 from musubi_tuner.networks.keys import ALPHA, FLATTENED, PREFIXES, Key, is_text_side, read_key, unknown_prefix
@@ -18,10 +19,13 @@ from musubi_tuner.networks.shapes import adapted_shape, broken_shape
 from musubi_tuner.networks.targets import count_by_stream, stream_of
 from musubi_tuner.networks.types import DIFF
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.program import quoted
 
 Linears = Mapping[str, tuple[int, ...] | None]
 """Official names of a model's linears, and the (out, in) of their weights; None where it is not known."""
 
+_COMPONENTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.", "duration_head.", "encoder.", "decoder.")
+"""What the tensors of a checkpoint's other parts begin with."""
 _SCALED = {"lora": UP, "dora": UP, "loha": LOHA[2], "full": DIFF}
 
 
@@ -183,9 +187,27 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_can_be_read(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            _refuse_checkpoint(path, names)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _refuse_checkpoint(path: Path, names: Sequence[str]) -> None:
+    """Before 46 GB of tensors are read.
+
+    Raises:
+        UserError: the tensors are weights of a model, or of one of its components.
+    """
+    prefix = transformer_prefix(names)
+    found = [name for name in names if name.startswith(_COMPONENTS) and read_key(name, {}) is None]
+    if prefix is not None or found:
+        what = f"the model's own weights, '{found[0]}' among them" if found else "the transformer's own weights"
+        raise UserError(
+            f"{path}: is a checkpoint ({what}), and no LoRA. See what is in it by: ltxv2 checkpoint inspect {quoted(path)}. Its difference "
+            "to another checkpoint becomes a LoRA by ltxv2 lora extract."
+        )
 
 
 def _check_can_be_read(path: Path) -> None:

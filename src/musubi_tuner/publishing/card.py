@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.program import quoted
 
 NAME = "README.md"
 MARK = "<!-- written by musubi-tuner-ltxv2 -->"
@@ -34,6 +35,8 @@ _SETTINGS = (
     ("seed", "ss_seed"), ("made from", "ltxv2_made_from"),
 )  # fmt: skip
 """What the table shows, and the entries of the metadata that it is from."""
+_FACTOR = "reference_downscale_factor"
+"""In the metadata of an IC-LoRA alone: how many times smaller than the clip its references are."""
 _EMPTY = ("", "None", "null", "[]", "{}")
 
 
@@ -114,7 +117,7 @@ def _front_matter(metadata: Mapping[str, str], facts: CardFacts, base: str, rele
 
 def pipeline_tag(metadata: Mapping[str, str]) -> str:
     """The hub's word for what a LoRA does."""
-    if "reference_downscale_factor" in metadata:
+    if _FACTOR in metadata:
         return "video-to-video"
     return "text-to-audio" if metadata.get("ltxv2_mode") == "audio" else "text-to-video"
 
@@ -131,7 +134,7 @@ def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: s
             f"- [{_plain(link)}]({quote(link)}){': ' + _plain(one.prompt) if one.prompt else ''}" for link, one in facts.previews.items()
         ]
         found.append("## Previews\n\n<Gallery />\n\n" + "\n".join(lines))
-    found.append(_use(lora, facts))
+    found.append(_use(lora, metadata, facts))
     rows = [(name, metadata[key]) for name, key in _SETTINGS if metadata.get(key, "") not in _EMPTY]
     if rows:
         table = "\n".join(f"| {name} | {_plain(value)} |" for name, value in rows)
@@ -146,16 +149,55 @@ def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: s
     return found
 
 
-def _use(lora: Path, facts: CardFacts) -> str:
+def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:
     name = lora.name
-    place = facts.repo_id or "FOLDER"
-    lines = [
-        "## Use",
-        f"ComfyUI: put `{name}` into `models/loras`, and load it with a LoRA loader for the model.",
-        f'diffusers:\n\n```python\nfrom diffusers import LTX2Pipeline\n\npipeline = LTX2Pipeline.from_pretrained("LTX_IN_DIFFUSERS_FORM")\n'
-        f'pipeline.load_lora_weights("{place}", weight_name="{name}")\n```',
-    ]
-    return "\n\n".join(lines)
+    load = f'pipeline.load_lora_weights("{facts.repo_id or "FOLDER"}", weight_name="{name}")'
+    source = 'from_pretrained("LTX_IN_DIFFUSERS_FORM")'
+    comfy = f"ComfyUI: put `{name}` into `models/loras`, and load it with a LoRA loader for the model"
+    if _FACTOR not in metadata:
+        if _hears_a_reference(metadata):
+            shell = (
+                f'ltxv2 generate --lora {quoted(Path(name))} --prompt "PROMPT --ra voice.wav" \\\n'
+                "  --ltxv2_model CHECKPOINT --text_encoder GEMMA_FOLDER"
+            )
+            says = "This LoRA is played a reference sound beside what it makes, such as a voice sample: `--ra` in a prompt."
+            return "\n\n".join(("## Use", says, _code("musubi-tuner-ltxv2", "bash", shell)))
+        code = f"from diffusers import LTX2Pipeline\n\npipeline = LTX2Pipeline.{source}\n{load}"
+        return "\n\n".join(("## Use", f"{comfy}.", _code("diffusers", "python", code)))
+    factor = _plain(metadata[_FACTOR])
+    size = "of the clip's size" if factor == "1" else f"{factor} times smaller than the clip"
+    shell = (
+        f"ltxv2 generate --pipeline ic_lora --lora {quoted(Path(name))} --reference_video reference.mp4 --prompt PROMPT \\\n"
+        "  --ltxv2_model DISTILLED_CHECKPOINT --text_encoder GEMMA_FOLDER --spatial_upsampler_path UPSAMPLER"
+    )
+    code = (
+        "from diffusers import LTX2InContextPipeline\nfrom diffusers.pipelines.ltx2 import LTX2ReferenceCondition\n\n"
+        f"pipeline = LTX2InContextPipeline.{source}\n{load}\n"
+        f"reference = LTX2ReferenceCondition(frames=FRAMES)\n"
+        f"made = pipeline(prompt=PROMPT, reference_conditions=reference, reference_downscale_factor={factor})"
+    )
+    return "\n\n".join(
+        (
+            "## Use",
+            f"This is an IC-LoRA: it is shown a reference video beside the clip that it makes, {size} (`{_FACTOR}` of its metadata). "
+            "Without a reference it does nothing of use.",
+            _code("musubi-tuner-ltxv2", "bash", shell),
+            f"{comfy}; its reference is given by the nodes for IC-LoRAs of ComfyUI-LTXVideo.",
+            _code("diffusers", "python", code),
+        )
+    )
+
+
+def _hears_a_reference(metadata: Mapping[str, str]) -> bool:
+    """Whether the recipe of its training played reference sounds."""
+    try:
+        return any(rule["rule"] == "Reference" for rule in json.loads(metadata["ltxv2_conditioning"])["audio"])
+    except (KeyError, TypeError, ValueError):  # of another trainer, or edited
+        return False
+
+
+def _code(title: str, language: str, code: str) -> str:
+    return f"{title}:\n\n```{language}\n{code}\n```"
 
 
 def _quoted(text: str) -> str:

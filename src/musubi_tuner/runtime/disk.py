@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 """No room, or none left of what this user may have."""
+_GOING = ".old.tmp"
+"""Ending of a folder that is being removed."""
 
 
 def write_whole(path: Path, data: bytes, temporary: Path, *, lasting: bool = True) -> None:
@@ -38,12 +41,15 @@ def write_whole(path: Path, data: bytes, temporary: Path, *, lasting: bool = Tru
 
 
 def write_folder(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
-    """Replace the folder `path` by what `write` puts into `temporary`, a folder beside it that is made for it.
+    """Replace the folder `path` by what `write` puts into `temporary`, a folder beside it that is made for it. What killed runs have left
+    of both is removed.
 
     Raises:
         OSError: it could not be written; the old folder, if any, is untouched. Also what `write` raises.
     """
     shutil.rmtree(temporary, ignore_errors=True)
+    for going in path.parent.glob(f".{glob.escape(path.name)}.*{_GOING}"):
+        shutil.rmtree(going, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -68,7 +74,7 @@ def remove_folder(path: Path) -> None:
         OSError: it could not be renamed.
     """
     if path.is_dir():
-        going = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        going = path.with_name(f".{path.name}.{os.getpid()}{_GOING}")
         shutil.rmtree(going, ignore_errors=True)
         path.replace(going)
         shutil.rmtree(going, ignore_errors=True)

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def owned_output(saving: SavingOptions, group: Processes) -> Iterator[None]:
-    """Own `--output_name` in `--output_dir` to the end of the run, and remove what killed runs have begun to write there.
+    """Own `--output_name` in `--output_dir` to the end of the run, and remove what killed runs have begun to write there. Folders that
+    were made for it and are empty in the end, as of a run that was refused, are removed too.
 
     Raises:
         UserError: the folder cannot be written into, or another process trains under this name.
@@ -33,14 +34,20 @@ def owned_output(saving: SavingOptions, group: Processes) -> Iterator[None]:
         yield
         return
     folder, name = saving.output_dir, saving.output_name
-    check_output_folder(folder)
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     own = lock.held(
         folder / f"{name}.lock", what=f"'{name}' in {folder}", remedy="Give another --output_name or --output_dir, or wait for its end."
     )
-    with own:
-        state.remove_leftovers(folder, name)
-        checkpoint.remove_leftovers(folder, name)
-        yield
+    try:
+        check_output_folder(folder)
+        with own:
+            state.remove_leftovers(folder, name)
+            checkpoint.remove_leftovers(folder, name)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that holds something
+            for one in new:
+                one.rmdir()
 
 
 def resolve_newest(config: TrainingConfig) -> TrainingConfig:

@@ -5,10 +5,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from musubi_tuner import __version__
 from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
-from musubi_tuner.ltxv2.versions import detect_version, looks_distilled
+from musubi_tuner.ltxv2.versions import detect_version, looks_distilled, transformer_names
 from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
@@ -159,4 +161,13 @@ def banner_rows(inputs: RunInputs, run: TrainingRun) -> list[tuple[str, str]]:
             f"process(es), {run.device}",
         ),
     ]
+    if whole and (rounded := _rounded(inputs, run.dtype)):
+        rows.insert(2, ("", f"{rounded} of them are float32 in the file, and rounded to bfloat16 before the first step"))
     return [*rows, *describe_placement(run.placement, run.dtype), *run.notes]
+
+
+def _rounded(inputs: RunInputs, dtype: torch.dtype) -> int:
+    """How many of the transformer's tensors the file holds more exactly than they are trained."""
+    checkpoint = inputs.checkpoint
+    stored = [checkpoint.entries[full].dtype for full in transformer_names(checkpoint).values()]
+    return sum(one.is_floating_point and one.itemsize > dtype.itemsize for one in stored)

@@ -271,7 +271,8 @@ def _check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Pat
         if found and not shown:
             raise UserError(
                 f"{dataset_config}: has references (reference_{infix}directory), but nothing shows them. Give --conditioning_config "
-                f"conditioning_recipes/{ready}.toml (its rule is 'reference'), or take reference_{infix}directory out."
+                f"conditioning_recipes/{ready}.toml (its rule is 'reference'). To train without them, take reference_{infix}directory out "
+                f"and run {program} again, which needs the media: of caches that came in a pack, where they were packed, and pack again."
             )
 
 

@@ -76,7 +76,11 @@ def _chosen(checkpoint: Checkpoint, names: Mapping[str, str], form: str, keep_bl
             f"{checkpoint.path}: '{odd[0]}' takes {checkpoint.shape(odd[0])[1]} values; ConvRot turns groups of {GROUP}. Use int8."
         )
     if not inner:
-        raise UserError(f"{checkpoint.path}: with --keep_blocks {keep_blocks} no linear of its {count} blocks is left to be quantized.")
+        most = max(0, (count - 1) // 2)
+        raise UserError(
+            f"{checkpoint.path}: with --keep_blocks {keep_blocks} (the first and as many of the last stay as they are) no linear of its "
+            f"{count} blocks is left to be quantized. Give --keep_blocks {most}{' or less' if most else ''}."
+        )
     return inner
 
 

@@ -19,6 +19,7 @@ from musubi_tuner.conversion.checkpoint.streaming import Part, copied
 from musubi_tuner.ltxv2.weights import INDEX_ENDING, Checkpoint, open_files, shards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
+from musubi_tuner.runtime.program import quoted
 from musubi_tuner.runtime.tables import names_of
 
 
@@ -40,6 +41,16 @@ def single_file_parts(folder: Path, like: Checkpoint | None) -> tuple[list[Part]
     Raises:
         UserError: no folder of diffusers, no notes and no `like`, tensors that are missing, are not known, or do not fit together.
     """
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: is a single file already; --to single_file takes the folder of a pipeline of diffusers (with {INDEX}). "
+            "ltxv2 checkpoint join makes one file of component files, and --to diffusers a folder of this one."
+        )
+    if not (folder / INDEX).is_file() and any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder}: holds no {INDEX}, so it is no folder of a pipeline of diffusers, but files of a checkpoint. Make one file of "
+            f"them by: ltxv2 checkpoint join {quoted(folder)} --output FILE"
+        )
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder}: holds no {INDEX}, so it is no folder of a pipeline of diffusers. Give the folder that holds it.")
     notes = _of_like(like, folder) if like is not None else _read_notes(folder)
