@@ -1,7 +1,8 @@
 """What the planner would choose on cards that people own: `python -m benchmarks.plans`. Modelled from data sheets, not measured.
 
 python -m benchmarks.plans 18                what a LoRA takes, with 18 GiB of host memory that may be pinned
-python -m benchmarks.plans full_finetune     what --full_finetune takes at 19 and 22 billion weights, on one card and on two that share
+python -m benchmarks.plans full_finetune     what --full_finetune takes at 19 and 22 billion weights: on one card, on several that
+                                             share, and on one with blocks that wait in host memory
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import sys
 import torch
 
 from benchmarks.block_counts import SHAPES, TEXT_TOKENS
-from musubi_tuner.memory.card import DEVICE_SHARE, GIB
+from musubi_tuner.memory.card import DEVICE_SHARE, GIB, HOST_RESERVE
 from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels, leanest_plan
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.placement.full_finetuning import bytes_of_an_update
@@ -21,9 +22,12 @@ RANK_32_ATTENTION = 214_000_000
 
 RELEASED = {"19 B": MODEL, "22 B": dataclasses.replace(MODEL, other_weights=MODEL.other_weights + 3_200_000_000)}
 """The transformer of each release, and with the text connectors (`--train_connectors`)."""
-LARGEST_TENSOR = 4 * 4096**2
+LARGEST_TENSOR, LARGEST_IN_BLOCK = 9 * 4096**2, 4 * 4096**2
 OPTIMIZERS = (("AdamW", False), ("AdamW8bit", False), ("AdamW8bit", True), ("Adafactor", True))
 """With whether each weight is updated within the backward pass."""
+STREAMING = ("RTX 4090", "RTX 5090", "H100 80G")
+RAM = (32, 48, 64, 96, 128, 192, 256)
+"""GB of host memory that machines have."""
 SEVERAL = (("H100 80G", 1), ("H200", 1), ("H100 80G", 2), ("H200", 2), ("H100 80G", 8))
 
 CARDS = {
@@ -79,20 +83,41 @@ def table(host_gb: float) -> str:
     return "\n".join(lines)
 
 
-def full_plan(model: ModelShape, card: str, shards: int, optimizer: str, clip: str, *, within_backward: bool) -> tuple[Plan, bool]:
-    """Of `--full_finetune` in bf16, and whether it fits; the leanest plan where none does."""
+def full_work(model: ModelShape, shards: int, optimizer: str, clip: str, *, within_backward: bool) -> Workload:
+    """A step of `--full_finetune` in bf16, batch 1, with sound."""
     frames, rows, columns, steps = SHAPES[clip]
-    work = Workload(
+    return Workload(
         video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=model.weights,
         optimizer_bytes=state_bytes(optimizer, averaged=False), master_bytes=0.0, gradient_bytes=2.0, trains_model=True,
-        updates_within_backward=within_backward, update_bytes=LARGEST_TENSOR * bytes_of_an_update(torch.bfloat16), shards=shards,
+        trained_in_blocks=model.blocks * model.block_weights, trained_in_largest=model.block_weights,
+        updates_within_backward=within_backward, update_bytes=LARGEST_TENSOR * bytes_of_an_update(torch.bfloat16),
+        update_in_block_bytes=LARGEST_IN_BLOCK * bytes_of_an_update(torch.bfloat16), shards=shards,
     )  # fmt: skip
+
+
+def full_plan(model: ModelShape, card: str, shards: int, optimizer: str, clip: str, *, within_backward: bool) -> tuple[Plan, bool]:
+    """Of `--full_finetune` with all of it on the cards, and whether it fits; the leanest plan where none does."""
+    work = full_work(model, shards, optimizer, clip, within_backward=within_backward)
     limits = Limits(
         device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=0, formats=("bf16",), streamed=0, compiled=shards == 1,
         inputs_may_wait=False,
     )  # fmt: skip
     found = choose_plan(model, work, rates(card), limits)
     return (found, True) if found is not None else (leanest_plan(model, work, rates(card), limits), False)
+
+
+def streamed_plan(model: ModelShape, card: str, optimizer: str, clip: str) -> tuple[Plan | None, int]:
+    """The plan on one card whose blocks may wait in host memory, and the least RAM of a machine, in GB, in which one fits; that of the
+    largest and None where none does."""
+    work = full_work(model, 1, optimizer, clip, within_backward=True)
+    for gigabytes in RAM:
+        limits = Limits(
+            device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=int(gigabytes * GIB) - HOST_RESERVE, formats=("bf16",),
+            inputs_may_wait=False,
+        )  # fmt: skip
+        if plan := choose_plan(model, work, rates(card), limits):
+            return plan, gigabytes
+    return None, RAM[-1]
 
 
 def full_table(clip: str) -> str:
@@ -114,8 +139,25 @@ def full_table(clip: str) -> str:
     return "\n".join(lines)
 
 
+def streamed_table(clip: str) -> str:
+    """One row for each model, optimizer and card: what lies where, and what a step takes."""
+    head = ("model", "optimizer, fused", "card", "blocks streamed", "GiB on the card", "GiB pinned", "RAM, GB", "s a step", "of it waiting")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, model in RELEASED.items():
+        for optimizer in ("AdamW", "AdamW8bit", "Adafactor"):
+            for card in STREAMING:
+                plan, gigabytes = streamed_plan(model, card, optimizer, clip)
+                if plan is None:
+                    cells = ["does not fit", "", "", f"more than {gigabytes}", "", ""]
+                else:
+                    sizes = (f"{plan.device_bytes / GIB:.1f}", f"{plan.host_bytes / GIB:.1f}", str(gigabytes) if plan.streamed else "-")
+                    cells = [f"{plan.streamed} of {model.blocks}", *sizes, f"{plan.seconds:.1f}", f"{plan.stalled / plan.seconds:.0%}"]
+                lines.append(f"| {' | '.join((name, optimizer, card, *cells))} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["full_finetune"]:
-        print(full_table("768x512x121"))
+        print(full_table("768x512x121"), streamed_table("768x512x121"), sep="\n\n")
     else:
         print(table(float(sys.argv[1]) if len(sys.argv) > 1 else 18.0))

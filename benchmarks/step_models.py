@@ -179,7 +179,7 @@ def ours(
     )
 
     def forward(sample: Sample) -> Tensor:
-        velocity = model(*_modalities(sample))
+        velocity = model(*modalities(sample))
         return sample.loss(velocity.video, velocity.audio)
 
     return Implementation(name, forward, network.named_parameters(), network)
@@ -280,7 +280,7 @@ def _positions(sample: Sample) -> tuple[Tensor, Tensor]:
     return video_positions(*sample.grid, fps), audio_positions(sample.audio.shape[1], 1, device)
 
 
-def _modalities(sample: Sample) -> tuple[Modality, Modality]:
+def modalities(sample: Sample) -> tuple[Modality, Modality]:
     places = _positions(sample)
     streams = []
     for latent, positions, context in zip((sample.video, sample.audio), places, (sample.video_context, sample.audio_context), strict=True):

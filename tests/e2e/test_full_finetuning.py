@@ -22,7 +22,10 @@ from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.processes import processes
+from musubi_tuner.training import state
+from musubi_tuner.training.full_finetuning import why_not_streamed
 from musubi_tuner.training.objective import FlowMatching
+from musubi_tuner.training.weight_steps import WeightSteps
 from tests import training_parts as parts
 from tests.unit.test_docs import commands
 
@@ -130,9 +133,98 @@ def test_fused_steps_are_the_unfused_ones(data, tmp_path, dtype):
 @pytest.mark.parametrize("flags", [(), ("--mixed_precision", "bf16", "--max_grad_norm", "0", "--fused_backward_pass")])
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, flags):
     whole = train(data, tmp_path / "whole", *flags, "--save_every_n_steps", "2", "--save_state")
-    state = tmp_path / "whole" / "ltxv2_lora-step00000002-state"
-    again = train(data, tmp_path / "again", *flags, "--resume", str(state))
+    saved = tmp_path / "whole" / "ltxv2_lora-step00000002-state"
+    again = train(data, tmp_path / "again", *flags, "--resume", str(saved))
     assert same(whole, again)
+
+
+FUSED = ("--max_grad_norm", "0", "--fused_backward_pass")
+STREAMED = ("--blocks_to_swap", "2")
+
+
+def series(folder: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if "second" not in key} for line in parts.losses(folder)]
+
+
+def states_of(path: Path) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    saved = state.read_state(path)
+    return dict(saved.network), list(state._tensors_in(saved.stored["optimizer"]))
+
+
+def same_states(left: Path, right: Path) -> bool:
+    (one, first), (other, second) = states_of(left), states_of(right)
+    pairs = [*((one[name], other[name]) for name in one), *zip(first, second, strict=True)]
+    return one.keys() == other.keys() and all(torch.equal(*pair) for pair in pairs)
+
+
+def test_streamed_blocks_train_save_and_resume_as_resident_ones(data, tmp_path, monkeypatch):
+    """Losses, validation, the last preview, checkpoints and states, bit for bit; a state of the one goes on in the other."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog --w 64 --h 64 --f 9 --s 2 --d 7\n", encoding="utf-8")
+    flags = (*FUSED, "--mixed_precision", "bf16", "--save_every_n_steps", "2", "--save_state")
+    shown = ("--sample_prompts", str(prompts), "--text_encoder", str(data.encoder))
+    whole = train(data, tmp_path / "a", *flags, *shown)
+    streamed = train(data, tmp_path / "b", *flags, *shown, *STREAMED)
+    assert series(tmp_path / "a") == series(tmp_path / "b") and any("validation/loss_video" in line for line in series(tmp_path / "b"))
+    assert same(whole, streamed)
+    (left,), (right,) = ((tmp_path / name / "sample").glob("*.mp4") for name in "ab")
+    assert torch.equal(frames(left), frames(right))
+    middle = [tmp_path / name / "ltxv2_lora-step00000002-state" for name in "ab"]
+    assert same_states(*middle)
+    monkeypatch.setattr(state, "_MOST_IN_MEMORY", 0)  # as a whole model's state
+    last = train(data, tmp_path / "c", *flags, *STREAMED, "--resume", str(middle[0]))
+    assert same(whole, last) and same_states(*(path.parent / "ltxv2_lora-step00000004-state" for path in (whole, last)))
+    assert same(whole, train(data, tmp_path / "d", *flags, "--resume", str(middle[1])))
+
+
+def test_streamed_blocks_of_a_plan_train_as_resident_ones(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    plain = train(data, tmp_path / "plain", *FUSED)
+    assert same(plain, train(data, tmp_path / "planned", *FUSED, *STREAMED, "--vram_gb", "1"))
+    with pytest.raises(UserError, match=r"2 blocks streamed.* takes .* MiB pinned on the host; .* and 0\.0 GiB may be used"):
+        train(data, tmp_path / "short", *FUSED, *STREAMED, "--vram_gb", "1", "--ram_gb", "6")  # which are left for other things
+    assert "2 of 2 blocks streamed from host memory" in caplog.text and re.search(r"predicted .* 0\.01 GiB pinned on the host", caplog.text)
+
+
+def test_a_step_that_ends_in_the_middle_is_saved_as_it_is_on_the_device(data, tmp_path, monkeypatch):
+    """Between two weights of a streamed block."""
+    saved = []
+    for name, flags in (("a", ()), ("b", STREAMED)):
+        updated, update = [], WeightSteps._step_one
+        tensors = len(weights(data.model))
+
+        def ends(steps, weight, updated=updated, update=update, tensors=tensors):
+            if len(updated) == tensors + 60:  # in the second step
+                raise torch.OutOfMemoryError("no room")
+            updated.append(weight)
+            update(steps, weight)
+
+        with monkeypatch.context() as patch, pytest.raises(TemporaryFailure) as caught:
+            patch.setattr(WeightSteps, "_step_one", ends)
+            train(data, tmp_path / name, *FUSED, *flags, "--mixed_precision", "bf16")
+        assert "in the middle of its update" in caught.value.__notes__[0]
+        saved += (tmp_path / name).glob("*-step00000001-state")
+    assert same_states(*saved)
+
+
+def test_streamed_blocks_that_a_lora_was_merged_into_are_in_the_file(data, tmp_path):
+    """Trained or not."""
+    lora = tmp_path / "lora"
+    assert ltxv2_train_network.main(data.arguments("--output_dir", str(lora), "--max_train_steps", "1", "--learning_rate", "0.05")) == 0
+    flags = ("--base_weights", str(lora / "ltxv2_lora.safetensors"), *FUSED, "--max_train_steps", "1")
+    flags += ("--network_args", r"include_patterns=^proj_out.bias,transformer_blocks\.1\.")
+    assert same(train(data, tmp_path / "a", *flags), train(data, tmp_path / "b", *flags, *STREAMED))
+
+
+def test_several_processes_do_not_stream(data, tmp_path):
+    config = ltxv2_train_network.parse_arguments(argv(data, tmp_path, *FUSED, *STREAMED))
+    assert why_not_streamed(config, 1) is None
+    assert re.search(r"2 processes would each have weights of their own .*shard", why_not_streamed(config, 2) or "")
+
+
+def test_states_that_move_by_themselves_are_not_streamed(data, tmp_path):
+    with pytest.raises(UserError, match="--blocks_to_swap 2: .*paged .*AdamW8bit"):
+        train(data, tmp_path, *FUSED, *STREAMED, "--optimizer_type", "PagedAdamW8bit")
 
 
 def frames(path: Path) -> torch.Tensor:
@@ -248,7 +340,7 @@ def test_the_commands_of_the_page_run(tiny_family, data, tmp_path, monkeypatch):
         elif words[place] == "tools/lora.py":
             assert ltxv2_lora.main(flags) == 0
             ran.append("extract")
-    assert ran == ["train", "train", "generate", "extract"]
+    assert ran == ["train", "train", "generate", "extract", "train"]
     lora = load_file(tmp_path / "output" / "my_lora.safetensors")
     assert lora and all(bool(torch.isfinite(value).all()) for value in lora.values())
 

@@ -30,6 +30,7 @@ from musubi_tuner.training import loop
 from tests import engine_parts
 from tests import training_parts as parts
 from tests.e2e.test_full_finetuning import argv as full_finetuning
+from tests.unit import test_streamed_states as streamed_states
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda")
@@ -229,6 +230,18 @@ def test_streams_and_events_keep_the_bits(streamed, inputs_on_host):
     for seed, (loss, gradients) in enumerate(wanted):
         ours, our_gradients = engine_parts.step(model, network, seed=seed, device="cuda")
         assert abs(ours - loss) < 1e-5 and engine_parts.largest_difference(our_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
+@pytest.mark.parametrize("level", [None, Recompute.EVERYTHING])
+def test_trained_blocks_that_travel_back_keep_the_bits(name, level):
+    """With their states, in both of which free slots are filled with NaN."""
+    args = {"fused": "True"} if name == "AdamW" else {"min_8bit_size": "1"}
+    plain, ours = (streamed_states.model_of(torch.bfloat16, "cuda") for _ in range(2))
+    streamer = streamed_states.streamed(ours, 5, 2, level)
+    one, other = streamed_states.steps_with(plain, name, **args), streamed_states.steps_with(ours, name, streamer, **args)
+    assert streamed_states.train(ours, other, range(1, 9)) == streamed_states.train(plain, one, range(1, 9))
+    streamed_states.compare(plain, ours, streamer, one, other)
 
 
 @pytest.mark.parametrize("weight_format", ["fp8", "int8", "nf4"])

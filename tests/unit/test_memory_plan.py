@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.plans import full_table
+from benchmarks.plans import RELEASED, full_table, streamed_plan, streamed_table
+from benchmarks.plans import rates as rates_of
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.attention import SCORE_BYTES
 from musubi_tuner.memory.plan import SLOTS, Limits, candidates, choose_plan, count_levels, fits, leanest_plan
@@ -288,6 +289,42 @@ def test_full_finetuning_takes_weights_gradients_and_states_once():
     assert half.device_bytes - least / 2 < 10 * GB, "and two blocks that are gathered"
 
 
+def in_blocks(**changes: object) -> Workload:
+    """The same, updated within the backward pass, so that blocks may be streamed with their states."""
+    inside = LARGE.block_weights
+    return whole(**{"trained_in_blocks": 48 * inside, "trained_in_largest": inside, "updates_within_backward": True} | changes)
+
+
+def test_trained_blocks_take_their_states_with_them():
+    """To the host, but for those of two blocks that are on the card."""
+
+    def plan(streamed: int, host_to_device: float = 50e9):
+        fixed = limits(10_000, 10_000, formats=("bf16",), streamed=streamed, level="everything", inputs_may_wait=False)
+        (found,) = candidates(LARGE, in_blocks(), dataclasses.replace(rates(), host_to_device=host_to_device), fixed)
+        return found
+
+    block = LARGE.block_weights * (2 + 2)
+    assert plan(0).host_bytes == 0 and plan(24).host_bytes == 24 * block
+    assert plan(0).device_bytes - plan(24).device_bytes == pytest.approx(22 * block, abs=2)
+    fast, slow = plan(24), plan(24, 1e9)
+    assert fast.stalled == 0
+    forward = 22 * LARGE.block_weights * 2 / 1e9
+    assert slow.stalled == pytest.approx(
+        forward + max(forward + 24 * block / 2e9, 24 * block / 1e9) - (fast.seconds - fast.stalled), rel=1e-3
+    )
+
+
+def test_a_card_of_24_gb_trains_the_released_transformer_where_the_host_has_room():
+    plan, ram = streamed_plan(RELEASED["19 B"], "RTX 4090", "AdamW8bit", "768x512x121")
+    assert plan is not None and plan.streamed > 40 and ram == 96
+    machine = Machine(device=torch.device("cuda"), device_bytes=22 * GB, host_bytes=40 * GB, rates=rates_of("RTX 4090"), low_rates={})
+    options = MemoryOptions(compile=False, weight_format="bf16")
+    with pytest.raises(
+        UserError, match=r"48 blocks streamed.* takes \d+\.\d GiB on the device and 69\.1 GiB pinned on the host; .* 37\.3 GiB may"
+    ):
+        place_by_plan(options, machine, RELEASED["19 B"], in_blocks(), full_format="bf16", trains_outside_blocks=True)
+
+
 def test_full_finetuning_multiplies_three_times_where_a_lora_does_twice():
     assert gradient_operations(LARGE, whole()) == 2 * linear_operations(LARGE, whole())
     assert floor_seconds(LARGE, whole(), rates()) > 1.3 * floor_seconds(LARGE, work(), rates())
@@ -296,4 +333,4 @@ def test_full_finetuning_multiplies_three_times_where_a_lora_does_twice():
 def test_the_page_on_full_finetuning_has_the_numbers_of_the_planner():
     """`python -m benchmarks.plans full_finetune` prints them."""
     page = (REPOSITORY / "docs" / "how-to" / "full_finetuning.md").read_text(encoding="utf-8")
-    assert full_table("768x512x121") in page
+    assert full_table("768x512x121") in page and streamed_table("768x512x121") in page

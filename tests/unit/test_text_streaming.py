@@ -12,6 +12,7 @@ from musubi_tuner.ltxv2.text.pipeline import TextRecipe
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.memory.card import GIB
+from musubi_tuner.memory.ring import Ring
 from musubi_tuner.memory.streaming import BlockStreamer, spread
 from musubi_tuner.placement import text
 from musubi_tuner.placement.text import TextBatch, batch_bytes, load_feature_stage, load_streamed, streamed_count
@@ -58,8 +59,8 @@ def test_streamed_layers_give_the_same_states(gemma, streamed):
 
 def test_layers_are_on_their_way_before_their_turn(gemma, monkeypatch):
     fetched: list[int] = []
-    load, use, at_its_turn = BlockStreamer._load, BlockStreamer._use, []
-    monkeypatch.setattr(BlockStreamer, "_load", lambda streamer, number: fetched.append(number) or load(streamer, number))
+    load, use, at_its_turn = Ring.load, BlockStreamer._use, []
+    monkeypatch.setattr(Ring, "load", lambda ring, number: fetched.append(number) or load(ring, number))
     numbers = spread(LAYERS, 5)
     encoder = load_streamed(options(gemma), numbers)
     encoder.encode(PROMPTS)

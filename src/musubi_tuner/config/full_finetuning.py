@@ -10,8 +10,13 @@ from musubi_tuner.runtime.errors import UserError
 NO_BASE = "asks the base model what it would make of an item, and --full_finetune changes that model itself; nothing is left to ask"
 
 
-def check_full_finetuning(network: NetworkOptions, preservation: PreservationOptions, memory: MemoryOptions) -> None:
+def check_full_finetuning(
+    network: NetworkOptions, preservation: PreservationOptions, memory: MemoryOptions, *, within_backward: bool
+) -> None:
     """
+    Args:
+        within_backward: `--fused_backward_pass`
+
     Raises:
         UserError: a flag that needs the unchanged model, a network, or weights in few bits.
     """
@@ -34,8 +39,8 @@ def check_full_finetuning(network: NetworkOptions, preservation: PreservationOpt
             f"--weight_format {memory.wanted_format}: is of frozen weights, and --full_finetune trains them all. Leave it out. What takes "
             "less memory: --optimizer_type Adafactor or AdamW8bit, --fused_backward_pass."
         )
-    if memory.blocks_to_swap:
+    if memory.blocks_to_swap and not within_backward:
         raise UserError(
-            f"--blocks_to_swap {memory.blocks_to_swap}: streams frozen blocks, which are never written, and --full_finetune writes to all "
-            "of them. Leave it out. What takes less memory: --optimizer_type Adafactor or AdamW8bit, --fused_backward_pass."
+            f"--blocks_to_swap {memory.blocks_to_swap}: trained blocks leave the card as soon as their backward pass has ended, and are "
+            "updated before that. Add --max_grad_norm 0 --fused_backward_pass, or leave it out."
         )

@@ -142,7 +142,7 @@ class TrainingConfig:
     def _check(self) -> "TrainingConfig":
         check_losses(self.losses, self.audio, self.preservation, self.ltx_mode)
         if self.network.full_finetune:
-            check_full_finetuning(self.network, self.preservation, self.memory)
+            check_full_finetuning(self.network, self.preservation, self.memory, within_backward=self.optimization.fused_backward_pass)
         elif self.optimization.fused_backward_pass:
             raise UserError("--fused_backward_pass: is of --full_finetune. The gradients of a network are small; leave it out.")
         if self.network.train_connectors and (self.losses.video_caption_dropout_rate or self.losses.audio_caption_dropout_rate):

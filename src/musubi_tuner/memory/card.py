@@ -19,7 +19,7 @@ from musubi_tuner.runtime.allocator import pieces_grow
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-_HOST_RESERVE = 6 * GIB
+HOST_RESERVE = 6 * GIB
 """For the process itself, its loaders and the system's file cache."""
 _Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -95,7 +95,7 @@ def free_memory(device: torch.device, vram_gb: float | None, ram_gb: float | Non
         free = min(free, int(vram_gb * GIB))
     if ram_gb is not None:
         host = min(host, int(ram_gb * GIB))
-    host = max(0, host - _HOST_RESERVE)
+    host = max(0, host - HOST_RESERVE)
     return int(free * _device_share(device)), pinnable_bytes(host, memory.total, sys.platform) if device.type == "cuda" else host
 
 

@@ -5,13 +5,15 @@ The terms of a plan, for B blocks of which S are streamed through `slots` slots 
 where they lie and says what each choice trades):
 
     device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format
-                    + trainable weights * (master weight + optimizer states)                 (no master where the model itself is trained)
+                    + trainable weights * (master weight + optimizer states)     (where the model itself is trained no master, and the
+                                                                                  states of `slots` blocks in place of those of S)
                     + the most that is held at any moment of the backward pass:
                           what the blocks that have not yet run backward keep, by their levels     (3 units where inputs are on the host)
                           + gradients of the others         (of all, where they accumulate; of one block, where they are used up at once)
                           + what the block in flight takes
 
     host bytes      S blocks in the weight format, divided by the processes that share them
+                    + the optimizer states of S blocks, where they are trained
                     + what the blocks keep, where block inputs are on the host
 
     seconds         sum of forward + sum of backward of the blocks at their levels + stalls
@@ -21,8 +23,10 @@ where they lie and says what each choice trades):
 The backward pass runs from the last block to the first: what blocks keep shrinks, gradients grow, and where levels are mixed the first
 blocks take more in flight and keep less. Each stretch of blocks of one level is largest at one of its ends, so these moments are looked at.
 
-Stalls: (S - slots) blocks are copied in each direction, and block inputs once to the host and once back. Copies run beside the computation
-of the whole direction, evenly spread over it, so only what they take longer is waited for.
+Stalls: (S - slots) blocks are copied in each direction, and block inputs once to the host and once back. Of trained blocks, S and their
+states go back to the host in the backward pass, and their states come to the card in it; the bus carries both directions at once, and the
+slower one counts. Copies run beside the computation of the whole direction, evenly spread over it, so only what they take longer is waited
+for.
 
 Units, the seconds of a block and the sources of all numbers are in memory/step_model.py. The whole space is enumerated: two neighboring
 levels at most are mixed, which leaves about seven thousand plans for each weight format of 48 blocks. The prediction is verified by trial
@@ -177,9 +181,11 @@ def _plan(
     )
     if work.shards > 1:
         device = device / work.shards + SLOTS * full_block + shape.other_weights * limits.compute_bytes
-    device += work.trainable * (work.master_bytes + work.optimizer_bytes) / work.shards
+    device += work.trainable * work.master_bytes / work.shards
+    states, states_on_host = state_bytes_of(shape, work, streamed)
+    device += states
     unit = unit_bytes(shape, work) * limits.compute_bytes / 2
-    host = streamed * low_block / limits.sharers
+    host = streamed * low_block / limits.sharers + states_on_host
     if inputs_on_host:
         host += len(levels) * max(unit_bytes(shape, one) for one in (work, *work.others)) * limits.compute_bytes / 2
     device += held
@@ -187,7 +193,9 @@ def _plan(
     backward = sum(seconds[name].backward for name in levels)
     copied = max(0, streamed - SLOTS) * low_block / rates.host_to_device if streamed else 0.0
     fetched = len(levels) * unit / rates.host_to_device if inputs_on_host else 0.0
-    stalled = max(0.0, copied - forward) + max(0.0, copied + fetched - backward)
+    back = (streamed * low_block + states_on_host) / rates.host_to_device if work.trained_in_blocks else 0.0
+    to_card = copied + fetched + states_on_host / rates.host_to_device
+    stalled = max(0.0, copied - forward) + max(0.0, max(to_card, back) - backward)
     if inputs_on_host:
         stalled += max(0.0, fetched - forward)
     return Plan(
@@ -201,6 +209,13 @@ def _plan(
         stalled=stalled,
         floor=floor_seconds(shape, work, rates),
     )
+
+
+def state_bytes_of(shape: ModelShape, work: Workload, streamed: int) -> tuple[float, float]:
+    """Bytes of the optimizer's states, (on the device, on the host), where so many blocks are streamed, evenly spread."""
+    on_host = work.optimizer_bytes * work.trained_in_blocks * streamed / shape.blocks
+    in_slots = work.optimizer_bytes * work.trained_in_largest * min(SLOTS, streamed)
+    return work.optimizer_bytes * work.trainable / work.shards - on_host + in_slots, on_host
 
 
 def _most_held(
@@ -220,7 +235,7 @@ def _held(shape: ModelShape, work: Workload, limits: Limits, weight_format: str,
         gradients /= len(levels)
     elif work.shards > 1:
         gradients = gradients / work.shards + SLOTS * gradients / len(levels)
-    within = work.update_bytes * work.updates_within_backward
+    within = work.update_in_block_bytes * work.updates_within_backward
     transient = 4.0 * shape.video_dim**2 * limits.compute_bytes if weight_format == "nf4" else 0.0  # a weight as it is multiplied by
 
     def kept(level: Level) -> float:

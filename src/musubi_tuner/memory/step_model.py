@@ -126,10 +126,16 @@ class Workload:
     """Of each trainable weight."""
     trains_model: bool = False
     """The model's own weights are trained, so its linears have gradients of their weights too."""
+    trained_in_blocks: int = 0
+    """Of the model's own trained weights, those in its blocks, whose states are streamed with them (training/streamed_states.py)."""
+    trained_in_largest: int = 0
+    """Of these, in the block that has most."""
     updates_within_backward: bool = False
     """Gradients are used up as soon as they are complete: those of one block are there at a time."""
     update_bytes: float = 0.0
     """What the update of the largest tensor takes while it is made."""
+    update_in_block_bytes: float = 0.0
+    """The same of the largest tensor of a block, which is updated beside what blocks keep where `updates_within_backward`."""
     accumulates: bool = False
     """Whether gradients of earlier batches wait while a batch is computed."""
     adapters_in_flight: float = 0.0

@@ -1,14 +1,16 @@
 """Full fine-tuning: the weights of the model itself, trained in place. There is no base model beside it, so nothing can switch them off."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
+from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.arguments import patterns
 from musubi_tuner.networks.network import LoRANetwork
 from musubi_tuner.networks.targets import compile_pattern, count_by_stream, is_audio_side
@@ -25,18 +27,20 @@ class WholeTransformer:
     max_rank = 1
     """As of a `LoRANetwork`: there are no thin products."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], left_out: int = 0) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], left_out: int = 0, streamer: BlockStreamer | None = None) -> None:
         """
         Args:
             left_out: how many parameters of the model stay as they are.
+            streamer: of the blocks whose weights lie on the host.
         """
         self._parameters = dict(parameters)
         self._left_out = left_out
+        self.streamer = streamer
 
-    def found_again(self, transformer: LTXModel) -> "WholeTransformer":
+    def found_again(self, transformer: LTXModel, streamer: BlockStreamer | None = None) -> "WholeTransformer":
         """The same weights, once other parameters are in their places."""
-        now = dict(transformer.named_parameters())
-        return WholeTransformer({name: now[name] for name in self._parameters}, self._left_out)
+        now = self._parameters | dict(transformer.named_parameters())
+        return WholeTransformer({name: now[name] for name in self._parameters}, self._left_out, streamer)
 
     @property
     def names(self) -> list[str]:
@@ -52,6 +56,10 @@ class WholeTransformer:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._parameters)
+
+    def home(self, parameter: Tensor) -> Tensor:
+        """Where a weight of the model lies between steps: on the host where its block is streamed."""
+        return parameter.detach() if self.streamer is None else self.streamer.home(parameter).detach()
 
     def parameter_groups(self, learning_rate: float, audio_learning_rate: float | None = None) -> list[dict[str, Any]]:
         """As `LoRANetwork.parameter_groups`.
@@ -82,6 +90,31 @@ class WholeTransformer:
 
 
 TrainedNetwork = LoRANetwork | WholeTransformer
+
+
+def settled_values(network: TrainedNetwork) -> dict[str, Tensor]:
+    """Its tensors as they are now, by their names, to be read between steps or after the last one.
+
+    What is streamed is read where it lies on the host, which has all of it from here on, states of an optimizer too.
+    """
+    if not isinstance(network, WholeTransformer):
+        return {name: parameter.detach() for name, parameter in network.named_parameters().items()}
+    if network.streamer is not None:
+        network.streamer.settle()
+    return {name: network.home(parameter) for name, parameter in network.named_parameters().items()}
+
+
+def set_values(network: TrainedNetwork, values: Mapping[str, Tensor], part_of: Callable[[Tensor], Tensor]) -> None:
+    """Put others in their places.
+
+    Args:
+        part_of: a tensor -> what this process holds of it, as `values` have it.
+    """
+    with torch.no_grad():
+        for name, value in settled_values(network).items():
+            part_of(value).copy_(values[name])
+    if isinstance(network, WholeTransformer) and network.streamer is not None:
+        network.streamer.forget()
 
 
 def check_arguments(args: Mapping[str, str]) -> None:

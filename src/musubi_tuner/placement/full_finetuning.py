@@ -5,14 +5,16 @@
     optimizer states     AdamW 8 bytes, AdamW8bit 2, Adafactor 0.1
     what blocks keep for the backward pass, and the block in flight: memory/plan.py
 
-Where a model is sharded over several cards, each has its part of the first three, and two gathered blocks.
+Streamed blocks have weights and states in host memory, and two of them on the card (training/streamed_states.py). Where a model is sharded
+over several cards, each has its part of the first three, and two gathered blocks.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.networks.whole import WholeTransformer
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import size_in_words
 from musubi_tuner.runtime.errors import UserError
 
@@ -57,6 +59,15 @@ def needs_of(
     )
 
 
+def trained_in_blocks(network: TrainedNetwork) -> list[list[int]]:
+    """Sizes of the trained tensors of each block that has any."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for name, parameter in network.named_parameters().items():
+        if name.startswith("transformer_blocks."):
+            found[name.split(".")[1]].append(parameter.numel())
+    return list(found.values())
+
+
 def bytes_of_an_update(dtype: torch.dtype) -> float:
     """For each entry of the tensor that is updated: in bf16 weight and gradient in float32, random numbers, the result; and what the
     optimizer makes."""
@@ -87,7 +98,7 @@ def check_host(needs: Needs) -> None:
 
 
 REMEDY = (
-    "Least first, what takes less: --max_grad_norm 0 --fused_backward_pass (no room for gradients), --optimizer_type AdamW8bit or "
-    "Adafactor, exclude_patterns in --network_args; several cards that share the weights (docs/how-to/full_finetuning.md); or train a "
-    "network."
+    "Least first, what takes less: --max_grad_norm 0 --fused_backward_pass (no room for gradients, and blocks may wait in host memory), "
+    "--optimizer_type AdamW8bit or Adafactor, exclude_patterns in --network_args; several cards that share the weights "
+    "(docs/how-to/full_finetuning.md); or train a network."
 )

@@ -74,6 +74,8 @@ class ModelRequest:
     """A step has several backward passes, so gradients wait while the next ones are computed."""
     updates_within_backward: bool = False
     """Weights are updated as soon as their gradients are complete, which are freed there (`--fused_backward_pass`)."""
+    streams_trained: bool = False
+    """Trained blocks may be streamed from host memory and back to it."""
     shards: int = 1
     """Processes that hold a part each of the model that they train; 1 = each holds all of it."""
     processes: Processes
@@ -223,10 +225,10 @@ def _assemble_whole(request: ModelRequest, placement: Placement, weights: Weight
     if options.train_connectors:
         connectors = load_connectors_of(request.checkpoint, transformer, device=request.device, dtype=request.dtype)
     network = train_whole(transformer, parse_pairs(options.network_args, "--network_args"), connectors)
-    run_blocks(weights, placement, request.device, max_rank=network.max_rank, keeps_trained=True)
+    streamer = run_blocks(weights, placement, request.device, max_rank=network.max_rank, keeps_trained=True, trained=True)
     if request.shards > 1:
         shard(transformer, request.device)
-        network = network.found_again(transformer)
+    network = network.found_again(transformer, streamer)
     return LoadedModel(
         wrapper=OfficialLTXV2Wrapper(transformer, request.timestep_format, connectors).train(),
         network=network,
@@ -275,15 +277,21 @@ def run_blocks(
     max_rank: int,
     keeps_trained: bool = False,
     samples: bool = False,
-) -> None:
+    trained: bool = False,
+) -> BlockStreamer | None:
     """Let an engine run the blocks: it streams, recomputes and compiles them.
 
     Args:
         max_rank, keeps_trained: as `BlockEngine`.
         samples: nothing is trained, so what is compiled is passes without gradients.
+        trained: as `BlockStreamer`.
+
+    Returns:
+        What streams them; None where all lie on the device.
     """
     blocks = list(weights.transformer.transformer_blocks)
     streamed = [blocks[index] for index in placement.streamed]
+    streamer = BlockStreamer(streamed, device, regions=weights.regions, trained=trained) if streamed else None
     weights.transformer.run_block = BlockEngine(
         blocks,
         placement.levels,
@@ -292,10 +300,11 @@ def run_blocks(
         keeps_trained=keeps_trained,
         compiled=placement.compiled,
         sequence_axes=sequence_axes,
-        streamer=BlockStreamer(streamed, device, regions=weights.regions) if streamed else None,
+        streamer=streamer,
         inputs_on_host=placement.inputs_on_host,
         compiles_always=samples,
     )
+    return streamer
 
 
 def _trained_whole(request: ModelRequest) -> frozenset[str]:

@@ -24,13 +24,14 @@ from musubi_tuner.memory.attention import (
 )
 from musubi_tuner.memory.card import GIB, cap_device_memory
 from musubi_tuner.memory.compiling import compiler_message, first_line
-from musubi_tuner.memory.pinning import PinningFailed, refusal
+from musubi_tuner.memory.pinning import PinningFailed, pinned_memory, refusal
+from musubi_tuner.memory.plan import state_bytes_of
 from musubi_tuner.memory.regions import can_share, processes_here
 from musubi_tuner.memory.step_model import ModelShape, Workload
 from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.adapters import bytes_in_flight
-from musubi_tuner.placement.full_finetuning import REMEDY, Needs, check_host, in_words, needs_of
+from musubi_tuner.placement.full_finetuning import REMEDY, Needs, bytes_of_an_update, check_host, in_words, needs_of, trained_in_blocks
 from musubi_tuner.placement.load import LoadedModel, ModelRequest, assemble, load_request, model_on_meta, shape_of
 from musubi_tuner.placement.planning import BatchTokens, Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
@@ -87,7 +88,9 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
     group, device, options = request.processes, request.device, request.memory
     needs = None
     if request.network.full_finetune:
-        options = dataclasses.replace(options, weight_format="bf16", blocks_to_swap=0)  # in the compute dtype, and on the device
+        options = dataclasses.replace(options, weight_format="bf16")  # or the compute dtype
+        if not request.streams_trained:
+            options = dataclasses.replace(options, blocks_to_swap=0)
         if request.shards > 1:
             options = dataclasses.replace(options, compile=False)  # weights are gathered by code that no graph takes in
         needs = _whole_needs(request)
@@ -117,7 +120,7 @@ def load_model(request: ModelRequest, trial: Trial) -> LoadedModel:
             raise UserError(told if refused is None else f"{refused} With less, {told}") from None
         placement = group.gather(found)[0]
         try:
-            reserve = int(work.trainable * work.optimizer_bytes / work.shards)
+            reserve = state_bytes_of(shape, work, len(placement.streamed))
             return _with_notes(_load_and_prove(request, placement, trial, reserve=reserve), notes)
         except PlanFailed as failed:
             failure = failed.failure
@@ -172,10 +175,10 @@ def _let_go(device: torch.device) -> None:
     free_memory(device)
 
 
-def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: int) -> LoadedModel:
+def _load_and_prove(request: ModelRequest, placement: Placement, trial: Trial, *, reserve: tuple[float, float]) -> LoadedModel:
     """
     Args:
-        reserve: bytes on the device that the optimizer will take after the first step.
+        reserve: bytes on the device, and pinned on the host, that the optimizer will take after the first step.
 
     Raises:
         PlanFailed: in any of the processes.
@@ -231,15 +234,20 @@ def _failure_of(error: Exception) -> Failure | None:
     return None if message is None else Failure("compiler", message)
 
 
-def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: int) -> tuple[str, str]:
-    """Two passes of the largest batch; a row for the banner."""
+def _run_trial(loaded: LoadedModel, trial: Trial, device: torch.device, reserve: tuple[float, float]) -> tuple[str, str]:
+    """Two passes of the largest batch; a row for the banner.
+
+    Args:
+        reserve: as `_load_and_prove`.
+    """
     cuda, plan = device.type == "cuda", loaded.placement.plan
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
+    held = torch.empty(int(reserve[0]) if cuda else 0, dtype=torch.uint8, device=device)
+    pinned = pinned_memory(int(reserve[1])) if cuda and reserve[1] else None
     trial(loaded.wrapper, loaded.network)  # compiles, and finds attention plans
     seconds = trial(loaded.wrapper, loaded.network)
-    del held
+    del held, pinned
     for parameter in loaded.network.parameters():
         parameter.grad = None
     text = f"{seconds:.3f} s"
@@ -272,22 +280,27 @@ def _step_to_plan(request: ModelRequest, needs: Needs | None, *, scores_bytes: i
         for tokens in (request.tokens, *request.other_tokens)
     ]
     if needs is not None:
-        works = [_of_whole(one, request, needs) for one in works]
+        works = [_of_whole(one, request, network, needs) for one in works]
     work = dataclasses.replace(works[0], others=tuple(works[1:]))
     inside = all(name.startswith("transformer_blocks.") for name in network.names)
     outside = needs is not None or request.network.train_connectors or not inside
     return shape, work, outside
 
 
-def _of_whole(work: Workload, request: ModelRequest, needs: Needs) -> Workload:
+def _of_whole(work: Workload, request: ModelRequest, network: TrainedNetwork, needs: Needs) -> Workload:
     """Of `--full_finetune`: what is trained is the model, and has no masters beside it."""
+    in_blocks = trained_in_blocks(network)
+    largest = max(map(max, in_blocks), default=0)
     return dataclasses.replace(
         work,
         master_bytes=0.0,
         gradient_bytes=float(request.dtype.itemsize),
         trains_model=True,
+        trained_in_blocks=sum(map(sum, in_blocks)),
+        trained_in_largest=max(map(sum, in_blocks), default=0),
         updates_within_backward=request.updates_within_backward,
         update_bytes=float(needs.update),
+        update_in_block_bytes=largest * bytes_of_an_update(request.dtype),
         shards=request.shards,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.runtime.errors import UserError
@@ -59,13 +59,13 @@ def part_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(weights: Mapping[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
+def gathered(weights: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """The whole weights in host memory; all processes must call it, and those that do not `keep` them get none."""
     from torch.distributed.tensor import DTensor
 
     found = {}
     for name, weight in weights.items():
-        full = weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+        full = weight.full_tensor() if isinstance(weight, DTensor) else weight
         if keep:
             found[name] = full.cpu()
     return found

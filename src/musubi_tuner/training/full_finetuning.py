@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.ltxv2.weights import Checkpoint
-from musubi_tuner.networks.whole import TrainedNetwork, check_arguments
+from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer, check_arguments
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.optimizer import make_optimizer
 from musubi_tuner.training.preflight import RunInputs
 from musubi_tuner.training.run import Machine
 from musubi_tuner.training.weight_steps import WeightSteps, check_by_tensor
+
+_PAGED = "pagedadamw8bit"
 
 
 def make_weight_steps(
@@ -28,12 +30,14 @@ def make_weight_steps(
         shards: as of `TrainingRun`.
     """
     optimization = config.optimization
+    assert isinstance(network, WholeTransformer), "the model itself"
     return WeightSteps(
         network.named_parameters(),
         network.parameter_groups(optimization.learning_rate, optimization.audio_learning_rate),
         partial(_optimizer, config, args, machine),
         seed=optimization.seed,
         part=machine.processes.index if shards > 1 else 0,
+        streamer=network.streamer,
     )
 
 
@@ -55,6 +59,8 @@ def check_whole(config: TrainingConfig, machine: Machine) -> None:
         UserError: patterns, an optimizer, an average or several processes that do not go with it.
     """
     optimization, dtype = config.optimization, machine.dtype
+    if config.memory.blocks_to_swap and (reason := why_not_streamed(config, machine.processes.count)):
+        raise UserError(f"--blocks_to_swap {config.memory.blocks_to_swap}: {reason}")
     check_arguments(parse_pairs(config.network.network_args, "--network_args"))
     if dtype != torch.float32:
         check_by_tensor(optimization.optimizer_type, "weights in bf16 are updated one by one (--mixed_precision no keeps them in float32)")
@@ -72,6 +78,20 @@ def check_whole(config: TrainingConfig, machine: Machine) -> None:
                 f"--fused_backward_pass: {machine.processes.count} processes average their gradients first, when all of them are there. "
                 "Leave it out; weights that are sharded over the cards leave room (docs/how-to/full_finetuning.md)."
             )
+
+
+def why_not_streamed(config: TrainingConfig, processes: int) -> str | None:
+    """What keeps trained blocks from being streamed, and what to do about it; None where they may be."""
+    if processes > 1:
+        return (
+            f"{processes} processes would each have weights of their own in host memory, and average gradients that are used up by then. "
+            "Leave it out and shard the weights over the cards (docs/how-to/full_finetuning.md), or train on one."
+        )
+    if not config.optimization.fused_backward_pass:
+        return "needs updates within the backward pass: add --max_grad_norm 0 --fused_backward_pass."
+    if config.optimization.optimizer_type.lower() == _PAGED:
+        return "a paged optimizer moves its states itself, and those of streamed blocks move with these. Give --optimizer_type AdamW8bit."
+    return None
 
 
 def check_sharded(inputs: RunInputs) -> None:

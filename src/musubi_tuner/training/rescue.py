@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.memory.pinning import refusal
+from musubi_tuner.networks.whole import settled_values
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.disk import reason
 from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.runtime.program import command_line
 from musubi_tuner.runtime.signals import Interrupt
 from musubi_tuner.training import checkpoint
+from musubi_tuner.training.full_finetuning import why_not_streamed
 from musubi_tuner.training.run import Outcome, TrainingRun
 from musubi_tuner.training.saving import NotSaved, Saving
 from musubi_tuner.training.state import state_path
@@ -119,6 +121,9 @@ def _cheaper_whole(run: TrainingRun) -> list[str]:
         choices.append("--optimizer_type AdamW8bit")
     if optimization.optimizer_type.lower() != "adafactor" and run.shards == 1:
         choices.append("--optimizer_type Adafactor")
+    streamed, blocks = len(run.placement.streamed), len(run.placement.levels)
+    if streamed < blocks and why_not_streamed(run.config, run.processes.count) is None:
+        choices.append(f"--blocks_to_swap {min(streamed + 8, blocks)} (blocks that wait in host memory with their states)")
     choices.append("a smaller resolution or fewer frames in the dataset file")
     return [*choices, "several cards that share the weights (docs/how-to/full_finetuning.md)"]
 
@@ -163,7 +168,7 @@ def _problem_of_saving(run: TrainingRun, outcome: Outcome, error: Exception) -> 
         for parameter in run.network.parameters():
             parameter.grad = None
         free_memory(run.device)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in run.network.parameters()):
+        if not all(bool(torch.isfinite(value).all()) for value in settled_values(run.network).values()):
             return "its weights are not finite."
         torch.set_rng_state(outcome.random_state)
         outcome.interrupted = True

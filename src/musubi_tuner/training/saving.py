@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
+from musubi_tuner.networks.whole import WholeTransformer, settled_values
 from musubi_tuner.placement.sharding import gathered
 from musubi_tuner.runtime.disk import FULL, reason
 from musubi_tuner.runtime.errors import TemporaryFailure
@@ -89,6 +89,7 @@ class Saving(Hook):
     def _take_part(self, outcome: Outcome) -> None:
         """What all processes do for a save, where each holds a part of the model."""
         run = self._run
+        assert isinstance(run.network, WholeTransformer), "which alone is sharded"
         weights = _changed_weights(run, run.network)
         self._gathered = gathered(weights, keep=run.processes.is_main)
         if run.config.saving.save_state or outcome.interrupted:
@@ -190,7 +191,9 @@ class Saving(Hook):
             state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
 
 
-def _changed_weights(run: TrainingRun, network: TrainedNetwork) -> dict[str, nn.Parameter]:
+def _changed_weights(run: TrainingRun, network: WholeTransformer) -> dict[str, Tensor]:
     """What differs from the checkpoint that was started from: trained weights, and all of the model where LoRAs were merged into it."""
-    weights = network.named_parameters()
-    return {**dict(run.wrapper.transformer.named_parameters()), **weights} if run.config.network.base_networks else weights
+    weights = settled_values(network)
+    if not run.config.network.base_networks:
+        return weights
+    return {name: network.home(weight) for name, weight in run.wrapper.transformer.named_parameters()} | weights

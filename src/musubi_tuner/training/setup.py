@@ -38,7 +38,7 @@ from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.training.balance import AudioBalance
 from musubi_tuner.training.earlier import turn_after
 from musubi_tuner.training.facts import banner, file_facts, run_settings
-from musubi_tuner.training.full_finetuning import check_sharded, check_whole, make_weight_steps, taken_over_bytes
+from musubi_tuner.training.full_finetuning import check_sharded, check_whole, make_weight_steps, taken_over_bytes, why_not_streamed
 from musubi_tuner.training.hooks import Hook, Preview, Previews, StepLog, Validation, Watching
 from musubi_tuner.training.metrics import Trackers
 from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_function
@@ -362,6 +362,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
         state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
         accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
         updates_within_backward=config.optimization.fused_backward_pass,
+        streams_trained=config.network.full_finetune and why_not_streamed(config, machine.processes.count) is None,
         shards=shards,
         processes=machine.processes,
     )

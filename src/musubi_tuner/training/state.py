@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from musubi_tuner.networks.whole import TrainedNetwork
+from musubi_tuner.ltxv2.weights import DTYPE_NAMES
+from musubi_tuner.networks.whole import TrainedNetwork, set_values, settled_values
 from musubi_tuner.placement.sharding import part_of
 from musubi_tuner.runtime.disk import remove_folder, write_folder
 from musubi_tuner.runtime.errors import UserError
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 LAST_STEP = 10**8 - 1
 """Names of files have eight digits for it."""
 _NETWORK, _OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progress.json"
+_MOST_IN_MEMORY = 2**30
+"""Bytes of a file of a state that is read as a whole; a larger one, of a whole model, is mapped, so the host needs no room for it."""
 _SUFFIX, _TEMPORARY = "-state", ".tmp"
 _SCHEDULE_SETTINGS = {
     "learning_rate", "audio_learning_rate", "network_args", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps",
@@ -94,13 +97,14 @@ def save_state(
     Raises:
         OSError: it could not be written; an older state stays as it is.
     """
+    weights = settled_values(network)  # first, as it brings the states of streamed blocks home too
     stored = _stored(optimizer, scheduler, watched)
     progress = {"step": step, "settings": dict(settings)} | ({"turn": turn} if turn else {}) | ({"torn": True} if torn else {})
     progress |= {"parts": parts} if parts > 1 else {}
 
     def write(folder: Path) -> None:
         try:
-            _write_part(folder, network, stored, 0)
+            _write_part(folder, weights, stored, 0)
             for part in range(1, parts):
                 for file in _part_folder(path, part).iterdir():
                     shutil.move(file, folder / file.name)
@@ -127,7 +131,7 @@ def save_part(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        _write_part(folder, network, _stored(optimizer, scheduler, watched), part)
+        _write_part(folder, settled_values(network), _stored(optimizer, scheduler, watched), part)
     except (RuntimeError, SafetensorError) as error:
         raise OSError(f"a part of the state could not be written ({error})") from error
 
@@ -141,10 +145,24 @@ def _part_folder(path: Path, part: int) -> Path:
     return path.with_name(f".{path.name}.{part}.part{_TEMPORARY}")
 
 
-def _write_part(folder: Path, network: TrainedNetwork, stored: Mapping[str, Any], part: int) -> None:
-    weights = {name: part_of(p.detach()).cpu().contiguous() for name, p in network.named_parameters().items()}
-    save_file(weights, folder / _of_part(_NETWORK, part))
+def _write_part(folder: Path, weights: Mapping[str, Tensor], stored: Mapping[str, Any], part: int) -> None:
+    _write_tensors(folder / _of_part(_NETWORK, part), {name: part_of(value) for name, value in weights.items()})
     torch.save(stored, folder / _of_part(_OPTIMIZER, part))
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As safetensors (https://huggingface.co/docs/safetensors), with one tensor at a time in host memory: a whole model may be trained."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            if tensor.numel():
+                opened.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _of_part(name: str, part: int) -> str:
@@ -168,7 +186,9 @@ def read_state(path: Path, part: int = 0) -> SavedState:
     progress = _read_progress(path / _PROGRESS)
     file = path / names[0]
     try:
-        network = dict(sorted(load(_sealed(file, progress)).items()))  # which come in no order
+        _check_seal(file, progress)
+        mapped = file.stat().st_size > _MOST_IN_MEMORY
+        network = dict(sorted((load_file(file) if mapped else load(file.read_bytes())).items()))  # which come in no order
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedState(f"{file}: damaged ({error}).") from error
     if odd := [name for name, tensor in network.items() if not tensor.is_floating_point()]:
@@ -177,7 +197,10 @@ def read_state(path: Path, part: int = 0) -> SavedState:
         raise DamagedState(f"{file}: '{odd[0]}' holds NaN or infinity.")
     file = path / names[1]
     try:
-        stored = torch.load(io.BytesIO(_sealed(file, progress)), map_location="cpu", weights_only=True)
+        _check_seal(file, progress)
+        mapped = file.stat().st_size > _MOST_IN_MEMORY
+        source = file if mapped else io.BytesIO(file.read_bytes())
+        stored = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except DamagedState:
         raise
     except Exception as error:  # zip, pickle and torch have each their own
@@ -209,17 +232,16 @@ def _fingerprint(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
 
 
-def _sealed(file: Path, progress: Mapping[str, Any]) -> bytes:
-    """A file's bytes, which must be those that were saved, as far as the state remembers them.
+def _check_seal(file: Path, progress: Mapping[str, Any]) -> None:
+    """Whether its bytes are those that were saved, as far as the state remembers them.
 
     Raises:
         DamagedState: they are others.
         OSError: it cannot be read.
     """
-    data, known = file.read_bytes(), progress.get("fingerprints")
-    if isinstance(known, dict) and known.get(file.name) != hashlib.sha256(data).hexdigest()[:32]:
+    known = progress.get("fingerprints")
+    if isinstance(known, dict) and known.get(file.name) != _fingerprint(file):
         raise DamagedState(f"{file}: is not the file that was saved (its checksum differs): it is damaged, or of another state.")
-    return data
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -286,14 +308,12 @@ def load_state(
         then, now = (f"sharded over {count} processes" if count > 1 else "whole in each process" for count in (saved.parts, parts))
         raise UserError(f"--resume {path}: the model was {then}, and is {now} here. Launch it as it was, or start from its checkpoint.")
     _check_optimizer(path, saved.settings, settings)
-    current = {name: part_of(parameter.detach()) for name, parameter in network.named_parameters().items()}
+    current = {name: part_of(value) for name, value in settled_values(network).items()}
     if odd := _first_difference(saved.network, current):
         raise UserError(
             f"--resume {path}: the state is of another network ({odd}). Resume with the same --ltx_mode, --network_dim and --network_args."
         )
-    with torch.no_grad():
-        for name, parameter in current.items():
-            parameter.copy_(saved.network[name])
+    set_values(network, saved.network, part_of)
     rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(_computed_as_here(saved.stored["optimizer"], optimizer))

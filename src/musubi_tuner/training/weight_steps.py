@@ -15,6 +15,9 @@ also when they are loaded. Only optimizers that treat each tensor by itself can 
 Within the backward pass (`--fused_backward_pass`) autograd calls us as each gradient is complete. It is used up and freed there, so that
 the gradients of one block are alive at a time (Lv et al. 2023, arXiv 2306.09782). No later operation of the pass reads the weight: its
 gradient is complete only when all that use it are done, and a block that is recomputed was so before its first gradient.
+
+Weights of streamed blocks are updated in the same way while they are on the device, with states that are there for the time being
+(training/streamed_states.py); their stand-ins lie on the host, and so whatever a saved state puts into them does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +29,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
+from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.placement.sharding import part_of
 from musubi_tuner.runtime.draws import seed_for
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.streamed_states import StreamedStates, travels
 
 BY_TENSOR = ("adamw", "adamw8bit", "pagedadamw8bit", "adafactor", "lion", "lion8bit", "sgd")
 """Optimizers without a number that all tensors share."""
@@ -58,6 +63,7 @@ class WeightSteps:
         *,
         seed: int,
         part: int = 0,
+        streamer: BlockStreamer | None = None,
     ) -> None:
         """
         Args:
@@ -65,14 +71,21 @@ class WeightSteps:
             groups: of these weights, for an optimizer.
             make: the optimizer of such groups.
             part: which part of the weights this process holds, where they are sharded.
+            streamer: of the blocks whose weights lie on the host; all steps are taken within the backward pass then.
         """
         self._names = {weight: name for name, weight in weights.items()}
         self._part = part
-        self._held = {weight: _stand_in(weight) for weight in weights.values()}
+        streamed = [] if streamer is None else streamer.trained
+        on_host = {weight for block in streamed for weight in block}
+        self._held = {weight: _stand_in(torch.device("cpu")) if weight in on_host else _held_for(weight) for weight in weights.values()}
         """Each weight's parameter in the optimizer: the weight itself where it is float32 and all here."""
         self.optimizer = make([{**group, "params": [self._held[weight] for weight in group["params"]]} for group in groups])
         self._place = {id(held): place for place, group in enumerate(self.optimizer.param_groups) for held in group["params"]}
         """Of its group; the groups themselves are others once a state has been loaded."""
+        if streamer is not None:
+            blocks = [[self._held[weight] for weight in block] for block in streamed]
+            device = next(iter(weights.values())).device
+            streamer.beside = StreamedStates(self.optimizer, blocks, device, slots=streamer.slots, poison=streamer.poison)
         self._seed, self._step = seed, 0
         self._norms: list[Tensor] = []
 
@@ -138,15 +151,26 @@ class WeightSteps:
         if not own.numel():  # of a small tensor that other processes hold all of
             weight.grad = None
             return
+        at_rest = held.device
         held.data = own.float()
         held.grad, weight.grad = part_of(weight.grad).float(), None
+        self._fetch_loaded(held)
         with self._alone(held):
             self.optimizer.step()
         if own.dtype != torch.float32:  # else the step was taken on it
             number = seed_for(self._seed, "rounding", self._step, self._names[weight], self._part)
             own.copy_(round_stochastically(held.data, torch.Generator(own.device).manual_seed(number)))
         increment_version(weight)  # torch notices where the old weight would be read afterwards
-        held.grad, held.data = None, torch.empty(0, device=weight.device)
+        held.grad, held.data = None, torch.empty(0, device=at_rest)
+
+    def _fetch_loaded(self, held: nn.Parameter) -> None:
+        """States lie with their tensor: bitsandbytes leaves those that it loads on the host until its first step, and that is taken with
+        one tensor."""
+        states = self.optimizer.state.get(held, {})
+        for key, value in states.items():
+            if isinstance(value, Tensor) and value.device != held.device and not getattr(value, "is_paged", False):
+                if travels(self.optimizer.param_groups[self._place[id(held)]], key):
+                    states[key] = value.to(held.device)
 
     @contextmanager
     def _alone(self, held: nn.Parameter) -> Iterator[None]:
@@ -196,7 +220,9 @@ def check_by_tensor(optimizer_type: str, why: str) -> None:
         )
 
 
-def _stand_in(weight: nn.Parameter) -> nn.Parameter:
-    if weight.dtype == torch.float32 and part_of(weight) is weight:
-        return weight
-    return nn.Parameter(torch.empty(0, dtype=torch.float32, device=weight.device))
+def _held_for(weight: nn.Parameter) -> nn.Parameter:
+    return weight if weight.dtype == torch.float32 and part_of(weight) is weight else _stand_in(weight.device)
+
+
+def _stand_in(device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(0, dtype=torch.float32, device=device))
