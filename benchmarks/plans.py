@@ -3,6 +3,7 @@
 python -m benchmarks.plans 18                what a LoRA takes, with 18 GiB of host memory that may be pinned
 python -m benchmarks.plans full_finetune     what --full_finetune takes at 19 and 22 billion weights: on one card, on several that
                                              share, and on one with blocks that wait in host memory
+python -m benchmarks.plans rl                what a round of reinforcement learning takes: 64 samples of 384x256, 49 frames
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import torch
 from benchmarks.block_counts import SHAPES, TEXT_TOKENS
 from musubi_tuner.memory.card import DEVICE_SHARE, GIB, HOST_RESERVE
 from musubi_tuner.memory.plan import Limits, Plan, choose_plan, count_levels, leanest_plan
+from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose_sampling_plan, sampling_plans
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.placement.full_finetuning import bytes_of_an_update
 from musubi_tuner.placement.planning import state_bytes
@@ -29,6 +31,12 @@ STREAMING = ("RTX 4090", "RTX 5090", "H100 80G")
 RAM = (32, 48, 64, 96, 128, 192, 256)
 """GB of host memory that machines have."""
 SEVERAL = (("H100 80G", 1), ("H200", 1), ("H100 80G", 2), ("H200", 2), ("H100 80G", 8))
+
+RL_CARDS, RL_HOST_GB = ("RTX 4090", "H100 80G"), 18.0
+RL_SAMPLES, RL_STEPS, RL_LEVELS = 64, 8, 3
+"""Of a round; steps of a sample, without guidance, as of a distilled model; noise levels at which it is learned."""
+RL_TOKENS, RL_AUDIO_TOKENS = 7 * 8 * 12, 51
+"""Of 384x256, 49 frames, at 24 a second."""
 
 CARDS = {
     "H200": (139, 790, 1185, 620, 515, 4.3, 50, "fp8"),
@@ -156,8 +164,50 @@ def streamed_table(clip: str) -> str:
     return "\n".join(lines)
 
 
+def rl_plans(card: str) -> tuple[SamplingPlan, Plan, float]:
+    """Of rollouts and of an update by NFT, and the seconds of the old policy's prediction, which a step of the update takes besides.
+
+    The old policy's weights, in float32, stand beside what the plan of training counts.
+    """
+    limits = Limits(
+        device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=int(RL_HOST_GB * GIB), formats=("bf16", CARDS[card][7], "nf4")
+    )
+    sampled = SamplingWork(
+        video_tokens=RL_TOKENS, audio_tokens=RL_AUDIO_TOKENS, text_tokens=TEXT_TOKENS, passes=1, networks_bytes=2 * RANK_32_ATTENTION
+    )
+    learned = Workload(
+        video_tokens=RL_TOKENS, audio_tokens=RL_AUDIO_TOKENS, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
+        optimizer_bytes=8,
+    )  # fmt: skip
+    old = 4 * RANK_32_ATTENTION
+    rollouts = choose_sampling_plan(MODEL, sampled, rates(card), limits)
+    update = choose_plan(MODEL, learned, rates(card), dataclasses.replace(limits, device_bytes=limits.device_bytes - old))
+    assert rollouts is not None and update is not None, f"no plan fits {card}"
+    held = dataclasses.replace(limits, formats=(update.weight_format,), streamed=update.streamed)
+    without_gradients = next(iter(sampling_plans(MODEL, sampled, rates(card), held))).seconds
+    return rollouts, dataclasses.replace(update, device_bytes=update.device_bytes + old), without_gradients
+
+
+def rl_table() -> str:
+    """One row for each card and stage; decoding, rewards and the start of the programs are not in it."""
+    head = "| card | stage | weights | streamed | GiB on the card | GiB pinned | s a step | steps | minutes |"
+    lines = [head, "|---" * 9 + "|"]
+    for card in RL_CARDS:
+        rollouts, update, old = rl_plans(card)
+        stages = (("rollouts", rollouts, rollouts.seconds, RL_STEPS), ("update", update, update.seconds + old, RL_LEVELS))
+        for stage, plan, seconds, each in stages:
+            steps = RL_SAMPLES * each
+            lines.append(
+                f"| {card} | {stage} | {plan.weight_format} | {plan.streamed} of 48 | {plan.device_bytes / GIB:.1f} | "
+                f"{plan.host_bytes / GIB:.1f} | {seconds:.2f} | {steps} | {steps * seconds / 60:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["full_finetune"]:
         print(full_table("768x512x121"), streamed_table("768x512x121"), sep="\n\n")
+    elif sys.argv[1:] == ["rl"]:
+        print(rl_table())
     else:
         print(table(float(sys.argv[1]) if len(sys.argv) > 1 else 18.0))

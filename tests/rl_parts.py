@@ -14,22 +14,17 @@ PROMPTS = ("a dog barks", "rain on a tin roof")
 
 def make(family, folder: Path, *flags: str, prompts: tuple[str, ...] = PROMPTS) -> Path:
     """Rollouts in `folder`/rollouts."""
+    assert ltxv2_cache_rollouts.main(arguments(family, folder, *flags, prompts=prompts)) == 0
+    return folder / "rollouts"
+
+
+def arguments(family, folder: Path, *flags: str, prompts: tuple[str, ...] = PROMPTS) -> list[str]:
+    """Of the program that makes them; writes the prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    out = folder / "rollouts"
-    base = [
-        "--rl_prompts",
-        str(folder / "prompts.txt"),
-        "--rl_rollout_cache",
-        str(out),
-        "--ltxv2_model",
-        str(family.ltx23),
-        "--device",
-        "cpu",
-    ]
-    text = ["--text_encoder", str(family.gemma)]
-    assert ltxv2_cache_rollouts.main([*base, *text, "--rl_group_size", "3", *SIZE, *UNGUIDED, *flags]) == 0
-    return out
+    files = ["--rl_prompts", str(folder / "prompts.txt"), "--rl_rollout_cache", str(folder / "rollouts")]
+    model = ["--ltxv2_model", str(family.ltx23), "--device", "cpu", "--text_encoder", str(family.gemma)]
+    return [*files, *model, "--rl_group_size", "3", *SIZE, *UNGUIDED, *flags]
 
 
 def score(folder: Path, name: str = "tone", route: str = "sync", key: str = "latents") -> dict[str, float]:

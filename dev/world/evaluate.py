@@ -22,7 +22,7 @@ from musubi_tuner.ltxv2.autoencoders.video_vae import VideoVAE
 from musubi_tuner.ltxv2.autoencoders.vocoder import Vocoder
 from musubi_tuner.ltxv2.geometry import unpatchify_audio, unpatchify_video
 from musubi_tuner.ltxv2.weights import open_checkpoint
-from musubi_tuner.media.audio import resample
+from musubi_tuner.media.audio import Waveform, resample
 from musubi_tuner.tiny.world.checkpoint import write_world_checkpoint
 from musubi_tuner.tiny.world.scorer import Hearing, Sight, base_scores, character_scores, hear, hear_mel, see
 from musubi_tuner.tiny.world.sounds import RATE
@@ -60,13 +60,21 @@ class Decoders:
         pixels = torch.cat([self._video.decode(some) for some in latents.split(_TOGETHER)])
         return ((pixels.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 4, 1).cpu()
 
+    def sounds(self, tokens: Tensor) -> list[Waveform]:
+        """(B, 18, 128) -> the sound of each clip at the vocoder's rate, on the CPU."""
+        return [Waveform(one, self._vocoder.sampling_rate) for one in self._waves(self._mels(tokens))]
+
     def read(self, video: Tensor, audio: Tensor) -> Reading:
         """Of (B, 27, 128) and (B, 18, 128) normalized tokens."""
-        frames = self.frames(video)
-        mels = self._audio.decode(unpatchify_audio(audio.float()))
-        waves = torch.cat([self._vocoder(some) for some in mels.split(_TOGETHER)]).cpu()
-        waves = resample(waves, self._vocoder.sampling_rate, RATE)
+        frames, mels = self.frames(video), self._mels(audio)
+        waves = resample(self._waves(mels), self._vocoder.sampling_rate, RATE)
         return Reading(frames, [see(one) for one in frames], [hear_mel(one) for one in mels.cpu()], [hear(one) for one in waves])
+
+    def _mels(self, tokens: Tensor) -> Tensor:
+        return self._audio.decode(unpatchify_audio(tokens.float()))
+
+    def _waves(self, mels: Tensor) -> Tensor:
+        return torch.cat([self._vocoder(some) for some in mels.split(_TOGETHER)]).cpu()
 
 
 @torch.no_grad()

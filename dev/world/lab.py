@@ -66,7 +66,8 @@ class Lab:
         self._examples: dict[tuple[str, int, int], Examples] = {}
 
     @cached_property
-    def _decoders(self) -> Decoders:
+    def decoders(self) -> Decoders:
+        """Of the checkpoint, which is written where it is not there."""
         path = self._folder / "world.safetensors"
         if not path.exists():
             write_world_checkpoint(path)
@@ -113,7 +114,7 @@ class Lab:
         """Scores of samples of these prompts, each from the noise that the product's previews of them start with."""
         subjects = [*characters, *others]
         tokens = [sample(model, self, subjects[start : start + _TOGETHER], start, guidance) for start in range(0, len(subjects), _TOGETHER)]
-        reading = self._decoders.read(torch.cat([video for video, _ in tokens]), torch.cat([audio for _, audio in tokens]))
+        reading = self.decoders.read(torch.cat([video for video, _ in tokens]), torch.cat([audio for _, audio in tokens]))
         count = len(characters)
         by_voice: dict[str, list[bool]] = {}
         for subject, heard in zip(others, reading.from_sound[count:], strict=True):

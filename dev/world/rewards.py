@@ -1,9 +1,10 @@
 """Rewards of the small world, for experiments: `ltxv2_score_rollouts.py --reward_plugins dev/world/rewards.py --reward_fn world_red`.
 
-Both are smooth: a color or a pitch that is nearer scores higher, before the scorer would call it by its name.
+All are smooth: a color, place or pitch that is nearer scores higher, before the scorer would call it by its name.
 """
 
 import torch
+from torch import Tensor
 
 from musubi_tuner.media.audio import resample
 from musubi_tuner.reinforcement.rewards.base import NoScore, Reward, RewardSample, Score
@@ -14,6 +15,8 @@ from musubi_tuner.tiny.world.sounds import RATE
 from musubi_tuner.tiny.world.subjects import COLORS, PITCHES, Subject, subject_of
 
 _FARTHEST = 255 * 3**0.5
+_SIDES = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
+"""Axis, and the sign of what is near its beginning."""
 
 
 class WorldRed(Reward):
@@ -30,10 +33,25 @@ class WorldRed(Reward):
         return [self._nearness(one) for one in samples]
 
     def _nearness(self, sample: RewardSample) -> float:
-        if sample.frames.shape != (FRAMES, SIZE, SIZE, 3):
-            raise UserError(f"world_red: clips of the small world are {FRAMES} frames of {SIZE}x{SIZE}, not {tuple(sample.frames.shape)}.")
-        rgb = see(sample.frames).rgb
+        rgb = see(_frames(self.name, sample)).rgb
         return -1.0 if rgb is None else -float((torch.tensor(rgb) - self._color).norm()) / _FARTHEST
+
+
+class WorldPlace(Reward):
+    """How far to the left (or to `side`) the object is: from 1 at that edge to -1 at the other one, and -1 where there is no object. No
+    caption says it, so samples of a prompt differ, and nothing else has to change with it.
+    """
+
+    name, route, needs, has_model = "world_place", "video", ("video",), False
+
+    def setup(self, device: torch.device, side: str = "left") -> None:
+        if side not in _SIDES:
+            raise UserError(f"--reward_args world_place.side={side}: must be one of {', '.join(_SIDES)}.")
+        self._axis, self._sign = _SIDES[side]
+
+    def score(self, samples: list[RewardSample]) -> list[float]:
+        centers = [see(_frames(self.name, one)).center for one in samples]
+        return [-1.0 if center is None else self._sign * (1 - 2 * center[self._axis]) for center in centers]
 
 
 class WorldPitch(Reward):
@@ -63,4 +81,10 @@ class WorldPitch(Reward):
         return max(value for name, value in voices if name == pitch) - max(value for name, value in voices if name != pitch)
 
 
-REWARDS = [WorldRed, WorldPitch]
+def _frames(reward: str, sample: RewardSample) -> Tensor:
+    if sample.frames.shape != (FRAMES, SIZE, SIZE, 3):
+        raise UserError(f"{reward}: clips of the small world are {FRAMES} frames of {SIZE}x{SIZE}, not {tuple(sample.frames.shape)}.")
+    return sample.frames
+
+
+REWARDS = [WorldRed, WorldPlace, WorldPitch]

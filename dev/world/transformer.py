@@ -6,6 +6,7 @@ the same as n + 1 tokens, the last of which counts 1024 - n times: its attention
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,16 @@ class WorldModel(nn.Module):
             states: (B, 15, 128) normalized hidden states of the captions, index = d * states + state.
             lengths: (B,) tokens of each.
         """
+        batch = video.shape[0]
+        streams = ((video, video_sigma, self.video_positions), (audio, audio_sigma, self.audio_positions))
+        inputs = [
+            Modality(latent=tokens, sigma=sigma, levels=sigma[:, None], level_index=None, positions=positions.expand(batch, -1, -1, -1))
+            for tokens, sigma, positions in streams
+        ]
+        return self.of_inputs(inputs[0], inputs[1], states, lengths)
+
+    def of_inputs(self, video: Modality, audio: Modality, states: Tensor, lengths: Tensor) -> Velocity:
+        """As `forward`, of inputs without context."""
         places = torch.arange(TEXT_TOKENS, device=states.device)
         bias = torch.where(places[None] < lengths[:, None], 0.0, _NOTHING)
         bias = torch.cat([bias, (CONTEXT_TOKENS - lengths[:, None]).log()], 1)[:, None, None]
@@ -68,23 +79,10 @@ class WorldModel(nn.Module):
             return block(states, BlockInputs(video, audio, inputs.skips))
 
         self.model.run_block = run_block
-        batch = video.shape[0]
-        streams = (
-            (video, video_sigma, self.video_positions, "video_aggregate_embed", self.video_register),
-            (audio, audio_sigma, self.audio_positions, "audio_aggregate_embed", self.audio_register),
+        return self.model(
+            replace(video, context=self._context(states, "video_aggregate_embed", self.video_register)),
+            replace(audio, context=self._context(states, "audio_aggregate_embed", self.audio_register)),
         )
-        inputs = [
-            Modality(
-                latent=tokens,
-                sigma=sigma,
-                levels=sigma[:, None],
-                level_index=None,
-                positions=positions.expand(batch, -1, -1, -1),
-                context=self._context(states, name, register),
-            )
-            for tokens, sigma, positions, name, register in streams
-        ]
-        return self.model(inputs[0], inputs[1])
 
     def _context(self, states: Tensor, name: str, register: Tensor) -> Tensor:
         """(B, 16, W)"""

@@ -12,6 +12,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.program import run_program
 
 if TYPE_CHECKING:
+    from musubi_tuner.reinforcement.rollouts import Rollouts
     from musubi_tuner.reinforcement.scoring import Scored, Scoring
 
 log = logging.getLogger(__name__)
@@ -22,10 +23,13 @@ DESCRIPTION = "Score rollouts by rewards, for reinforcement learning: what is he
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(ScoringConfig, argv, prog=prog, description=DESCRIPTION)
+    from musubi_tuner.reinforcement.best import check_new
     from musubi_tuner.reinforcement.decoding import Decoders
     from musubi_tuner.reinforcement.scoring import prepare, score_all
     from musubi_tuner.reinforcement.shown import save_first, save_media
 
+    if config.run.best_directory is not None:
+        check_new(config.run.best_directory)
     scoring = prepare(config)
     if config.run.dry_run:
         return _try(scoring, force=config.run.force)
@@ -39,7 +43,21 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
             log.info("media of %s: %s", one.scores.reward, save_media(one.scores, scoring.rollouts, decoders, config.run.save_media))
     if config.run.save_first:
         log.info("first samples of each prompt: %s", save_first(scoring.rollouts, decoders, config.run.save_first))
+    if config.run.best_directory is not None:
+        _keep_best(scoring.rollouts, config)
     return 0
+
+
+def _keep_best(rollouts: Rollouts, config: ScoringConfig) -> None:
+    from musubi_tuner.reinforcement.best import write_best
+    from musubi_tuner.reinforcement.scores import rewards_of
+
+    folder, count = config.run.best_directory, config.run.best_count
+    assert folder is not None
+    best = write_best(rollouts, rewards_of(rollouts, config.rewards.reward_fn), count, folder)
+    for one in best.flagged:
+        log.warning("WARNING: prompt %d: '%s' does not order its samples: %s", one.group, one.reward, one.reason)
+    log.info("best: %d of %d samples: %s", len(best.samples), len(rollouts.samples), folder / "dataset.toml")
 
 
 def _show(scored: Sequence[Scored], scoring: Scoring) -> None:

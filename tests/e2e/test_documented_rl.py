@@ -56,10 +56,12 @@ def test_the_commands_of_a_round_and_of_the_next_in_the_order_of_the_page(projec
     shutil.copytree(project, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     words = of_page("reinforcement_learning.md")
-    assert [one[0] for one in words] == [ltxv2_cache_rollouts.PROG, ltxv2_score_rollouts.PROG, ltxv2_train_rl.PROG] * 2
+    a_round = [ltxv2_cache_rollouts.PROG, ltxv2_score_rollouts.PROG, ltxv2_train_rl.PROG]
+    assert [one[0] for one in words] == [*a_round, *a_round, ltxv2_score_rollouts.PROG]
     for one in words:
         assert run(one) == 0, one
     assert Path("rl/round_1/ltxv2_lora.safetensors").is_file()
+    assert Path("best_of_round_0/dataset.toml").is_file()
 
 
 def test_the_tutorial_from_its_files_to_a_clip(project, tmp_path, monkeypatch):

@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from musubi_tuner import ltxv2_train_network, ltxv2_train_rl
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.reinforcement import objective as objectives
+from musubi_tuner.reinforcement.advantages import Scored
+from musubi_tuner.reinforcement.best import best_samples, write_best
 from musubi_tuner.reinforcement.rollouts import read_rollouts
+from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
-from tests.rl_parts import PROMPTS, make, score
+from tests.e2e.test_processes import launch
+from tests.rl_parts import PROMPTS, arguments, make, score
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,12 @@ def train(family, folder: Path, out: Path, *flags: str) -> int:
     return ltxv2_train_rl.main([*base, "--learning_rate", "1e-3", "--save_precision", "float32", *flags])
 
 
+def supervised(family, dataset: Path, out: Path, *flags: str) -> int:
+    base = ["--dataset_config", str(dataset), "--ltxv2_model", str(family.ltx23), "--ltx_mode", "av", "--device", "cpu"]
+    base += ["--ltxv2_timestep_format", "sd3_0_1", "--output_dir", str(out), "--mixed_precision", "no", "--no-compile"]
+    return ltxv2_train_network.main([*base, "--max_data_loader_n_workers", "0", *(flags or ("--max_train_steps", "2"))])
+
+
 def losses(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "ltxv2_lora-loss.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -42,6 +52,17 @@ def test_a_sample_does_not_depend_on_how_many_others_there_are(tiny_family, roll
         for ending in ("_ltxv2", "_ltxv2_audio", "_ltxv2_steps"):
             assert (larger / f"{name}{ending}.safetensors").read_bytes() == (rollouts / f"{name}{ending}.safetensors").read_bytes()
     assert len({one.seed for one in (*read_rollouts(larger).samples, *read_rollouts(rollouts).samples)}) == 8
+
+
+def test_two_processes_make_the_same_files_as_one(tiny_family, rollouts, tmp_path):
+    flags = arguments(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    done = launch(2, "musubi_tuner.ltxv2_cache_rollouts", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "ltxv2_checked.jsonl"}
+        for folder in (tmp_path / "rollouts", rollouts)
+    )  # that one holds times of files
+    assert ours == theirs and sum(name.endswith("_steps.safetensors") for name in ours) == 6
 
 
 def test_what_is_there_is_kept_and_other_settings_are_refused(tiny_family, rollouts, tmp_path):
@@ -136,18 +157,31 @@ def test_the_next_round_starts_from_the_very_file_that_sampled(tiny_family, roll
 
 
 def test_samples_are_an_ordinary_dataset(tiny_family, rollouts, tmp_path):
-    base = [
-        "--dataset_config",
-        str(rollouts / "dataset.toml"),
-        "--ltxv2_model",
-        str(tiny_family.ltx23),
-        "--ltx_mode",
-        "av",
-        "--device",
-        "cpu",
-    ]
-    base += ["--ltxv2_timestep_format", "sd3_0_1", "--max_train_steps", "2", "--output_dir", str(tmp_path), "--mixed_precision", "no"]
-    assert ltxv2_train_network.main([*base, "--no-compile", "--max_data_loader_n_workers", "0"]) == 0
+    assert supervised(tiny_family, rollouts / "dataset.toml", tmp_path) == 0
+
+
+def test_the_best_of_each_prompt_are_a_dataset_of_their_own(tiny_family, rollouts, tmp_path):
+    read, scores = read_rollouts(rollouts), score(rollouts)
+    best = write_best(read, rewards_of(read, "tone:1"), 2, tmp_path / "best")
+    assert best.samples == tuple(name for names in read.groups.values() for name in sorted(names, key=lambda name: -scores[name])[:2])
+    assert not best.flagged and not (tmp_path / "best" / "rollouts.json").exists()
+    for path in (tmp_path / "best").glob("*.safetensors"):
+        assert path.read_bytes() == (rollouts / path.name).read_bytes()
+    with pytest.raises(UserError, match=r"--best_directory .*best: is there already"):
+        write_best(read, rewards_of(read, "tone:1"), 2, tmp_path / "best")
+    # nothing leads back: it is trained on where it stands alone
+    (tmp_path / "best").rename(tmp_path / "elsewhere")
+    assert supervised(tiny_family, tmp_path / "elsewhere" / "dataset.toml", tmp_path / "out", "--max_train_epochs", "1") == 0
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_prompt_whose_samples_score_alike_has_no_best():
+    groups = {0: ("a", "b"), 1: ("c", "d"), 2: ("e", "f")}
+    first = Scored(reward="one", route="video", weight=1.0, scores={"a": 0.0, "b": 1.0, "c": 2.0, "d": 2.0, "e": 0.0, "f": 1.0})
+    second = Scored(reward="two", route="sync", weight=3.0, scores={"a": 1.0, "b": 0.0, "c": 2.0, "d": 2.0, "e": 5.0, "f": 9.0})
+    names, flagged = best_samples(groups, [first, second], 1)
+    assert names == ("a", "f"), "the second weighs more, and no stream counts twice"
+    assert {(one.group, one.reward) for one in flagged} == {(1, "one"), (1, "two")}
 
 
 def test_a_first_frame_stays_clean(tiny_family, tmp_path, monkeypatch):

@@ -53,6 +53,22 @@ def test_a_redder_object_scores_higher():
         world("world_red", "world_red.color=pink")
 
 
+def test_an_object_that_is_nearer_to_the_side_scores_higher():
+    scene = scene_of(replace(RED, motion="stands still"), random.Random(1))
+    found = {}
+    for side in ("left", "right", "top", "bottom"):
+        reward = world("world_place", f"world_place.side={side}")
+        frames = draw_scenes([scene])[0].to(torch.uint8)
+        moved = frames.roll({"left": -9, "right": 9}.get(side, 0), 2).roll({"top": -9, "bottom": 9}.get(side, 0), 1)
+        first, second = reward.score([sample(frames), sample(moved)])
+        assert second == pytest.approx(first + 2 * 9 / 96, abs=0.02)
+        found[side] = first
+    assert found["left"] == pytest.approx(-found["right"]) and found["top"] == pytest.approx(-found["bottom"])
+    assert world("world_place").score([sample(torch.full((17, 96, 96, 3), 25, dtype=torch.uint8))]) == [-1.0]
+    with pytest.raises(UserError, match="world_place.side=middle: must be one of left"):
+        world("world_place", "world_place.side=middle")
+
+
 def test_the_pitch_of_the_caption_scores_highest():
     reward, high = world("world_pitch"), world("world_pitch", "world_pitch.pitch=high")
     for timbre in TIMBRES:

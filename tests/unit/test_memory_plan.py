@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.plans import RELEASED, full_table, streamed_plan, streamed_table
+from benchmarks.plans import RELEASED, full_table, rl_table, streamed_plan, streamed_table
 from benchmarks.plans import rates as rates_of
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.memory.attention import SCORE_BYTES
@@ -334,3 +334,9 @@ def test_the_page_on_full_finetuning_has_the_numbers_of_the_planner():
     """`python -m benchmarks.plans full_finetune` prints them."""
     page = (REPOSITORY / "docs" / "how-to" / "full_finetuning.md").read_text(encoding="utf-8")
     assert full_table("768x512x121") in page and streamed_table("768x512x121") in page
+
+
+def test_the_page_on_reinforcement_learning_has_the_numbers_of_the_planner():
+    """`python -m benchmarks.plans rl` prints them."""
+    page = (REPOSITORY / "docs" / "how-to" / "reinforcement_learning.md").read_text(encoding="utf-8")
+    assert rl_table() in page

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.validation import AnyPath, List, Text, options
+from musubi_tuner.config.validation import AnyPath, Count, List, Text, options
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -47,9 +47,16 @@ class ScoringRunOptions:
     save_first: Annotated[int, Field(ge=0, le=99)] = flag(
         "write the first samples of each prompt, so many: of the same seeds in every round", default=0
     )
+    best_directory: AnyPath | None = flag(
+        "write the best samples of each prompt, by --reward_fn with its weights, as a cached dataset into this new folder (best of n)",
+        default=None,
+    )
+    best_count: Count = flag("how many of each prompt", default=1)
 
     @model_validator(mode="after")
     def _check(self) -> "ScoringRunOptions":
+        if self.best_directory is not None and self.dry_run:
+            raise UserError("--best_directory: --dry_run writes nothing. Leave one of them out.")
         if self.force and not self.dry_run:
             raise UserError("--force: is for --dry_run, which refuses rewards without a signal.")
         for name in ("save_media", "save_first"):

@@ -49,7 +49,7 @@ def next_step(kind: StepKind, x: Tensor, x0: Tensor, sigma: Tensor, following: T
     Args:
         sigma, following: noise levels, 0 < following < sigma; they broadcast against `x`.
         level: a, from 0 (no noise) to 1.
-        second: the schedule's second level, which stands for `sigma` in Flow-SDE's g where that is 1.
+        second: the schedule's second level, which stands for `sigma` in the denominator of Flow-SDE's g where that is 1.
     """
     velocity = x0_to_velocity(x, x0, sigma)
     if kind == "cps":
@@ -57,6 +57,6 @@ def next_step(kind: StepKind, x: Tensor, x0: Tensor, sigma: Tensor, following: T
         x1 = x + (1 - sigma) * velocity
         return NextStep((1 - following) * x0 + (following.square() - std.square()).clamp(min=0).sqrt() * x1, std)
     bounded = torch.where(sigma < 1, sigma, second)
-    drift, dt = (level * (bounded / (1 - bounded)).sqrt()).square(), following - sigma
+    drift, dt = (level * (sigma / (1 - bounded)).sqrt()).square(), following - sigma
     mean = x * (1 + drift * dt / (2 * sigma)) + velocity * (1 + drift * (1 - sigma) / (2 * sigma)) * dt
     return NextStep(mean, (drift * -dt).sqrt())

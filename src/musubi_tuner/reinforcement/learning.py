@@ -69,7 +69,19 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
 
 
 def _learns(options: RlOptions, weights: Weights, rollouts: Rollouts) -> Learns:
-    settings = RuleSettings(
+    settings = settings_of(options)
+
+    def objective(matching: FlowMatching, network: LoRANetwork) -> RolloutObjective:
+        return RolloutObjective(
+            matching=matching, network=network, old=OldPolicy(network), settings=settings, advantages=weights, rollouts=rollouts
+        )
+
+    return objective
+
+
+def settings_of(options: RlOptions) -> RuleSettings:
+    """What the rule's formulas take."""
+    return RuleSettings(
         rule=options.rule,
         mix=options.nft_beta_mix,
         most=options.nft_adv_clip_max,
@@ -79,12 +91,10 @@ def _learns(options: RlOptions, weights: Weights, rollouts: Rollouts) -> Learns:
         reference_weight=options.rl_ref_mse_weight,
     )
 
-    def objective(matching: FlowMatching, network: LoRANetwork) -> RolloutObjective:
-        return RolloutObjective(
-            matching=matching, network=network, old=OldPolicy(network), settings=settings, advantages=weights, rollouts=rollouts
-        )
 
-    return objective
+def weights_of(options: RlOptions, groups: Mapping[int, Sequence[str]], found: Advantages) -> Weights:
+    """Of samples that are learned one by one: their advantages, or, of RWR, how much they weigh."""
+    return group_softmax(groups, found, options.rwr_temperature) if options.rule == "rwr" else found.of
 
 
 def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, found: Advantages) -> tuple[tuple[Item, ...], Weights]:
@@ -95,7 +105,7 @@ def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, foun
     """
     by_name = {item.clip.key: item for item in items}
     if options.rule == "dpo":
-        pairs = _picked(options, by_name) if options.dpo_pairs is not None else _best_and_worst(rollouts, found)
+        pairs = _picked(options, by_name) if options.dpo_pairs is not None else best_and_worst(rollouts.groups, found)
         return _paired(pairs, by_name, options)
     if not found.learned:
         raise UserError(
@@ -103,7 +113,7 @@ def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, foun
             "reward, or make larger groups."
         )
     spec = dataclasses.replace(items[0].spec, batch_size=options.rl_micro_batch_size, num_repeats=options.rl_timesteps_per_sample)
-    of = group_softmax(rollouts.groups, found, options.rwr_temperature) if options.rule == "rwr" else found.of
+    of = weights_of(options, rollouts.groups, found)
     chosen = [dataclasses.replace(by_name[name], spec=spec) for name in found.learned]
     return tuple(chosen), {item.key: of[item.clip.key] for item in chosen}
 
@@ -112,9 +122,10 @@ Pair = tuple[str, str, tuple[str, ...]]
 """The better sample, the worse one, and the streams in which it is better."""
 
 
-def _best_and_worst(rollouts: Rollouts, found: Advantages) -> list[Pair]:
+def best_and_worst(groups: Mapping[int, Sequence[str]], found: Advantages) -> list[Pair]:
+    """A pair of each group in which there is an order."""
     pairs = []
-    for names in rollouts.groups.values():
+    for names in groups.values():
         ranked = sorted((name for name in names if name in found.learned), key=lambda name: sum(found.of[name].values()))
         if len(ranked) > 1:
             worst, best = ranked[0], ranked[-1]
@@ -154,8 +165,13 @@ def _paired(pairs: Sequence[Pair], by_name: Mapping[str, Item], options: RlOptio
                 item.spec, label=f"pair {number}", batch_size=2, num_repeats=options.rl_timesteps_per_sample
             )
             items.append(dataclasses.replace(item, key=f"pair {number}/{name}", spec=spec))
-            weights[items[-1].key] = {stream: sign if stream in streams else 0.0 for stream in STREAMS}
+            weights[items[-1].key] = weights_in_pair(sign, streams)
     return tuple(items), weights
+
+
+def weights_in_pair(sign: float, streams: Sequence[str]) -> dict[str, float]:
+    """Of the better sample (1) or the worse one (-1): 0 in streams in which it is neither."""
+    return {stream: sign if stream in streams else 0.0 for stream in STREAMS}
 
 
 def _check_policy(config: RlTrainingConfig, rollouts: Rollouts) -> None:

@@ -127,7 +127,7 @@ def _sample(
             latents: SampledLatents = generate(wrapper, one.inputs[0], solve=recorder)
             assert latents.video is not None
             audio = None if latents.audio is None else latents.audio[0]
-            rollouts.write_sample(sample, latents.video[0], audio, recorder.steps, encoders)
+            rollouts.write_sample(sample, latents.video[0], audio, recorder.steps(), encoders)
             bar.advance()
     del wrapper, stack
     free_memory(setting.device)

@@ -78,6 +78,10 @@ class Rollouts:
     def write(self) -> None:
         """The description, and the samples as a dataset."""
         write_bytes(self.folder / ROLLOUTS, (json.dumps({"format": FORMAT, **self.facts}, indent=1, ensure_ascii=False) + "\n").encode())
+        self.write_dataset()
+
+    def write_dataset(self) -> None:
+        """The samples as a dataset alone."""
         write_bytes(self.folder / DATASET, _toml(self.facts).encode())
         spec = self.dataset.datasets[0]
         write_index(spec, DatasetIndex(settings=spec.settings(), clips=tuple(map(self.clip_of, self.samples))))
@@ -121,7 +125,7 @@ class Rollouts:
         Args:
             video: (128, F, h, w) latents.
             audio: (8, T, 16); None in video mode.
-            steps: of `sampling.Recorded`; empty where none was drawn.
+            steps: of `sampling.Recorder`; empty where none was drawn.
             encoders: fingerprints of the autoencoders, by kind of sidecar.
         """
         clip = self.clip_of(sample)

@@ -45,14 +45,20 @@ class Recorder:
     stochastic: Stochastic | None
     dtype: torch.dtype = torch.bfloat16
     """Values before and after such a step are rounded to it, so that what is learned from is exactly what was done."""
-    steps: dict[str, Tensor] = field(default_factory=dict)
-    """Of the newest sample: `levels` (T, 2) float32, the noise levels of each step; `second` (), that of the schedule's second; and of
-    each stream `NAME_before` and `NAME_after` (T, N, C). `NAME_after` of a stream that took Euler's steps is left out."""
+    _steps: tuple[dict[str, Tensor], ...] = ()
+
+    def steps(self, place: int = 0) -> dict[str, Tensor]:
+        """Of the newest batch's sample `place`: `levels` (T, 2) float32, the noise levels of each step; `second` (), that of the schedule's
+        second; and of each stream `NAME_before` and `NAME_after` (T, N, C). `NAME_after` of a stream that took Euler's steps is left out.
+        Empty where no step was drawn.
+        """
+        return self._steps[place] if self._steps else {}
 
     def __call__(
         self, sampler: Sampler, values: Streams, levels: Tensor, predict: Predict, keep: Keep, *, seed: int, advance: Callable[[], object]
     ) -> Streams:
         if self.stochastic is None:
+            self._steps = ()
             return without_record(sampler, values, levels, predict, keep, seed=seed, advance=advance)
         chosen, kept = self.stochastic, _Kept()
         for number, (sigma, following) in enumerate(pairwise(levels)):
@@ -71,7 +77,7 @@ class Recorder:
                         values[name] = euler_step(before[name], x0, sigma, following)
                 kept.add(before, {name: values[name] for name in chosen.streams if name in values}, (sigma, following))
             advance()
-        self.steps = kept.tensors(self.dtype, levels)
+        self._steps = tuple(kept.tensors(place, self.dtype, levels) for place in range(kept.size))
         return values
 
 
@@ -83,12 +89,15 @@ class _Kept:
     def add(self, before: Streams, after: Streams, levels: Sequence[Tensor]) -> None:
         for kind, streams in (("before", before), ("after", after)):
             for name, value in streams.items():
-                self.rows.setdefault(f"{name}_{kind}", []).append(value[0].cpu())
+                self.rows.setdefault(f"{name}_{kind}", []).append(value.cpu())
         sigma, following = (float(level) for level in levels)
         self.levels.append((sigma, following))
 
-    def tensors(self, dtype: torch.dtype, levels: Tensor) -> dict[str, Tensor]:
-        if not self.levels:
-            return {}
+    @property
+    def size(self) -> int:
+        """Of the batch; 0 where no step was drawn."""
+        return max((len(rows[0]) for rows in self.rows.values()), default=0)
+
+    def tensors(self, place: int, dtype: torch.dtype, levels: Tensor) -> dict[str, Tensor]:
         levels_of = {"levels": torch.tensor(self.levels), "second": levels[1].cpu()}
-        return levels_of | {name: torch.stack(rows).to(dtype) for name, rows in self.rows.items()}
+        return levels_of | {name: torch.stack([row[place] for row in rows]).to(dtype) for name, rows in self.rows.items()}

@@ -59,6 +59,8 @@ class Sight:
     """The object's own, 0 to 255."""
     shape: str | None = None
     motion: str | None = None
+    center: tuple[float, float] | None = None
+    """Mean place of the object, from the left and from above, 0 to 1."""
     overlap: float = 0.0
     """Intersection over union with the best outline of `shape`."""
     star_overlap: float = 0.0
@@ -120,6 +122,7 @@ def see(frames: Tensor) -> Sight:
         rgb=tuple(color.tolist()),
         shape=shape,
         motion=_motion(x, y),
+        center=(float(x.mean()) / SIZE, float(y.mean()) / SIZE),
         overlap=overlaps[shape],
         star_overlap=overlaps[CHARACTER_SHAPE],
         eye_distance=float((middle - torch.tensor(CHARACTER_EYE)).norm()),
