@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig
 
 from musubi_tuner.ltxv2.text.enhancing import Enhancer, enhance
 from musubi_tuner.memory.card import GIB
-from musubi_tuner.memory.streaming import BlockStreamer
+from musubi_tuner.memory.ring import Ring
 from musubi_tuner.placement import writing
 from musubi_tuner.placement.writing import place_writer, writing_bytes
 from musubi_tuner.runtime.errors import UserError
@@ -35,8 +35,8 @@ def written(folder, place=on_cpu) -> list[str]:
 
 @pytest.mark.parametrize("streamed", [3, LAYERS])
 def test_streamed_layers_write_the_same(gemma, monkeypatch, streamed):
-    wanted, fetched, load = written(gemma), [], BlockStreamer._load
-    monkeypatch.setattr(BlockStreamer, "_load", lambda streamer, number: fetched.append(number) or load(streamer, number))
+    wanted, fetched, load = written(gemma), [], Ring.load
+    monkeypatch.setattr(Ring, "load", lambda ring, number: fetched.append(number) or load(ring, number))
     monkeypatch.setattr(writing, "_streamed", lambda *given: streamed)
     assert written(gemma) == wanted and len(fetched) > 10 * streamed, "every word passes through them"
 
