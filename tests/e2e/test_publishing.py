@@ -192,7 +192,8 @@ def test_what_cannot_be_published_is_named(run, hub, tmp_path):
         (tmp_path, named, r"LoRAs of 2 runs \(a, b\)"),
         (tmp_path / "none.safetensors", named, "is no file and no folder"),
         (tmp_path / "a.safetensors", [], "--huggingface_repo_id is missing"),
-        (tmp_path / "a.safetensors", [*named, "--previews", tmp_path / "none.mp4"], "is no clip"),
+        (tmp_path / "a.safetensors", [*named, "--previews", tmp_path / "none.mp4"], "none.mp4: no such file"),
+        (tmp_path / "a.safetensors", [*named, "--previews", tmp_path / "a.safetensors"], "is no clip"),
     ):
         with pytest.raises(UserError, match=match):
             ltxv2_lora.main(["publish", str(place), *map(str, more)])
