@@ -23,7 +23,8 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.training.checkpoint import remove_old_loras
 from musubi_tuner.training.objective import ItemLosses, masked_mean, squared_error, total_loss
 from musubi_tuner.training.optimizer import ScheduleOptions, evaluating, make_optimizer, make_scheduler, try_out
-from musubi_tuner.training.state import remove_old_states, state_path
+from musubi_tuner.training.state import state_path
+from musubi_tuner.training.state_folders import remove_old_states
 
 NAMES = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_out.0"]
 LINEARS = dict.fromkeys(NAMES, (6, 8))

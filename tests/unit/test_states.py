@@ -17,7 +17,7 @@ from torch import nn
 from musubi_tuner.runtime import lock
 from musubi_tuner.runtime.device import pick_device
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.training import state
+from musubi_tuner.training import restoring, state, state_folders
 from musubi_tuner.training.metrics import LossFile, read_losses
 from musubi_tuner.training.optimizer import make_optimizer
 from musubi_tuner.training.run import Schedule
@@ -130,15 +130,15 @@ DAMAGE = {
 def test_a_damaged_state_is_named_and_an_older_one_taken(tmp_path, caplog, case):
     file, damage = DAMAGE[case]
     older, newest = save(tmp_path, 2), save(tmp_path, 4)
-    assert state.newest_state(tmp_path, "t") == newest
+    assert state_folders.newest_state(tmp_path, "t") == newest
     damage(newest)
     with pytest.raises(UserError, match=rf"--resume .*{file}.*A whole one is beside it: --resume .*step00000002-state"):
-        state.check_resumable(newest)
-    assert state.newest_state(tmp_path, "t") == older
+        state_folders.check_resumable(newest)
+    assert state_folders.newest_state(tmp_path, "t") == older
     assert str(newest) in caplog.text
     damage(older)
     with pytest.raises(UserError, match="no state of 't' in .* is whole"):
-        state.newest_state(tmp_path, "t")
+        state_folders.newest_state(tmp_path, "t")
 
 
 def test_arguments_that_an_optimizer_looks_at_late_are_refused_in_words():
@@ -150,7 +150,7 @@ def test_other_arguments_of_the_optimizer_are_told_apart_whatever_the_state_hold
     path = save(tmp_path, 2)
     write_progress('{"step": 2, "settings": {"optimizer_args": [["a"], 5]}}')(path)
     with pytest.raises(UserError, match=r"saved with --optimizer_args \['a'\] 5, this run has none"):
-        state.load_state(path, **parts(Network()) | {"settings": {"optimizer_args": []}})
+        restoring.load_state(path, **parts(Network()) | {"settings": {"optimizer_args": []}})
 
 
 @pytest.mark.parametrize("change", [lambda stored: {"state": {}}, lambda stored: {"state": [], "param_groups": stored["param_groups"]}])
@@ -158,21 +158,21 @@ def test_an_optimizer_of_another_kind_is_an_error_in_words(tmp_path, change):
     path = save(tmp_path, 2)
     replace_optimizer(lambda stored: {**stored, "optimizer": change(stored["optimizer"])})(path)
     with pytest.raises(UserError, match="optimizer.pt is damaged, or of another optimizer"):
-        state.load_state(path, **parts(Network()))
+        restoring.load_state(path, **parts(Network()))
 
 
 def test_a_kill_while_a_state_is_removed_or_written_leaves_none_by_halves(tmp_path, monkeypatch):
     path = save(tmp_path, 2)
     with monkeypatch.context() as patched:  # what is renamed first is not a state any more, whatever is left of it
         patched.setattr("shutil.rmtree", lambda *arguments, **named: None)
-        state.remove_old_states(tmp_path, "t", 1, 9)
+        state_folders.remove_old_states(tmp_path, "t", 1, 9)
         save(tmp_path, 3)
-        state.remove_old_states(tmp_path, "t", 1, 9)
-    assert not path.exists() and state.states(tmp_path, "t") == [tmp_path / "t-step00000003-state"]
+        state_folders.remove_old_states(tmp_path, "t", 1, 9)
+    assert not path.exists() and state_folders.states(tmp_path, "t") == [tmp_path / "t-step00000003-state"]
     other = tmp_path / ".u-step00000001-state.7.tmp"
     other.mkdir()
     (tmp_path / ".t-step00000001-state.7.tmp").mkdir()
-    state.remove_leftovers(tmp_path, "t")
+    state_folders.remove_leftovers(tmp_path, "t")
     assert {path.name for path in tmp_path.iterdir()} == {"t-step00000003-state", other.name}
 
 
@@ -292,7 +292,7 @@ def test_a_state_goes_on_where_steps_are_computed_otherwise(there, here):
     earlier, optimizer = torch.optim.AdamW([before], lr=0.1, **there), torch.optim.AdamW([after], lr=0.1, **here)
     before.grad = torch.ones(3)
     earlier.step()
-    optimizer.load_state_dict(state._computed_as_here(earlier.state_dict(), optimizer))
+    optimizer.load_state_dict(restoring._computed_as_here(earlier.state_dict(), optimizer))
     after.grad = torch.ones(3)
     if optimizer.param_groups[0]["fused"]:
         optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())

@@ -13,7 +13,7 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import real_path
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.program import quoted
-from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training import checkpoint, state, state_folders
 from musubi_tuner.training.metrics import loss_path
 from musubi_tuner.training.page.record import record_path
 from musubi_tuner.training.preflight import RunInputs, check_output_folder
@@ -41,7 +41,7 @@ def owned_output(saving: SavingOptions, group: Processes) -> Iterator[None]:
     try:
         check_output_folder(folder)
         with own:
-            state.remove_leftovers(folder, name)
+            state_folders.remove_leftovers(folder, name)
             checkpoint.remove_leftovers(folder, name)
             yield
     finally:
@@ -60,13 +60,13 @@ def resolve_newest(config: TrainingConfig) -> TrainingConfig:
     if saving.autoresume:
         if saving.resume is not None:
             raise UserError(f"--autoresume with --resume {saving.resume}: the first one chooses the state by itself; give one of them.")
-        newest = state.newest_state(saving.output_dir, saving.output_name)
+        newest = state_folders.newest_state(saving.output_dir, saving.output_name)
         if newest is None:
             log.info("--autoresume: no state of '%s' in %s; the run starts at step 0", saving.output_name, saving.output_dir)
         saving = dataclasses.replace(saving, resume=newest)
     elif saving.resume is not None:
-        state.check_resumable(saving.resume)
-        if state.run_of(real_path(saving.resume)) != saving.output_name:
+        state_folders.check_resumable(saving.resume)
+        if state_folders.run_of(real_path(saving.resume)) != saving.output_name:
             _refuse_to_overwrite(saving)
     elif not saving.overwrite:
         _refuse_to_overwrite(saving)
@@ -124,7 +124,7 @@ def _later(saving: SavingOptions, step: int) -> dict[Path, int]:
     """The turns of what decides where `--autoresume` goes on, states and the final LoRA, as far as they are of later steps."""
     folder, name = saving.output_dir, saving.output_name
     lora = checkpoint.lora_path(folder, name)
-    later = {path: state.turn_of(path) for path in state.later_states(folder, name, step)}
+    later = {path: state.turn_of(path) for path in state_folders.later_states(folder, name, step)}
     return later | ({lora: checkpoint.turn_of(lora)} if checkpoint.steps_of(lora) > step else {})
 
 
@@ -134,12 +134,12 @@ def clear_earlier(saving: SavingOptions) -> None:
         return
     folder, name = saving.output_dir, saving.output_name
     found = checkpoint.lora_files(folder, name)
-    if found or state.states(folder, name):
+    if found or state_folders.states(folder, name):
         log.warning("WARNING: --overwrite: LoRAs and states of an earlier run of '%s' in %s are removed", name, folder)
     try:
         for path in found:
             path.unlink()
-        state.remove_states(folder, name)
+        state_folders.remove_states(folder, name)
         for path in (loss_path(folder, name), record_path(folder, name)):
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -148,7 +148,7 @@ def clear_earlier(saving: SavingOptions) -> None:
 
 def _refuse_to_overwrite(saving: SavingOptions) -> None:
     folder, name = saving.output_dir, saving.output_name
-    states, loras = state.states(folder, name), checkpoint.lora_files(folder, name)
+    states, loras = state_folders.states(folder, name), checkpoint.lora_files(folder, name)
     if not (states or loras):
         return
     found = ", ".join(path.name for path in [*loras, *states][-3:])

@@ -15,7 +15,7 @@ from musubi_tuner.networks.whole import WholeTransformer, settled_values
 from musubi_tuner.placement.sharding import gathered
 from musubi_tuner.runtime.disk import FULL, reason
 from musubi_tuner.runtime.errors import TemporaryFailure
-from musubi_tuner.training import checkpoint, state
+from musubi_tuner.training import checkpoint, state, state_folders
 from musubi_tuner.training.hooks import Hook
 from musubi_tuner.training.run import Outcome, TrainingRun
 from musubi_tuner.training.space import SpaceWatch
@@ -153,7 +153,7 @@ class Saving(Hook):
         """Whether something was removed that would have gone after this save; the newest of each kind stays, until there is a newer one."""
         run, saving = self._run, self._run.config.saving
         before = shutil.disk_usage(run.output_dir).free
-        state.remove_old_states(run.output_dir, run.name, max(1, saving.save_last_n_states - 1), step)
+        state_folders.remove_old_states(run.output_dir, run.name, max(1, saving.save_last_n_states - 1), step)
         if saving.save_last_n is not None:
             checkpoint.remove_old_loras(run.output_dir, run.name, max(1, saving.save_last_n - 1), step=step, epoch=run.schedule.epoch(step))
         return shutil.disk_usage(run.output_dir).free > before
@@ -188,7 +188,7 @@ class Saving(Hook):
             parts=run.shards,
         )
         if path.parent == run.output_dir:
-            state.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
+            state_folders.remove_old_states(run.output_dir, run.name, run.config.saving.save_last_n_states, step)
 
 
 def _changed_weights(run: TrainingRun, network: WholeTransformer) -> dict[str, Tensor]:

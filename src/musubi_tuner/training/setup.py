@@ -45,9 +45,10 @@ from musubi_tuner.training.objective import BatchObjective, FlowMatching, error_
 from musubi_tuner.training.optimizer import ScheduleOptions, WeightAverage, is_schedule_free, make_optimizer, make_scheduler, try_out
 from musubi_tuner.training.preflight import RunInputs, cached_prompt, preview_prompts
 from musubi_tuner.training.preservation import PromptPreservation, Teacher, WithTeacher
+from musubi_tuner.training.restoring import load_state
 from musubi_tuner.training.run import Machine, TrainingRun, WriteWhole, make_schedule
 from musubi_tuner.training.saving import Saving
-from musubi_tuner.training.state import Watched, load_state
+from musubi_tuner.training.state import Watched
 from musubi_tuner.training.watch import AudioSupervision
 from musubi_tuner.training.weight_steps import gradients_used_up
 

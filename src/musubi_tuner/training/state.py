@@ -1,14 +1,11 @@
-"""Saving a run so that it can go on exactly: adapters, optimizer, schedule, step. Order and noise follow from the step."""
+"""A run's state on disk, from which it can go on exactly: adapters, optimizer, schedule, step. Order and noise follow from the step."""
 
 import hashlib
 import io
 import json
-import logging
 import os
-import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,30 +18,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from musubi_tuner.ltxv2.weights import DTYPE_NAMES
-from musubi_tuner.networks.whole import TrainedNetwork, set_values, settled_values
+from musubi_tuner.networks.whole import TrainedNetwork, settled_values
 from musubi_tuner.placement.sharding import part_of
-from musubi_tuner.runtime.disk import remove_folder, write_folder
+from musubi_tuner.runtime.disk import write_folder
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
-from musubi_tuner.runtime.program import quoted
-
-log = logging.getLogger(__name__)
 
 LAST_STEP = 10**8 - 1
 """Names of files have eight digits for it."""
-_NETWORK, _OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progress.json"
+_NETWORK, OPTIMIZER, _PROGRESS = "network.safetensors", "optimizer.pt", "progress.json"
 _MOST_IN_MEMORY = 2**30
 """Bytes of a file of a state that is read as a whole; a larger one, of a whole model, is mapped, so the host needs no room for it."""
-_SUFFIX, _TEMPORARY = "-state", ".tmp"
-_SCHEDULE_SETTINGS = {
-    "learning_rate", "audio_learning_rate", "network_args", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps",
-    "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "datasets", "processes",
-}  # fmt: skip
-"""What rates and their schedule follow from."""
+SUFFIX, TEMPORARY = "-state", ".tmp"
 
 
 def state_path(folder: Path, name: str, step: int) -> Path:
-    return folder / f"{name}-step{step:08d}{_SUFFIX}"
+    return folder / f"{name}-step{step:08d}{SUFFIX}"
 
 
 class DamagedState(UserError):
@@ -116,7 +105,7 @@ def save_state(
         sealed = {"fingerprints": {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}}
         (folder / _PROGRESS).write_text(json.dumps(progress | sealed, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    write_folder(path, path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}"), write)
+    write_folder(path, path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}"), write)
 
 
 def save_part(
@@ -142,12 +131,12 @@ def _stored(optimizer: Optimizer, scheduler: LRScheduler, watched: Mapping[str, 
 
 
 def _part_folder(path: Path, part: int) -> Path:
-    return path.with_name(f".{path.name}.{part}.part{_TEMPORARY}")
+    return path.with_name(f".{path.name}.{part}.part{TEMPORARY}")
 
 
 def _write_part(folder: Path, weights: Mapping[str, Tensor], stored: Mapping[str, Any], part: int) -> None:
     _write_tensors(folder / _of_part(_NETWORK, part), {name: part_of(value) for name, value in weights.items()})
-    torch.save(stored, folder / _of_part(_OPTIMIZER, part))
+    torch.save(stored, folder / _of_part(OPTIMIZER, part))
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -179,7 +168,7 @@ def read_state(path: Path, part: int = 0) -> SavedState:
     Raises:
         DamagedState: a file of it is missing, or does not hold what it should; names the file.
     """
-    names = [_of_part(name, part) for name in (_NETWORK, _OPTIMIZER)]
+    names = [_of_part(name, part) for name in (_NETWORK, OPTIMIZER)]
     for name in (*names, _PROGRESS):
         if not (path / name).is_file():
             raise DamagedState(f"{path}: no training state (no {name}).")
@@ -204,7 +193,7 @@ def read_state(path: Path, part: int = 0) -> SavedState:
     except DamagedState:
         raise
     except Exception as error:  # zip, pickle and torch have each their own
-        raise DamagedState(f"{file}: damaged, or no state of an optimizer ({_first_line(error)}).") from error
+        raise DamagedState(f"{file}: damaged, or no state of an optimizer ({first_line(error)}).") from error
     if not (isinstance(stored, dict) and all(isinstance(stored.get(key), dict) for key in ("optimizer", "scheduler"))):
         raise DamagedState(f"{file}: must hold the states of an optimizer and a schedule.")
     if not all(tensor.layout == torch.strided and tensor.device.type == "cpu" for tensor in _tensors_in(stored)):
@@ -277,129 +266,8 @@ def _read_progress(path: Path) -> dict[str, Any]:
     return progress
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def load_state(
-    path: Path,
-    *,
-    network: TrainedNetwork,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    settings: Mapping[str, Any],
-    watched: Mapping[str, Watched],
-    part: int = 0,
-    parts: int = 1,
-) -> tuple[int, list[str]]:
-    """Restore a run.
-
-    Args:
-        part, parts: which of the parts of a sharded model this process holds.
-
-    Returns:
-        The step to go on from, and what differs from the settings that the state was saved with, a line each.
-
-    Raises:
-        UserError: no whole state, or one of another network or optimizer.
-    """
-    saved = read_state(path, part)
-    if saved.parts != parts:
-        then, now = (f"sharded over {count} processes" if count > 1 else "whole in each process" for count in (saved.parts, parts))
-        raise UserError(f"--resume {path}: the model was {then}, and is {now} here. Launch it as it was, or start from its checkpoint.")
-    _check_optimizer(path, saved.settings, settings)
-    current = {name: part_of(value) for name, value in settled_values(network).items()}
-    if odd := _first_difference(saved.network, current):
-        raise UserError(
-            f"--resume {path}: the state is of another network ({odd}). Resume with the same --ltx_mode, --network_dim and --network_args."
-        )
-    set_values(network, saved.network, part_of)
-    rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(_computed_as_here(saved.stored["optimizer"], optimizer))
-        if _changed(saved.settings, settings) & _SCHEDULE_SETTINGS:
-            _replay(optimizer, scheduler, rates, saved.step)
-        else:
-            scheduler.load_state_dict(saved.stored["scheduler"])
-        torch.set_rng_state(saved.stored["torch_rng"])
-        for name, one in watched.items():
-            if name in saved.stored:  # what was switched on since then starts anew; the settings' difference is listed
-                one.load_state_dict(saved.stored[name])
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"--resume {path}: {_OPTIMIZER} is damaged, or of another optimizer ({type(error).__name__}: {_first_line(error)}). "
-            f"Resume with the same --optimizer_type.{_other_state(path)}"
-        ) from error
-    torn = [f"weights: in the middle of the update after step {saved.step} then"] if saved.torn else []
-    return saved.step, torn + _differences(saved.settings, settings)
-
-
-def _computed_as_here(stored: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state with this machine's choice of how its steps are computed, which a state of another one would bring along."""
-    how = [{key: group[key] for key in ("fused", "foreach", "capturable") if key in group} for group in optimizer.param_groups]
-    groups = [{**group, **own} for group, own in zip(stored["param_groups"], how, strict=True)]
-    return {**stored, "param_groups": groups}
-
-
-def check_resumable(path: Path) -> None:
-    """
-    Raises:
-        UserError: no whole state; names the newest one beside it that is.
-    """
-    try:
-        read_state(path)
-    except DamagedState as error:
-        raise UserError(f"--resume {path}: {error}{_other_state(path)}") from error
-
-
-def _other_state(path: Path) -> str:
-    """What to resume from in place of `path`, in words."""
-    for other in reversed(states(path.parent, run_of(path))):
-        if other.name == path.name:
-            continue
-        try:
-            read_state(other)
-        except DamagedState:
-            continue
-        return f" A whole one is beside it: --resume {quoted(other)}"
-    return f" Give a folder that ends in '{_SUFFIX}' and is whole, or start from a saved LoRA with --network_weights."
-
-
-def remove_old_states(folder: Path, name: str, keep: int, step: int) -> None:
-    """Keep the newest `keep` of the states up to `step`; those beyond it are an earlier run's, and not for this one to judge.
-
-    One that cannot be removed is told of and costs no run.
-    """
-    newest = state_path(folder, name, step).name
-    for path in [path for path in states(folder, name) if path.name <= newest][:-keep]:
-        try:
-            remove_folder(path)
-        except OSError as error:
-            log.warning("WARNING: %s: an old state that could not be removed (%s)", path, error.strerror)
-
-
-def newest_state(folder: Path, name: str) -> Path | None:
-    """What `--autoresume` goes on from, with a warning for each newer one that is damaged; None where this run has left no state.
-
-    Later steps that a run has gone back behind are not the newer ones.
-
-    Raises:
-        UserError: there are states, and none is whole.
-    """
-    found = states(folder, name)
-    for path in sorted(reversed(found), key=turn_of, reverse=True):
-        try:
-            read_state(path)
-        except DamagedState as error:
-            log.warning("WARNING: --autoresume: not from %s, which is damaged: %s", path, error)
-        else:
-            return path
-    if found:
-        raise UserError(
-            f"--autoresume: no state of '{name}' in {folder} is whole. Start from a saved LoRA with --network_weights FILE, another "
-            "--output_name and without --autoresume, or anew with --overwrite in place of --autoresume."
-        )
-    return None
 
 
 def turn_of(path: Path) -> int:
@@ -408,90 +276,3 @@ def turn_of(path: Path) -> int:
         return _read_progress(path / _PROGRESS).get("turn", 0)
     except DamagedState:
         return 0
-
-
-def later_states(folder: Path, name: str, step: int) -> list[Path]:
-    """Those of the run `name` that were saved beyond `step`, oldest first."""
-    return [path for path in states(folder, name) if path.name > state_path(folder, name, step).name]
-
-
-def run_of(path: Path) -> str:
-    """The name of the run that a state folder is of; empty where it is called otherwise."""
-    return path.name.rpartition("-step")[0]
-
-
-def remove_states(folder: Path, name: str) -> None:
-    """All of the run `name`.
-
-    Raises:
-        OSError: one could not be removed.
-    """
-    for path in states(folder, name):
-        remove_folder(path)
-
-
-def remove_leftovers(folder: Path, name: str) -> None:
-    """What killed runs of this name have begun to write; call it while the run's lock is held."""
-    pattern = re.compile(rf"\.{re.escape(name)}-step\d{{8}}{_SUFFIX}\.\d+(\.old|\.part)?{re.escape(_TEMPORARY)}")
-    for path in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def states(folder: Path, name: str) -> list[Path]:
-    """State folders of the run `name`, oldest first."""
-    if not folder.is_dir():
-        return []
-    pattern = re.compile(rf"{re.escape(name)}-step\d{{8}}{_SUFFIX}")
-    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
-
-
-def _check_optimizer(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        UserError: another optimizer, or other arguments of it, which the state holds and would put in place of the new ones.
-    """
-    for key in ("optimizer_type", "optimizer_args"):
-        if key in _changed(saved, current):
-            raise UserError(
-                f"--resume {path}: the state was saved with --{key} {_shown(saved[key])}, this run has {_shown(current[key])}. Resume with "
-                "the same, or start from the saved LoRA with --network_weights."
-            )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
-
-
-def _first_difference(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> str:
-    """Where two networks differ in names or shapes; empty where they do not."""
-    if odd := sorted(saved.keys() ^ current.keys()):
-        return f"{len(saved)} tensors, this one has {len(current)}; first '{odd[0]}'"
-    for name, tensor in saved.items():
-        if tensor.shape != current[name].shape:
-            return f"'{name}' is {tuple(tensor.shape)}, here {tuple(current[name].shape)}"
-    return ""
-
-
-def _replay(optimizer: Optimizer, scheduler: LRScheduler, rates: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Bring the new schedule to `step`, as the old one in the state would put the old rates in place of those that were asked for.
-
-    Args:
-        rates: of the optimizer's groups, as they were before the first step.
-    """
-    for group, fresh in zip(optimizer.param_groups, rates, strict=True):
-        group.update(fresh)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-        for _ in range(step):
-            scheduler.step()
-
-
-def _changed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> set[str]:
-    """Names of settings of both runs that differ."""
-    current = json.loads(json.dumps(dict(current)))
-    return {key for key in saved.keys() & current.keys() if saved[key] != current[key]}
-
-
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """A line each; of what another version of the trainer did not remember, nothing can be said."""
-    return [f"{key}: {saved[key]!r} then, {current[key]!r} now" for key in sorted(_changed(saved, current))]
