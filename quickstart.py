@@ -19,9 +19,9 @@ from typing import TextIO
 from tools.environment import ROOT, make_environment, run
 
 OUTPUT = ROOT / "quickstart_output"
-WORLD_STEPS = 600
+WORLD_STEPS = 900
 STEPS = 10
-SIZE = "--w 192 --h 128 --f 25 --fr 24 --s 8"
+SIZE = "--w 192 --h 128 --f 25 --fr 24 --s 4"
 
 DATASET = """\
 # Written by quickstart.py. Paths are relative to this file.
@@ -49,7 +49,7 @@ A blue disc moves over a violet ground while a tone rises and falls with it. {SI
 WORLD_RECIPE = r"""
 --ltxv2_timestep_format flowmatch_1_1000 --network_module musubi_tuner.networks.lora_ltxv2 --network_dim 32 --network_alpha 48
 --network_args include_patterns=transformer_blocks.*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)$,^audio_(proj_out|patchify_proj)
-rank_dropout=0 --learning_rate 4e-3 --lr_scheduler cosine --lr_warmup_steps 0.02 --gradient_accumulation_steps 2
+rank_dropout=0 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 0.02
 --timestep_args shift=2.2 uniform_prob=0 --no-independent_audio_timestep --no-gradient_checkpointing
 --stg_scale 0 --modality_scale 1 --rescale_scale 0
 """.split()

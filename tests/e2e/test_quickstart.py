@@ -35,7 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("Schnell Start é")
     patch.setattr(quickstart, "OUTPUT", folder)
     patch.setattr(quickstart, "STEPS", STEPS)
-    patch.setattr(quickstart, "PROMPTS", quickstart.PROMPTS.replace("--s 8", "--s 2"))
+    patch.setattr(quickstart, "PROMPTS", quickstart.PROMPTS.replace("--s 4", "--s 2"))
     quickstart.write_inputs()
     for title, command in quickstart.commands(Path(sys.executable)):
         run(title, command)
