@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network, ltxv2_train_rl
 from musubi_tuner.dataset.merge import merge_sources
+from musubi_tuner.media.audio import Waveform
+from musubi_tuner.media.write import write_wav
 from musubi_tuner.reinforcement import objective as objectives
 from musubi_tuner.reinforcement.advantages import Scored
 from musubi_tuner.reinforcement.best import best_samples, write_best
+from musubi_tuner.reinforcement.decoding import Decoders, decoding
 from musubi_tuner.reinforcement.rollouts import read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
@@ -208,6 +211,31 @@ def test_a_first_frame_stays_clean(tiny_family, tmp_path, monkeypatch):
     for rule in ("nft", "grpo"):
         assert train(tiny_family, folder, tmp_path / rule, "--rl_loss", rule) == 0
     assert weights and all(not one[:, :6].any() and one[:, 6:].all() for one in weights)
+
+
+def test_a_prompts_sound_is_for_rewards_alone(tiny_family, rollouts, tmp_path):
+    """The model never hears it; it lies beside the samples, and another one makes other rollouts."""
+    steps = ("--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    sound = tmp_path / "Stimme é.wav"
+    write_wav(sound, Waveform(torch.rand(2, 4800) - 0.5, 48000))
+    prompts = (f"{PROMPTS[0]} --a {sound.name}", PROMPTS[1])
+    folder = make(tiny_family, tmp_path, *steps, prompts=prompts)
+    made = read_rollouts(folder)
+    for one in made.samples:
+        assert (folder / f"{one.name}_ltxv2.safetensors").read_bytes() == (rollouts / f"{one.name}_ltxv2.safetensors").read_bytes()
+    with decoding(made, ("latents",), Decoders(vae=None, audio_vae=None, device=torch.device("cpu"))) as decode:
+        given = {one.name: decode(one).prompt_sound for one in made.samples}
+    assert given.pop("g0001_k00") is None
+    kept = given.pop("g0000_k02")
+    assert kept is not None and kept.parent == folder and kept.read_bytes() == sound.read_bytes()
+    write_wav(tmp_path / "other.wav", Waveform(torch.zeros(2, 4800), 48000))
+    with pytest.raises(UserError, match="holds rollouts with another 'prompts'"):
+        make(tiny_family, tmp_path, *steps, prompts=(f"{PROMPTS[0]} --a other.wav", PROMPTS[1]))
+    with pytest.raises(UserError, match="--ltx_mode video makes none"):
+        make(tiny_family, tmp_path / "still", "--ltx_mode", "video", prompts=(f"{PROMPTS[0]} --a {sound}",))
+    sound.write_bytes(b"no sound")
+    with pytest.raises(UserError, match=re.escape(sound.name)):
+        make(tiny_family, tmp_path / "spoiled", prompts=(f"{PROMPTS[0]} --a {sound}",))
 
 
 @pytest.mark.parametrize(

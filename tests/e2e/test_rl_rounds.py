@@ -15,6 +15,7 @@ import pytest
 from musubi_tuner import ltxv2_rl_rounds
 from musubi_tuner.command import dispatch
 from musubi_tuner.page.fill import data_of
+from musubi_tuner.reinforcement.rollouts import read_rollouts
 from musubi_tuner.runtime.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "training_configs").glob("rl_*.toml"))
@@ -89,6 +90,7 @@ def test_every_config_runs_a_round(tiny_family, tmp_path, here, path):
     assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
     facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
     assert [row["round"] for row in facts["rounds"]] == [None, 0] and facts["best"] == 0
+    assert read_rollouts(out / "round_000" / "rollouts").facts["sampling"]["guided"] is False
     assert facts["rounds"][0]["heldout"]["gain"] == 0 and facts["rounds"][1]["heldout"]["gain"] != 0
     assert (out / "ltxv2_lora.safetensors").read_bytes() == (out / "round_000/training/ltxv2_lora.safetensors").read_bytes()
     assert here == ["cache-rollouts", "score-rollouts", "cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"]

@@ -120,9 +120,21 @@ def test_mistakes_in_text_are_named(tmp_path: Path, text: str, expected: str) ->
         load_prompts(write(tmp_path, text))
 
 
+def test_a_json_line_is_a_prompt_with_a_datasets_names(tmp_path: Path) -> None:
+    (tmp_path / "voice.wav").write_bytes(b"sound")
+    lines = ['{"prompt": "a fox", "audio": "voice.wav", "seed": 3}', "", '"an owl --w 64"']
+    fox, owl = load_prompts(write(tmp_path, "\n".join(lines), "p.jsonl"))
+    assert (fox.prompt, fox.seed, fox.inputs.audio) == ("a fox", 3, tmp_path / "voice.wav")
+    assert (owl.prompt, owl.width, owl.inputs.audio, owl.where[-6:]) == ("an owl", 64, None, "line 3")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
+        ("p.jsonl", '{"prompt": "a"}\n[', "line 2: not valid JSON"),
+        ("p.jsonl", '{"prompt": "a", "audio": "b", "input_audio_path": "c"}', "line 1: 'audio' and 'input_audio_path' are the same"),
+        ("p.jsonl", '{"prompt": "a", "audio": "none.wav"}', "line 1: --a 'none.wav': no such file"),
+        ("p.json", '[{"prompt": "a", "audio": "none.wav"}]', "entry 1: unknown key 'audio'"),
         ("p.toml", "[prompt", "not valid TOML"),
         ("p.toml", 'prompt = "a fox"', r"\[prompt\]"),
         ("p.toml", "[prompt]\nwidth=64\n", r"\[\[prompt.subset\]\]"),
@@ -136,7 +148,7 @@ def test_mistakes_in_text_are_named(tmp_path: Path, text: str, expected: str) ->
         ("p.json", '[{"width": 64}]', "'prompt' is missing"),
         ("p.json", '[{"prompt": "a", "seed": "x"}]', "seed = 'x': must be a whole number"),
         ("p.json", '[{"prompt": "a", "seed": true}]', "seed = True"),
-        ("p.yaml", "a", "ends in .txt, .toml or .json"),
+        ("p.yaml", "a", "ends in .txt, .toml, .json or .jsonl"),
     ],
 )
 def test_mistakes_in_structured_files_are_named(tmp_path: Path, name: str, text: str, expected: str) -> None:

@@ -41,8 +41,10 @@ def stripes(frames: int = 9) -> Tensor:
     return picture
 
 
-def sample(frames: Tensor | None = None, sound: Waveform | None = None, prompt: str = "a dog") -> RewardSample:
-    return RewardSample(name="a", group=0, prompt=prompt, fps=24.0, decoded_frames=frames, decoded_sound=sound)
+def sample(
+    frames: Tensor | None = None, sound: Waveform | None = None, prompt: str = "a dog", prompt_sound: Path | None = None
+) -> RewardSample:
+    return RewardSample(name="a", group=0, prompt=prompt, fps=24.0, decoded_frames=frames, decoded_sound=sound, prompt_sound=prompt_sound)
 
 
 def made(name: str, **arguments: object):
@@ -79,6 +81,12 @@ def test_voices_like_the_users_own_score_higher(models, clips, model):
     with torch.inference_mode():
         like, unlike, short = reward.score([sample(sound=one) for one in (tone(220), noise, tone(220, 0.1))])
     assert unlike < like and 0.9 < like <= 1 + 1e-5 and short == NoScore("0.10 s hold no voice")
+    own = made("voice_likeness", model=models[model])
+    with torch.inference_mode():
+        (by_prompt,) = own.score([sample(sound=tone(220), prompt_sound=clips / "c.wav")])
+        with pytest.raises(UserError, match="the prompt 'a dog' names no sound"):
+            own.score([sample(sound=tone(220))])
+    assert 0.9 < by_prompt <= 1 + 1e-5
 
 
 def test_speech_is_judged_by_what_whisper_hears(models):

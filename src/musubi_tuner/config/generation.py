@@ -22,7 +22,7 @@ class ClipOptions:
         "text of a clip; several make several clips. It may end in the flags of prompt files, such as 'a dog --w 512 --i start.png'",
         default=(), common=True, repeats=True,
     )  # fmt: skip
-    sample_prompts: AnyPath | None = flag("prompt file (.txt, .toml or .json), as previews take it", default=None, common=True)
+    sample_prompts: AnyPath | None = flag("prompt file (.txt, .toml, .json or .jsonl), as previews take it", default=None, common=True)
     negative_prompt: Text | None = flag("what to steer away from, where a prompt names none", default=None, may_be_empty=True)
     seed: Seed | None = flag("where a prompt names none; default: 10", default=None, common=True)
     image: AnyPath | None = flag("first frame, where a prompt names none", default=None, common=True)

@@ -46,7 +46,7 @@ class PreviewOptions(GuidanceOptions):
     """Previews."""
 
     sample_prompts: AnyPath | None = flag(
-        "prompt file (.txt, .toml or .json); without it there are no previews, without the next three flags one at the end",
+        "prompt file (.txt, .toml, .json or .jsonl); without it there are no previews, without the next three flags one at the end",
         default=None,
         common=True,
     )

@@ -24,7 +24,7 @@ from musubi_tuner.runtime.errors import UserError
 class RolloutOptions:
     """What is made."""
 
-    rl_prompts: AnyPath = flag("prompt file (.txt, .toml or .json), as previews take it; all of one size and length", common=True)
+    rl_prompts: AnyPath = flag("prompt file (.txt, .toml, .json or .jsonl), as previews take it; all of one size and length", common=True)
     rl_rollout_cache: AnyPath = flag("folder of the rollouts", common=True)
     rl_policy: AnyPath | None = flag(
         "LoRA that makes them, which is then trained further; default: the base model", default=None, common=True

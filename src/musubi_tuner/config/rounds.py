@@ -28,7 +28,7 @@ class RoundOptions:
     rl_config: AnyPath = flag(
         "TOML with the tables [rollouts], [scores] and [training]: flags of the three programs by their names without dashes", common=True
     )
-    rl_prompts: AnyPath = flag("prompt file (.txt, .toml or .json) of the rollouts", common=True)
+    rl_prompts: AnyPath = flag("prompt file (.txt, .toml, .json or .jsonl) of the rollouts", common=True)
     rl_heldout_prompts: AnyPath = flag("prompt file on which each round is judged, with seeds that stay the same", common=True)
     output_dir: AnyPath = flag("folder of the rounds", default=Path("rl"), common=True)
     output_name: FileName = flag("name of the LoRA file", default="ltxv2_lora", common=True)

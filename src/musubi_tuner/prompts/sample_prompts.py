@@ -1,8 +1,8 @@
-"""Sample prompts as musubi-tuner users write them: .txt with flags, .toml, .json.
+"""Sample prompts as musubi-tuner users write them: .txt with flags, .toml, .json, .jsonl.
 
 A line of text is a prompt; flags begin after its first ` --` (a blank or a tab) and nowhere else, so that a prompt may begin with "I
-walk". The same values have longer names in .toml and .json. Besides text a prompt may have conditioning inputs: pictures, a clip, sound,
-references.
+walk". The same values have longer names in .toml, .json and .jsonl. Besides text a prompt may have conditioning inputs: pictures, a clip,
+sound, references.
 """
 
 import re
@@ -18,7 +18,7 @@ from musubi_tuner.config.preview import Guidance, Steps
 from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Share, Side, as_path, options, validated
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import read_json, read_text, read_toml
+from musubi_tuner.runtime.files import read_json, read_json_lines, read_text, read_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,8 @@ _FLAGS = {
     **INPUT_FLAGS,
 }
 """Flags of a line of text, and the keys of .toml and .json that mean the same."""
+_SHORT = {"image": "image_path", "audio": "input_audio_path"}
+"""Keys of .jsonl, and what they mean."""
 _WHOLE = ("width", "height", "frame_count", "seed", "sample_steps")
 _NUMBERS = ("frame_rate", "cfg_scale", "guidance_scale", "audio_cfg_scale", "image_strength", "reference_strength", "reference_attention")
 _WITH_NUMBER = rf"({'|'.join(flag for flag, key in _FLAGS.items() if key in (*_WHOLE, *_NUMBERS))})\s+-?[\d.]"
@@ -184,9 +186,9 @@ def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[Pr
         UserError: the file, line and value that cannot be used, and the values that can.
     """
     defaults = defaults or PromptDefaults()
-    readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries}
+    readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries, ".jsonl": _json_line_entries}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json.")
+        raise UserError(f"{path}: a prompt file ends in .txt, .toml, .json or .jsonl.")
     entries = list(readers[path.suffix.lower()](path))
     if not entries:
         raise UserError(f"{path}: holds no prompt. Write one a line, or leave --sample_prompts out.")
@@ -238,7 +240,21 @@ def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
         raise UserError(f"{path}: must hold a list of objects, each with a 'prompt'.")
     for number, entry in enumerate(document, start=1):
         where = f"{path}, entry {number}"
-        yield where, _from_line(where, entry) if isinstance(entry, str) else validated(_Entry, entry, where=where)
+        yield where, _from_json(where, entry)
+
+
+def _json_line_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    """An object a line, in which a picture and a sound may have the names that datasets use."""
+    for where, entry in read_json_lines(path, named="--sample_prompts"):
+        if isinstance(entry, dict):
+            if twice := next((short for short, key in _SHORT.items() if short in entry and key in entry), None):
+                raise UserError(f"{where}: '{twice}' and '{_SHORT[twice]}' are the same; give one of them.")
+            entry = {_SHORT.get(key, key): value for key, value in entry.items()}
+        yield where, _from_json(where, entry)
+
+
+def _from_json(where: str, entry: Any) -> _Entry:
+    return _from_line(where, entry) if isinstance(entry, str) else validated(_Entry, entry, where=where)
 
 
 def _from_line(where: str, line: str) -> _Entry:

@@ -98,6 +98,7 @@ def decoding(rollouts: Rollouts, needs: Collection[str], decoders: Decoders) -> 
                 decoded_frames=to_pictures(latents["video"][None].float()) if to_pictures else None,
                 decoded_sound=fit_audio(to_sound(latents["audio"][None].float()), facts["frames"] / facts["fps"]) if to_sound else None,
                 cached_latents=latents if "latents" in needs else None,
+                prompt_sound=rollouts.sound_of(sample.prompt),
             )
 
         yield decode

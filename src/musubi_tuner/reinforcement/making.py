@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from musubi_tuner.cache.names import prompt_path
@@ -26,7 +27,17 @@ from musubi_tuner.ltxv2.autoencoders.video_vae import video_vae_fingerprint
 from musubi_tuner.ltxv2.transformer.load import read_config
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt
-from musubi_tuner.reinforcement.rollouts import ROLLOUTS, Rollouts, Sample, context_name, list_samples, read_rollouts, source_name
+from musubi_tuner.reinforcement.rewards.local import reference_sound
+from musubi_tuner.reinforcement.rollouts import (
+    ROLLOUTS,
+    Rollouts,
+    Sample,
+    context_name,
+    list_samples,
+    read_rollouts,
+    sound_name,
+    source_name,
+)
 from musubi_tuner.reinforcement.sampling import Recorder, Stochastic, choose_steps
 from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
@@ -56,8 +67,10 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
     """
     generation = config.as_of_generation()
     setting = open_setting(generation, program)
-    prompts = read_prompts(generation)
-    _check(prompts, config)
+    asked = read_prompts(generation)
+    _check(asked, config)
+    prompts = [_without_sound(one) for one in asked]
+    sounds = {number: one.inputs.audio for number, one in enumerate(asked) if one.inputs.audio is not None}
     folder = config.rollouts.rl_rollout_cache
     loras = chosen_loras(generation.loras)
     samples = list_samples(
@@ -72,11 +85,13 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
         )
         for sample in samples
     }
-    rollouts = Rollouts(folder, _facts(config, setting, prompts, samples))
+    rollouts = Rollouts(folder, _facts(config, setting, prompts, sounds, samples))
     if group.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         _check_earlier(rollouts)
         _cache_texts(setting, prompts, rollouts, group)
+        for number, sound in sounds.items():
+            _keep_sound(sound, folder / sound_name(number, sound))
     group.barrier()
     setting = dataclasses.replace(setting, texts=dataclasses.replace(setting.texts, cache_directory=folder, encode=None))
     missing = [sample for sample in samples if not rollouts.is_there(sample)]
@@ -133,7 +148,9 @@ def _sample(
     free_memory(setting.device)
 
 
-def _facts(config: RolloutConfig, setting: Setting, prompts: Sequence[PreviewPrompt], samples: Sequence[Sample]) -> dict[str, Any]:
+def _facts(
+    config: RolloutConfig, setting: Setting, prompts: Sequence[PreviewPrompt], sounds: Mapping[int, Path], samples: Sequence[Sample]
+) -> dict[str, Any]:
     options, stochastic, first = config.rollouts, config.stochastic, prompts[0]
     policy = None
     if options.rl_policy is not None:
@@ -181,13 +198,36 @@ def _facts(config: RolloutConfig, setting: Setting, prompts: Sequence[PreviewPro
             "guidance": dataclasses.asdict(config.guidance),
             "stochastic": drawn,
         },
-        "prompts": [{"id": number, "prompt": one.prompt, "negative": one.negative} for number, one in enumerate(prompts)],
+        "prompts": [
+            {"id": number, "prompt": one.prompt, "negative": one.negative, **_files_of(number, one, sounds.get(number))}
+            for number, one in enumerate(prompts)
+        ],
         "samples": [dataclasses.asdict(sample) for sample in samples],
     }
 
 
+def _files_of(number: int, prompt: PreviewPrompt, sound: Path | None) -> dict[str, dict[str, str]]:
+    """By content: samples and scores depend on it."""
+    found = {}
+    if prompt.inputs.image is not None:
+        found["image"] = {"name": prompt.inputs.image.name, "sha256": file_hash(prompt.inputs.image)}
+    if sound is not None:
+        found["audio"] = {"file": sound_name(number, sound), "name": sound.name, "sha256": file_hash(sound)}
+    return found
+
+
+def _without_sound(prompt: PreviewPrompt) -> PreviewPrompt:
+    """As it is sampled: its sound is for rewards, and the model never hears it."""
+    return dataclasses.replace(prompt, inputs=dataclasses.replace(prompt.inputs, audio=None))
+
+
+def _keep_sound(given: Path, kept: Path) -> None:
+    if not kept.is_file() or file_hash(kept) != file_hash(given):
+        write_bytes(kept, given.read_bytes())
+
+
 def _check(prompts: Sequence[PreviewPrompt], config: RolloutConfig) -> None:
-    """One size for all, and no conditioning but a first frame.
+    """One size for all, and no conditioning but a first frame. A sound is what rewards compare with.
 
     Raises:
         UserError: names the prompt.
@@ -200,7 +240,11 @@ def _check(prompts: Sequence[PreviewPrompt], config: RolloutConfig) -> None:
                     f"{one.where}: {name} {getattr(one, name)}, and {first.where} has {getattr(first, name)}: all rollouts of a folder are "
                     "of one size and length."
                 )
-        if one.inputs != dataclasses.replace(ConditioningInputs(), image=one.inputs.image):
+        if one.inputs.audio is not None:
+            if config.model.ltx_mode == "video":
+                raise UserError(f"{one.where}: has a sound (--a), with which rewards compare; --ltx_mode video makes none.")
+            reference_sound(one.inputs.audio)  # can be read
+        if one.inputs != dataclasses.replace(ConditioningInputs(), image=one.inputs.image, audio=one.inputs.audio):
             raise UserError(f"{one.where}: rollouts start from text, or text and a first frame (--i), and from nothing else.")
         if (one.inputs.image is None) != (first.inputs.image is None):
             raise UserError(f"{one.where}: either all prompts of a folder have a first frame (--i), or none.")

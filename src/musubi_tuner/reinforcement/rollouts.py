@@ -5,6 +5,7 @@
     g0003_k02_ltxv2.safetensors, g0003_k02_ltxv2_audio.safetensors         latents of sample 2 of prompt 3
     g0003_k02_ltxv2_steps.safetensors  its stochastic steps, where it has any: values before and after each
     p0003_ltxv2_te.safetensors         the prompt's context, once for all its samples
+    p0003_sound.wav                    a sound of the prompt's, for rewards that compare with it
     scores/REWARD.json                 what rewards say, added later
 
 Sources: docs/explanation/reinforcement_learning.md.
@@ -35,6 +36,7 @@ STEPS_ENDING = "_ltxv2_steps.safetensors"
 FORMAT = 1
 _STORED = torch.bfloat16
 _NAME = re.compile(r"g\d{4,9}_k\d{2,9}", re.ASCII)
+_SOUND_NAME = re.compile(r"p\d{4,9}_sound\.[a-z0-9]{1,5}", re.ASCII)
 _FACTS = ("seed", "round", "mode", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts", "samples")
 
 
@@ -114,6 +116,11 @@ class Rollouts:
             sidecars=sidecars,
         )
 
+    def sound_of(self, prompt: int) -> Path | None:
+        """What rewards may compare the prompt's samples with."""
+        sound = self.facts["prompts"][prompt].get("audio")
+        return None if sound is None else self.folder / sound["file"]
+
     def is_there(self, sample: Sample) -> bool:
         """Whether a sample is whole: its latents are written last."""
         return (self.folder / f"{sample.name}{LATENTS_ENDING}").is_file()
@@ -186,6 +193,10 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
     prompts, samples = facts["prompts"], facts["samples"]
     if not isinstance(prompts, list) or not all(isinstance(one, dict) and isinstance(one.get("prompt"), str) for one in prompts):
         return "'prompts' is no list of prompts"
+    for one in prompts:
+        sound = one.get("audio")
+        if sound is not None and not (isinstance(sound, dict) and _SOUND_NAME.fullmatch(str(sound.get("file")))):
+            return f"the sound of a prompt is {sound!r:.100}"
     if not isinstance(samples, list) or not samples:
         return "'samples' is no list of samples"
     for one in samples:
@@ -216,6 +227,11 @@ def list_samples(run: int, round_number: int, prompts: Sequence[str], group_size
 def source_name(prompt: int) -> str:
     """What all samples of a prompt are clips of, as far as the cache is concerned."""
     return f"p{prompt:04d}"
+
+
+def sound_name(prompt: int, given: Path) -> str:
+    """File name of a prompt's own sound."""
+    return f"{source_name(prompt)}_sound{given.suffix.lower()}"
 
 
 def context_name(prompt: int) -> str:

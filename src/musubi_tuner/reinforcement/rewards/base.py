@@ -30,6 +30,8 @@ class RewardSample:
     decoded_frames: Tensor | None = None
     decoded_sound: Waveform | None = None
     cached_latents: Mapping[str, Tensor] | None = None
+    prompt_sound: Path | None = None
+    """A sound or video file that the prompt names (`audio`), to compare the sample with."""
 
     @property
     def frames(self) -> Tensor:

@@ -147,7 +147,7 @@ def reference_sound(path: Path) -> Waveform:
     else:
         info = probe_video(path).audio
         if info is None:
-            raise UserError(f"{path}: has no sound to compare with. Take it out of the folder.")
+            raise UserError(f"{path}: has no sound to compare with. Give one that has, or take it out.")
     return read_audio(path, info, info.start, info.start + min(_LONGEST, info.end - info.start))
 
 
