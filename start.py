@@ -18,6 +18,9 @@ EXTRAS = ("bitsandbytes", "tensorboard")
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     if unknown := [word for word in arguments if word != "--dry_run"]:
         print(f"unknown: {unknown[0]}. start.py takes --dry_run, and nothing else.", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ CLIPS: dict[str, Any] = {"clips": 16, "repeats": 13, "batch": 3, "reminders": 72
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="that all of it is written into: models, clips, prompts.txt, dataset.toml")
     folder: Path = parser.parse_args(arguments).folder
     models = folder / "models"
     models.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,8 @@ class RlTrial:
     level: float = 0.7
     """`--rl_sde_eta`"""
     drawn_steps: int = 3
+    window: tuple[int, int] = (0, 10)
+    """`--rl_sde_window`"""
     streams: tuple[str, ...] = ("video", "audio")
     """Whose steps are drawn."""
     args: Mapping[str, str] = field(default_factory=lambda: {"preset": "attention_ff"})
@@ -165,7 +167,7 @@ class Rounds:
 
     def _stochastic(self, number: int, prompt: int) -> Stochastic:
         trial = self._trial
-        chosen = choose_steps(f"{trial.seed}|{number}|{prompt}|steps", (0, 10), trial.drawn_steps, trial.steps)
+        chosen = choose_steps(f"{trial.seed}|{number}|{prompt}|steps", tuple(trial.window), trial.drawn_steps, trial.steps)
         return Stochastic(kind=trial.drawn, level=trial.level, streams=trial.streams, steps=chosen)  # type: ignore[arg-type]
 
     def held_out(self) -> list[list[float]]:

@@ -125,7 +125,8 @@ def _join(options: config.JoinConfig) -> int:
         raise UserError("--checkpoints: give two files or more, or the folder of a split pack.")
     with _progress("joining", size_of(checkpoints)) as advance:
         join(checkpoints, options.writing.output, overwrite=options.writing.overwrite, advance=advance)
-    log.info("%s: %d tensors of %d file(s)", options.writing.output, sum(len(one.entries) for one in checkpoints), len(checkpoints))
+    entries = [entry for one in checkpoints for entry in one.entries.values()]
+    log.info("%s: %d tensors of %d files", options.writing.output, len(entries), len({one.file for one in entries}))
     return 0
 
 
@@ -192,7 +193,9 @@ def _compare(options: config.CompareConfig) -> int:
         print(f"{count:,} tensor(s) are stored as {str(dtype).removeprefix('torch.')} and as {str(other_dtype).removeprefix('torch.')}")
     if found.first:
         print(f"the first that differs: {found.first}, {found.groups[found.first].first}")
-    print("they hold the same" if found.is_same else "they differ")
+    tolerance = options.comparison.tolerance
+    within = f", but for differences of at most {tolerance:g}" if tolerance and any(one.largest for one in found.groups.values()) else ""
+    print(f"they hold the same{within}" if found.is_same else "they differ")
     return 0 if found.is_same else 1
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROG = "tools/dataset.py"
-DESCRIPTION = "Datasets of films: scenes, captions, references; looked into; their caches moved to another machine."
+DESCRIPTION = "Make datasets of films (scenes, captions, references), audit them, and move their caches to another machine."
 _MOST_ROWS = 40
 
 
@@ -128,12 +128,14 @@ def _references(options: media_config.ReferencesConfig) -> int:
             done.append(one)
             bar.advance()
     rows = [
-        (one.wanted.label, one.wanted.source.name, "there already" if one.outcome == "kept" else one.note, one.wanted.output)
+        (one.wanted.label, one.wanted.source.name, "there already" if one.outcome == "kept" else one.note)
         for one in done
         if one.outcome != "failed"
     ]
     if rows:
-        print(format_table(rows[:_MOST_ROWS], ("dataset", "clip", "reference", "file")))
+        print(format_table(rows[:_MOST_ROWS], ("dataset", "clip", "reference")))
+    for folder in dict.fromkeys(one.wanted.output.parent for one in done):
+        print(f"in {folder}")
     return _told([one.note for one in done if one.outcome == "failed"])
 
 

@@ -56,10 +56,10 @@ def _inspect(options: config.InspectConfig) -> int:
     print("\n" + format_table([(block, *_cells(one)) for block, one in found.by_block().items()], ("block", *heads)))
     if shown.modules:
         modules = [
-            (one.module, one.kind, one.rank or "", f"{one.scale:g}", *_cells((1, one.norm or 0.0, one.relative))[1:])
+            (one.kind, one.rank or "", f"{one.scale:g}", *_cells((1, one.norm or 0.0, one.relative))[1:], one.module)
             for one in found.modules
         ]
-        print("\n" + format_table(modules, ("module", "type", "rank", "scale", *heads[1:])))
+        print("\n" + format_table(modules, ("type", "rank", "scale", *heads[1:], "module")))
     print("\n" + "\n".join(sentences(found)))
     if shown.json is not None:
         write_json(shown.json, found.as_json())
@@ -119,6 +119,8 @@ def _resize(options: config.ResizeConfig) -> int:
     rank, energy = options.rank.rank, options.rank.energy
     wanted = {"rank": rank, "energy": energy}
     words = ", ".join(f"{name} {value:g}" for name, value in wanted.items() if value is not None)
+    if rank is not None and energy is None and contents.kinds == ["lora"] and max(contents.ranks) < rank:
+        log.info("no module has more than rank %d, so all keep theirs at --rank %d", max(contents.ranks), rank)
     _write(_resized(contents, rank, energy), options.writing, f"resize to {words} {contents.path.name}")
     return 0
 
@@ -172,6 +174,7 @@ def _average(options: config.AverageConfig) -> int:
             f"--output {output}: is one of the files that are averaged, and would become a part of its own average. Give another name."
         )
     files = [read_lora(path) for path in paths]
+    _check_saved_by_training(files, chosen.loras)
     if chosen.sigma_rel is None:
         shares, how = shares_by_decay(len(files), chosen.beta, chosen.beta2), f"beta {chosen.beta:g}"
     else:
@@ -182,6 +185,21 @@ def _average(options: config.AverageConfig) -> int:
     print(format_table([(path.name, f"{share:.4f}") for path, share in zip(paths, shares, strict=True)], ("file", "share")))
     _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}")
     return 0
+
+
+def _check_saved_by_training(files: Sequence[LoraContents], words: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a file that a wildcard or folder has found was made of others, such as an earlier average of the same checkpoints.
+    """
+    from musubi_tuner.conversion.lora.writing import MADE_FROM
+
+    for file in files:
+        if file.path not in map(Path, words) and MADE_FROM in file.metadata:
+            raise UserError(
+                f"{file.path}: is no checkpoint of a run, but was made of others ({file.metadata[MADE_FROM]}). Narrow the wildcard down to "
+                "checkpoints, move this file elsewhere, or name each file to average it all the same."
+            )
 
 
 def _steps(file: LoraContents) -> int:

@@ -189,7 +189,9 @@ def test_a_server_gets_pictures_and_sound_several_requests_at_once(clips, capsys
     notes = {row["file"]: row.get("note", "") for row in review(clips)}
     assert notes["clip_000.mp4"] == "only the first 0.5 s were heard" and notes["still_000.png"] == ""
     assert review(clips)[0]["answer"] == "The video shows a disc. It moves."
-    assert "4 written (3 of them cut)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    names = [line.split()[0] for line in out.splitlines() if line.startswith(("clip_", "still_"))]
+    assert "4 written (3 of them cut)" in out and names == sorted(names) and len(names) == 4
 
 
 def test_captions_of_people_are_never_replaced(clips, capsys):

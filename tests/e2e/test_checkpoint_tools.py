@@ -458,6 +458,8 @@ def test_the_same_in_another_form_is_the_same(tiny_family, tmp_path, capsys):
     checkpoint("compare", tiny_family.ltx23, tmp_path / "fp8.safetensors", code=1)
     text = capsys.readouterr().out
     assert "the first that differs: block 0" in text and "as float32 and as float8_e4m3fn" in text and "alone" not in text
+    checkpoint("compare", tiny_family.ltx23, tmp_path / "fp8.safetensors", "--tolerance", "1")
+    assert "they hold the same, but for differences of at most 1\n" in capsys.readouterr().out
     checkpoint("compare", tiny_family.ltx23, tmp_path / "fp8.safetensors", "--tolerance", "0.1")
     with pytest.raises(UserError, match="are the same file"):
         checkpoint("compare", tiny_family.ltx23, tiny_family.ltx23)

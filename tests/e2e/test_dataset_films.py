@@ -215,7 +215,7 @@ def test_a_trimmed_clip_has_the_frames_and_the_sound_of_its_seconds(tmp_path, ca
     assert not (tmp_path / "c.mp4").exists()
 
 
-def test_a_folder_is_cropped_with_its_captions(tmp_path, capsys):
+def test_a_folder_is_cropped_with_its_captions(tmp_path, capsys, caplog):
     source, out = tmp_path / "clips", tmp_path / "square"
     source.mkdir()
     write_clip(source / "a.mp4", bars(12, 1), audio=ClipAudio(samples=tones([12])))
@@ -235,6 +235,9 @@ def test_a_folder_is_cropped_with_its_captions(tmp_path, capsys):
     (source / "bad.mp4").unlink()
     dataset("crop", source, "--output_dir", out, "--aspect", "1:1")
     assert capsys.readouterr().out.count("there already") == 3
+    caplog.clear()
+    dataset("crop", source, "--output_dir", out, "--aspect", "2:1", code=1)
+    assert "a.mp4: is there already with 64x64, and 96x48 is asked for. Give another --output_dir" in caplog.text
     dataset("crop", source / "a.mp4", "--output_dir", tmp_path / "box", "--rectangle", "10", "4", "50", "40")
     box = probe_video(tmp_path / "box" / "a.mp4")
     assert float((pictures(box) - pictures(whole)[:, 4:44, 10:60]).abs().mean()) < 3

@@ -53,8 +53,10 @@ def test_what_comes_back_is_what_the_decoder_gives(data, tmp_path, capsys, monke
 
 
 def test_clips_are_chosen_by_name_and_holes_are_named(data, tmp_path, capsys):
-    with pytest.raises(UserError, match="no clip of .* is called so"):
-        decode(data, tmp_path, "--clips", "nothing*")
+    for idle in (["nothing*"], ["*", "nothing*"]):
+        with pytest.raises(UserError, match=r"--clips nothing\*: no clip of .* is called so. Its clips: "):
+            decode(data, tmp_path, "--clips", *idle)
+    assert not list(tmp_path.rglob("*.mp4"))
     (file,) = (data.folder / "cache" / "held").glob("*_ltxv2.safetensors")
     away = file.rename(file.with_suffix(".away"))
     try:

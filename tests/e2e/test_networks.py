@@ -160,6 +160,10 @@ def test_files_that_do_not_fit_are_refused(data, tmp_path):
     old = stored("c.safetensors", query, 128, {"ss_base_model_version": "ltx-2.0"})
     good, empty = stored("d.safetensors", query, 128), str(tmp_path / "e.safetensors")
     save_file({}, empty)
+    more = {f"diffusion_model.transformer_blocks.0.attn1.to_k.{half}.weight": torch.ones(128, 3) for half in ("lora_A", "lora_B")}
+    more["diffusion_model.transformer_blocks.0.attn1.to_k.lora_A.weight"] = torch.ones(3, 128)
+    mixed = str(tmp_path / "f.safetensors")
+    save_file(load_file(good) | more, mixed)
     for flags, message in (
         (("--base_weights", foreign), "adapts 1 module"),
         (("--base_weights", wide), "made for another model: .* takes 64 values .* 128 and 128 in this model"),
@@ -171,6 +175,7 @@ def test_files_that_do_not_fit_are_refused(data, tmp_path):
         (("--network_weights", wide, "--dim_from_weights"), "made for another model"),
         (("--network_weights", old, "--network_dim", "2"), "trained on ltx-2.0"),
         (("--network_weights", good), "--network_dim 2"),
+        (("--network_weights", mixed), "its modules have ranks from 2 to 3; give --dim_from_weights"),
         (("--network_weights", good, "--network_args", "type=dora"), "type=lora"),
         (("--network_weights", good, "--network_args", "type=dora", "--dim_from_weights"), "takes over"),
         (("--dim_from_weights",), "needs --network_weights"),

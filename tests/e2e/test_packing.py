@@ -200,8 +200,9 @@ def test_nothing_is_written_over(data, archive, tmp_path):
 def test_checks_without_writing(archive, tmp_path, capsys):
     shutil.copy(archive, tmp_path / "pack.tar")
     dataset("unpack", tmp_path / "pack.tar", "--check")
-    assert "every file is as it was packed" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
-    for words, says in (((), "--output is missing"), (("--check", "--output", "x"), "writes nothing")):
+    shown = capsys.readouterr()
+    assert "every file is as it was packed" in shown.out and "(100 %)" in shown.err and len(list(tmp_path.iterdir())) == 1
+    for words, says in (((), "give --output, the new folder, or --check"), (("--check", "--output", "x"), "writes nothing")):
         with pytest.raises(UserError, match=says):
             dataset("unpack", tmp_path / "pack.tar", *words)
 

@@ -215,6 +215,8 @@ def test_a_card_beside_the_file(run, tmp_path, capsys):
     assert (folder / widget["output"]["url"]).is_file() and widget["output"]["url"].startswith("sample/mila_s00000002")
     assert "| rank | 4 |" in text and "| steps | 2 |" in text and "Community License Agreement](https://" in text and "derivative" in text
     assert "A disc &lt;b>\\|&lt;/b>" in text, "a prompt is no markup"
+    settings = text.partition("## Settings")[2]
+    assert "(EMA)" not in settings and "| modules |" not in settings and "{" not in settings, "nothing twice, nothing that was off, no JSON"
     assert str(tmp_path) not in text
     with pytest.raises(UserError, match="is there already"):
         lora("card", folder / "mila.safetensors", "--output", folder / "README.md")

@@ -1,5 +1,6 @@
 """Training from real caches on the tiny 2.3-style checkpoint: modes, resuming, errors that come before work is lost."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -311,12 +312,14 @@ def test_audio_program_and_training_agree_on_what_is_missing(data, tmp_path):
     run(broken, tmp_path / "out", "--max_train_steps", "1")
 
 
-def test_retention_keeps_the_newest_of_steps_and_of_epochs(video_data, tmp_path):
+def test_retention_keeps_the_newest_of_steps_and_of_epochs(video_data, tmp_path, caplog):
     others = [tmp_path / name for name in ("ltxv2_lora-2-step00000001.safetensors", "ltxv2_lora-notes.safetensors")]
     for other in others:
         other.write_bytes(b"of somebody else")
     flags = ["--max_train_steps", "10", "--save_every_n_steps", "2", "--save_every_n_epochs", "1", "--save_last_n", "2"]
+    caplog.set_level(logging.INFO)
     run(video_data, tmp_path, *flags)  # epochs end at steps 3, 6 and 9; step 6 has its file by step
+    assert f"and 1 before them, in {tmp_path}" in " ".join(caplog.text.split())
     left = {path.name for path in tmp_path.glob("*.safetensors")} - {other.name for other in others}
     assert left == {
         "ltxv2_lora.safetensors", "ltxv2_lora-step00000006.safetensors", "ltxv2_lora-step00000008.safetensors",

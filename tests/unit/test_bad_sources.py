@@ -237,7 +237,18 @@ def test_hidden_files_of_macos_are_no_sources(tmp_path: Path) -> None:
 def test_what_is_not_used_is_listed_by_kind_and_captions_by_name(tmp_path: Path) -> None:
     put(tmp_path / "clips").with_suffix(".txt").write_text("a caption", encoding="utf-8")
     put(tmp_path / "clips", "bare.mp4")
-    for name in ("a.gif", "b.GIF", "song.mp3", "lonely.txt", "good.json", ".hidden", "Thumbs.db", "good_ltxv2.safetensors"):
+    for name in (
+        "caption_review.html",
+        "caption_review.jsonl",
+        "a.gif",
+        "b.GIF",
+        "song.mp3",
+        "lonely.txt",
+        "good.json",
+        ".hidden",
+        "Thumbs.db",
+        "good_ltxv2.safetensors",
+    ):
         (tmp_path / "clips" / name).write_bytes(b"x")
     (tmp_path / "clips" / "more").mkdir()
     (tmp_path / "clips" / "masks").mkdir()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from musubi_tuner import ltxv2_lora
 from musubi_tuner.conversion.lora.changes import change_of, shares_by_decay, shares_by_width
 from musubi_tuner.conversion.lora.contents import read_lora
+from musubi_tuner.networks.scales import FOLDED
 from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
 
@@ -324,3 +325,68 @@ def test_an_average_takes_no_part_of_itself(tmp_path):
     with pytest.raises(UserError, match=r"run-mean.safetensors: is one of the files that are averaged"):
         lora(*words)
     assert (tmp_path / "run-mean.safetensors").read_bytes() == before
+
+
+def metadata_of(path):
+    return dict(read_lora(path).metadata)
+
+
+TRAINED = {
+    "ss_steps": "100", "ss_seed": "1", "ss_base_model_version": "ltx-2.3", "ltxv2_adapted_streams": "video,audio,cross",
+    "ltxv2_network_scaling": FOLDED,
+}  # fmt: skip
+
+
+def test_metadata_stay_true_of_what_is_written(tmp_path):
+    mine = write_lora(tmp_path / "mine.safetensors", metadata=TRAINED)
+    lora("strip", mine, "--remove", "audio", "--output", tmp_path / "silent.safetensors")
+    assert metadata_of(tmp_path / "silent.safetensors")["ltxv2_adapted_streams"] == "video"
+    lora("convert", mine, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    assert metadata_of(tmp_path / "kohya.safetensors")["ltxv2_network_scaling"] != FOLDED
+    lora("convert", tmp_path / "kohya.safetensors", "--to", "official", "--output", tmp_path / "back.safetensors")
+    assert metadata_of(tmp_path / "back.safetensors")["ltxv2_network_scaling"] == FOLDED
+
+
+def test_a_sum_says_what_is_true_of_all_of_its_parts(tmp_path):
+    one = write_lora(tmp_path / "one.safetensors", metadata=TRAINED | {"modelspec.title": "one"})
+    guided = {"ss_seed": "2", "modelspec.title": "two", "reference_downscale_factor": "2"}
+    other = write_lora(tmp_path / "two.safetensors", seed=1, metadata=TRAINED | guided)
+    lora("merge", one, other, "--output", tmp_path / "sum.safetensors")
+    found = metadata_of(tmp_path / "sum.safetensors")
+    assert not {"ss_seed", "modelspec.title"} & set(found)
+    assert (found["ss_base_model_version"], found["reference_downscale_factor"]) == ("ltx-2.3", "2")
+    assert found["ltxv2_made_from"] == "merge one.safetensors x 1 (sound 1), two.safetensors x 1 (sound 1)"
+
+
+def test_an_earlier_average_is_no_checkpoint_of_the_run(tmp_path):
+    for step in (1, 2):
+        write_lora(tmp_path / f"run-{step}.safetensors", seed=step)
+    lora("average", tmp_path / "run*.safetensors", "--output", tmp_path / "run-a.safetensors")
+    for found in (tmp_path / "run*.safetensors", tmp_path):
+        with pytest.raises(UserError, match=r"run-a.safetensors: is no checkpoint of a run, but was made of others \(average"):
+            lora("average", found, "--output", tmp_path / "run-b.safetensors")
+    lora("average", tmp_path / "run-1.safetensors", tmp_path / "run-a.safetensors", "--output", tmp_path / "run-b.safetensors")
+
+
+def test_a_picture_is_shown_by_its_length(tmp_path, capsys):
+    mine = write_lora(tmp_path / "mine.safetensors", metadata={"modelspec.thumbnail": "data:image/jpeg;base64," + 9000 * "A"})
+    lora("inspect", mine, "--modules")
+    shown = capsys.readouterr().out
+    assert "(9,023 characters)" in shown and 100 * "A" not in shown
+    assert all(any(line.endswith(f"  {name}") for line in shown.splitlines()) for name in SIZES), "names of modules are whole"
+
+
+def test_a_rank_above_the_files_own_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    mine = write_lora(tmp_path / "mine.safetensors")
+    lora("resize", mine, "--rank", "16", "--output", tmp_path / "same.safetensors")
+    assert "no module has more than rank 3, so all keep theirs at --rank 16" in caplog.text
+
+
+def test_a_card_says_conditioning_in_words(tmp_path):
+    rules = {"video": [{"rule": "Reference", "probability": 1.0}, {"rule": "FirstFrame", "probability": 0.2}], "audio": []}
+    mine = write_lora(tmp_path / "mine.safetensors", metadata=TRAINED | {"ltxv2_conditioning": json.dumps(rules)})
+    lora("card", mine, "--output", tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| conditioning | video: Reference (probability 1.0), FirstFrame (probability 0.2) |" in text
+    assert "| streams | video, audio, cross |" in text

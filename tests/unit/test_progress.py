@@ -94,6 +94,14 @@ def test_other_processes_show_nothing(monkeypatch):
     assert file.getvalue() == ""
 
 
+def test_high_rates_are_plain_numbers(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with Progress("comparing", 3, unit="clip") as bar:
+        bar.advance(3, seconds=0.0001)
+    assert ", 30,000 clips/s, " in file.getvalue()
+
+
 def test_an_hour_is_written_as_one():
     assert [progress._clock(seconds) for seconds in (0, 59.6, 3599, 3600, 86399)] == ["00:00", "01:00", "59:59", "1:00:00", "23:59:59"]
 

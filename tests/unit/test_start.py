@@ -37,6 +37,11 @@ def test_an_old_driver_is_told_and_gets_the_build_for_the_cpu():
     assert read_answer("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.").cuda is None
 
 
+def test_help_is_given_and_nothing_is_installed():
+    answer = subprocess.run([sys.executable, str(REPOSITORY / "start.py"), "--help"], capture_output=True, text=True, check=True)
+    assert "--dry_run" in answer.stdout and ".venv" in answer.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_the_shell_script_passes_over_pythons_that_are_too_old(tmp_path):
     """And starts from any folder."""

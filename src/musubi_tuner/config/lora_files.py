@@ -27,7 +27,9 @@ class WritingOptions:
     """What is written."""
 
     output: AnyPath = flag("the new file")
-    save_precision: Literal["bfloat16", "float16", "float32"] | None = flag("dtype of its values; default: that of the file", default=None)
+    save_precision: Literal["bfloat16", "float16", "float32"] | None = flag(
+        "dtype of its values; default: that of the file, of extract bfloat16", default=None
+    )
     overwrite: bool = flag("replace what is there", default=False)
 
 

@@ -52,7 +52,9 @@ class UnpackOptions:
     def _check(self) -> "UnpackOptions":
         if (self.output is None) != self.check:
             raise UserError(
-                "--output is missing: the new folder." if self.output is None else "--check writes nothing; leave --output out."
+                "give --output, the new folder, or --check to write nothing."
+                if self.output is None
+                else "--check writes nothing; leave --output out."
             )
         return self
 

@@ -21,6 +21,7 @@ from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import write_image, write_video, write_wav
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.tables import names_of
 
 _TOGETHER = 16
 """Clips for which each decoder is loaded once."""
@@ -52,21 +53,30 @@ def choose(datasets: DatasetConfig, folder: Path, *, clips: Sequence[str], most:
     """What of the datasets, validation among them, is to be decoded.
 
     Args:
-        clips: patterns such as `dance*` over the clips' names; none = all of them.
+        clips: patterns such as `dance*` over the names of clips or of their sources; none = all of them.
         most: of each dataset.
 
     Raises:
-        UserError: no index, or patterns that nothing matches.
+        UserError: no index, or a pattern that nothing matches.
     """
-    found = []
+    found, idle, known = [], dict.fromkeys(clips), []
     for spec in (*datasets.datasets, *datasets.validation_datasets):
         index = read_index(spec, datasets.path)
-        own = [clip for clip in index.clips if not clips or any(fnmatchcase(clip.key, pattern) for pattern in clips)]
+        own = []
+        for clip in index.clips:
+            matching = [pattern for pattern in clips if any(fnmatchcase(name, pattern) for name in (clip.key, clip.source))]
+            for pattern in matching:
+                idle.pop(pattern, None)
+            if matching or not clips:
+                own.append(clip)
+        known += [clip.key for clip in index.clips]
         for clip in own[:most]:
             kinds = ["latents", *(["reference"] if references and "reference" in clip.sidecars else [])]
             found += [Wanted(spec.label, clip, kind, _stem(folder, spec, clip, kind)) for kind in kinds]
+    if idle:
+        raise UserError(f"--clips {' '.join(idle)}: no clip of {datasets.path} is called so. Its clips: {names_of(known, 5)}.")
     if not found:
-        raise UserError(f"--clips {' '.join(clips)}: no clip of {datasets.path} is called so." if clips else f"{datasets.path}: no clips.")
+        raise UserError(f"{datasets.path}: no clips.")
     return found
 
 

@@ -88,7 +88,7 @@ def files_to_crop(source: Path, folder: Path) -> list[Path]:
 
 
 def crop_all(paths: list[Path], options: CropOptions) -> Iterator[Cropped]:
-    """Crop one after the other, and copy captions (.txt) that lie beside them; files that are there are kept.
+    """Crop one after the other, and copy captions (.txt) that lie beside them; files of that size that are there are kept.
 
     Raises:
         TemporaryFailure: a full disk.
@@ -96,7 +96,7 @@ def crop_all(paths: list[Path], options: CropOptions) -> Iterator[Cropped]:
     for path in paths:
         output = options.output_dir / _cropped_name(path)
         try:
-            note = "" if output.exists() else _crop(path, output, options)
+            note = _check_kept(path, output, options) if output.exists() else _crop(path, output, options)
             _copy_caption(path, output)
             yield Cropped(name=path.name, outcome="made" if note else "kept", note=note)
         except TemporaryFailure:
@@ -123,6 +123,30 @@ def rectangle_for(width: int, height: int, options: CropOptions) -> Rectangle:
     if min(wide, high) < 2:
         raise UserError(f"{width}x{height}: nothing is left of it.")
     return Rectangle(left=left // 2 * 2, top=top // 2 * 2, width=wide // 2 * 2, height=high // 2 * 2)
+
+
+def _check_kept(path: Path, output: Path, options: CropOptions) -> str:
+    """Nothing to say of a file that is there and of the size that is asked for.
+
+    Raises:
+        UserError: it has another size, as after other settings.
+    """
+    (width, height), there = _size_of(path), _size_of(output)
+    part = _named(path, width, height, options)
+    if there != (part.width, part.height):
+        raise UserError(
+            f"{output}: is there already with {there[0]}x{there[1]}, and {part.width}x{part.height} is asked for. "
+            "Give another --output_dir, or remove the file."
+        )
+    return ""
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture or clip."""
+    if path.suffix.lower() in EXTENSIONS["image"]:
+        return picture_size(path)
+    info = probe_video(path)
+    return info.width, info.height
 
 
 def _crop(path: Path, output: Path, options: CropOptions) -> str:

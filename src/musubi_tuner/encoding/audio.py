@@ -30,6 +30,8 @@ _LEAST_SAMPLES = 513
 """At 16 kHz: the first mel frame reflects half of its 1024 samples at the clip's start."""
 _SILENCE = 1e-4
 """Peak, of 1: -80 dBFS."""
+_EDGE = 0.05
+"""Seconds at each end that do not count for that: AAC and its kin smear the sound before a cut some 20 ms beyond it."""
 _NOTED_PADDING = 0.01
 """Seconds: encoders of sound round lengths by less."""
 _FULL_SCALE, _MOST_AT_FULL_SCALE = 0.999, 1e-3
@@ -67,7 +69,7 @@ class SoundFacts:
     """What is to be known of a clip's sound, as it was decoded."""
 
     peak: float
-    """0 where there is none in its seconds."""
+    """Of all but its first and last `_EDGE` seconds; 0 where there is none in its seconds."""
     at_full_scale: float
     """Share of the samples."""
     late: float
@@ -95,9 +97,10 @@ def sound_facts(planned: PlannedClip, samples: Tensor) -> SoundFacts | None:
     clip, (_, origin, stream) = planned.clip, _sound_of(planned)
     if stream is None:
         return None
-    peaks = samples.abs()
+    peaks, edge = samples.abs(), round(_EDGE * AUDIO_SAMPLE_RATE)
+    inner = peaks[:, edge:-edge] if peaks.shape[1] > 4 * edge else peaks
     return SoundFacts(
-        peak=float(peaks.max()) if samples.shape[1] else 0.0,
+        peak=float(inner.max()) if samples.shape[1] else 0.0,
         at_full_scale=float((peaks >= _FULL_SCALE).float().mean()) if samples.shape[1] else 0.0,
         late=stream.start - origin - clip.start_seconds,
         early=origin + clip.end_seconds - stream.end,

@@ -152,6 +152,10 @@ class LoRANetwork:
             try:
                 self.layers[name].load(adapter.tensors)
             except ShapeMismatch as error:
+                if len(ranks := sorted({one.rank for one in file.adapters.values() if one.rank})) > 1:
+                    raise UserError(
+                        f"--network_weights {file.path}: its modules have ranks from {ranks[0]} to {ranks[-1]}; give --dim_from_weights."
+                    ) from error
                 raise UserError(f"--network_weights {file.path}: '{name}': {error}; or give --dim_from_weights.") from error
 
     @contextmanager

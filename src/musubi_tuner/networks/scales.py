@@ -16,6 +16,8 @@ from musubi_tuner.runtime.files import parse_json, read_json
 
 HEADER = "lora_adapter_metadata"
 """Of diffusers, in the metadata of the file."""
+FOLDED = "folded into the tensors; there is no alpha to apply"
+"""What the metadata say (`ltxv2_network_scaling`) of a file whose keys have no alpha."""
 _PEFT_PREFIX = "base_model.model."
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

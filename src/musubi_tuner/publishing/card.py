@@ -135,7 +135,7 @@ def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: s
         ]
         found.append("## Previews\n\n<Gallery />\n\n" + "\n".join(lines))
     found.append(_use(lora, metadata, facts))
-    rows = [(name, metadata[key]) for name, key in _SETTINGS if metadata.get(key, "") not in _EMPTY]
+    rows = [(name, text) for name, key in _SETTINGS if (text := _setting(key, metadata))]
     if rows:
         table = "\n".join(f"| {name} | {_plain(value)} |" for name, value in rows)
         trainer = metadata.get("ltxv2_trainer_version")
@@ -147,6 +147,35 @@ def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: s
         "Its terms, the restrictions of use among them, bind everyone who uses the file or passes it on, with this notice."
     )
     return found
+
+
+def _setting(key: str, metadata: Mapping[str, str]) -> str:
+    """An entry in words; empty where it says nothing that a reader would want to know."""
+    value = metadata.get(key, "")
+    if value in _EMPTY or key == "ltxv2_ema_decay" and value in ("0", "0.0"):
+        return ""
+    if key == "ltxv2_network_shape":
+        alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
+        of_rows_above = f"{metadata.get('ltxv2_network_type')} rank {metadata.get('ss_network_dim')} alpha {alpha}"
+        return "" if value == of_rows_above else value
+    if key == "ltxv2_adapted_streams":
+        return value.replace(",", ", ")
+    return _in_words(value) if key == "ltxv2_conditioning" else value
+
+
+def _in_words(recipe: str) -> str:
+    """A conditioning recipe: the rules of each stream with their settings; the text itself where another trainer wrote it."""
+    try:
+        streams = {
+            stream: [
+                f"{rule['rule']} ({', '.join(f'{key} {value}' for key, value in rule.items() if key != 'rule')})".removesuffix(" ()")
+                for rule in rules
+            ]
+            for stream, rules in json.loads(recipe).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return recipe
+    return "; ".join(f"{stream}: {', '.join(rules)}" for stream, rules in streams.items() if rules)
 
 
 def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:

@@ -95,7 +95,9 @@ class Progress:
         if not done or not self._seconds:
             return f"- s/{self._unit}"
         each = self._seconds / done
-        return f"{each:.3g} s/{self._unit}" if each >= 0.1 else f"{1 / each:.3g} {self._units}/s"
+        if each >= 0.1:
+            return f"{each:.3g} s/{self._unit}"
+        return f"{1 / each:.3g} {self._units}/s" if each > 1e-3 else f"{1 / each:,.0f} {self._units}/s"
 
     def _left(self) -> float:
         done = self._count - self._start

@@ -21,7 +21,8 @@ EXTENSIONS = {
     "audio": (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
 }
 _ANY_MEDIA = tuple(ending for endings in EXTENSIONS.values() for ending in endings)
-_NOT_MEDIA = ("Thumbs.db", "desktop.ini", ".jsonl", ".toml")
+_NOT_MEDIA = ("Thumbs.db", "desktop.ini", "caption_review.html", ".jsonl", ".toml")
+"""Names and endings; the page is that of `ltxv2 dataset caption --page`."""
 _OF_MEDIA = {"pictures": EXTENSIONS["video"] + EXTENSIONS["image"], "sounds": EXTENSIONS["audio"] + EXTENSIONS["video"]}
 
 

@@ -11,6 +11,7 @@ from musubi_tuner import __version__
 from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.versions import detect_version, looks_distilled, transformer_names
+from musubi_tuner.networks.scales import FOLDED
 from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
@@ -98,7 +99,7 @@ def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) 
         "ss_network_args": list(config.network.network_args),
         "ltxv2_network_type": network.kind,
         "ltxv2_network_shape": network.describe(),
-        "ltxv2_network_scaling": "folded into the tensors; there is no alpha to apply",
+        "ltxv2_network_scaling": FOLDED,
         "ltxv2_base_weights": [f"{path.name} x {strength:g}" for path, strength in config.network.base_networks],
         "ss_learning_rate": config.optimization.learning_rate,
         "ltxv2_audio_learning_rate": config.optimization.audio_learning_rate,

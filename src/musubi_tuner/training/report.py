@@ -9,6 +9,9 @@ from musubi_tuner.training.page.write import PAGE
 from musubi_tuner.training.rescue import Restart
 from musubi_tuner.training.run import Outcome, TrainingRun
 
+_NEWEST = 4
+"""Files that are named."""
+
 
 def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequence[tuple[str, str]] = ()) -> str:
     """What the run did, in one table; with the command that goes on where it was interrupted.
@@ -27,7 +30,9 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequ
         if name in outcome.last_validation:
             first, last = (f"{found[name]:.4f}" for found in (outcome.first_validation, outcome.last_validation))
             rows.append((name, last if outcome.first_validation is outcome.last_validation else f"{first} -> {last}"))
-    rows += [("written", str(path)) for path in outcome.files[-4:]]
+    rows += [("written", str(path)) for path in outcome.files[-_NEWEST:]]
+    if (older := len(outcome.files) - _NEWEST) > 0:
+        rows.append(("", f"and {older} before them, in {run.output_dir}"))
     if (page := run.output_dir / PAGE).is_file():
         rows.append(("to look at", str(page)))
     rows += uploaded

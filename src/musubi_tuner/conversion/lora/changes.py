@@ -138,7 +138,16 @@ def added(files: Sequence[tuple[LoraContents, Strength]]) -> LoraContents:
     for name, some in parts.items():
         tensors = [one.tensors for one in some]
         adapters[name] = lora_of(torch.cat([own[DOWN] for own in tensors]), torch.cat([own[UP] for own in tensors], dim=1))
-    return files[0][0].with_adapters(adapters)
+    return dataclasses.replace(files[0][0].with_adapters(adapters), metadata=_agreed([contents.metadata for contents, _ in files]))
+
+
+def _agreed(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What is true of a sum: entries that are the same in all of its parts, and how a reference is given to those that were trained with
+    one."""
+    first, *others = all_metadata
+    agreed = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    of_references = {key: value for metadata in reversed(all_metadata) for key, value in metadata.items() if key.startswith("reference_")}
+    return agreed | of_references
 
 
 def averaged(files: Sequence[LoraContents], shares: Sequence[float]) -> LoraContents:

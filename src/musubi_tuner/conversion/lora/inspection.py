@@ -80,10 +80,10 @@ class Inspected:
 
     @property
     def recipe(self) -> dict[str, str]:
+        """As `metadata_table`."""
         metadata = self.contents.metadata
-        return {
-            key: metadata[key] for key in (*_RECIPE, *(key for key in sorted(metadata) if key.startswith("modelspec."))) if key in metadata
-        }
+        keys = (*_RECIPE, *(key for key in sorted(metadata) if key.startswith("modelspec.")))
+        return {key: _shortened(metadata[key]) for key in keys if key in metadata}
 
     def as_json(self) -> dict[str, Any]:
         contents = self.contents
@@ -184,6 +184,8 @@ def sentences(inspected: Inspected) -> list[str]:
 
 def metadata_table(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """Entries by name; long ones, such as pictures, by their length."""
-    return [
-        (key, value if len(value) <= 200 else f"({len(value):,} characters) {value[:60]}...") for key, value in sorted(metadata.items())
-    ]
+    return [(key, _shortened(value)) for key, value in sorted(metadata.items())]
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= 200 else f"({len(value):,} characters) {value[:60]}..."

@@ -13,11 +13,14 @@ from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.conversion.lora.forms import WITH_ALPHA, config_text, formed
 from musubi_tuner.ltxv2.weights import open_files
 from musubi_tuner.media.picture import read_picture, small_jpeg
-from musubi_tuner.networks.scales import HEADER, PEFT_CONFIG, PEFT_FILE
+from musubi_tuner.networks.keys import is_text_side
+from musubi_tuner.networks.scales import FOLDED, HEADER, PEFT_CONFIG, PEFT_FILE
+from musubi_tuner.networks.targets import count_by_stream
 from musubi_tuner.runtime.disk import check_folder, not_written, write_folder, write_whole
 from musubi_tuner.runtime.errors import UserError
 
-_MADE_FROM = "ltxv2_made_from"
+MADE_FROM = "ltxv2_made_from"
+"""Entry of the metadata of files that were made of others: what was done to which files, one after the other."""
 
 
 def write_lora(contents: LoraContents, path: Path, *, form: str, dtype: torch.dtype, overwrite: bool, made_from: str) -> None:
@@ -107,7 +110,10 @@ def _metadata(contents: LoraContents, form: str, made_from: str) -> dict[str, st
     if trained[1] and ranked and trained[0] != metadata["ss_network_dim"]:
         kind = trained[1].partition(" ")[0]
         metadata["ltxv2_network_shape"] = f"{kind} rank {metadata['ss_network_dim']} alpha {metadata['ss_network_alpha']}"
-    if form in WITH_ALPHA and "ltxv2_network_scaling" in metadata:
-        metadata["ltxv2_network_scaling"] = "alpha / rank, by the alpha tensors of this file"
-    before = metadata.get(_MADE_FROM)
-    return metadata | {_MADE_FROM: f"{before}; {made_from}" if before else made_from}
+    if "ltxv2_network_scaling" in metadata:
+        metadata["ltxv2_network_scaling"] = "alpha / rank, by the alpha tensors of this file" if form in WITH_ALPHA else FOLDED
+    if "ltxv2_adapted_streams" in metadata:
+        adapted = count_by_stream([name for name in contents.adapters if not is_text_side(name)])
+        metadata["ltxv2_adapted_streams"] = ",".join(stream for stream, count in adapted.items() if count)
+    before = metadata.get(MADE_FROM)
+    return metadata | {MADE_FROM: f"{before}; {made_from}" if before else made_from}

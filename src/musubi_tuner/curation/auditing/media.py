@@ -41,7 +41,7 @@ def _sound(spec: DatasetSpec, planned: PlannedClip) -> Iterator[Finding]:
     if facts is None:
         return
     if facts.is_silent:
-        yield _finding(spec, clip, "silent_sound", "nothing above -80 dBFS in its seconds", facts.peak)
+        yield _finding(spec, clip, "silent_sound", "nothing above -80 dBFS in its seconds, their ends apart", facts.peak)
         return
     if facts.is_clipped:
         text = f"{facts.at_full_scale:.1%} of its samples at full scale"

@@ -58,7 +58,7 @@ def caption_of(answer: Answer, *, prefixes: Sequence[str], trigger: str | None, 
         raise UserError("the model thought until it ran out of tokens. Raise --max_tokens, or switch its thinking off.")
     text = _bare(" ".join("".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in text).split()))
     if _REFUSAL.match(text):
-        raise UserError(f"the model refuses: '{text[:200]}'. Caption it by hand, or with another model or instruction.")
+        raise UserError(f"the model refuses ('{text[:200]}'). Caption it by hand, or with another model or instruction.")
     text = _without_prefix(text, prefixes)
     if not re.search(r"\w", text):
         why = " before it ran out of tokens, perhaps as it was still thinking; raise --max_tokens" if answer.is_cut else ""

@@ -88,7 +88,8 @@ def _finish(places: Sequence[Place]) -> None:
 
 
 def _told(made: Sequence[Outcome], choice: Choice, shared: Sequence[tuple[Medium, Medium]]) -> int:
-    """A table of what was written, the failures first; returns the exit code."""
+    """A table of what was written, the failures first, both by name; returns the exit code."""
+    made = sorted(made, key=lambda one: one.medium.path)
     failed = [one for one in made if one.caption is None]
     rows = [(printable(one.medium.path.name), f"FAILED: {one.note}") for one in failed]
     rows += [(printable(one.medium.path.name), _shown(one.caption, one.note)) for one in made if one.caption is not None]

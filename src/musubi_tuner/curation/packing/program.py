@@ -95,7 +95,7 @@ class _Bytes:
 
     def __init__(self, title: str, size: int) -> None:
         self._bar = Progress(title, -(-size // _MB), unit="MB")
-        self._bytes = 0
+        self._size, self._bytes = size, 0
 
     def __enter__(self) -> "_Bytes":
         self._bar.__enter__()
@@ -109,6 +109,11 @@ class _Bytes:
         return self._advance
 
     def _advance(self, count: int) -> None:
-        before, self._bytes = self._bytes // _MB, self._bytes + count
-        if (more := self._bytes // _MB - before) > 0:
+        before = self._megabytes()
+        self._bytes += count
+        if (more := self._megabytes() - before) > 0:
             self._bar.advance(more)
+
+    def _megabytes(self) -> int:
+        """Whole ones, and at the end the one that was begun."""
+        return -(-self._bytes // _MB) if self._bytes >= self._size else self._bytes // _MB
