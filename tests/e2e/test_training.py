@@ -16,6 +16,7 @@ from musubi_tuner import ltxv2_cache_audio_latents, ltxv2_train_network
 from musubi_tuner.dataset import verify
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.preflight import check_inputs
 from tests import training_parts as parts
 
 
@@ -53,6 +54,13 @@ def banner(caplog) -> dict[str, str]:
         name = line[:width].strip() or list(rows)[-1]
         rows[name] = f"{rows.get(name, '')} {line[width:].strip()}".strip()
     return rows
+
+
+@pytest.mark.parametrize(("flags", "warned"), [((), False), (("--network_alpha", "8"), False), (("--network_alpha", "32"), True)])
+def test_an_alpha_that_stayed_where_the_rank_was_lowered_is_told(data, tmp_path, caplog, flags, warned):
+    check_inputs(ltxv2_train_network.parse_arguments(data.arguments("--output_dir", str(tmp_path), *flags)))
+    told = "--network_dim 4 with --network_alpha 32: the update is scaled by 8"
+    assert any(told in record.getMessage() for record in caplog.records) is warned
 
 
 def test_av_run_leaves_a_lora_of_all_streams_losses_and_a_page(data, tmp_path, caplog):

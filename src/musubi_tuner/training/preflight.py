@@ -18,6 +18,7 @@ from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path
 from musubi_tuner.conditioning.recipe import Mask, Recipe, Reference, make_recipe
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.config.full_finetuning import NO_BASE
+from musubi_tuner.config.network import NetworkOptions
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.dataset.items import Item, list_items
 from musubi_tuner.dataset.verify import Wanted, verify_caches
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 REFERENCE_DOWNSCALE = "reference_downscale_factor"
 REFERENCE_TEMPORAL = "reference_temporal_scale_factor"
+_UNUSUAL_SCALE = 4.0
+"""Alpha / rank."""
 
 
 Learns = Callable[[FlowMatching, LoRANetwork], Objective]
@@ -77,6 +80,7 @@ def check_inputs(config: TrainingConfig) -> RunInputs:
         UserError: the first thing that is missing, stale or contradictory, with the command that fixes it.
     """
     recipe = make_recipe(config.conditioning, config.ltx_mode)
+    _tell_scale(config.network)
     checkpoint = open_checkpoint(config.model.ltxv2_model)
     if config.network.full_finetune and (receipt := read_quantization(checkpoint, transformer_names(checkpoint)).receipt):
         raise UserError(
@@ -243,6 +247,21 @@ def _check_reference_factors(path: Path, recipe: Recipe, datasets: DatasetConfig
                 f"--network_weights {path}: its {key} is {metadata[key]}, the dataset's {setting} is {wanted[key]}. "
                 f"Set {setting} = {metadata[key]} in {datasets.path} and cache the references again, or start without --network_weights."
             )
+
+
+def _tell_scale(network: NetworkOptions) -> None:
+    """Warn where the rank alone was lowered: alpha stays as it is, and the update counts many times."""
+    scale = network.network_alpha / network.network_dim
+    by_rank = not (network.full_finetune or network.dim_from_weights or "rank_stabilized=true" in network.network_args)
+    if by_rank and scale >= _UNUSUAL_SCALE:
+        log.warning(
+            "WARNING: --network_dim %d with --network_alpha %g: the update is scaled by %g. Usual are 1 and 2: give --network_alpha %d, or a "
+            "learning rate that is so much lower.",
+            network.network_dim,
+            network.network_alpha,
+            scale,
+            network.network_dim,
+        )
 
 
 def _check_references(recipe: Recipe, items: Sequence[Item], dataset_config: Path) -> None:
