@@ -255,8 +255,8 @@ def _tell_scale(network: NetworkOptions) -> None:
     by_rank = not (network.full_finetune or network.dim_from_weights or "rank_stabilized=true" in network.network_args)
     if by_rank and scale >= _UNUSUAL_SCALE:
         log.warning(
-            "WARNING: --network_dim %d with --network_alpha %g: the update is scaled by %g. Usual are 1 and 2: give --network_alpha %d or a "
-            "learning rate that is so much lower.",
+            "WARNING: --network_dim %d with --network_alpha %g: the update is scaled by %g. Usual are 1 and 2: give --network_alpha %d, or "
+            "a learning rate that is so much lower.",
             network.network_dim,
             network.network_alpha,
             scale,
