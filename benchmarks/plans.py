@@ -96,7 +96,7 @@ def full_work(model: ModelShape, shards: int, optimizer: str, clip: str, *, with
     frames, rows, columns, steps = SHAPES[clip]
     return Workload(
         video_tokens=frames * rows * columns, audio_tokens=steps, text_tokens=TEXT_TOKENS, clips=1, trainable=model.weights,
-        optimizer_bytes=state_bytes(optimizer, averaged=False), master_bytes=0.0, gradient_bytes=2.0, trains_model=True,
+        optimizer_bytes=state_bytes(optimizer, {}, averaged=False), master_bytes=0.0, gradient_bytes=2.0, trains_model=True,
         trained_in_blocks=model.blocks * model.block_weights, trained_in_largest=model.block_weights,
         updates_within_backward=within_backward, update_bytes=LARGEST_TENSOR * bytes_of_an_update(torch.bfloat16),
         update_in_block_bytes=LARGEST_IN_BLOCK * bytes_of_an_update(torch.bfloat16), shards=shards,
@@ -135,7 +135,7 @@ def full_table(clip: str) -> str:
     for name, model in RELEASED.items():
         for optimizer, within in OPTIMIZERS:
             gradients = 2 * model.weights / (model.blocks if within else 1)
-            sizes = (2 * model.weights, gradients, state_bytes(optimizer, averaged=False) * model.weights)
+            sizes = (2 * model.weights, gradients, state_bytes(optimizer, {}, averaged=False) * model.weights)
             cells = [name, f"{optimizer}{', fused' * within}", *(f"{size / GIB:.1f}" for size in sizes)]
             for card, count in SEVERAL:
                 if count > 1 and within:

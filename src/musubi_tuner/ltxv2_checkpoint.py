@@ -149,7 +149,7 @@ def _quantize(options: config.QuantizeConfig) -> int:
 
 def _bake(options: config.BakeConfig) -> int:
     from musubi_tuner.conversion.checkpoint.baking import Baked, baked_parts
-    from musubi_tuner.conversion.checkpoint.streaming import check_new, total_size, write_stream
+    from musubi_tuner.conversion.checkpoint.streaming import check_new, check_no_input, total_size, write_stream
     from musubi_tuner.conversion.lora.contents import read_lora
     from musubi_tuner.generation.jobs import parse_lora
     from musubi_tuner.ltxv2.weights import open_checkpoint
@@ -158,6 +158,7 @@ def _bake(options: config.BakeConfig) -> int:
     check_new(output, "--output", overwrite=options.writing.overwrite)
     checkpoint = open_checkpoint(options.file.checkpoint)
     uses = [parse_lora(text) for text in options.baking.lora]
+    check_no_input(output, "--output", [use.path for use in uses])
     parts, metadata = baked_parts(checkpoint, [(read_lora(use.path), use.strength) for use in uses], baked)
     with _progress("baking", total_size(parts)) as advance:
         write_stream(output, parts, metadata, advance)

@@ -212,6 +212,7 @@ def _steps(file: LoraContents) -> int:
 def _extract(options: config.ExtractConfig) -> int:
     import torch
 
+    from musubi_tuner.conversion.checkpoint.streaming import check_no_input
     from musubi_tuner.conversion.lora.contents import LoraContents
     from musubi_tuner.conversion.lora.extraction import extract, tensors_of
     from musubi_tuner.conversion.lora.writing import check_free
@@ -223,7 +224,8 @@ def _extract(options: config.ExtractConfig) -> int:
     chosen = options.extraction
     check_free(options.writing.output, overwrite=options.writing.overwrite, folder=False)
     tuned, base = open_checkpoint(chosen.tuned), open_checkpoint(chosen.base)
-    with Progress("extracting", tensors_of(tuned), unit="tensor") as bar:
+    check_no_input(options.writing.output, "--output", {entry.file for one in (tuned, base) for entry in one.entries.values()})
+    with Progress("extracting", tensors_of(tuned, base), unit="tensor") as bar:
         found = extract(
             tuned, base, rank=chosen.rank, energy=chosen.energy, device=pick_device(chosen.device), advance=lambda: bar.advance()
         )
@@ -265,7 +267,7 @@ def _metadata(options: config.MetadataConfig) -> int:
 
 def _write(contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official") -> None:
     from musubi_tuner.conversion.lora.contents import PRECISIONS
-    from musubi_tuner.conversion.lora.forms import rounding
+    from musubi_tuner.conversion.lora.forms import rounding, vanished
     from musubi_tuner.conversion.lora.writing import write_lora
 
     dtype = contents.dtype if writing.save_precision is None else PRECISIONS[writing.save_precision]
@@ -273,6 +275,8 @@ def _write(contents: LoraContents, writing: config.WritingOptions, made_from: st
     lost = rounding(contents, form, dtype)
     name = str(dtype).removeprefix("torch.")
     says = f"rounded to {name}, by at most {lost:.1e} of a tensor's norm" if lost else f"{name}, nothing lost"
+    if gone := vanished(contents, form, dtype):
+        log.warning("WARNING: %d of its modules are too small for %s, and change nothing any more: %s", len(gone), name, names_of(gone, 5))
     log.info("%s: %d modules, %s keys, %s", writing.output, len(contents.adapters), form, says)
 
 
@@ -282,6 +286,8 @@ def _card(options: config.CardConfig) -> int:
     from musubi_tuner.runtime.disk import check_folder, not_written, write_whole
 
     output = options.writing.output
+    if output.suffix.lower() != ".md":
+        raise UserError(f"--output {output}: must end in .md; the hub reads README.md.")
     check_folder(output.parent, f"--output {output}")
     if output.exists() and not options.writing.overwrite:
         raise UserError(f"--output {output}: is there already. Give another name, or --overwrite.")
@@ -345,6 +351,7 @@ def _prompt_of(path: Path) -> str:
 
 def _publish(options: config.PublishConfig) -> int:
     from musubi_tuner.networks.formats import connectors_path
+    from musubi_tuner.networks.reading import check_finite
     from musubi_tuner.networks.scales import PEFT_CONFIG, PEFT_FILE
     from musubi_tuner.publishing.card import NAME, card_text
     from musubi_tuner.publishing.hub import Hub, NotReached
@@ -353,6 +360,8 @@ def _publish(options: config.PublishConfig) -> int:
 
     hub = Hub(options.hub)
     loras = _loras_of(options.published)
+    for lora in loras:
+        check_finite(lora)
     newest = loras[-1]
     previews: dict[str, Preview] = {}
     for one in _previews(options.card, newest):

@@ -355,6 +355,12 @@ def test_captions_land_where_the_dataset_reads_them(clips, tmp_path, capsys):
     assert not list(clips.glob("*.txt"))
 
 
+@pytest.mark.parametrize("ending", [" ", "txt", ".", "./up", "." + "x" * 80])
+def test_an_ending_that_is_none_is_refused(clips, ending):
+    with pytest.raises(UserError, match="must be an ending that begins with a dot, such as '.txt'"):
+        caption(clips, "--endpoint", "http://127.0.0.1:9", "--caption_extension", ending)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such names")
 def test_files_of_any_name_and_state(tmp_path, capsys):
     folder = tmp_path / "odd"

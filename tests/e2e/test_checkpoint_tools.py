@@ -1,6 +1,8 @@
 """Checkpoints inspected, verified, taken apart, joined, quantized and baked, and read again by the product's own loaders."""
 
 import json
+import math
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner import ltxv2_checkpoint
+from musubi_tuner import ltxv2_checkpoint, ltxv2_lora
+from musubi_tuner.conversion.checkpoint import streaming
 from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.transformer.load import load_transformer
 from musubi_tuner.ltxv2.versions import transformer_names
@@ -274,12 +277,14 @@ def test_a_killed_run_leaves_nothing_false(tiny_family, tmp_path):
     words = ["quantize", str(tiny_family.ltx23), "--to", "int8", "--keep_blocks", "0", "--output", str(tmp_path / "small.safetensors")]
     child = subprocess.Popen([sys.executable, "-c", code, *words], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".*.tmp")):
+    while not (tmp_path / ".small.safetensors.tmp").exists():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    with pytest.raises(UserError, match=rf"process {child.pid} on .* is at work on .*small.safetensors. Wait for it to end"):
+        checkpoint(*words)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}
     checkpoint(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
     checkpoint("verify", tmp_path / "small.safetensors")
@@ -465,3 +470,76 @@ def test_the_same_in_another_form_is_the_same(tiny_family, tmp_path, capsys):
         checkpoint("compare", tiny_family.ltx23, tiny_family.ltx23)
     with pytest.raises(UserError, match="1 given; two are compared"):
         checkpoint("compare", tiny_family.ltx23)
+
+
+@pytest.mark.parametrize("words", [("quantize", "--to", "int8", "--keep_blocks", "0"), ("join",)])
+def test_a_file_that_changes_while_it_is_read_is_not_copied_in_part(tiny_family, tmp_path, monkeypatch, words):
+    source = tmp_path / "in" / "mine.safetensors"
+    source.parent.mkdir()
+    shutil.copy(tiny_family.ltx23, source)
+    real = streaming._pieces
+
+    def pieces(part):
+        if part.name.endswith("transformer_blocks.1.attn1.to_q.weight"):
+            newer = source.with_name("newer")  # as a download does it
+            newer.write_bytes(source.read_bytes())
+            newer.replace(source)
+        yield from real(part)
+
+    monkeypatch.setattr(streaming, "_pieces", pieces)
+    given = source.parent if words == ("join",) else source
+    with pytest.raises(UserError, match=r"mine\.safetensors: was changed by another program while it was in use"):
+        checkpoint(words[0], given, *words[1:], "--output", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_file_without_tensors_is_not_taken_apart(tmp_path, capsys):
+    save_file({}, tmp_path / "empty.safetensors", metadata={"model_version": "2.3"})
+    for words in (("split", tmp_path / "empty.safetensors", "--output_dir", tmp_path / "out"),
+                  ("join", tmp_path, "--output", tmp_path / "out.safetensors")):  # fmt: skip
+        with pytest.raises(UserError, match="holds no tensors"):
+            checkpoint(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "says"),
+    [
+        ("fp8", math.nan, "holds NaN or infinity"),
+        ("int8", math.inf, "holds NaN or infinity"),
+        ("fp8", 3e38, None),
+        ("int8_convrot", 3e38, "has values that int8_convrot cannot hold"),
+    ],
+)
+def test_what_is_not_finite_is_not_quantized(wide, tmp_path, form, value, says):
+    full = next(name for name in load_file(wide) if name.endswith("transformer_blocks.0.attn1.to_q.weight"))
+
+    def change(tensors):
+        tensors[full] = tensors[full].float()
+        tensors[full][0] = value
+
+    path = changed(wide, tmp_path / "bad.safetensors", change)
+    words = ("quantize", path, "--to", form, "--keep_blocks", "0", "--output", tmp_path / "small.safetensors")
+    if says is None:
+        checkpoint(*words)
+        assert all(bool(one.isfinite().all()) for one in weights(tmp_path / "small.safetensors").values())
+        return
+    with pytest.raises(UserError, match=rf"bad.safetensors: '{re.escape(full)}' {says}"):
+        checkpoint(*words)
+    assert [one.name for one in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_what_is_read_is_not_replaced_by_what_is_made_of_it(tiny_family, tmp_path):
+    source = tmp_path / "vae" / "model.safetensors"
+    source.parent.mkdir()
+    shutil.copy(tiny_family.ltx23, source)
+    network = shutil.copy(tiny_family.distilled_lora, tmp_path / "lora.safetensors")
+    for main, words in (
+        (ltxv2_checkpoint.main, ("split", source, "--folders", "--output_dir", tmp_path)),
+        (ltxv2_checkpoint.main, ("bake", source, "--lora", f"{network}:0.5", "--output", network)),
+        (ltxv2_lora.main, ("extract", "--tuned", source, "--base", tiny_family.ltx23, "--output", source)),
+    ):
+        with pytest.raises(UserError, match="is one of the files that are read, and would be lost"):
+            main([*map(str, words), "--overwrite"])
+    assert source.read_bytes() == tiny_family.ltx23.read_bytes() and network.read_bytes() == tiny_family.distilled_lora.read_bytes()
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == ["lora.safetensors", "model.safetensors"]

@@ -25,6 +25,7 @@ from musubi_tuner.runtime.processes import processes
 from musubi_tuner.training import state
 from musubi_tuner.training.full_finetuning import why_not_streamed
 from musubi_tuner.training.objective import FlowMatching
+from musubi_tuner.training.saving import NotSaved, Saving
 from musubi_tuner.training.weight_steps import WeightSteps
 from tests import training_parts as parts
 from tests.unit.test_docs import commands
@@ -370,7 +371,8 @@ def test_a_split_pack_gives_one_whole_file(data, tmp_path):
     assert ltxv2_checkpoint.main(["verify", str(path)]) == 0
 
 
-def test_connectors_are_trained_where_asked(data, tmp_path):
+def test_connectors_are_trained_where_asked_and_planned_for(data, tmp_path, caplog):
+    caplog.set_level("INFO")
     for name in ("clips", "held out"):
         shutil.copytree(data.folder / name, tmp_path / name)
     toml = tmp_path / "dataset.toml"
@@ -378,6 +380,20 @@ def test_connectors_are_trained_where_asked(data, tmp_path):
     other = replace(data, folder=tmp_path, toml=toml)
     parts.cache(other, text=("--text_encoder", str(data.encoder), "--text_cache_stage", "features"))
     saved, base = load_file(train(other, tmp_path / "out", "--max_train_steps", "1", "--train_connectors")), load_file(data.model)
+    plans = {}
+    for flags in ((), ("--train_connectors",)):  # of which --vram_gb has one made
+        caplog.clear()
+        given = data if not flags else other
+        train(given, tmp_path / f"planned {len(flags)}", "--max_train_steps", "1", "--vram_gb", "1", *flags)
+        (row,) = re.findall(r"takes +(weights .*)", caplog.text)
+        plans[flags] = {name: float(size) for name, size in re.findall(r"([a-z ]+?) ([\d.]+) MiB", row.replace(", ", ","))}
+    weights_of_connectors = sum(base[name].numel() for name in base if "embeddings_connector" in name) * 4 / 2**20  # --mixed_precision no
+    assert weights_of_connectors > 0.3
+    for name, times in (("weights", 1), ("gradients", 1), ("optimizer states", 2)):
+        more = plans["--train_connectors",][name] - plans[()][name]
+        assert more == pytest.approx(times * weights_of_connectors, abs=0.15), name
+    only = ("--network_args", "include_patterns=embeddings_connector")
+    train(other, tmp_path / "only", "--max_train_steps", "1", "--train_connectors", "--vram_gb", "1", *only)
     names = [name for name in base if "embeddings_connector" in name]
     assert names and all(not torch.equal(saved[name].float(), base[name].float()) for name in names if "bias" not in name)
 
@@ -417,7 +433,57 @@ def test_a_save_that_finds_no_room_costs_that_save(data, tmp_path, monkeypatch, 
 
 
 def test_what_a_killed_save_has_left_is_removed(data, tmp_path):
-    for name in (".ltxv2_lora-step00000002.safetensors.tmp", ".ltxv2_lora.safetensors.tmp", ".another.safetensors.tmp"):
+    lock = ".ltxv2_lora-step00000002.safetensors.lock.tmp"
+    for name in (lock, ".ltxv2_lora-step00000002.safetensors.tmp", ".ltxv2_lora.safetensors.tmp", ".another.safetensors.tmp"):
         (tmp_path / name).write_bytes(b"0")
     train(data, tmp_path, "--max_train_steps", "1")
     assert [path.name for path in tmp_path.glob(".*.tmp")] == [".another.safetensors.tmp"]
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_a_base_that_is_no_longer_what_it_was_is_not_copied_from(data, tmp_path, monkeypatch, change, caplog):
+    base = shutil.copy(data.model, tmp_path / "base.safetensors")
+    mine = replace(data, model=Path(base))
+    save = Saving.after_step
+
+    def after_step(self, outcome, seconds):
+        if outcome.step == 1:
+            Path(base).unlink()
+            if change == "another":
+                shutil.copy(data.model, base)
+        save(self, outcome, seconds)
+
+    monkeypatch.setattr(Saving, "after_step", after_step)
+    flags = ("--save_every_n_steps", "2")
+    with pytest.raises(NotSaved, match=r"base\.safetensors.*Its weights are in .*step00000004-state: .*--max_train_steps 5"):
+        train(mine, tmp_path / "out", *flags)
+    assert "ltxv2_lora-step00000002.safetensors was not saved, and training goes on" in caplog.text
+    assert not list(tmp_path.rglob("*lora*.safetensors"))
+    monkeypatch.undo()
+    shutil.copy(data.model, base)
+    state_folder = tmp_path / "out" / "ltxv2_lora-step00000004-state"
+    train(mine, tmp_path / "out", "--max_train_steps", "5", "--resume", str(state_folder))
+    train(data, tmp_path / "plain", "--max_train_steps", "5")
+    assert same(tmp_path / "out" / "ltxv2_lora.safetensors", tmp_path / "plain" / "ltxv2_lora.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ltxv2_lora.safetensors", "ltxv2_lora-step00000002.safetensors", "link.safetensors"])
+def test_a_run_does_not_remove_the_checkpoint_that_it_starts_from(data, tmp_path, name):
+    own = tmp_path / ("ltxv2_lora.safetensors" if name.startswith("link") else name)
+    shutil.copy(data.model, own)
+    if name.startswith("link"):
+        (tmp_path / name).symlink_to(own)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match=r"--ltxv2_model .*: is a file of 'ltxv2_lora' in .*Give another --output_name"):
+        train(replace(data, model=tmp_path / name), tmp_path, "--overwrite")
+    assert own.read_bytes() == before
+    train(replace(data, model=tmp_path / name), tmp_path, "--output_name", "next", "--max_train_steps", "1")
+    assert own.read_bytes() == before and (tmp_path / "next.safetensors").is_file()
+
+
+def test_groups_of_rates_that_differ_are_named_when_a_run_resumes(data, tmp_path):
+    train(data, tmp_path / "one", "--save_state", "--max_train_steps", "1")
+    resumed = ("--resume", str(tmp_path / "one" / "ltxv2_lora-step00000001-state"))
+    with pytest.raises(UserError, match=r"1 group\(s\) of rates, this run has 2.*--audio_learning_rate") as caught:
+        train(data, tmp_path / "other", *resumed, "--audio_learning_rate", "1e-4")
+    assert "damaged" not in str(caught.value)

@@ -78,3 +78,34 @@ def test_how_much_a_file_changes_is_measured_against_the_base(changed, tiny_fami
         save_file({f"{key}A.weight": torch.ones(1, size), f"{key}B.weight": torch.ones(size, 1)}, tmp_path / "other.safetensors")
         with pytest.raises(UserError, match=says):
             lora("inspect", tmp_path / "other.safetensors", "--base", tiny_family.ltx23)
+
+
+def test_connectors_that_were_trained_are_in_the_difference(tiny_family, tmp_path):
+    tensors, metadata = load_file(tiny_family.ltx23), dict(open_checkpoint(tiny_family.ltx23).metadata)
+    name = next(name for name in tensors if "video_embeddings_connector" in name and name.endswith("attn1.to_q.weight"))
+    change = torch.outer(torch.ones(len(tensors[name])), torch.arange(tensors[name].shape[1]) / 10)
+    before = tensors[name].float()
+    tensors[name] = before + change
+    save_file(tensors, tmp_path / "tuned.safetensors", metadata=metadata)
+    words = ("--base", tiny_family.ltx23, "--save_precision", "float32", "--output", tmp_path / "found.safetensors")
+    lora("extract", "--tuned", tmp_path / "tuned.safetensors", *words)
+    (module,) = (found := read_lora(tmp_path / "found.safetensors").adapters)
+    assert module in name and "video_embeddings_connector" in module
+    assert (change_of(found[module]) - change).norm() < 1e-3 * change.norm()
+    without = {name: value for name, value in tensors.items() if "connector" not in name}
+    save_file(without, tmp_path / "without.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match="no linear differs"):
+        lora("extract", "--tuned", tmp_path / "without.safetensors", *words, "--overwrite")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_lora_is_made_of_what_is_not_finite(tiny_family, tmp_path, value):
+    tensors, metadata = load_file(tiny_family.ltx23), dict(open_checkpoint(tiny_family.ltx23).metadata)
+    name = next(name for name in tensors if name.endswith("transformer_blocks.0.attn1.to_q.weight"))
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] = value
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=metadata)
+    for tuned, base in ((tmp_path / "bad.safetensors", tiny_family.ltx23), (tiny_family.ltx23, tmp_path / "bad.safetensors")):
+        with pytest.raises(UserError, match=r"bad\.safetensors: 'transformer_blocks\.0\.attn1\.to_q\.weight' holds NaN or infinity"):
+            lora("extract", "--tuned", tuned, "--base", base, "--output", tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()

@@ -418,6 +418,23 @@ def test_a_killed_unpack_leaves_nothing_false_and_is_gone_on_with(archive, tmp_p
     assert left_beside(output) == ["data"]
 
 
+def test_a_link_in_the_place_of_an_unpacking_that_was_killed_is_not_followed(archive, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dear.txt").write_text("dear")
+    (tmp_path / ".data.unpack").symlink_to(tmp_path / "mine")
+    dataset("unpack", archive, "--output", tmp_path / "data")
+    assert (tmp_path / "mine" / "dear.txt").read_text() == "dear" and not (tmp_path / "data").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["dear.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_to_itself_is_no_pack(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for words in (("unpack", tmp_path / "loop", "--output", tmp_path / "data"), ("unpack", tmp_path / "loop", "--check")):
+        with pytest.raises(UserError, match=r"loop: cannot be read \(Too many levels of symbolic links\)"):
+            dataset(*words)
+
+
 def test_a_full_disk_and_a_second_run_at_once(data, archive, tmp_path, monkeypatch):
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(TemporaryFailure, match="needs 0.00 GB, and .* has 0.00 GB left"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_lora, ltxv2_train_network
 from musubi_tuner.publishing import card, uploads
@@ -236,6 +237,33 @@ def test_a_file_of_an_unknown_release_wants_its_base_named(tiny_family, tmp_path
     lora("card", tmp_path / "other.safetensors", "--output", tmp_path / "README.md", "--base_model", "Lightricks/LTX-2")
     found = ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
     assert found.data.base_model == "Lightricks/LTX-2" and "widget" not in found.data.to_dict() and "Settings" not in found.content
+
+
+def test_a_card_takes_no_models_name(run, tmp_path):
+    path = shutil.copy(run / "mila.safetensors", tmp_path / "mila.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"--output .*mila.safetensors: must end in .md"):
+        lora("card", path, "--output", path, "--overwrite")
+    assert path.read_bytes() == before
+
+
+def test_a_whole_checkpoint_is_called_one(tiny_family, tmp_path):
+    path = shutil.copy(tiny_family.ltx23, tmp_path / "mine.safetensors")
+    lora("card", path, "--output", tmp_path / "README.md", "--base_model", "Lightricks/LTX-2.3")
+    found = ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert found.data.to_dict()["base_model_relation"] == "finetune" and "lora" not in found.data.tags
+    assert "A fine-tuned checkpoint (full weights) of" in found.content and "LoRA" not in found.content
+    assert "--ltxv2_model mine.safetensors" in found.content and "load_lora_weights" not in found.content
+
+
+def test_a_lora_that_diverged_is_not_uploaded(run, tmp_path, hub):
+    tensors = load_file(run / "mila.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "bad.safetensors", metadata={"ss_base_model_version": "ltx-2.3"})
+    with pytest.raises(UserError, match=rf"bad.safetensors: '{re.escape(name)}' holds NaN or infinity"):
+        lora("publish", tmp_path / "bad.safetensors", "--huggingface_repo_id", REPO, "--huggingface_token", TOKEN)
+    assert REPO not in hub.repositories
 
 
 def environment(hub):

@@ -351,11 +351,16 @@ def test_what_a_reward_of_ones_own_raises_names_its_line_and_the_sample(tiny_fam
         ({"fps": 0}, "'fps' is 0"),
         ({"frames": "9"}, "'frames' is '9'"),
         ({"mode": "audio"}, "'mode' is 'audio'"),
+        ({"model": {"name": "a"}}, "'model' is {'name': 'a'}"),
+        ({"policy": "mila.safetensors"}, "'policy' is 'mila.safetensors'"),
+        ({"sampling": {"guided": False}}, "'sampling' is {'guided': False}"),
+        ({"timestep_format": ...}, "'timestep_format' is missing"),
     ],
 )
 def test_damaged_rollouts_are_told_of(folder, change, says):
     path = folder / "rollouts.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    facts = json.loads(path.read_text(encoding="utf-8")) | change
+    path.write_text(json.dumps({key: value for key, value in facts.items() if value is not ...}), encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(f"{path}: {says}")):
         read_rollouts(folder)
 

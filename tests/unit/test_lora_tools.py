@@ -390,3 +390,54 @@ def test_a_card_says_conditioning_in_words(tmp_path):
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| conditioning | video: Reference (probability 1.0), FirstFrame (probability 0.2) |" in text
     assert "| streams | video, audio, cross |" in text
+
+
+def test_what_peft_says_beside_a_file_is_not_applied_twice(tmp_path):
+    source, folder = write_lora(tmp_path / "one.safetensors", alpha=6), tmp_path / "peft"
+    lora("convert", source, "--to", "peft", "--output", folder)
+    before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    for words in (("convert", folder, "--to", "official"), ("scale", source, "--strength", "0.5"), ("resize", source, "--rank", "2")):
+        with pytest.raises(UserError, match="multiply those of the new file again"):
+            lora(*words, "--output", folder / "adapter_model.safetensors", "--overwrite")
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+    lora("convert", folder, "--to", "official", "--output", tmp_path / "again.safetensors")
+    same(changes(source), changes(tmp_path / "again.safetensors"), 1e-2)
+
+
+def test_metadata_do_not_part_a_file_from_its_scale(tmp_path):
+    source, folder = write_lora(tmp_path / "one.safetensors", alpha=6), tmp_path / "peft"
+    lora("convert", source, "--to", "peft", "--output", folder)
+    with pytest.raises(UserError, match=r"adapter_config.json says by what .* convert --to official"):
+        lora("metadata", folder, "--set", "note=mine", "--output", tmp_path / "elsewhere.safetensors")
+    header = json.dumps({"r": 3, "lora_alpha": 6})
+    plain = write_lora(tmp_path / "header.safetensors", metadata={"lora_adapter_metadata": header})
+    with pytest.raises(UserError, match="lora_adapter_metadata.*says by what"):
+        lora("metadata", plain, "--remove", "lora_adapter_metadata", "--output", tmp_path / "elsewhere.safetensors")
+    assert not (tmp_path / "elsewhere.safetensors").exists()
+    lora("metadata", folder, "--set", "note=mine", "--output", folder / "adapter_model.safetensors", "--overwrite")
+    lora("metadata", plain, "--set", "note=mine", "--output", tmp_path / "noted.safetensors")
+    for path in (folder, tmp_path / "noted.safetensors"):
+        assert read_lora(path).metadata["note"] == "mine"
+        same(changes(source), changes(path), 1e-2)
+
+
+def test_a_lora_of_which_nothing_is_left_is_not_written(tmp_path, caplog):
+    source = write_lora(tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match="at strength 1e-60 its values are too small for float32"):
+        lora("scale", source, "--strength", "1e-60", "--output", tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match=r"all its values are too small for float16. Give --save_precision float32"):
+        lora("scale", source, "--strength", "1e-10", "--save_precision", "float16", "--output", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    lora("scale", source, "--audio_strength", "1e-10", "--save_precision", "float16", "--output", tmp_path / "out.safetensors")
+    assert "2 of its modules are too small for float16, and change nothing any more: " in caplog.text and AUDIO in caplog.text
+
+
+def test_what_takes_itself_away_has_no_rank(tmp_path, caplog):
+    caplog.set_level("INFO")
+    source = write_lora(tmp_path / "one.safetensors")
+    lora("merge", f"{source}:1", f"{source}:-1", "--rank", "3", "--output", tmp_path / "none.safetensors")
+    assert all(not bool(change.any()) for change in changes(tmp_path / "none.safetensors").values())
+    assert "the change differs by 0.000 % of its norm, at most by 0.000 %" in caplog.text
+    lora("merge", f"{source}:1", f"{source}:0.5", "--output", tmp_path / "both.safetensors", "--save_precision", "float32")
+    lora("resize", tmp_path / "both.safetensors", "--energy", "1", "--output", tmp_path / "small.safetensors")
+    assert read_lora(tmp_path / "small.safetensors").ranks == [3]

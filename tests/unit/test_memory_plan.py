@@ -24,8 +24,9 @@ from musubi_tuner.memory.step_model import (
     text_bytes,
     unit_bytes,
 )
-from musubi_tuner.placement.planning import Machine, describe_placement, place_by_plan
+from musubi_tuner.placement.planning import Machine, describe_placement, place_by_plan, state_bytes
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training.optimizer import make_optimizer
 from tests.conftest import REPOSITORY
 
 GB = 10**9
@@ -340,3 +341,20 @@ def test_the_page_on_reinforcement_learning_has_the_numbers_of_the_planner():
     """`python -m benchmarks.plans rl` prints them."""
     page = (REPOSITORY / "docs" / "how-to" / "reinforcement_learning.md").read_text(encoding="utf-8")
     assert rl_table() in page
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("AdamW", {}), ("AdamW", {"amsgrad": "True"}), ("torch.optim.Adam", {"amsgrad": "True"}), ("SGD", {}), ("SGD", {"momentum": "0.0"}),
+        ("SGD", {"momentum": "0.9"}), ("torch.optim.SGD", {"momentum": "0.9", "nesterov": "True"}), ("Lion", {}), ("Prodigy", {}),
+        ("CAME", {}), ("AdamWScheduleFree", {}), ("AdamW8bit", {"min_8bit_size": "1"}), ("Lion8bit", {"min_8bit_size": "1"}),
+    ],
+)  # fmt: skip
+def test_states_are_planned_as_the_optimizer_has_them(name, args):
+    weight = torch.nn.Parameter(torch.randn(512, 512))
+    weight.grad = torch.randn_like(weight)
+    optimizer = make_optimizer(name, [weight], 1e-3, args)
+    optimizer.step()
+    held = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)) / weight.numel()
+    assert state_bytes(name, args, averaged=False) == pytest.approx(held, abs=0.1)

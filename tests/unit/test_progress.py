@@ -112,3 +112,11 @@ def test_symbols_of_units_have_no_plural(monkeypatch):
     with Progress("joining", 400, unit="MB") as bar:
         bar.advance(400, seconds=4.0)
     assert file.getvalue() == "joining: 400 of 400 MB (100 %), 100 MB/s, 00:04 in all\n"
+
+
+def test_nothing_to_do_is_no_error(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with Progress("splitting", 0, unit="MB") as bar:
+        bar.advance(0)
+    assert not file.getvalue()

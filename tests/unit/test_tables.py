@@ -26,3 +26,7 @@ def test_wide_letters_count_twice() -> None:
 def test_names_are_counted_where_they_are_many() -> None:
     assert names_of(["a", "b"]) == "a, b"
     assert names_of([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_control_characters_are_shown_and_not_sent_to_the_terminal() -> None:
+    assert format_table([("a\x1b[2J\x07\x9b\r\nb", "桜\t")], ("name", "k")).split("\n")[2].rstrip() == "a\\x1b[2J\\x07\\x9b\\r b  桜"

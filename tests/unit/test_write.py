@@ -134,3 +134,10 @@ def test_a_disk_that_takes_no_file_is_told_with_a_remedy(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=rf"a.png: .*{says}") as error:
             write(tmp_path / "a.png")
         assert isinstance(error.value, TemporaryFailure) == (kind is TemporaryFailure) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_folder_that_is_a_link_to_itself_is_told(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"a\.png: cannot be written"):
+        write_image(tmp_path / "loop" / "a.png", torch.zeros(8, 8, 3, dtype=torch.uint8))

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from musubi_tuner.config.dataset import CaptionExtension
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.validation import AnyPath, Count, List, Seed, Text, options
 from musubi_tuner.runtime.errors import UserError
@@ -17,7 +18,7 @@ class MediaOptions:
     """Media."""
 
     media: AnyPath = flag("dataset TOML, or a folder of videos, images and sounds; the flag's name may be left out")
-    caption_extension: Annotated[str, Field(pattern=r"^\.[^/\\\x00]*[^/\\\x00.]$", max_length=64)] | None = flag(
+    caption_extension: CaptionExtension | None = flag(
         "ending of caption files; default: that of the dataset TOML, .txt for a folder", default=None
     )
     frames: Annotated[int, Field(ge=1, le=256)] = flag("frames of a video that the model sees, evenly spaced", default=8)

@@ -87,15 +87,16 @@ _Keyframes = Annotated[
 ]
 
 _Weight = Annotated[float, Field(ge=0, le=1e6)]
+CaptionExtension = Annotated[
+    str, Field(pattern=r"^\.[^/\\\x00]*[^/\\\x00.]$", max_length=64), Wording("an ending that begins with a dot, such as '.txt'")
+]
 
 
 @options
 class GeneralSettings:
     """What `[general]` may hold, and every dataset."""
 
-    caption_extension: Annotated[
-        str, Field(pattern=r"^\.[^/\\\x00]*[^/\\\x00.]$", max_length=64), Wording("an ending that begins with a dot, such as '.txt'")
-    ] = ".txt"
+    caption_extension: CaptionExtension = ".txt"
     resolution: Annotated[tuple[int, int], BeforeValidator(_width_and_height)] = (768, 512)
     """(width, height): the area that buckets keep, or the exact size where buckets are off."""
     batch_size: Count = 1

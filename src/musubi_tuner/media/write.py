@@ -1,5 +1,6 @@
 """Tensors to media files that play everywhere: mp4 (H.264 and AAC), png, wav. Whole or not at all."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -193,4 +194,5 @@ def write_in_place(path: Path, save: Callable[[Path], None]) -> None:
     except OSError as error:
         raise not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder cannot be made, the error that says so is the one to be seen
+            temporary.unlink(missing_ok=True)

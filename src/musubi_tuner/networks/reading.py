@@ -169,6 +169,20 @@ def network_metadata(path: Path) -> dict[str, str]:
         raise _unreadable(path, error) from error
 
 
+def check_finite(path: Path) -> None:
+    """Read a file tensor by tensor, whatever it holds.
+
+    Raises:
+        UserError: an unreadable file, or values that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():
+                _checked_values(path, key, file.get_tensor(key), may_be_whole=True)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
 def newest_file(path: Path) -> Path:
     """The newest network in a folder, connectors' files aside; a file stands for itself, and a folder of PEFT for its one file.
 

@@ -10,6 +10,7 @@ import torch
 
 from musubi_tuner.config.model import MemoryOptions
 from musubi_tuner.config.network import NetworkOptions, parse_pairs
+from musubi_tuner.ltxv2.text.connectors import Connectors
 from musubi_tuner.ltxv2.transformer.block import sequence_axes
 from musubi_tuner.ltxv2.transformer.load import STREAMS, load_transformer, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
@@ -262,11 +263,18 @@ def model_on_meta(request: ModelRequest) -> tuple[LTXModel, Callable[[], Trained
 
     def adapt() -> TrainedNetwork:
         if request.network.full_finetune:
-            return train_whole(model, parse_pairs(request.network.network_args, "--network_args"))
+            return train_whole(model, parse_pairs(request.network.network_args, "--network_args"), trained_connectors(request, model))
         start = read_start(request.network, request.checkpoint, model)
         return make_network(request.network, model, start, seed=request.seed, shows_references=request.shows_references)
 
     return model, adapt
+
+
+def trained_connectors(request: ModelRequest, model: LTXModel) -> Connectors | None:
+    """Those that are trained, or have adapters that are, without memory, for counting; None without `--train_connectors`."""
+    if not request.network.train_connectors:
+        return None
+    return load_connectors_of(request.checkpoint, model, device=torch.device("meta"), dtype=request.dtype)
 
 
 def run_blocks(

@@ -25,6 +25,7 @@ among (`Limits`), and turns the numbers of its `Plan` into blocks (`Placement`).
 steps of the largest batch, and has a new plan made for a smaller budget where they run out of memory.
 """
 
+import ast
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -51,7 +52,11 @@ _FEW_BLOCKS = 12
 _WORTH_A_REMEDY = 0.05
 """Share of a step's time that waits for weights, above which the banner says what helps."""
 
-_OPTIMIZER_BYTES = {"adamw8bit": 2.0, "pagedadamw8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "prodigy": 16.0, "came": 4.1}
+_OPTIMIZER_BYTES = {
+    "adamw8bit": 2.0, "pagedadamw8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "lion8bit": 1.0, "prodigy": 16.0, "came": 4.1,
+}  # fmt: skip
+_ASKED_FOR = {("sgd", "momentum"), ("adam", "amsgrad"), ("adamw", "amsgrad")}
+"""Arguments that, where they are not 0, add a float32 state to each weight."""
 _USUAL_OPTIMIZER_BYTES = 8.0
 _AVERAGE_BYTES = 4.0
 
@@ -135,9 +140,15 @@ def read_machine(device: torch.device, options: MemoryOptions, *, processes: int
     )
 
 
-def state_bytes(optimizer_type: str, *, averaged: bool) -> float:
-    """Bytes beside its gradient of each trained weight, near enough to plan by: the optimizer's states, and a moving average of it."""
-    states = _OPTIMIZER_BYTES.get(optimizer_type.lower().rpartition(".")[2], _USUAL_OPTIMIZER_BYTES)
+def state_bytes(optimizer_type: str, args: Mapping[str, str], *, averaged: bool) -> float:
+    """Bytes beside its gradient of each trained weight, near enough to plan by: the optimizer's states, and a moving average of it.
+
+    Args:
+        args: of `--optimizer_args`, which the optimizer takes.
+    """
+    name = optimizer_type.lower().rpartition(".")[2]
+    states = _OPTIMIZER_BYTES.get(name, _USUAL_OPTIMIZER_BYTES)
+    states += 4.0 * sum((name, key) in _ASKED_FOR and bool(ast.literal_eval(value)) for key, value in args.items())
     return states + (_AVERAGE_BYTES if averaged else 0)
 
 

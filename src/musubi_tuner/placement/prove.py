@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -10,8 +9,8 @@ from typing import Literal, TypeVar
 import torch
 
 from musubi_tuner.config.model import MemoryOptions
-from musubi_tuner.ltxv2.text.connectors import connector_names
 from musubi_tuner.ltxv2.transformer.load import read_config
+from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.memory.attention import (
     KERNELS_OF_A_CPU,
@@ -32,7 +31,7 @@ from musubi_tuner.networks.lora_ltxv2 import OfficialLTXV2Wrapper
 from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.adapters import bytes_in_flight
 from musubi_tuner.placement.full_finetuning import REMEDY, Needs, bytes_of_an_update, check_host, in_words, needs_of, trained_in_blocks
-from musubi_tuner.placement.load import LoadedModel, ModelRequest, assemble, load_request, model_on_meta, shape_of
+from musubi_tuner.placement.load import LoadedModel, ModelRequest, assemble, load_request, model_on_meta, shape_of, trained_connectors
 from musubi_tuner.placement.planning import BatchTokens, Machine, Placement, place_by_hand, place_by_plan, read_machine
 from musubi_tuner.runtime.device import free_memory, is_out_of_host_memory
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
@@ -261,7 +260,7 @@ def _step_to_plan(request: ModelRequest, needs: Needs | None, *, scores_bytes: i
     """The model's sizes and the largest batch's, with all weights counted on a model without memory; whether anything outside the blocks
     is trained."""
     model, adapt = model_on_meta(request)
-    shape = shape_of(model, beside=_weights_of_connectors(request))
+    shape = shape_of(model, beside=_weights_of_connectors(request, model))
     network = adapt()
     works = [
         Workload(
@@ -312,7 +311,7 @@ def _whole_needs(request: ModelRequest) -> Needs:
     assert isinstance(network, WholeTransformer)
     return needs_of(
         network,
-        weights=sum(parameter.numel() for parameter in model.parameters()) + _weights_of_connectors(request),
+        weights=sum(parameter.numel() for parameter in model.parameters()) + _weights_of_connectors(request, model),
         blocks=len(model.transformer_blocks),
         dtype=request.dtype,
         state_bytes=request.state_bytes,
@@ -321,11 +320,10 @@ def _whole_needs(request: ModelRequest) -> Needs:
     )
 
 
-def _weights_of_connectors(request: ModelRequest) -> int:
+def _weights_of_connectors(request: ModelRequest, model: LTXModel) -> int:
     """0 where they are not trained."""
-    if not request.network.train_connectors:
-        return 0
-    return sum(math.prod(request.checkpoint.shape(name)) for name in connector_names(request.checkpoint).values())
+    connectors = trained_connectors(request, model)
+    return 0 if connectors is None else sum(parameter.numel() for parameter in connectors.parameters())
 
 
 def _with_notes(loaded: LoadedModel, notes: tuple[tuple[str, str], ...]) -> LoadedModel:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from musubi_tuner.ltxv2.versions import transformer_prefix
 from musubi_tuner.networks.reading import network_metadata
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.headers import read_header
 from musubi_tuner.runtime.program import quoted
 
 NAME = "README.md"
@@ -68,6 +70,9 @@ class CardFacts:
 
 def card_text(lora: Path, facts: CardFacts) -> str:
     """
+    Args:
+        lora: or a whole checkpoint, as `--full_finetune` writes it.
+
     Raises:
         UserError: a file that cannot be read, or one that does not say which release it is for where `facts` do not either.
     """
@@ -79,8 +84,10 @@ def card_text(lora: Path, facts: CardFacts) -> str:
         raise UserError(f"{lora}: does not say which release of LTX-2 it is for ({known}). Give --base_model, such as Lightricks/LTX-2.3.")
     release = release or base
     title = facts.title or metadata.get("modelspec.title") or lora.stem
-    head = _front_matter(metadata, facts, base, release)
-    return f"{head}\n{MARK}\n\n" + "\n\n".join(_body(lora, metadata, facts, title=title, base=base, release=release)) + "\n"
+    is_whole = transformer_prefix(read_header(lora).tensors) is not None
+    head = _front_matter(metadata, facts, base, release, is_whole=is_whole)
+    body = _body(lora, metadata, facts, title=title, base=base, release=release, is_whole=is_whole)
+    return f"{head}\n{MARK}\n\n" + "\n\n".join(body) + "\n"
 
 
 def relative_link(path: Path, folder: Path) -> str:
@@ -98,11 +105,12 @@ def relative_link(path: Path, folder: Path) -> str:
     return relative.as_posix()
 
 
-def _front_matter(metadata: Mapping[str, str], facts: CardFacts, base: str, release: str) -> str:
+def _front_matter(metadata: Mapping[str, str], facts: CardFacts, base: str, release: str, *, is_whole: bool) -> str:
     """JSON's texts are YAML's too."""
-    tags = ["lora", "template:diffusion-lora", "ltx-2", *([release.lower()] if release != base else []), "musubi-tuner-ltxv2", *facts.tags]
+    kind, relation = ([], "finetune") if is_whole else (["lora", "template:diffusion-lora"], "adapter")
+    tags = [*kind, "ltx-2", *([release.lower()] if release != base else []), "musubi-tuner-ltxv2", *facts.tags]
     task = pipeline_tag(metadata)
-    lines = ["---", f"base_model: {_quoted(base)}", "base_model_relation: adapter", "library_name: diffusers", f"pipeline_tag: {task}"]
+    lines = ["---", f"base_model: {_quoted(base)}", f"base_model_relation: {relation}", "library_name: diffusers", f"pipeline_tag: {task}"]
     lines += ["license: other", f"license_name: {LICENSE[0]}", f"license_link: {LICENSE[1]}", "tags:"]
     lines += [f"- {_quoted(tag)}" for tag in dict.fromkeys([*tags, task])]
     if facts.trigger:
@@ -122,11 +130,10 @@ def pipeline_tag(metadata: Mapping[str, str]) -> str:
     return "text-to-audio" if metadata.get("ltxv2_mode") == "audio" else "text-to-video"
 
 
-def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: str, base: str, release: str) -> list[str]:
+def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: str, base: str, release: str, is_whole: bool) -> list[str]:
     found = [f"# {_plain(title)}"]
-    found.append(
-        f"A LoRA for [{_plain(release)}](https://huggingface.co/{quote(base)}).{' ' + facts.description if facts.description else ''}"
-    )
+    what = "A fine-tuned checkpoint (full weights) of" if is_whole else "A LoRA for"
+    found.append(f"{what} [{_plain(release)}](https://huggingface.co/{quote(base)}).{' ' + facts.description if facts.description else ''}")
     if facts.trigger:
         found.append(f"## Trigger words\n\nPut `{facts.trigger.replace('`', '')}` into the prompt.")
     if facts.previews:
@@ -134,7 +141,7 @@ def _body(lora: Path, metadata: Mapping[str, str], facts: CardFacts, *, title: s
             f"- [{_plain(link)}]({quote(link)}){': ' + _plain(one.prompt) if one.prompt else ''}" for link, one in facts.previews.items()
         ]
         found.append("## Previews\n\n<Gallery />\n\n" + "\n".join(lines))
-    found.append(_use(lora, metadata, facts))
+    found.append(_use_of_checkpoint(lora) if is_whole else _use(lora, metadata, facts))
     rows = [(name, text) for name, key in _SETTINGS if (text := _setting(key, metadata))]
     if rows:
         table = "\n".join(f"| {name} | {_plain(value)} |" for name, value in rows)
@@ -176,6 +183,12 @@ def _in_words(recipe: str) -> str:
     except (AttributeError, KeyError, TypeError, ValueError):
         return recipe
     return "; ".join(f"{stream}: {', '.join(rules)}" for stream, rules in streams.items() if rules)
+
+
+def _use_of_checkpoint(path: Path) -> str:
+    shell = f"ltxv2 generate --ltxv2_model {quoted(Path(path.name))} --prompt PROMPT --text_encoder GEMMA_FOLDER"
+    comfy = f"ComfyUI: put `{path.name}` into `models/checkpoints`, in the place of the base model."
+    return "\n\n".join(("## Use", comfy, _code("musubi-tuner-ltxv2", "bash", shell)))
 
 
 def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:

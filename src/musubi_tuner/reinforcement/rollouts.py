@@ -37,7 +37,12 @@ FORMAT = 1
 _STORED = torch.bfloat16
 _NAME = re.compile(r"g\d{4,9}_k\d{2,9}", re.ASCII)
 _SOUND_NAME = re.compile(r"p\d{4,9}_sound\.[a-z0-9]{1,5}", re.ASCII)
-_FACTS = ("seed", "round", "mode", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts", "samples")
+_FACTS = (
+    "seed", "round", "mode", "timestep_format", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts",
+    "samples",
+)  # fmt: skip
+_SECTIONS = {"policy": ("name", "sha256"), "model": ("name", "fingerprint"), "sampling": ("guided", "stochastic")}
+"""What is read of those facts that hold several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,14 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
     for key in ("width", "height", "frames", "fps"):
         if isinstance(facts[key], bool) or not isinstance(facts[key], int | float) or facts[key] <= 0:
             return f"'{key}' is {facts[key]!r:.60}"
+    for key, names in _SECTIONS.items():
+        value = facts[key]
+        if value is None and key == "policy":
+            continue  # the base model
+        if not isinstance(value, dict) or any(name not in value for name in names):
+            return f"'{key}' is {value!r:.60}"
+        if key != "sampling" and not all(isinstance(value[name], str) for name in names):
+            return f"'{key}' is {value!r:.60}"
     prompts, samples = facts["prompts"], facts["samples"]
     if not isinstance(prompts, list) or not all(isinstance(one, dict) and isinstance(one.get("prompt"), str) for one in prompts):
         return "'prompts' is no list of prompts"

@@ -13,6 +13,7 @@ from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.offline import go_offline
 from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid, leave
+from musubi_tuner.runtime.tables import printable
 
 EXIT_NOT_ALL = 1
 """Done, and something that was wanted is not there, or not where it was wanted; the messages name it."""
@@ -47,7 +48,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
             print("interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED
         elif isinstance(error, UserError):
-            print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            print(printable("\n".join([f"error: {error}", *getattr(error, "__notes__", ())])), file=sys.stderr)
             code = EXIT_TRY_AGAIN if isinstance(error, TemporaryFailure) else EXIT_USER_ERROR
         elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL) and _is_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

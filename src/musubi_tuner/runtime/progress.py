@@ -105,7 +105,7 @@ class Progress:
 
     def _say_now_and_then(self) -> None:
         waited = time.monotonic() - self._said
-        by_share = self._count * 10 // self._total > self._said_count * 10 // self._total
+        by_share = self._total and self._count * 10 // self._total > self._said_count * 10 // self._total
         if waited >= _PLAIN_SECONDS or (by_share and waited >= _PLAIN_SECONDS / 6):
             self._say()
 

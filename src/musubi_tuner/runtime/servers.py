@@ -168,7 +168,7 @@ class Client:
                 data = self._read(response)
         except urllib.error.HTTPError as error:
             with error:
-                refused = Refused(url, error.code, _message(error.read(_LONGEST_ANSWER)), self._remedies.hint(error.code))
+                refused = Refused(url, error.code, _message(self._told(error)), self._remedies.hint(error.code))
             if error.code in _AGAIN:
                 raise _TryAgain(refused, _seconds(error.headers)) from error
             raise refused from error
@@ -194,6 +194,7 @@ class Client:
 
         Raises:
             TimeoutError: it does not.
+            http.client.IncompleteRead: it is cut off.
         """
         parts, count, end = [], 0, monotonic() + self._server.timeout
         while count <= _LONGEST_ANSWER and (part := response.read1(_BLOCK)):
@@ -201,7 +202,16 @@ class Client:
             count += len(part)
             if monotonic() > end:
                 raise TimeoutError
+        if count <= _LONGEST_ANSWER and response.length:
+            raise http.client.IncompleteRead(b"", response.length)
         return b"".join(parts)
+
+    def _told(self, error: urllib.error.HTTPError) -> bytes:
+        """What is said about an error; nothing where it does not come whole and in time, as the error itself counts."""
+        try:
+            return self._read(error.fp)
+        except (http.client.HTTPException, OSError):
+            return b""
 
     def _late(self, url: str) -> TemporaryFailure:
         return TemporaryFailure(f"{url}: no answer within {self._server.timeout:g} s. {self._remedies.late}")

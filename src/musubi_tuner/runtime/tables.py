@@ -13,13 +13,18 @@ def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str], width
 
     Words of the last column stay whole, whatever their length: paths and commands are copied from there.
     """
-    cells = [[str(cell).replace("\n", " ") for cell in row] for row in (headers, *rows)]
+    cells = [[printable(str(cell).replace("\n", " ")) for cell in row] for row in (headers, *rows)]
     widths = [max(shown_width(row[column]) for row in cells) for column in range(len(headers))]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
         widths[widths.index(max(widths))] -= 1
     first, *others = [_lines(row, widths) for row in cells]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([*first, rule, *(line for lines in others for line in lines)])
+
+
+def printable(text: str) -> str:
+    """With control characters as Python writes them: those of a file that was downloaded must not steer a terminal. Lines stay."""
+    return "".join(repr(sign)[1:-1] if unicodedata.category(sign) == "Cc" and sign not in "\n\t" else sign for sign in text)
 
 
 def shown_width(text: str) -> int:

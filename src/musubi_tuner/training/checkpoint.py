@@ -83,8 +83,12 @@ def lora_files(folder: Path, name: str) -> list[Path]:
     """The LoRAs of the run `name`: the final one, those of steps and of epochs, with what lies beside them."""
     if not folder.is_dir():
         return []
-    pattern = re.compile(re.escape(name) + r"(-step\d{8}|-\d{6})?(\.connectors)?\.safetensors")
-    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if is_lora_name(path.name, name))
+
+
+def is_lora_name(file: str, name: str) -> bool:
+    """Whether the run `name` may write a file of that name, and remove it."""
+    return re.fullmatch(re.escape(name) + r"(-step\d{8}|-\d{6})?(\.connectors)?\.safetensors", file) is not None
 
 
 def steps_of(path: Path) -> int:
@@ -97,7 +101,7 @@ def steps_of(path: Path) -> int:
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """What killed runs of this name have begun to write; call it while the run's lock is held."""
-    whole = re.compile(rf"\.{re.escape(name)}(-step\d{{8}}|-\d{{6}})?\.safetensors{re.escape(_TEMPORARY)}")
+    whole = re.compile(rf"\.{re.escape(name)}(-step\d{{8}}|-\d{{6}})?\.safetensors(\.lock)?{re.escape(_TEMPORARY)}")
     for path in [path for path in folder.iterdir() if whole.fullmatch(path.name)]:
         path.unlink(missing_ok=True)
     for path in folder.glob(f"{_temporary_stem(name)}*{_TEMPORARY}"):

@@ -54,7 +54,8 @@ def resolve_newest(config: TrainingConfig) -> TrainingConfig:
     """`--autoresume` and `--network_weights FOLDER` as the newest state and the newest file that they name.
 
     Raises:
-        UserError: nothing to go on from that is whole, a folder without LoRA files, or a new run under the name of an earlier one.
+        UserError: nothing to go on from that is whole, a folder without LoRA files, a new run under the name of an earlier one, or a run
+            that would remove what it starts from.
     """
     saving, network = config.saving, config.network
     if saving.autoresume:
@@ -72,7 +73,9 @@ def resolve_newest(config: TrainingConfig) -> TrainingConfig:
         _refuse_to_overwrite(saving)
     if network.network_weights is not None:
         network = dataclasses.replace(network, network_weights=newest_file(network.network_weights))
-    return dataclasses.replace(config, saving=saving, network=network)
+    config = dataclasses.replace(config, saving=saving, network=network)
+    _refuse_own_files(config)
+    return config
 
 
 def nothing_left(inputs: RunInputs, group: Processes) -> bool:
@@ -144,6 +147,26 @@ def clear_earlier(saving: SavingOptions) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--overwrite: {error.filename}: cannot be removed ({error.strerror}). Choose another --output_name.") from error
+
+
+def _refuse_own_files(config: TrainingConfig) -> None:
+    """
+    Raises:
+        UserError: a file that is read has a name of this run, so that it is removed with an earlier run, or replaced by a save.
+    """
+    saving, model, network = config.saving, config.model, config.network
+    read: list[tuple[str, Path | None]] = [(f"--{name}", getattr(model, name)) for name in ("ltxv2_model", "vae", "audio_vae")]
+    if saving.overwrite:  # which removes what the network starts from; a run that goes on has it in its state
+        read += [("--network_weights", network.network_weights), *(("--base_weights", path) for path in network.base_weights)]
+    for flag, given in read:
+        if given is None:
+            continue
+        for path in (given, real_path(given)):
+            if real_path(path.parent) == real_path(saving.output_dir) and checkpoint.is_lora_name(path.name, saving.output_name):
+                raise UserError(
+                    f"{flag} {given}: is a file of '{saving.output_name}' in {saving.output_dir}, as this run is called, which would "
+                    "remove or replace it. Give another --output_name."
+                )
 
 
 def _refuse_to_overwrite(saving: SavingOptions) -> None:

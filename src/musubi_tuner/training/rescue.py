@@ -135,6 +135,8 @@ def _saved(run: TrainingRun, outcome: Outcome, restart: Restart, error: Exceptio
         again = [f"Go on with:\n  {restart.resuming(resumed)}"] if resumed else []
         return ["No step was complete, so there is nothing to save.", *again]
     folder = state_path(run.output_dir, run.name, step)
+    if isinstance(error, NotSaved) and any(file.name == folder.name for file in outcome.files):
+        return []  # the error says where the weights are, and how to go on
     exact = next((file for file in reversed(outcome.files) if file.is_dir()), resumed)
     torn = outcome.torn and folder not in outcome.files
     if folder not in outcome.files:

@@ -56,6 +56,7 @@ def load_state(
         raise UserError(
             f"--resume {path}: the state is of another network ({odd}). Resume with the same --ltx_mode, --network_dim and --network_args."
         )
+    _check_groups(path, saved.stored.get("optimizer"), optimizer)
     set_values(network, saved.network, part_of)
     rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups]
     try:
@@ -95,6 +96,19 @@ def _check_optimizer(path: Path, saved: Mapping[str, Any], current: Mapping[str,
                 f"--resume {path}: the state was saved with --{key} {_shown(saved[key])}, this run has {_shown(current[key])}. Resume with "
                 "the same, or start from the saved LoRA with --network_weights."
             )
+
+
+def _check_groups(path: Path, stored: object, optimizer: Optimizer) -> None:
+    """
+    Raises:
+        UserError: as many groups of parameters as a run with other rates has.
+    """
+    groups = stored.get("param_groups") if isinstance(stored, Mapping) else None
+    if isinstance(groups, Sequence) and len(groups) != len(optimizer.param_groups):
+        raise UserError(
+            f"--resume {path}: the state was saved with {len(groups)} group(s) of rates, this run has {len(optimizer.param_groups)}. "
+            "Resume with --audio_learning_rate and the rates of --network_args where they were given, and without them where they were not."
+        )
 
 
 def _shown(value: Any) -> str:

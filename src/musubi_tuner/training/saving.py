@@ -15,6 +15,7 @@ from musubi_tuner.networks.whole import WholeTransformer, settled_values
 from musubi_tuner.placement.sharding import gathered
 from musubi_tuner.runtime.disk import FULL, reason
 from musubi_tuner.runtime.errors import TemporaryFailure
+from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training import checkpoint, state, state_folders
 from musubi_tuner.training.hooks import Hook
 from musubi_tuner.training.run import Outcome, TrainingRun
@@ -72,16 +73,20 @@ class Saving(Hook):
         epoch, is_last = run.schedule.epoch(step), step == run.schedule.total
         lora, error = self._written(outcome, path.name, self._save_lora, must=is_last or outcome.interrupted)
         saved_state = None
-        if saving.save_state or outcome.interrupted:
+        lost = is_last and lora is None and run.shards == 1  # a state has the weights too, and needs nothing but room
+        if saving.save_state or outcome.interrupted or lost:
             name = state.state_path(run.output_dir, run.name, step).name
             write = partial(self._save_state, torn=outcome.torn)
             saved_state, failed = self._written(outcome, name, write, must=is_last or outcome.interrupted)
             error = error or failed
         if error is not None and lora is None and (is_last or (outcome.interrupted and saved_state is None)):
-            raise NotSaved(
-                f"step {step}: {path.name} could be written nowhere: {error}. Make room, or make the folder writable, and run the same "
-                "command again."
-            )
+            again = "Make room, or make the folder writable, and run the same command again."
+            if saved_state is not None:
+                again = (
+                    f"Its weights are in {saved_state}: once that is put right, run the same command with --resume {quoted(saved_state)} "
+                    f"--max_train_steps {step + 1}."
+                )
+            raise NotSaved(f"step {step}: {path.name} could be written nowhere: {error}. {again}")
         if saving.save_last_n is not None:
             checkpoint.remove_old_loras(run.output_dir, run.name, saving.save_last_n, step=step, epoch=epoch)
         outcome.files = [file for file in outcome.files if file.exists()]

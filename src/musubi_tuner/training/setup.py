@@ -360,7 +360,11 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
         memory=config.memory,
         tokens=sizes[0],
         other_tokens=sizes[1:],
-        state_bytes=state_bytes(config.optimization.optimizer_type, averaged=config.optimization.ema_decay > 0),
+        state_bytes=state_bytes(
+            config.optimization.optimizer_type,
+            parse_pairs(config.optimization.optimizer_args, "--optimizer_args"),
+            averaged=config.optimization.ema_decay > 0,
+        ),
         accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
         updates_within_backward=config.optimization.fused_backward_pass,
         streams_trained=config.network.full_finetune and why_not_streamed(config, machine.processes.count) is None,

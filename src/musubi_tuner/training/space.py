@@ -3,6 +3,7 @@
 import logging
 import shutil
 
+from musubi_tuner.config.network import parse_pairs
 from musubi_tuner.placement.planning import state_bytes
 from musubi_tuner.runtime.errors import TemporaryFailure
 from musubi_tuner.training.checkpoint import SAVE_DTYPES
@@ -26,7 +27,8 @@ class SpaceWatch:
         self._folder = run.output_dir
         self.lora = weights * SAVE_DTYPES[saving.save_precision].itemsize + beside_trained
         """Bytes, near enough: a file's header and its folded scale are small."""
-        beside = state_bytes(optimization.optimizer_type, averaged=optimization.ema_decay > 0)
+        args = parse_pairs(optimization.optimizer_args, "--optimizer_args")
+        beside = state_bytes(optimization.optimizer_type, args, averaged=optimization.ema_decay > 0)
         self.state = round(sum(parameter.numel() * (parameter.element_size() + beside) for parameter in run.network.parameters()))
         """Bytes of one state, which an interrupt writes whatever was asked for."""
         self._warned = False

@@ -22,7 +22,7 @@ from musubi_tuner.config.flags import VERSION
 from musubi_tuner.conversion.checkpoint.components import OTHER, components_of, model_names
 from musubi_tuner.conversion.checkpoint.diffusers_models import IN_PIPELINE, Model, models_of, third
 from musubi_tuner.conversion.checkpoint.parts import whole_metadata
-from musubi_tuner.conversion.checkpoint.streaming import Part, copied, total_size, write_stream
+from musubi_tuner.conversion.checkpoint.streaming import Part, copied, total_size, write_stream, writing_alone
 from musubi_tuner.conversion.checkpoint.text_encoder_folder import TextEncoderFolder
 from musubi_tuner.ltxv2.quantization import Quantization, read_quantization
 from musubi_tuner.ltxv2.reading import TensorEntry
@@ -169,18 +169,18 @@ def write_tree(tree: Tree, folder: Path, advance: Callable[[int], object]) -> No
 
     Raises:
         TemporaryFailure: the disk has no room for it.
-        UserError: it cannot be written, or what `write_stream` raises.
+        UserError: it cannot be written, another process is writing it, or what `write_stream` raises.
     """
-    temporary = folder.with_name(f".{folder.name[:120]}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        free = shutil.disk_usage(folder.parent).free
-        if tree.size + _SPARE > free:
-            raise TemporaryFailure(
-                f"{folder}: takes {tree.size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Make room, or name another disk."
-            )
-        write_folder(folder, temporary, lambda place: _write(tree, place, advance))
+        with writing_alone(folder) as temporary:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            free = shutil.disk_usage(folder.parent).free
+            if tree.size + _SPARE > free:
+                raise TemporaryFailure(
+                    f"{folder}: takes {tree.size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Make room, or name another disk."
+                )
+            write_folder(folder, temporary, lambda place: _write(tree, place, advance))
     except OSError as error:
         raise not_written(folder, error) from error
 

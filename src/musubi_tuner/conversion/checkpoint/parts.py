@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from musubi_tuner.conversion.checkpoint.components import components_of
-from musubi_tuner.conversion.checkpoint.streaming import check_new, copied, total_size, write_stream
+from musubi_tuner.conversion.checkpoint.streaming import check_new, check_no_input, copied, total_size, write_stream
 from musubi_tuner.ltxv2.weights import QUANTIZATION, Checkpoint
 from musubi_tuner.runtime.errors import UserError
 
@@ -22,10 +22,12 @@ def split(checkpoint: Checkpoint, paths: dict[str, Path], *, overwrite: bool, ad
     """Write each component's file; every one carries all metadata, the config with all its keys among them.
 
     Raises:
-        UserError: a file that is there already, before any is written; what `write_stream` raises.
+        UserError: nothing in it, a file that is there already or is taken apart, before any is written; what `write_stream` raises.
     """
+    _check_any([checkpoint])
     for path in paths.values():
         check_new(path, "--output_dir", overwrite=overwrite)
+        check_no_input(path, "--output_dir", sorted({entry.file for entry in checkpoint.entries.values()}))
     for component, names in components_of(checkpoint).items():
         write_stream(paths[component], [copied(name, checkpoint.entries[name]) for name in names], whole_metadata(checkpoint), advance)
 
@@ -37,8 +39,15 @@ def join(checkpoints: Sequence[Checkpoint], path: Path, *, overwrite: bool, adva
         UserError: what `joined` or `write_stream` raises.
     """
     check_new(path, "--output", overwrite=overwrite)
+    _check_any(checkpoints)
     one = joined(checkpoints)
     write_stream(path, [copied(name, entry) for name, entry in one.entries.items()], one.metadata, advance)
+
+
+def _check_any(checkpoints: Sequence[Checkpoint]) -> None:
+    for one in checkpoints:
+        if not one.entries:
+            raise UserError(f"{one.path}: holds no tensors. Download it again.")
 
 
 def joined(checkpoints: Sequence[Checkpoint]) -> Checkpoint:

@@ -4,6 +4,7 @@ Linears of the transformer's blocks alone, as programs quantize them; the first 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ def quantized_parts(checkpoint: Checkpoint, form: str, *, keep_blocks: int, erro
         keep_blocks: the first and the last blocks that stay as they are.
 
     Raises:
-        UserError: a checkpoint that is quantized already, or nothing in it that can be.
+        UserError: a checkpoint that is quantized already, or nothing in it that can be. What the parts make raises it where a weight is not
+            finite.
     """
     names = transformer_names(checkpoint)
     if (receipt := read_quantization(checkpoint, names).receipt) or QUANTIZATION in checkpoint.metadata:
@@ -96,8 +98,11 @@ class _Quantized:
         turns = self._form == "int8_convrot"
         codes, self._scale = codes_of(rotated(weight, GROUP) if turns else weight, FORMATS[self._form][1], by_row=True)
         back = codes.float() * self._scale
-        norm = float(weight.norm())
-        difference = float(((rotated(back, GROUP) if turns else back) - weight).norm())
+        norm = float(weight.double().norm())
+        difference = float(((rotated(back, GROUP) if turns else back).double() - weight).norm())
+        if not math.isfinite(difference):
+            what = f"has values that {self._form} cannot hold" if math.isfinite(norm) else "holds NaN or infinity"
+            raise UserError(f"{self._checkpoint.path}: '{self._full}' {what}. `ltxv2 checkpoint verify` names all such tensors.")
         self._errors.relative[self._full] = difference / norm if norm else 0.0
         return codes
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from musubi_tuner.conversion.checkpoint.components import model_names
 from musubi_tuner.conversion.checkpoint.parts import whole_metadata
-from musubi_tuner.conversion.checkpoint.streaming import Part, copied, write_stream
+from musubi_tuner.conversion.checkpoint.streaming import Part, check_unchanged, copied, stamps_of, write_stream
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 
@@ -21,19 +21,18 @@ def writer_of_trained(checkpoint: Checkpoint) -> Callable[[Path, Mapping[str, Te
         A function of the file's path, {official name: trained weight}, a dtype and further metadata. A weight is written in that dtype, or
         in float32 where the checkpoint has it so. It raises OSError where the file cannot be written, and leaves no part of it.
     """
-    names = model_names(checkpoint)
+    names, before = model_names(checkpoint), stamps_of(checkpoint.entries.values())
 
     def write(path: Path, trained: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         made = {names[name]: _part(checkpoint, names[name], weight, dtype) for name, weight in trained.items()}
         parts = [made.get(full) or copied(full, checkpoint.entries[full]) for full in checkpoint.names()]
         try:
+            check_unchanged(before, checkpoint.entries.values())
             write_stream(path, parts, {**whole_metadata(checkpoint), **metadata}, lambda written: None)
         except TemporaryFailure as error:
             raise OSError(errno.ENOSPC, str(error)) from error
         except UserError as error:
-            if isinstance(error.__cause__, OSError):
-                raise error.__cause__ from None
-            raise
+            raise error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error)) from None
 
     return write
 

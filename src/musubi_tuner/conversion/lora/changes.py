@@ -223,6 +223,8 @@ def _singular(adapter: StoredAdapter) -> tuple[Tensor, Tensor, Tensor] | None:
             up, up_rest = torch.linalg.qr(tensors[UP])
             down, down_rest = torch.linalg.qr(tensors[DOWN].mT)
             left, values, right = torch.linalg.svd(up_rest @ down_rest.mT, full_matrices=False)
+            rounded = torch.finfo(values.dtype).eps * up_rest.norm() * down_rest.norm()
+            values = torch.where(values > rounded, values, 0)  # halves that take each other away leave rounding, and no change
             left, right = up @ left, right @ down.mT
         else:
             left, values, right = torch.linalg.svd(change_of(adapter), full_matrices=False)

@@ -81,12 +81,15 @@ def scaled(adapter: StoredAdapter, factor: float) -> StoredAdapter:
     """An adapter that changes the weight `factor` times as much.
 
     Raises:
-        ValueError: of a DoRA, which no factor scales.
+        ValueError: of a DoRA, which no factor scales; or a factor that leaves nothing of it.
     """
     if adapter.kind == "dora":
         raise ValueError("a DoRA is not linear in its strength: give the strength where it is used")
     tensors, leaf = adapter.tensors, scaled_leaf(adapter.kind, adapter.stored)
-    return dataclasses.replace(adapter, stored={**tensors, leaf: tensors[leaf] * factor}, scale=1.0)
+    made = tensors[leaf] * factor
+    if bool(tensors[leaf].any()) and not bool(made.any()):
+        raise ValueError(f"at strength {factor:g} its values are too small for float32, and nothing would be left of it")
+    return dataclasses.replace(adapter, stored={**tensors, leaf: made}, scale=1.0)
 
 
 def lora_of(down: Tensor, up: Tensor) -> StoredAdapter:

@@ -1,19 +1,22 @@
 """A LoRA of the difference of two checkpoints: of each linear, the product of least error of a rank (Eckart and Young 1936).
 
-Tensors are read one by one. The singular values are those of a random projection (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which
-has them to a part in a thousand; what is not in the LoRA is reported as it is.
+Text connectors are compared where both files have them. Tensors are read one by one. The singular values are those of a random projection
+(Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which has them to a part in a thousand; what is not in the LoRA is reported as it is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.conversion.checkpoint.components import model_names
 from musubi_tuner.conversion.lora.contents import lora_of
 from musubi_tuner.ltxv2.quantization import read_quantization
 from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.keys import is_text_side
 from musubi_tuner.networks.reading import StoredAdapter
 from musubi_tuner.runtime.errors import UserError
 
@@ -45,7 +48,7 @@ def extract(
     Raises:
         UserError: checkpoints of other shapes.
     """
-    names, theirs = transformer_names(tuned), transformer_names(base)
+    names, theirs = _compared_names(tuned, base)
     one, other = read_quantization(tuned, names), read_quantization(base, theirs)
     if odd := sorted(set(one.weights) ^ set(other.weights)):
         raise UserError(
@@ -62,6 +65,11 @@ def extract(
             )
         difference = first - second
         norm = float(difference.norm())
+        if not math.isfinite(norm):
+            bad = base if bool(first.isfinite().all()) else tuned
+            raise UserError(
+                f"{bad.path}: '{name}' holds NaN or infinity, or values whose squares are beyond float32: it has no difference."
+            )
         module = name.removesuffix(".weight")
         if norm == 0:
             alike += difference.ndim == 2
@@ -77,9 +85,17 @@ def extract(
     return Extracted(found.adapters, found.kept, alike, found.left_out)
 
 
-def tensors_of(tuned: Checkpoint) -> int:
+def tensors_of(tuned: Checkpoint, base: Checkpoint) -> int:
     """How many tensors `extract` goes through."""
-    return len(read_quantization(tuned, transformer_names(tuned)).weights)
+    return len(read_quantization(tuned, _compared_names(tuned, base)[0]).weights)
+
+
+def _compared_names(tuned: Checkpoint, base: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the transformers, and of the text connectors where both files have them."""
+    names, theirs = model_names(tuned), model_names(base)
+    if any(map(is_text_side, names)) == any(map(is_text_side, theirs)):
+        return names, theirs
+    return transformer_names(tuned), transformer_names(base)
 
 
 def _halves(difference: Tensor, norm: float, rank: int, energy: float | None, seed: int) -> tuple[Tensor, Tensor, float]:

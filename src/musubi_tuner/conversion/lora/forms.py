@@ -82,6 +82,16 @@ def rounding(contents: LoraContents, form: str, dtype: torch.dtype) -> float:
     return worst
 
 
+def vanished(contents: LoraContents, form: str, dtype: torch.dtype) -> list[str]:
+    """Modules that change something, and of which a tensor's values are all too small for a dtype."""
+    found = []
+    for name, adapter in contents.adapters.items():
+        tensors = unscaled(adapter) if form in WITH_ALPHA else adapter.tensors
+        if any(bool(value.any()) and not bool(value.to(dtype).any()) for leaf, value in tensors.items() if leaf != MAGNITUDE):
+            found.append(name)
+    return found
+
+
 def _cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
     return {leaf: (value.float() if leaf == MAGNITUDE else value.to(dtype)).contiguous() for leaf, value in tensors.items()}
 

@@ -1,6 +1,7 @@
 """A LoRA's new file or folder: checked, whole or not at all, never over another file unasked, and with how it was made."""
 
 import base64
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 from musubi_tuner.cache.store import serialize
 from musubi_tuner.conversion.checkpoint.streaming import check_new, copied, write_stream
 from musubi_tuner.conversion.lora.contents import LoraContents
-from musubi_tuner.conversion.lora.forms import WITH_ALPHA, config_text, formed
+from musubi_tuner.conversion.lora.forms import WITH_ALPHA, config_text, formed, vanished
 from musubi_tuner.ltxv2.weights import open_files
 from musubi_tuner.media.picture import read_picture, small_jpeg
 from musubi_tuner.networks.keys import is_text_side
-from musubi_tuner.networks.scales import FOLDED, HEADER, PEFT_CONFIG, PEFT_FILE
+from musubi_tuner.networks.scales import FOLDED, HEADER, PEFT_CONFIG, PEFT_FILE, PeftScale, peft_scale
 from musubi_tuner.networks.targets import count_by_stream
 from musubi_tuner.runtime.disk import check_folder, not_written, write_folder, write_whole
 from musubi_tuner.runtime.errors import UserError
@@ -30,15 +31,23 @@ def write_lora(contents: LoraContents, path: Path, *, form: str, dtype: torch.dt
         made_from: what was done to which files, for the metadata.
 
     Raises:
-        UserError: values that are not finite, something that is there already, or a place that cannot be written.
+        UserError: values that are not finite, or of which the dtype leaves nothing; something that is there already, or a place that
+            cannot be written.
     """
     check_free(path, overwrite=overwrite, folder=form == "peft")
+    if path.name == PEFT_FILE and (beside := path.with_name(PEFT_CONFIG)).is_file():
+        raise UserError(
+            f"--output {path}: {beside} beside it says by what its tensors are multiplied, and would multiply those of the new file again. "
+            "Give another name, or write PEFT's folder with convert --to peft."
+        )
     result = formed(contents, form, dtype)
     bad = [key for key, value in result.tensors.items() if not bool(value.isfinite().all())]
     if bad:
         raise UserError(
             f"{path}: '{bad[0]}' would hold NaN or infinity in {str(dtype).removeprefix('torch.')}. Give --save_precision float32."
         )
+    if len(vanished(contents, form, dtype)) == len(contents.adapters):
+        raise UserError(f"{path}: all its values are too small for {str(dtype).removeprefix('torch.')}. Give --save_precision float32.")
     data = serialize(result.tensors, _metadata(contents, form, made_from))
     try:
         if result.config is None:
@@ -59,11 +68,23 @@ def rewrite_metadata(source: Path, path: Path, metadata: Mapping[str, str], *, o
     """Copy a safetensors file with other metadata; its tensors are copied byte for byte, a part at a time.
 
     Raises:
-        UserError: as `write_lora`.
+        UserError: as `write_lora`; or the new file would say another scale than the old one.
     """
     check_free(path, overwrite=overwrite, folder=False)
-    entries = sorted(open_files(source, [source]).entries.items(), key=lambda one: one[1].start)
+    opened = open_files(source, [source])
+    entries = sorted(opened.entries.items(), key=lambda one: one[1].start)
+    said, says = (peft_scale(file, known, opened.names()) for file, known in ((source, opened.metadata), (path, metadata)))
+    if _without_place(said) != _without_place(says):
+        where = said.where if said is not None else says.where if says is not None else ""
+        raise UserError(
+            f"--output {path}: {where} says by what the tensors of {source} are multiplied, and the new file would be read with another "
+            "scale. Bring it to a form of its own first: convert --to official."
+        )
     write_stream(path, [copied(name, entry) for name, entry in entries], metadata, lambda count: None)
+
+
+def _without_place(scale: PeftScale | None) -> PeftScale | None:
+    return None if scale is None else dataclasses.replace(scale, where="")
 
 
 def thumbnail(path: Path) -> str:

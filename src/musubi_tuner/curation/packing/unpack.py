@@ -108,17 +108,18 @@ def open_pack(path: Path) -> Iterator[Reader]:
         yield _Folder(path)
         return
     try:
-        with path.open("rb") as file:
-            try:
-                archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
-            except (tarfile.TarError, OSError, ValueError) as error:
-                raise UserError(f"{path}: is no archive that pack makes ({reason(error)}). {_AGAIN}") from error
-            with archive:
-                yield _Tar(path, archive)
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise UserError(f"--pack {path}: no such file or folder.") from error
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"--pack {path}: cannot be read ({reason(error)}).") from error
+    with file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UserError(f"{path}: is no archive that pack makes ({reason(error)}). {_AGAIN}") from error
+        with archive:
+            yield _Tar(path, archive)
 
 
 class _Tar:
@@ -176,11 +177,20 @@ class _Folder:
             path = self._folder / packed.path
             if real_path(path) != root / packed.path or not path.is_file():
                 raise UserError(f"{self._folder}: '{packed.path}' is missing, or a link. {_AGAIN}")
-            yield packed, lambda path=path: path.open("rb")
+            yield packed, lambda path=path: _opened(path)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}).") from error
 
 
 def _take_up(staging: Path, lock: Lock) -> None:
     """Remove what a killed run has left where it is not of this pack: files that are not listed, or not whole."""
+    if staging.is_symlink():  # what it leads to is not of a killed run
+        staging.unlink()
     if not staging.is_dir():
         return
     listed = {file.path for file in lock.files}
