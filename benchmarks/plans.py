@@ -18,6 +18,7 @@ from musubi_tuner.memory.sampling_plan import SamplingPlan, SamplingWork, choose
 from musubi_tuner.memory.step_model import CardRates, ModelShape, Workload
 from musubi_tuner.placement.full_finetuning import bytes_of_an_update
 from musubi_tuner.placement.planning import state_bytes
+from musubi_tuner.reinforcement.objective import COPY_BYTES
 
 MODEL = ModelShape(blocks=48, video_dim=4096, audio_dim=2048, block_weights=386_500_000, other_weights=430_000_000)
 RANK_32_ATTENTION = 214_000_000
@@ -165,10 +166,7 @@ def streamed_table(clip: str) -> str:
 
 
 def rl_plans(card: str) -> tuple[SamplingPlan, Plan, float]:
-    """Of rollouts and of an update by NFT, and the seconds of the old policy's prediction, which a step of the update takes besides.
-
-    The old policy's weights, in float32, stand beside what the plan of training counts.
-    """
+    """Of rollouts and of an update by NFT, and the seconds of the old policy's prediction, which a step of the update takes besides."""
     limits = Limits(
         device_bytes=int(DEVICE_SHARE * CARDS[card][0] * GIB), host_bytes=int(RL_HOST_GB * GIB), formats=("bf16", CARDS[card][7], "nf4")
     )
@@ -177,15 +175,14 @@ def rl_plans(card: str) -> tuple[SamplingPlan, Plan, float]:
     )
     learned = Workload(
         video_tokens=RL_TOKENS, audio_tokens=RL_AUDIO_TOKENS, text_tokens=TEXT_TOKENS, clips=1, trainable=RANK_32_ATTENTION,
-        optimizer_bytes=8,
+        optimizer_bytes=8, copy_bytes=COPY_BYTES,
     )  # fmt: skip
-    old = 4 * RANK_32_ATTENTION
     rollouts = choose_sampling_plan(MODEL, sampled, rates(card), limits)
-    update = choose_plan(MODEL, learned, rates(card), dataclasses.replace(limits, device_bytes=limits.device_bytes - old))
+    update = choose_plan(MODEL, learned, rates(card), limits)
     assert rollouts is not None and update is not None, f"no plan fits {card}"
     held = dataclasses.replace(limits, formats=(update.weight_format,), streamed=update.streamed)
     without_gradients = next(iter(sampling_plans(MODEL, sampled, rates(card), held))).seconds
-    return rollouts, dataclasses.replace(update, device_bytes=update.device_bytes + old), without_gradients
+    return rollouts, update, without_gradients
 
 
 def rl_table() -> str:

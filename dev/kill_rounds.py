@@ -30,8 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 DONE, INTERRUPTED, FORK_FAILED = 0, 130, 1
-RECORD = "ltxv2_checked.jsonl"
-"""When each file was last looked at: of another run, other times."""
+TIMED = re.compile(r"ltxv2_checked\.jsonl|report\.html|.*-report\.json")
+"""Files that tell when something was done: of another run, other times."""
 IMPORTS_SECONDS = 2.5
 SAVED_EVERY = 5
 STEP_FILE = re.compile(r"t-step(\d+)\.safetensors")
@@ -66,6 +66,7 @@ class Round:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
     work = options.work / options.program
     log = work / "rounds.jsonl"
     whole, seconds = undisturbed(options, work)
@@ -151,7 +152,7 @@ def result_folder(program: str, work: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != RECORD}
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and not TIMED.fullmatch(path.name)}
 
 
 def one_round(options: argparse.Namespace, work: Path, seconds: float, *, kill: bool, seed: int) -> Round:

@@ -13,6 +13,7 @@ from musubi_tuner import ltxv2_train_network, ltxv2_train_rl
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import write_wav
+from musubi_tuner.placement import prove
 from musubi_tuner.reinforcement import objective as objectives
 from musubi_tuner.reinforcement.advantages import Scored
 from musubi_tuner.reinforcement.best import best_samples, write_best
@@ -137,6 +138,8 @@ def test_a_resumed_run_compares_with_the_policy_that_made_the_rollouts(tiny_fami
     assert train(tiny_family, rollouts, parts, *flags, "--resume", str(next(parts.glob("*step00000003-state")))) == 0
     ours, theirs = (load_file(folder / "ltxv2_lora.safetensors") for folder in (parts, whole))
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    ours, theirs = ({path.name: path.read_bytes() for path in next(folder.glob("*06-state")).iterdir()} for folder in (parts, whole))
+    assert ours == theirs, "torch's own generator too, from which some optimizers draw"
 
 
 def test_the_next_round_starts_from_the_very_file_that_sampled(tiny_family, rollouts, tmp_path):
@@ -263,6 +266,56 @@ def test_rules_on_steps_need_steps_and_no_guidance(tiny_family, tmp_path):
     score(guided)
     with pytest.raises(UserError, match="were sampled with guidance"):
         train(tiny_family, guided, tmp_path / "out", "--rl_loss", "grpo")
+
+
+@pytest.mark.parametrize("rule", ["grpo", "grpo_guard"])
+def test_a_reward_of_a_stream_without_stochastic_steps_teaches_nothing(tiny_family, tmp_path, caplog, rule):
+    """An error where it is the only one; beside another it is told, and costs no step."""
+    folder = make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_streams", "video")
+    score(folder, "tone", route="audio")
+    with pytest.raises(UserError, match=f"--rl_loss {rule}: .*nothing from 'tone', which teaches audio .*video.*--rl_sde_streams both"):
+        train(tiny_family, folder, tmp_path / "out", "--rl_loss", rule)
+    assert not (tmp_path / "out").exists()
+    seen = score(folder, "look", route="video")
+    flat = {name: 0.0 if name.startswith("g0000") else value for name, value in seen.items()}
+    path = folder / "scores" / "look.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"scores": flat}), encoding="utf-8")
+    assert train(tiny_family, folder, tmp_path / "out", "--rl_loss", rule, "--reward_fn", "tone:1,look:1") == 0
+    assert "audio learns nothing from 'tone'" in caplog.text and "learns nothing from 'look'" not in caplog.text
+    assert len(losses(tmp_path / "out")) == 9, "of the group that the picture's reward orders: three samples, three times"
+    caplog.clear()
+    score(folder, "both", route="sync")
+    assert train(tiny_family, folder, tmp_path / "sync", "--rl_loss", rule, "--reward_fn", "both") == 0
+    assert "audio learns nothing from 'both'" in caplog.text
+    assert train(tiny_family, folder, tmp_path / "nft", "--reward_fn", "tone", "--rl_loss", "nft") == 0
+
+
+@pytest.mark.parametrize("sampling", [None, {}, {"stochastic": {}}, {"stochastic": {"streams": "video"}}, {"stochastic": ["video"]}])
+def test_what_no_steps_can_be_is_a_damaged_description(rollouts, tmp_path, sampling):
+    facts = json.loads((rollouts / "rollouts.json").read_text(encoding="utf-8"))
+    sampling = {"guided": False, **sampling} if sampling else sampling
+    (tmp_path / "rollouts.json").write_text(json.dumps(facts | {"sampling": sampling}), encoding="utf-8")
+    with pytest.raises(UserError, match="'sampling'(: 'stochastic')? is .*, so the file is damaged"):
+        read_rollouts(tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["nft", "grpo", "grpo_guard", "awm", "rwr", "dpo"])
+def test_the_memory_plan_counts_the_old_policy_where_there_is_one(tiny_family, rollouts, tmp_path, monkeypatch, rule):
+    """By the bytes of the tensors that the objective holds."""
+    planned, held = [], []
+    plan, loss = prove.place_by_plan, objectives.RolloutObjective.loss
+    monkeypatch.setattr(prove, "place_by_plan", lambda *given, **named: planned.append(given[3]) or plan(*given, **named))
+
+    def watched(self, prediction):
+        copies = [] if self.old is None else self.old._weights
+        held.append(sum(tensor.untyped_storage().nbytes() for tensor in copies))
+        return loss(self, prediction)
+
+    monkeypatch.setattr(objectives.RolloutObjective, "loss", watched)
+    assert train(tiny_family, rollouts, tmp_path, "--rl_loss", rule, "--vram_gb", "4", "--max_train_steps", "1") == 0
+    (work,) = planned
+    assert set(held) == {int(work.trainable * work.copy_bytes)}
+    assert (held[0] > 0) == (rule not in ("rwr", "dpo"))
 
 
 def test_pairs_that_a_person_picked(tiny_family, rollouts, tmp_path):

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from musubi_tuner import ltxv2_rl_rounds
 from musubi_tuner.command import dispatch
@@ -18,6 +19,8 @@ from musubi_tuner.page.fill import data_of
 from musubi_tuner.reinforcement.rollouts import read_rollouts
 from musubi_tuner.runtime.errors import UserError
 
+PATIENCE = 300.0
+"""Seconds until the first rollouts lie there."""
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "training_configs").glob("rl_*.toml"))
 SMALL = {
     "rollouts": {
@@ -112,22 +115,26 @@ def test_more_rounds_go_on_and_caches_can_be_removed(tiny_family, tmp_path, here
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_rounds_that_are_killed_again_and_again_end_as_undisturbed_ones(tiny_family, tmp_path):
-    """In processes of their own, at moments that differ from run to run; each time all that was there is gone on from."""
+def test_rounds_that_are_killed_end_as_undisturbed_ones(tiny_family, tmp_path, here):
+    """Killed with all their processes while rollouts are made; `dev/kill_rl_rounds.py` does it at random moments."""
     config = config_for(CONFIGS[0], tiny_family, tmp_path)
-    command = [sys.executable, "-m", "musubi_tuner.ltxv2_rl_rounds"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    started = time.monotonic()
-    assert subprocess.run([*command, *words(config, whole, 1)], capture_output=True, check=False).returncode == 0
-    took = time.monotonic() - started
-    for share in (0.25, 0.6):
-        process = subprocess.Popen(
-            [*command, *words(config, parts, 1)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(share * took)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert subprocess.run([*command, *words(config, parts, 1)], capture_output=True, check=False).returncode == 0
+    assert ltxv2_rl_rounds.main(words(config, whole, 1)) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "musubi_tuner.ltxv2_rl_rounds", *words(config, parts, 1)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    end = time.monotonic() + PATIENCE
+    while not list((parts / "round_000" / "rollouts").glob("g*.safetensors")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (parts / "round_000" / "training").exists()
+    here.clear()
+    assert ltxv2_rl_rounds.main(words(config, parts, 1)) == 0
+    assert here == ["cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"], "what was judged before is kept"
     ours, theirs = (json.loads((folder / "rounds.json").read_text(encoding="utf-8")) for folder in (parts, whole))
     assert ours == theirs
     assert (parts / "ltxv2_lora.safetensors").read_bytes() == (whole / "ltxv2_lora.safetensors").read_bytes()
@@ -152,6 +159,38 @@ def test_files_that_make_no_sense_are_refused(tiny_family, tmp_path, text, says)
     config.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(says)):
         ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+
+
+def with_changes(config: Path, **tables: dict) -> None:
+    """Values put into a file of `config_for`; None takes one out."""
+    known = tomllib.loads(config.read_text(encoding="utf-8"))
+    lines = []
+    for name, table in known.items():
+        found = {key: value for key, value in (table | tables.get(name, {})).items() if value is not None}
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in found.items()), ""]
+    config.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ({"rollouts": {"rl_sde_streams": "video"}}, "nothing from 'loudness', which teaches audio"),
+        ({"rollouts": {"ltx_mode": "video", "rl_sde_streams": "audio"}}, "nothing from 'loudness', which teaches audio"),
+        ({"rollouts": {"rl_sde_type": "none"}}, "learns from stochastic steps, and these rollouts have none"),
+        ({"rollouts": {"video_cfg_scale": 3.0}}, "these rollouts are guided"),
+        ({"rollouts": {"modality_scale": 3.0}}, "these rollouts are guided"),
+        ({"training": {"learning_rat": 1e-3}}, "[training] unknown flag '--learning_rat'"),
+        ({"training": {"rl_loss": "nfd"}}, "[training] --rl_loss nfd"),
+        ({"rollouts": {"rl_group_size": 1}}, "[rollouts] --rl_group_size 1"),
+        ({"scores": {"reward_fn": "loudnes"}}, "--reward_fn loudnes: no such reward"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_the_first_rollouts(tiny_family, tmp_path, here, tables, says):
+    config = config_for(CONFIGS[[path.stem for path in CONFIGS].index("rl_grpo")], tiny_family, tmp_path)
+    with_changes(config, **tables)
+    with pytest.raises(UserError, match=re.escape(says)):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+    assert here == []
 
 
 def test_folders_of_other_rounds_and_controls_that_are_none_are_refused(tiny_family, tmp_path, here):

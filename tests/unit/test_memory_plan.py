@@ -227,6 +227,13 @@ def test_what_adapters_take_in_flight_is_in_every_plan():
     assert {round((one.device_bytes - other.device_bytes) / 1e9, 2) for one, other in zip(more, plain, strict=True)} == {1.0}
 
 
+def test_a_copy_of_the_trained_weights_is_in_every_plan():
+    """Of the policy that made rollouts: 0.8 GiB at rank 32 on attention."""
+    given, copied = limits(80, 48, streamed=10), dataclasses.replace(work(), copy_bytes=4.0)
+    plain, more = (list(candidates(LARGE, batch, rates(), given)) for batch in (work(), copied))
+    assert {round((one.device_bytes - other.device_bytes) / 2**30, 2) for one, other in zip(more, plain, strict=True)} == {0.8}
+
+
 def test_a_plan_holds_every_batch_that_may_be_the_largest():
     """One clip, and 16 stills whose texts take more where their keys and values are kept."""
     clip, stills = work(2688, 51), work(16 * 64, 0, clips=16)

@@ -59,6 +59,11 @@ class StochasticOptions:
         first, _, end = self.rl_sde_window.partition(":")
         return int(first), int(end)
 
+    def streams(self, mode: str) -> tuple[str, ...]:
+        """Those of a mode that take stochastic steps, where there are any."""
+        chosen = ("video", "audio") if self.rl_sde_streams == "both" else (self.rl_sde_streams,)
+        return tuple(name for name in chosen if mode == "av" or name == "video")
+
     @model_validator(mode="after")
     def _check(self) -> "StochasticOptions":
         first, _, end = self.rl_sde_window.partition(":")
@@ -76,6 +81,18 @@ class RolloutConfig:
     guidance: GuidanceOptions
     model: GenerationModelOptions
     memory: GenerationMemoryOptions
+
+    @property
+    def is_guided(self) -> bool:
+        """By these flags; what they leave to the model's version is guidance."""
+        if self.rollouts.rl_distilled:
+            return False
+        asked = self.guidance
+        off = [asked.video_cfg_scale == 1, asked.stg_scale == 0]
+        if self.model.ltx_mode == "av":
+            off += [asked.audio_cfg_scale == 1, asked.modality_scale == 1]
+            off += [asked.audio_stg_scale in (None, 0), asked.audio_modality_scale in (None, 1)]
+        return not all(off)
 
     def as_of_generation(self) -> GenerateConfig:
         """The same choices, for what generates clips."""

@@ -65,6 +65,7 @@ def iterate_batches(
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=prepare_worker if workers else None,
+        generator=torch.Generator(),  # it draws a number for each pass, which torch's own would not have where a run goes on
     )
     with _interrupts_held_back():
         batches: Any = iter(loader)

@@ -5,8 +5,9 @@ The terms of a plan, for B blocks of which S are streamed through `slots` slots 
 where they lie and says what each choice trades):
 
     device bytes    other weights + Q full blocks + (B - Q - S + slots) blocks in the weight format
-                    + trainable weights * (master weight + optimizer states)     (where the model itself is trained no master, and the
-                                                                                  states of `slots` blocks in place of those of S)
+                    + trainable weights * (master weight + copies + optimizer states)
+                                                (where the model itself is trained no master, and the states of `slots` blocks in place
+                                                 of those of S)
                     + the most that is held at any moment of the backward pass:
                           what the blocks that have not yet run backward keep, by their levels     (3 units where inputs are on the host)
                           + gradients of the others         (of all, where they accumulate; of one block, where they are used up at once)
@@ -181,7 +182,7 @@ def _plan(
     )
     if work.shards > 1:
         device = device / work.shards + SLOTS * full_block + shape.other_weights * limits.compute_bytes
-    device += work.trainable * work.master_bytes / work.shards
+    device += work.trainable * (work.master_bytes + work.copy_bytes) / work.shards
     states, states_on_host = state_bytes_of(shape, work, streamed)
     device += states
     unit = unit_bytes(shape, work) * limits.compute_bytes / 2

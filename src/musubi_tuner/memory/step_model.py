@@ -122,6 +122,8 @@ class Workload:
     """Of the optimizer's states, for each trainable weight."""
     master_bytes: float = 4.0
     """Of each trainable weight beside the model's own; 0 where these are what is trained."""
+    copy_bytes: float = 0.0
+    """Of each trainable weight: a copy that stays as it was, such as the policy that made rollouts."""
     gradient_bytes: float = 4.0
     """Of each trainable weight."""
     trains_model: bool = False

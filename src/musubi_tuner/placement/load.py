@@ -71,6 +71,8 @@ class ModelRequest:
     """Of others that may take more memory for their text or their attention (`dataset.items.largest_items`)."""
     state_bytes: float = 8.0
     """Kept for each trained weight beside its gradient: `planning.state_bytes`."""
+    copy_bytes: float = 0.0
+    """Of copies of each trained weight that stay as they were (`training.preflight.RunInputs`)."""
     accumulates: bool = False
     """A step has several backward passes, so gradients wait while the next ones are computed."""
     updates_within_backward: bool = False

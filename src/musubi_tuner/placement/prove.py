@@ -270,6 +270,7 @@ def _step_to_plan(request: ModelRequest, needs: Needs | None, *, scores_bytes: i
             clips=tokens.clips,
             trainable=sum(parameter.numel() for parameter in network.parameters()),
             optimizer_bytes=request.state_bytes,
+            copy_bytes=request.copy_bytes,
             accumulates=request.accumulates,
             adapters_in_flight=bytes_in_flight(
                 network, video_tokens=tokens.video, audio_tokens=tokens.audio, compute_bytes=request.dtype.itemsize

@@ -7,8 +7,8 @@ score is missing. A stream's advantage is the weighted sum of the z of rewards t
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Route = Literal["video", "audio", "sync"]
@@ -16,6 +16,11 @@ STREAMS = ("video", "audio")
 FLAT = 1e-6
 """A spread below this orders nothing."""
 _EPSILON = 1e-4
+
+
+def streams_of(route: Route) -> tuple[str, ...]:
+    """Streams that learn from a reward."""
+    return STREAMS if route == "sync" else (route,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +56,11 @@ class Advantages:
         """Samples from which there is anything to learn."""
         return tuple(name for name, streams in self.of.items() if any(streams.values()))
 
+    def within(self, streams: Collection[str]) -> "Advantages":
+        """0 in all other streams."""
+        of = {name: {stream: value if stream in streams else 0.0 for stream, value in one.items()} for name, one in self.of.items()}
+        return replace(self, of=of)
+
 
 def advantages(
     groups: Mapping[int, Sequence[str]],
@@ -75,7 +85,7 @@ def advantages(
             if reason:
                 flagged.append(Flagged(group, scored.reward, reason))
             for name, value in zip(names, z, strict=True):
-                for stream in STREAMS if scored.route == "sync" else (scored.route,):
+                for stream in streams_of(scored.route):
                     found[name][stream] += scored.weight * value
     if over_all:
         _normalize_over_all(found)

@@ -13,7 +13,8 @@ from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint, open_checkpoint
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork
 from musubi_tuner.reinforcement.advantages import STREAMS, Advantages, advantages, group_softmax
-from musubi_tuner.reinforcement.objective import OldPolicy, RolloutObjective, RuleSettings
+from musubi_tuner.reinforcement.drawn import check_drawn
+from musubi_tuner.reinforcement.objective import COMPARED_WITH_OLD, COPY_BYTES, OldPolicy, RolloutObjective, RuleSettings
 from musubi_tuner.reinforcement.rollouts import Rollouts, read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
@@ -55,26 +56,32 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
             f"--rl_loss {options.rl_loss}: the rollouts were sampled with guidance, and a step's probability is the model's own alone. "
             "Make them with --video_cfg_scale 1 --audio_cfg_scale 1 --stg_scale 0 --modality_scale 1, or take nft, awm, rwr or dpo."
         )
+    rewards = rewards_of(rollouts, options.reward_fn)
+    drawn: Sequence[str] = STREAMS
+    if options.rule.startswith("grpo"):
+        assert rollouts.stochastic is not None
+        drawn = rollouts.stochastic["streams"]
+        check_drawn(options.rl_loss, rewards, drawn, mode=config.ltx_mode, where=f"the rollouts in {rollouts.folder}")
     found = advantages(
         rollouts.groups,
-        rewards_of(rollouts, options.reward_fn),
+        rewards,
         clip=options.nft_adv_clip_max,
         over_all=options.rl_advantage == "gdpo",
         shuffled=options.rl_shuffle_advantages,
-    )
+    ).within(drawn)
     _tell(found, rollouts)
     items, weights = _learned(options, inputs.items, rollouts, found)
     _tell_of_passes(config, len(items))
-    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts))
+    copied = COPY_BYTES if options.rule in COMPARED_WITH_OLD else 0.0
+    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts), copy_bytes=copied)
 
 
 def _learns(options: RlOptions, weights: Weights, rollouts: Rollouts) -> Learns:
     settings = settings_of(options)
 
     def objective(matching: FlowMatching, network: LoRANetwork) -> RolloutObjective:
-        return RolloutObjective(
-            matching=matching, network=network, old=OldPolicy(network), settings=settings, advantages=weights, rollouts=rollouts
-        )
+        old = OldPolicy(network) if options.rule in COMPARED_WITH_OLD else None
+        return RolloutObjective(matching=matching, network=network, old=old, settings=settings, advantages=weights, rollouts=rollouts)
 
     return objective
 

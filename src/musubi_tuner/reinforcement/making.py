@@ -112,9 +112,7 @@ def stochastic_of(config: RolloutConfig, prompt: int, steps: int) -> Stochastic 
     options = config.stochastic
     if options.rl_sde_type == "none":
         return None
-    streams = {"both": ("video", "audio")}.get(options.rl_sde_streams, (options.rl_sde_streams,))
-    if config.model.ltx_mode == "video":
-        streams = tuple(name for name in streams if name == "video")
+    streams = options.streams(config.model.ltx_mode)
     chosen = choose_steps(
         f"{config.rollouts.rl_seed}|{config.rollouts.rl_round}|{prompt}|steps", options.window, options.rl_sde_steps, steps
     )

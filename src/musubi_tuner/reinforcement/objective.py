@@ -39,6 +39,12 @@ class RuleSettings:
     reference_weight: float
 
 
+COMPARED_WITH_OLD = ("nft", "awm", "grpo", "grpo_guard")
+"""Rules that take the prediction of the policy that made the rollouts."""
+COPY_BYTES = 4.0
+"""Of each trained weight, which is float32, in `OldPolicy`."""
+
+
 class OldPolicy:
     """The adapter weights that made the rollouts, beside those that are trained."""
 
@@ -79,7 +85,8 @@ class RolloutObjective:
 
     matching: FlowMatching
     network: LoRANetwork
-    old: OldPolicy
+    old: OldPolicy | None
+    """None where the rule does not compare with it."""
     settings: RuleSettings
     advantages: Mapping[str, Mapping[str, float]]
     """{item: {stream: advantage}}; of RWR its weight, of DPO 1 for the chosen sample and -1 for the other. 0 = nothing is learned."""
@@ -92,7 +99,8 @@ class RolloutObjective:
         noised, steps = self._at_steps(batch) if recorded else (self.matching.noise(batch), {})
         wrapper = self.matching.wrapper
         old = reference = None
-        if self.settings.rule in ("nft", "awm", "grpo", "grpo_guard"):
+        if self.settings.rule in COMPARED_WITH_OLD:
+            assert self.old is not None
             with self.old.in_place():
                 old = wrapper(*noised.inputs)
         if self.settings.reference_weight or self.settings.rule == "dpo":

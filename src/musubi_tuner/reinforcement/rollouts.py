@@ -36,6 +36,7 @@ STEPS_ENDING = "_ltxv2_steps.safetensors"
 FORMAT = 1
 _STORED = torch.bfloat16
 _NAME = re.compile(r"g\d{4,9}_k\d{2,9}", re.ASCII)
+_DRAWN = (["video", "audio"], ["video"], ["audio"], [])
 _SOUND_NAME = re.compile(r"p\d{4,9}_sound\.[a-z0-9]{1,5}", re.ASCII)
 _FACTS = (
     "seed", "round", "mode", "timestep_format", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts",
@@ -203,6 +204,9 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
             return f"'{key}' is {value!r:.60}"
         if key != "sampling" and not all(isinstance(value[name], str) for name in names):
             return f"'{key}' is {value!r:.60}"
+    drawn = facts["sampling"]["stochastic"]
+    if drawn is not None and not (isinstance(drawn, dict) and drawn.get("streams") in _DRAWN):
+        return f"'sampling': 'stochastic' is {drawn!r:.60}"
     prompts, samples = facts["prompts"], facts["samples"]
     if not isinstance(prompts, list) or not all(isinstance(one, dict) and isinstance(one.get("prompt"), str) for one in prompts):
         return "'prompts' is no list of prompts"

@@ -22,6 +22,7 @@ from musubi_tuner.config.rounds import RoundOptions, StageFlags
 from musubi_tuner.reinforcement.page.write import PAGE, write_page
 from musubi_tuner.reinforcement.rollouts import SCORES, read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of, totals_of
+from musubi_tuner.reinforcement.stages import check_stages
 from musubi_tuner.runtime.disk import remove_folder
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
@@ -71,10 +72,12 @@ class Rounds:
 
         Raises:
             StageFailed: a program has told why.
-            UserError: rounds of other settings, a reward that no held-out sample has, or a control that is none.
+            UserError: settings that a program refuses, rounds of other settings, a reward that no held-out sample has, or a control that
+                is none.
         """
         folder = self.options.output_dir
         folder.mkdir(parents=True, exist_ok=True)
+        check_stages(self.options, self.stages)
         self._control()
         rows = self._earlier()
         if not rows:

@@ -66,6 +66,8 @@ class RunInputs:
     """What the caches of this run must be."""
     learns: Learns | None = None
     """What the run learns in place of its items' content; None = that."""
+    copy_bytes: float = 0.0
+    """Of copies that `learns` keeps of each trained weight, on the device."""
 
     @property
     def shows_references(self) -> bool:

@@ -124,6 +124,7 @@ def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | Non
     if shards > 1:
         check_sharded(inputs)
     balance = AudioBalance(machine.device) if config.audio.audio_balance == "ema" else None
+    torch.manual_seed(optimization.seed)  # for what draws without a generator: optimizers, network modules of one's own
     loaded = _load_model(inputs, machine, rules, prompt, shards)
     network = loaded.network
     objective = make_objective(inputs, loaded.wrapper, network, balance=balance, prompt=prompt)
@@ -365,6 +366,7 @@ def _load_model(inputs: RunInputs, machine: Machine, rules: DrawRules, prompt: P
             parse_pairs(config.optimization.optimizer_args, "--optimizer_args"),
             averaged=config.optimization.ema_decay > 0,
         ),
+        copy_bytes=inputs.copy_bytes,
         accumulates=accumulates or prompt is not None,  # which has a backward pass of its own
         updates_within_backward=config.optimization.fused_backward_pass,
         streams_trained=config.network.full_finetune and why_not_streamed(config, machine.processes.count) is None,

@@ -1,0 +1,64 @@
+"""What rounds are to be run with, read as the three programs will read it, so that a fault is found before the first rollouts."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from musubi_tuner.config.flags import Beneath, parse
+from musubi_tuner.config.rl import RlTrainingConfig
+from musubi_tuner.config.rollouts import RolloutConfig
+from musubi_tuner.config.rounds import RoundOptions, StageFlags
+from musubi_tuner.config.scoring import ScoringConfig
+from musubi_tuner.reinforcement.advantages import Scored
+from musubi_tuner.reinforcement.drawn import check_drawn
+from musubi_tuner.reinforcement.rewards.catalog import choose
+from musubi_tuner.reinforcement.scores import parse_rewards
+from musubi_tuner.runtime.errors import UserError
+
+Config = TypeVar("Config")
+
+_PROGRAMS = {"rollouts": "ltxv2_cache_rollouts.py", "scores": "ltxv2_score_rollouts.py", "training": "ltxv2_train_rl.py"}
+
+
+def check_stages(options: RoundOptions, stages: StageFlags) -> None:
+    """
+    Raises:
+        UserError: a flag or value that a program does not take, a reward that is none, or a rule that these rollouts teach nothing.
+    """
+
+    def read(stage: str, kind: type[Config], own: Mapping[str, Any], **beneath: str) -> Config:
+        try:
+            return parse(
+                kind,
+                stages.words(stage, own),
+                prog=_PROGRAMS[stage],
+                description="",
+                beneath=lambda _: Beneath(where="the rounds", values=beneath),
+            )
+        except UserError as error:
+            raise UserError(f"{options.rl_config}: [{stage}] {error}") from error
+
+    folder = options.output_dir
+    rollouts = read("rollouts", RolloutConfig, {"rl_prompts": options.rl_prompts, "rl_rollout_cache": folder})
+    scores = read("scores", ScoringConfig, {"rl_rollout_cache": folder}).rewards
+    own = {"rl_rollout_cache": folder, "reward_fn": scores.reward_fn, "output_dir": folder, "output_name": options.output_name}
+    rule = read("training", RlTrainingConfig, own, dataset_config=str(folder), ltx_mode=rollouts.model.ltx_mode).rl
+    weights = parse_rewards(scores.reward_fn)
+    rewards = [
+        Scored(reward=one.name, route=one.kind.route, weight=weights[one.name], scores={})
+        for one in choose(list(weights), scores.reward_args, scores.reward_plugins)
+    ]
+    if not rule.rule.startswith("grpo"):
+        return
+    if rollouts.stochastic.rl_sde_type == "none":
+        raise UserError(
+            f"{options.rl_config}: [training] rl_loss {rule.rl_loss}: learns from stochastic steps, and these rollouts have none. Put "
+            'rl_sde_type = "cps" (or "flow_sde") into [rollouts], or take nft, awm, rwr or dpo.'
+        )
+    if rollouts.is_guided:
+        raise UserError(
+            f"{options.rl_config}: [training] rl_loss {rule.rl_loss}: a step's probability is the model's own alone, and these rollouts are "
+            "guided. Put video_cfg_scale = 1.0, audio_cfg_scale = 1.0, stg_scale = 0.0 and modality_scale = 1.0 into [rollouts], or take "
+            "nft, awm, rwr or dpo."
+        )
+    drawn = rollouts.stochastic.streams(rollouts.model.ltx_mode)
+    check_drawn(rule.rl_loss, rewards, drawn, mode=rollouts.model.ltx_mode, where=f"{options.rl_config}: [rollouts]")
