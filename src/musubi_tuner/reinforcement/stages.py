@@ -57,8 +57,8 @@ def check_stages(options: RoundOptions, stages: StageFlags) -> None:
     if rollouts.is_guided:
         raise UserError(
             f"{options.rl_config}: [training] rl_loss {rule.rl_loss}: a step's probability is the model's own alone, and these rollouts "
-            "are guided. Put video_cfg_scale = 1.0, audio_cfg_scale = 1.0, stg_scale = 0.0 and modality_scale = 1.0 into [rollouts], or take "
-            "nft, awm, rwr or dpo."
+            "are guided. Put video_cfg_scale = 1.0, audio_cfg_scale = 1.0, stg_scale = 0.0 and modality_scale = 1.0 into [rollouts], or "
+            "take nft, awm, rwr or dpo."
         )
     drawn = rollouts.stochastic.streams(rollouts.model.ltx_mode)
     check_drawn(rule.rl_loss, rewards, drawn, mode=rollouts.model.ltx_mode, where=f"{options.rl_config}: [rollouts]")
