@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from musubi_tuner import ltxv2_checkpoint, ltxv2_train_network
+from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.tiny import clips
 from musubi_tuner.training import checkpoint
@@ -125,6 +126,13 @@ def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path, caplog):
     shutil.copy(data.model, copy)
     run(dataclasses.replace(data, model=copy), tmp_path / "b", *flags, "--max_train_steps", "4", *state)
     assert f"model: '{data.model.name}' then, 'other.safetensors' now" in caplog.text
+    assert "weights: " not in caplog.text
+    same_name = tmp_path / "elsewhere" / data.model.name
+    same_name.parent.mkdir()
+    tensors = {name: value * 1.01 if "transformer_blocks" in name else value for name, value in load_file(data.model).items()}
+    save_file(tensors, same_name, metadata=read_metadata(data.model))
+    run(dataclasses.replace(data, model=same_name), tmp_path / "c", *flags, "--max_train_steps", "4", *state)
+    assert " tensors with the fingerprint " in next(line for line in caplog.text.splitlines() if "weights: " in line and " then, " in line)
     with pytest.raises(UserError, match="--optimizer_type AdamW, this run has torch.optim.SGD"):
         run(data, tmp_path / "b", *flags, "--optimizer_type", "torch.optim.SGD", *state)
     with pytest.raises(UserError, match="--optimizer_args none, this run has weight_decay=0.1"):

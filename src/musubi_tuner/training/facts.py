@@ -11,6 +11,7 @@ from musubi_tuner import __version__
 from musubi_tuner.cache.store import canonical, read_metadata, text_fingerprint
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.ltxv2.versions import detect_version, looks_distilled, transformer_names
+from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.scales import FOLDED
 from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import describe_placement
@@ -49,9 +50,15 @@ def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None)
     values |= {"dtype": str(machine.dtype), "weight_format": weight_format}
     values |= {"processes": machine.processes.count, "items": len(inputs.items)}
     values |= {"datasets": _drawn_as(inputs.items), "clips": _identity(inputs.items)}
-    values["model"] = inputs.checkpoint.path.name
+    values |= {"model": inputs.checkpoint.path.name, "weights": _weights(inputs.checkpoint)}
     values["conditioning"] = inputs.recipe.describe()
     return json.loads(json.dumps(values, default=str))
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    """Which weights, whatever the file is called: a fingerprint of one tensor in eight, as another model differs in nearly all."""
+    names = sorted(transformer_names(checkpoint).items())
+    return f"{len(names)} tensors with the fingerprint {checkpoint.fingerprint(dict(names[::8]))[:12]}"
 
 
 def _drawn_as(items: Sequence[Item]) -> list[dict[str, Any]]:

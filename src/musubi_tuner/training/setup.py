@@ -106,14 +106,7 @@ def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | Non
     prompt = _prompt_preservation(inputs, machine.device)
     schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
     optimizer_args = parse_pairs(optimization.optimizer_args, "--optimizer_args")
-    schedule_options = ScheduleOptions(
-        name=optimization.lr_scheduler,
-        total_steps=schedule.total,
-        warmup=optimization.lr_warmup_steps,
-        decay=optimization.lr_decay_steps,
-        class_name=optimization.lr_scheduler_type,
-        args=parse_pairs(optimization.lr_scheduler_args, "--lr_scheduler_args"),
-    )
+    schedule_options = _schedule_options_of(optimization, schedule.total)
     try_out(optimization.optimizer_type, optimization.learning_rate, optimizer_args, schedule_options, machine.device)
     network_module(config.network.network_module)
     whole = config.network.full_finetune
@@ -180,13 +173,29 @@ def build_run(inputs: RunInputs, machine: Machine, write_whole: WriteWhole | Non
     )
     if machine.processes.is_main:
         log.info(banner(inputs, run))
-        if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
-            log.warning(
-                "WARNING: --ltx_mode av, and none of the %d items has sound: the video alone is trained, and nothing holds the sound that "
-                "goes with it to the base model's. Give --audio_dop_weight 1 for that, or train with --ltx_mode video.",
-                len(inputs.items),
-            )
+        _warn_of_sound_that_is_not_held(inputs)
     return run
+
+
+def _schedule_options_of(options: OptimizationOptions, total_steps: int) -> ScheduleOptions:
+    return ScheduleOptions(
+        name=options.lr_scheduler,
+        total_steps=total_steps,
+        warmup=options.lr_warmup_steps,
+        decay=options.lr_decay_steps,
+        class_name=options.lr_scheduler_type,
+        args=parse_pairs(options.lr_scheduler_args, "--lr_scheduler_args"),
+    )
+
+
+def _warn_of_sound_that_is_not_held(inputs: RunInputs) -> None:
+    config = inputs.config
+    if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
+        log.warning(
+            "WARNING: --ltx_mode av, and none of the %d items has sound: the video alone is trained, and nothing holds the sound that "
+            "goes with it to the base model's. Give --audio_dop_weight 1 for that, or train with --ltx_mode video.",
+            len(inputs.items),
+        )
 
 
 def _optimizer_of(network: TrainedNetwork, options: OptimizationOptions, args: Mapping[str, str]) -> Optimizer:
