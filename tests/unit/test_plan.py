@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
@@ -112,6 +113,19 @@ def test_sound_that_ends_early_is_noted(tmp_path: Path) -> None:
     put(tmp_path / "clips", "a.mp4", 49, 24, ClipAudio(samples=beep(1.0, 0.5)))
     (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [49]\n")
     assert "its sound ends 1.04 s early" in dataset.rows[0].note
+
+
+def test_interlaced_video_is_noted(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 9)
+    with av.open(tmp_path / "clips" / "b.mp4", mode="w") as container:
+        video = container.add_stream("libx264", rate=24, options={"flags": "+ildct+ilme", "x264-params": "tff=1"})
+        video.height, video.width = 64, 96
+        for picture in numbered_frames(9):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(video.encode(None))
+    (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [9]\n")
+    progressive, interlaced = dataset.rows
+    assert progressive.note == "" and "interlaced: what moves is combed" in interlaced.note and len(dataset.clips) == 2
 
 
 def test_pictures_too_small_for_no_upscale_are_dropped(tmp_path: Path) -> None:

@@ -241,6 +241,8 @@ def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
     notes = [f"{len(used)} of {total} frames"] if len(used) < total else []
     if info.is_variable:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
+    if info.is_interlaced:
+        notes.append("interlaced: what moves is combed, and so learned; deinterlace it first (ffmpeg -i IN -vf bwdif OUT)")
     if info.colors.hdr:
         notes.append(f"HDR ({info.colors.hdr}), tone-mapped")
     elif info.colors.matrix:

@@ -50,6 +50,8 @@ class VideoInfo:
     audio: AudioInfo | None
     """None: the file has no audio stream."""
     colors: Colors = Colors()
+    is_interlaced: bool = False
+    """By the mark of its first frame: two halves of each were seen at different times, so what moves is combed."""
     stored_frames: int = 0
     """Frames that the file's own table lists, where fewer of them are in it: it is cut off. 0: it is whole, or has no such table."""
     lost_frames: int = 0
@@ -105,6 +107,7 @@ def probe_video(path: Path) -> VideoInfo:
             rotation=rotation,
             audio=sound,
             colors=colors_of(first),
+            is_interlaced=first.interlaced_frame,
             stored_frames=listed,
             lost_frames=lost,
         )
