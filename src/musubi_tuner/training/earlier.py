@@ -93,7 +93,13 @@ def nothing_left(inputs: RunInputs, group: Processes) -> bool:
     given_up = saving.resume is not None and state.turn_of(saving.resume) > checkpoint.turn_of(lora)
     if done >= total and not given_up:
         if group.is_main:
-            log.info("--autoresume: nothing is left to do: %s has been trained for %d of %d steps", lora, done, total)
+            log.info(
+                "--autoresume: nothing is left to do: %s has been trained for %d of %d steps. To go on, raise --max_train_steps; to train "
+                "it anew, as with other settings, give another --output_name, or --overwrite in place of --autoresume.",
+                lora,
+                done,
+                total,
+            )
         return True
     if saving.resume is None:
         raise UserError(
