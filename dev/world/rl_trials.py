@@ -100,8 +100,8 @@ class Rounds:
         self.network: LoRANetwork = create_network(self.model.model, dim=trial.dim, alpha=trial.alpha, args=trial.args, seed=trial.seed)
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        self._prompts, self._held_out = prompts_of(trial)
-        lab.text([*self._prompts, *self._held_out])
+        self._prompts, self.held_out_prompts = prompts_of(trial)
+        lab.text([*self._prompts, *self.held_out_prompts])
 
     def round(self, number: int) -> float:
         """Rollouts, scores, one pass over them; the mean score of the rollouts."""
@@ -173,9 +173,9 @@ class Rounds:
     def held_out(self) -> list[list[float]]:
         """Scores by prompt, each from noise that stays the same."""
         trial = self._trial
-        samples = list_samples(trial.seed, _HELD_OUT_ROUND, self._held_out, trial.held_out_group)
-        scores = scores_of(make_clips(self.model, self._lab, samples, self._held_out, trial.steps), self._reward, self._lab)
-        by_prompt: list[list[float]] = [[] for _ in self._held_out]
+        samples = list_samples(trial.seed, _HELD_OUT_ROUND, self.held_out_prompts, trial.held_out_group)
+        scores = scores_of(make_clips(self.model, self._lab, samples, self.held_out_prompts, trial.steps), self._reward, self._lab)
+        by_prompt: list[list[float]] = [[] for _ in self.held_out_prompts]
         for one in samples:
             score = scores[one.name]
             assert score is not None, "the world's rewards score every clip of such prompts"
@@ -220,8 +220,8 @@ def run_trial(lab: Lab, trial: RlTrial, before: dict[str, Any]) -> dict[str, Any
     """
     started = time.process_time()
     rounds = Rounds(lab, trial)
-    about = (trial.reward, sorted(trial.reward_args.items()), trial.seed, trial.steps, trial.held_out, trial.held_out_group, trial.kept)
-    key = json.dumps(about)
+    judged = (rounds.held_out_prompts, trial.reward, dict(trial.reward_args), trial.seed, trial.steps, trial.held_out_group, trial.kept)
+    key = json.dumps(judged)
     if key not in before:
         before[key] = (rounds.held_out(), rounds.kept())
     base, base_kept = before[key]

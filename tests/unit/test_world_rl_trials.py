@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dev.world.lab import Lab
-from dev.world.rl_trials import RESULTS, RlTrial, Rounds, fields_of, prompts_of, table
+from dev.world.rl_trials import RESULTS, RlTrial, Rounds, fields_of, prompts_of, run_trial, table
 from dev.world.rollouts import WorldWrapper, batch_of, make_clips
 from musubi_tuner.config.rl import RlOptions
 from musubi_tuner.flow.sigma import SigmaSettings
@@ -52,6 +52,16 @@ def test_held_out_prompts_are_not_learned_from():
         learned, held_out = prompts_of(RlTrial(reward=reward))
         assert len({*learned, *held_out}) == 16
         assert all((" with a " in prompt) == (reward == "world_place") for prompt in (*learned, *held_out)), "the voice is left open"
+
+
+def test_each_trial_is_judged_from_its_own_prompts(lab):
+    """Trials share what the base model shows of the same prompts alone; without a round nothing has moved."""
+    before: dict[str, object] = {}
+    small = {**SMALL, "reward": "world_place", "rounds": 0, "held_out": 2, "kept": 1}
+    for prompts in (1, 2, 1):
+        row = run_trial(lab, RlTrial(**(small | {"prompts": prompts})), before)
+        assert row["held_out"]["gain"] == row["held_out"]["error"] == 0.0
+    assert len(before) == 2, "the third has the first one's"
 
 
 def test_a_batch_is_predicted_as_samples_are_made(lab):
