@@ -122,7 +122,7 @@ def _program(program: Program) -> Iterator[str]:
 
 def _row(flag: Flag) -> str:
     names = ", ".join(f"`{name}`" for name in (flag.name, *flag.aliases))
-    return f"| {names} | {_escaped(flag.kind)} | {_escaped(flag.default_text)} | {_escaped(flag.help)} |"
+    return f"| {names} | {_escaped(flag.kind)} | {_escaped('none' if flag.says_default else flag.default_text)} | {_escaped(flag.help)} |"
 
 
 def _escaped(text: str) -> str:

@@ -25,15 +25,14 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         made = make_rollouts(config, group, prog)
         if group.is_main:
             facts = made.rollouts.facts
+            beside = [one["name"] for one in facts["frozen"]]
             sound = ", with sound" if facts["mode"] == "av" else ""
             rows = [
                 ("prompts", str(len(facts["prompts"]))),
                 ("samples", f"{made.made} made, {made.kept} there already"),
-                (
-                    "of each",
-                    f"{facts['width']}x{facts['height']}, {facts['frames']} frames{sound}",
-                ),
-                ("by", "the base model" if facts["policy"] is None else facts["policy"]["name"]),
+                ("of each", f"{facts['width']}x{facts['height']}, {facts['frames']} frames{sound}"),
+                ("by", " beside ".join([facts["policy"]["name"] if facts["policy"] else "the base model", *beside])),
+                ("guidance", "on" if facts["sampling"]["guided"] else "off"),
                 ("written", str(made.rollouts.folder)),
             ]
             log.info("\n%s", format_table(rows, ("rollouts", "")))

@@ -25,6 +25,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     config = parse(ScoringConfig, argv, prog=prog, description=DESCRIPTION)
     from musubi_tuner.reinforcement.best import check_new
     from musubi_tuner.reinforcement.decoding import Decoders
+    from musubi_tuner.reinforcement.page.samples import write_samples_page
     from musubi_tuner.reinforcement.scoring import prepare, score_all
     from musubi_tuner.reinforcement.shown import save_first, save_media
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         for one in scored:
             log.info("media of %s: %s", one.scores.reward, save_media(one.scores, scoring.rollouts, decoders, config.run.save_media))
     if config.run.save_first:
-        log.info("first samples of each prompt: %s", save_first(scoring.rollouts, decoders, config.run.save_first))
+        first = save_first(scoring.rollouts, decoders, config.run.save_first)
+        log.info("first samples of each prompt: %s", write_samples_page(scoring.rollouts, first, [one.scores for one in scored]))
     if config.run.best_directory is not None:
         _keep_best(scoring.rollouts, config)
     return 0

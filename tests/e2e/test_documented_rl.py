@@ -57,7 +57,10 @@ def test_the_commands_of_a_round_and_of_the_next_in_the_order_of_the_page(projec
     monkeypatch.chdir(tmp_path / "here")
     words = of_page("reinforcement_learning.md")
     a_round = [ltxv2_cache_rollouts.PROG, ltxv2_score_rollouts.PROG, ltxv2_train_rl.PROG]
-    assert [one[0] for one in words] == [*a_round, *a_round, ltxv2_score_rollouts.PROG]
+    of_picks = [ltxv2_score_rollouts.PROG, ltxv2_train_rl.PROG]
+    assert [one[0] for one in words] == [*a_round, *a_round, *of_picks, ltxv2_score_rollouts.PROG]
+    (line,) = (one for one in blocks(DOCS / "how-to" / "reinforcement_learning.md", "text") if "chosen" in one)
+    Path("round_0_picks.jsonl").write_text(line.replace("g0000_k03", "g0000_k00"), encoding="utf-8")
     for one in words:
         assert run(one) == 0, one
     assert Path("rl/round_1/ltxv2_lora.safetensors").is_file()
@@ -95,7 +98,9 @@ def test_the_tutorial_from_its_files_to_a_clip(project, tmp_path, monkeypatch):
     assert page["control"][1]["gain"] not in (0, page["rounds"][1]["gain"])
     assert page["columns"] == ["base model", "round 0"] and [row["prompt"] for row in page["rows"]] == heldout.splitlines()
     assert sorted(clip["at"] for clip in page["clips"]) == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert all((here / "rl" / unquote(clip["href"])).is_file() and isinstance(clip["score"], float) for clip in page["clips"])
+    assert all((here / "rl" / unquote(clip["href"])).is_file() for clip in page["clips"])
+    assert all(set(clip["scores"]) == {"word_error", "clipping", "loudness"} for clip in page["clips"])
+    assert all(isinstance(score, float) for clip in page["clips"] for score in clip["scores"].values())
     small = ["--sample_width", "96", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--device", "cpu"]
     assert ltxv2_generate_video.main([*words[5][1:], *small]) == 0
     assert len(list((here / "clips").glob("*.mp4"))) == 1

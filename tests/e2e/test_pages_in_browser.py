@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from musubi_tuner import ltxv2_report, ltxv2_rl_rounds
+from musubi_tuner import ltxv2_report, ltxv2_rl_rounds, ltxv2_score_rollouts, ltxv2_train_rl
 from musubi_tuner.command import dispatch
 from musubi_tuner.training.page.record import Prompt, Record, write_record
 from musubi_tuner.training.page.runs import find_runs
@@ -24,6 +24,7 @@ from tests.e2e.test_preview_training import project as project
 from tests.e2e.test_preview_training import train
 from tests.e2e.test_run_page import previewed
 from tests.e2e.test_run_page import runs as runs
+from tests.rl_parts import make
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 NASTY = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = \'taken\'"> & "'
@@ -204,11 +205,33 @@ def test_the_page_of_a_grid_plays_turns_and_keeps_picks(tiny_family, texts, chec
     assert page.locator("#list li").count() == 1
 
 
+def test_the_page_of_samples_gives_pairs_to_learn_from(tiny_family, tmp_path, visit):
+    """Of one prompt and other seeds; what is downloaded is what the trainer reads."""
+    folder = make(tiny_family, tmp_path / "Würfe")
+    score = ["--reward_fn", "loudness", "--vae", str(tiny_family.ltx23), "--save_first", "2", "--device", "cpu"]
+    assert ltxv2_score_rollouts.main(["--rl_rollout_cache", str(folder), *score]) == 0
+    page = visit(folder / "scores" / "first.html")
+    assert page.locator("#grid video").count() == 4 and page.locator("#grid tbody tr").count() == 2
+    assert page.locator("#grid figcaption").first.text_content().startswith("loudness -")
+    page.locator(".cell button", has_text="Better").nth(1).click()
+    assert page.locator(".cell button:enabled", has_text="than this").count() == 1, "of the same prompt alone"
+    page.locator(".cell button:enabled", has_text="than this").click()
+    with page.expect_download() as found:
+        page.click("#download")
+    found.value.save_as(picks := tmp_path / found.value.suggested_filename)
+    train = ["--rl_rollout_cache", str(folder), "--ltxv2_model", str(tiny_family.ltx23), "--rl_loss", "dpo", "--dpo_pairs", str(picks)]
+    train += ["--network_dim", "4", "--device", "cpu", "--mixed_precision", "no", "--no-compile", "--output_dir", str(tmp_path / "out")]
+    assert ltxv2_train_rl.main([*train, "--max_data_loader_n_workers", "0"]) == 0
+    (line,) = [json.loads(one) for one in picks.read_text(encoding="utf-8").splitlines()]
+    assert (line["better"]["file"], line["worse"]["file"]) == ("g0000_k01.mp4", "g0000_k00.mp4")
+
+
 def test_the_page_of_rounds_in_a_browser(tiny_family, tmp_path, monkeypatch, visit):
     """A round beside its control: bars, both curves, samples that play with their scores."""
     monkeypatch.setattr(ltxv2_rl_rounds, "run_command", lambda name, argv: dispatch([name, *argv]))
     control, out = tmp_path / "control", tmp_path / "Runden é"
     config = rl.config_for(rl.CONFIGS[0], tiny_family, tmp_path)
+    rl.with_changes(config, scores={"reward_fn": "loudness:1,sharpness:1"})
     assert ltxv2_rl_rounds.main(rl.words(config, out, 1)) == 0
     facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
     facts["settings"]["stages"]["training"]["rl_shuffle_advantages"] = 1
@@ -222,6 +245,10 @@ def test_the_page_of_rounds_in_a_browser(tiny_family, tmp_path, monkeypatch, vis
     legend = page.locator("#chart-gain .legend button")
     assert legend.all_text_contents() == ["these rounds", "control: shuffled advantages"]
     assert page.locator("#table tbody tr").count() == 2 and page.locator("#grid video").count() == 4
+    assert page.locator("#table th[scope=col]").all_text_contents() == ["policy", "loudness", "sharpness", "gain", "control's gain"]
+    assert page.locator("#charts-rewards svg[role=img]").count() == 2, "a reward has its own scale"
+    assert page.evaluate("reward('sharpness', 1).map((one) => one.points.map(([x]) => x))") == [[0, 1], [0]], "learned from the base's"
+    assert page.locator("#grid figcaption").first.text_content().startswith("loudness -")
     page.click("#play")
     page.wait_for_function(f"{OF_PLAYED}.every(([time, muted, paused]) => time > 0 && !paused)")
     if folder := os.environ.get("SCREENSHOTS"):

@@ -1,8 +1,10 @@
 """Rollouts on the tiny 2.3 family, scores, and every update rule through the trainer."""
 
 import json
+import logging
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,8 @@ def rollouts(tiny_family, tmp_path_factory):
     return folder
 
 
-def train(family, folder: Path, out: Path, *flags: str) -> int:
-    base = ["--rl_rollout_cache", str(folder), "--reward_fn", "tone:1", "--ltxv2_model", str(family.ltx23), "--output_dir", str(out)]
+def train(family, folder: Path, out: Path, *flags: str, rewards: tuple[str, ...] = ("--reward_fn", "tone:1")) -> int:
+    base = ["--rl_rollout_cache", str(folder), *rewards, "--ltxv2_model", str(family.ltx23), "--output_dir", str(out)]
     base += ["--device", "cpu", "--mixed_precision", "no", "--no-compile", "--network_dim", "4", "--max_data_loader_n_workers", "0"]
     return ltxv2_train_rl.main([*base, "--learning_rate", "1e-3", "--save_precision", "float32", *flags])
 
@@ -82,9 +84,9 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(tiny_family, rollo
     make(tiny_family, tmp_path, *flags, "--rl_group_size", "4")
     assert (folder / "g0001_k01_ltxv2.safetensors").stat().st_mtime_ns == kept and (folder / "g0001_k03_ltxv2.safetensors").is_file()
     assert len(read_rollouts(folder).groups[0]) == 4
-    with pytest.raises(UserError, match="holds rollouts with another 'samples'"):
+    with pytest.raises(UserError, match="holds rollouts of larger groups: 4 samples of each prompt, not 3 as by --rl_group_size"):
         make(tiny_family, tmp_path, *flags)
-    with pytest.raises(UserError, match="holds rollouts with another 'seed'"):
+    with pytest.raises(UserError, match="holds rollouts with another 'seed': 42, not 1"):
         make(tiny_family, tmp_path, *flags, "--rl_seed", "1")
 
 
@@ -108,7 +110,12 @@ def test_every_rule_trains(tiny_family, rollouts, tmp_path, rule):
     lora = load_file(tmp_path / "ltxv2_lora.safetensors")
     moved = [float(tensor.abs().max()) for key, tensor in lora.items() if key.endswith("lora_B.weight")]
     assert moved and min(moved) > 0 and all(math.isfinite(value) for value in moved)
-    assert len(losses(tmp_path)) == (4 if rule == "dpo" else 12), "one pass: samples times noise levels, pairs times noise levels"
+    rows = losses(tmp_path)
+    assert len(rows) == (4 if rule == "dpo" else 12), "one pass: samples times noise levels, pairs times noise levels"
+    if rule in ("grpo", "grpo_guard", "awm"):
+        assert rows[0]["clipped"] == 0 and any(row["clipped"] for row in rows) and all(row["clipped"] in (0, 0.5, 1) for row in rows)
+    else:
+        assert not any("clipped" in row for row in rows)
 
 
 @pytest.mark.parametrize("rule", ["nft", "grpo", "grpo_guard", "awm"])
@@ -232,7 +239,7 @@ def test_a_prompts_sound_is_for_rewards_alone(tiny_family, rollouts, tmp_path):
     kept = given.pop("g0000_k02")
     assert kept is not None and kept.parent == folder and kept.read_bytes() == sound.read_bytes()
     write_wav(tmp_path / "other.wav", Waveform(torch.zeros(2, 4800), 48000))
-    with pytest.raises(UserError, match="holds rollouts with another 'prompts'"):
+    with pytest.raises(UserError, match="holds rollouts with another 'prompts.0.audio.name': 'Stimme é.wav', not 'other.wav'"):
         make(tiny_family, tmp_path, *steps, prompts=(f"{PROMPTS[0]} --a other.wav", PROMPTS[1]))
     with pytest.raises(UserError, match="--ltx_mode video makes none"):
         make(tiny_family, tmp_path / "still", "--ltx_mode", "video", prompts=(f"{PROMPTS[0]} --a {sound}",))
@@ -318,12 +325,39 @@ def test_the_memory_plan_counts_the_old_policy_where_there_is_one(tiny_family, r
     assert (held[0] > 0) == (rule not in ("rwr", "dpo"))
 
 
+def test_a_lora_beside_the_policy_is_merged_by_the_update_or_missed(tiny_family, tmp_path, caplog):
+    """Which samples it made is told by the table, too."""
+    caplog.set_level(logging.INFO)
+    beside = ("--lora", f"{tiny_family.distilled_lora}:0.5", "--rl_distilled", "--rl_sde_type", "cps")
+    folder = make(tiny_family, tmp_path, *beside)
+    assert re.search(r"by +the base model beside ltx2_tiny_distilled_lora.safetensors\nguidance +off", caplog.text)
+    score(folder)
+    says = "were sampled with the LoRA 'ltx2_tiny_distilled_lora.safetensors' beside the policy, at 0.5, and this run trains without"
+    few = ("--max_train_steps", "1")
+    with pytest.raises(UserError, match=says):
+        train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few)
+    merged = ("--base_weights", str(tiny_family.distilled_lora), "--base_weights_multiplier")
+    with pytest.raises(UserError, match=says):
+        train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few, *merged, "1")
+    assert train(tiny_family, folder, tmp_path / "nft", *few) == 0 and says in caplog.text
+    caplog.clear()
+    assert train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few, *merged, "0.5") == 0
+    assert says not in caplog.text
+
+
 def test_pairs_that_a_person_picked(tiny_family, rollouts, tmp_path):
     picks = tmp_path / "picks.jsonl"
     picks.write_text('{"chosen": "g0000_k01", "rejected": "g0000_k00"}\n', encoding="utf-8")
     flags = ("--rl_loss", "dpo", "--dpo_pairs", str(picks))
     assert train(tiny_family, rollouts, tmp_path / "out", *flags) == 0
     assert len(losses(tmp_path / "out")) == 3
+    picks.write_text('{"better": {"file": "g0000_k01.mp4"}, "worse": {"file": "g0000_k00.mp4"}}\n', encoding="utf-8")
+    unscored = Path(shutil.copytree(rollouts, tmp_path / "unscored"))
+    shutil.rmtree(unscored / "scores")
+    assert train(tiny_family, unscored, tmp_path / "of the page", *flags, rewards=()) == 0
+    assert losses(tmp_path / "of the page") == losses(tmp_path / "out")
     picks.write_text('{"chosen": "g0000_k01", "rejected": "g0009_k00"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="line 1: 'chosen' and 'rejected' must name two samples"):
+    with pytest.raises(UserError, match=r"line 1: 'chosen' and 'rejected' .* must name two samples"):
         train(tiny_family, rollouts, tmp_path / "out2", *flags)
+    with pytest.raises(UserError, match="missing --reward_fn"):
+        train(tiny_family, rollouts, tmp_path / "out2", rewards=())

@@ -1,8 +1,10 @@
 """Rounds of reinforcement learning through the real programs: killed drivers, and every `training_configs/rl_*.toml`."""
 
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from musubi_tuner import ltxv2_rl_rounds
 from musubi_tuner.command import dispatch
 from musubi_tuner.page.fill import data_of
 from musubi_tuner.reinforcement.rollouts import read_rollouts
+from musubi_tuner.reinforcement.rounds import standing
 from musubi_tuner.runtime.errors import UserError
+from tests.rl_parts import make
 
 PATIENCE = 300.0
 """Seconds until the first rollouts lie there."""
@@ -99,10 +103,20 @@ def test_every_config_runs_a_round(tiny_family, tmp_path, here, path):
     assert here == ["cache-rollouts", "score-rollouts", "cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"]
 
 
-def test_more_rounds_go_on_and_caches_can_be_removed(tiny_family, tmp_path, here):
+def test_more_rounds_go_on_and_caches_can_be_removed(tiny_family, tmp_path, here, caplog):
+    """And a best round that is no better than the base model is told as such."""
+    caplog.set_level(logging.INFO)
     config = config_for(CONFIGS[0], tiny_family, tmp_path)
     out = tmp_path / "out"
     assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+    facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
+    for gain in (0.5, 0.01):
+        caplog.clear()
+        facts["rounds"][1]["heldout"] |= {"gain": gain, "error": 0.1}
+        (out / "rounds.json").write_text(json.dumps(facts), encoding="utf-8")
+        assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+        assert re.search(r"round 0 \(best\) +\+0\.\d+ ± 0\.1000 +-[\d.]+\n", caplog.text)
+        assert ("no round is above the base model" in caplog.text) == (gain < 0.1)
     here.clear()
     assert ltxv2_rl_rounds.main(words(config, out, 2, "--rl_delete_round_caches")) == 0
     assert here == ["cache-rollouts", "score-rollouts", "train-rl", "cache-rollouts", "score-rollouts"]
@@ -138,6 +152,29 @@ def test_rounds_that_are_killed_end_as_undisturbed_ones(tiny_family, tmp_path, h
     ours, theirs = (json.loads((folder / "rounds.json").read_text(encoding="utf-8")) for folder in (parts, whole))
     assert ours == theirs
     assert (parts / "ltxv2_lora.safetensors").read_bytes() == (whole / "ltxv2_lora.safetensors").read_bytes()
+
+
+def test_rewards_are_judged_by_their_spread_and_not_by_their_unit(tiny_family, tmp_path, caplog):
+    """One in decibels loses a tenth of its spread, one in shares gains a whole one; one without a spread counts as it is."""
+    base = make(tiny_family, tmp_path)
+    after = Path(shutil.copytree(base, tmp_path / "after"))
+    steps = (-1.0, 0.0, 1.0)
+    spread = (2 / 3) ** 0.5
+    for folder, moved in ((base, (0.0, 0.0, 0.0)), (after, (-0.1 * spread * 8, spread * 0.05, -0.25))):
+        (folder / "scores").mkdir()
+        for name, unit, by in zip(("decibels", "share", "flat"), (8.0, 0.05, 0.0), moved, strict=True):
+            scores = {one.name: 100 * one.prompt * unit + steps[one.k] * unit + by for one in read_rollouts(folder).samples}
+            facts = {"format": 1, "reward": name, "route": "audio", "arguments": {}, "weight_files": {}, "scores": scores, "errors": {}}
+            (folder / "scores" / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert standing(after, base, "decibels:1,share:0.5,flat:2").gain == pytest.approx(-0.1 + 0.5 - 0.5)
+    assert standing(after, base, "decibels:1,share:0.5").gain == pytest.approx(0.4)
+    assert standing(base, None, "decibels:1,share:0.5").gain == 0 and "standard error" not in caplog.text
+    for folder in (base, after):
+        path = folder / "scores" / "share.json"
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts["scores"] |= {name: None for name in facts["scores"] if name.startswith("g0001")}
+        path.write_text(json.dumps(facts), encoding="utf-8")
+    assert standing(after, base, "share").error == 0 and "a single held-out prompt has scores" in caplog.text
 
 
 def test_what_a_failed_stage_says_ends_the_rounds(tiny_family, tmp_path, monkeypatch):
@@ -179,8 +216,10 @@ def with_changes(config: Path, **tables: dict) -> None:
         ({"rollouts": {"rl_sde_type": "none"}}, "learns from stochastic steps, and these rollouts have none"),
         ({"rollouts": {"video_cfg_scale": 3.0}}, "these rollouts are guided"),
         ({"rollouts": {"modality_scale": 3.0}}, "these rollouts are guided"),
+        ({"rollouts": {"lora": ["distilled.safetensors"]}}, "Put the file of [rollouts] lora into [training] as base_weights"),
         ({"training": {"learning_rat": 1e-3}}, "[training] unknown flag '--learning_rat'"),
         ({"training": {"rl_loss": "nfd"}}, "[training] --rl_loss nfd"),
+        ({"training": {"rl_loss": "dpo", "dpo_pairs": "picks.jsonl"}}, "[training] dpo_pairs: are of the samples of one round"),
         ({"rollouts": {"rl_group_size": 1}}, "[rollouts] --rl_group_size 1"),
         ({"scores": {"reward_fn": "loudnes"}}, "--reward_fn loudnes: no such reward"),
     ],
@@ -193,6 +232,14 @@ def test_what_cannot_be_learned_is_refused_before_the_first_rollouts(tiny_family
     assert here == []
 
 
+def test_several_processes_are_refused_by_what_starts_them(tiny_family, tmp_path, here, monkeypatch):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without accelerate launch"):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+    assert here == [] and not (tmp_path / "out").exists()
+
+
 def test_folders_of_other_rounds_and_controls_that_are_none_are_refused(tiny_family, tmp_path, here):
     config = config_for(CONFIGS[0], tiny_family, tmp_path)
     out = tmp_path / "out"
@@ -202,8 +249,18 @@ def test_folders_of_other_rounds_and_controls_that_are_none_are_refused(tiny_fam
     for folder, says in ((tmp_path / "no", "holds no rounds"), (out, "its advantages were not shuffled: put rl_shuffle_advantages = 1")):
         with pytest.raises(UserError, match=says):
             ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(folder)))
+    facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
+    facts["settings"]["stages"]["training"]["rl_shuffle_advantages"] = 1
+    facts["settings"]["stages"]["scores"]["reward_fn"] = "silence"
+    (out / "rounds.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UserError, match="was judged by other rewards"):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(out)))
     (tmp_path / "heldout.txt").write_text("another\nand another\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds rounds of other settings"):
         ltxv2_rl_rounds.main(words(config, out, 2))
+    (out / "rounds.json").write_text(json.dumps(facts | {"format": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="was written by another version"):
+        ltxv2_rl_rounds.main(words(config, out, 2))
+    (out / "rounds.json").write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(UserError, match="was judged on other held-out prompts"):
         ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(out)))

@@ -13,6 +13,7 @@ from musubi_tuner import __version__, make_tiny
 from musubi_tuner.command import COMMANDS, dispatch
 from musubi_tuner.config.flags import describe, flag, parse
 from musubi_tuner.config.network import parse_pairs
+from musubi_tuner.config.rl import RlTrainingConfig
 from musubi_tuner.config.training import TrainingConfig
 from musubi_tuner.config.validation import AnyPath, Count, List, options
 from musubi_tuner.runtime.errors import UserError
@@ -134,6 +135,14 @@ def test_mistakes_on_the_command_line_take_two_lines(argv, message):
 def test_the_last_of_a_flag_given_twice_counts():
     argv = ["--count", "5", "--count=6", "--pairs", "a=1", "b=2", "--pairs", "c=3", "--no-on", "--on"]
     assert read(*argv) == Section(count=6, pairs=("c=3",))
+
+
+def test_a_default_that_the_help_tells_is_told_once(capsys):
+    """Of rollouts the steps are those of a pass, whatever stands in the class."""
+    with pytest.raises(SystemExit):
+        parse(RlTrainingConfig, ["--help"], prog="x", description="y")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps; default: those of one pass --max_train_epochs" in shown and "rank [32]" in shown
 
 
 def test_required_flags_may_come_from_the_file(tmp_path):

@@ -5,6 +5,11 @@ import torch
 
 from musubi_tuner.training.metrics import NoiseLevelMeter
 from musubi_tuner.training.objective import ItemLosses
+from musubi_tuner.training.report import _short
+
+
+def test_the_last_table_shows_no_small_loss_as_zero():
+    assert [_short(value) for value in (2.7291e-7, 0.77824, -8.35, 0.0)] == ["2.73e-07", "0.7782", "-8.3500", "0.0000"]
 
 
 def test_losses_are_sorted_by_their_own_streams_noise_level():

@@ -141,8 +141,11 @@ def test_the_guarded_ratio_is_1_on_average(kind):
 def test_clipping_stops_what_has_moved_far_enough():
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
     log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
-    rules.clipped(advantage, log_ratio, 1e-4).sum().backward()
+    loss = rules.clipped(advantage, log_ratio, 1e-4)
+    loss.sum().backward()
     assert log_ratio.grad is not None and [bool(one) for one in log_ratio.grad] == [False, True, True, False]
+    assert rules.at_bound(loss.detach(), advantage, 1e-4).tolist() == [True, False, False, True], "as the log tells it"
+    assert not rules.at_bound(-advantage, advantage, 1e-4).any(), "a ratio of 1"
 
 
 GROUPS = {0: ("a", "b", "c"), 1: ("d", "e", "f")}

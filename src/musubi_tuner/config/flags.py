@@ -100,6 +100,11 @@ class Flag:
         return "none" if self.default is None else str(self.default)
 
     @property
+    def says_default(self) -> bool:
+        """Whether its help tells the default, which is then not the value that stands here."""
+        return "default:" in self.help
+
+    @property
     def meaning(self) -> str:
         """Its help, with its choices."""
         return f"{self.help} ({', '.join(self.choices)})" if self.choices else self.help
@@ -367,7 +372,7 @@ def _help(flags: Sequence[Flag], prog: str, description: str, *, everything: boo
         yield f"\n{group}"
         for flag in members:
             names = ", ".join([flag.usage, *(flag.aliases if everything else ())])
-            default = "" if flag.is_required or flag.default in (None, ()) else f" [{flag.default_text}]"
+            default = "" if flag.is_required or flag.default in (None, ()) or flag.says_default else f" [{flag.default_text}]"
             yield from _row(names, flag.meaning + default)
     yield f"\n{_CONFIG_FILE.group}"
     yield from _row(_CONFIG_FILE.usage, _CONFIG_FILE.help)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from musubi_tuner.config.flags import flag
-from musubi_tuner.config.model import ModeOptions
-from musubi_tuner.config.training import TrainingConfig
+from musubi_tuner.config.model import Mode, ModeOptions
+from musubi_tuner.config.training import OptimizationOptions, Steps, TrainingConfig
 from musubi_tuner.config.validation import AnyPath, Count, NotNegative, Positive, Seed, Text, options
 from musubi_tuner.runtime.errors import UserError
 
@@ -20,7 +20,9 @@ class RlOptions:
     rl_loss: Literal["nft", "grpo", "grpo_guard", "awm", "rwr", "dpo", "ppo"] = flag(
         "update rule; grpo and grpo_guard need rollouts with stochastic steps; ppo is grpo", default="nft", common=True
     )
-    reward_fn: Text = flag("REWARD:WEIGHT,..., rewards that were scored and what each weighs", common=True)
+    reward_fn: Text | None = flag(
+        "REWARD:WEIGHT,..., rewards that were scored and what each weighs; needed but with --dpo_pairs", default=None, common=True
+    )
     rl_advantage: Literal["sum", "gdpo"] = flag(
         "sum: weighted sum of each reward's advantages within the group; gdpo: that, normalized over all samples", default="sum"
     )
@@ -39,7 +41,8 @@ class RlOptions:
     rwr_temperature: Positive = flag("rwr: the lower, the more the best samples weigh", default=1.0)
     dpo_beta: Positive = flag("dpo: how sharply pairs are told apart", default=2000.0)
     dpo_pairs: AnyPath | None = flag(
-        "dpo: JSONL of picks, {chosen, rejected} names of samples, in place of the best and the worst of each group", default=None
+        "dpo: JSONL of pairs that you picked, of the page of --save_first or {chosen, rejected} names of samples, in place of rewards",
+        default=None,
     )
 
     @property
@@ -51,6 +54,10 @@ class RlOptions:
     def _check(self) -> "RlOptions":
         if self.dpo_pairs is not None and self.rl_loss != "dpo":
             raise UserError(f"--dpo_pairs: is read by --rl_loss dpo alone, not by {self.rl_loss}.")
+        if self.dpo_pairs is None and self.reward_fn is None:
+            raise UserError("missing --reward_fn: REWARD:WEIGHT,..., rewards that were scored and what each weighs, such as loudness:1.")
+        if self.dpo_pairs is not None and self.rl_shuffle_advantages is not None:
+            raise UserError("--rl_shuffle_advantages: --dpo_pairs has no advantages that could be shuffled. Leave one of them out.")
         return self
 
 
@@ -59,9 +66,18 @@ class RolloutModeOptions(ModeOptions):
     """What is trained; the rollouts say it."""
 
     dataset_config: AnyPath = flag("dataset TOML; default: that of the rollouts", default=Path("dataset.toml"))
+    ltx_mode: Mode | None = flag("video alone, video with sound, or sound alone; default: as for the rollouts", default=None, common=True)
     ltxv2_timestep_format: Literal["flowmatch_1_1000", "legacy_0_1000", "sd3_0_1"] = flag(
         "how noise levels are written down; default: as for the rollouts", default="sd3_0_1"
     )
+
+
+@options
+class PassOptions(OptimizationOptions):
+    """Optimization."""
+
+    max_train_steps: Steps = flag("optimizer steps; default: those of one pass", default=1600, common=True)
+    max_train_epochs: Count | None = flag("passes over the rollouts; wins over --max_train_steps; default: 1", default=None, common=True)
 
 
 @options
@@ -69,4 +85,5 @@ class RlTrainingConfig(TrainingConfig):
     """All sections of training, and the rule."""
 
     mode: RolloutModeOptions  # pyrefly: ignore[bad-override] - the same options, with defaults
+    optimization: PassOptions
     rl: RlOptions

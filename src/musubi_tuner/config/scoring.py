@@ -45,7 +45,7 @@ class ScoringRunOptions:
     )
 
     save_first: Annotated[int, Field(ge=0, le=99)] = flag(
-        "write the first samples of each prompt, so many: of the same seeds in every round", default=0
+        "write the first samples of each prompt, so many, and a page on which pairs are picked for --dpo_pairs", default=0
     )
     best_directory: AnyPath | None = flag(
         "write the best samples of each prompt, by --reward_fn with its weights, as a cached dataset into this new folder (best of n)",

@@ -44,6 +44,10 @@ function describe(clip) {
   const loras = clip.loras.map((one) => `${one.name} at ${one.video}${one.audio === one.video ? "" : ` (sound ${one.audio})`}`);
   return `${loras.join(", ") || "base"}, seed ${clip.seed}, prompt ${clip.index}: ${clip.prompt}`;
 }
+function scores(holder, clip) {
+  const told = Object.entries(clip.scores).map(([name, score]) => `${name} ${score === null ? "-" : score.toPrecision(4)}`);
+  if (told.length) holder.querySelector("figcaption").prepend(make("span", { title: "rewards" }, told.join(", ")));
+}
 function link(clip) {
   const way = clip.href.startsWith("data:") ? { download: clip.file } : { target: "_blank", rel: "noopener" };
   return make("a", { className: "name", href: clip.href, ...way }, clip.file);
@@ -158,9 +162,11 @@ function hear(one) {
   }
 }
 
-// Picks: which of two clips of one prompt and seed is better.
+// Picks: which of two clips of one prompt and seed is better. Samples of rollouts (`seeds_differ`) share their prompt alone.
+const ALIKE = data.seeds_differ ? "the same prompt" : "the same prompt and seed";
+by("alike").textContent = ALIKE;
 const comparable = (one, other) =>
-  one.id !== other.id && one.recipe !== other.recipe && one.prompt === other.prompt && one.negative === other.negative && one.seed === other.seed && one.index === other.index;
+  one.id !== other.id && one.recipe !== other.recipe && one.prompt === other.prompt && one.negative === other.negative && (data.seeds_differ || one.seed === other.seed) && one.index === other.index;
 function choose(one) {
   if (first && first.clip.id === one.clip.id) first = null;
   else if (first && comparable(first.clip, one.clip)) {
@@ -170,7 +176,7 @@ function choose(one) {
     first = null;
     remember(PICKS, picks);
   } else if (!first) first = one;
-  else hint("A pair has one prompt and one seed. Press Escape to begin anew.");
+  else hint(`A pair has ${ALIKE}. Press Escape to begin anew.`);
   drawPicks();
 }
 function pairs() {
@@ -189,7 +195,7 @@ function drawPicks() {
     if (wins) one.marks.append(make("span", { className: "better", title: `better in ${wins} pick(s)` }, `+${wins} `));
     if (losses) one.marks.append(make("span", { className: "worse", title: `worse in ${losses} pick(s)` }, `\u2212${losses}`));
   }
-  hint(first ? "Better than which? Press \"than this\" on another clip of the same prompt and seed." : kept ? "" : "This browser keeps no picks: download them before you leave.");
+  hint(first ? `Better than which? Press "than this" on another clip of ${ALIKE}.` : kept ? "" : "This browser keeps no picks: download them before you leave.");
   by("list").replaceChildren(
     ...made.map(({ pick, better, worse }) => {
       const button = make("button", { type: "button" }, "Remove");

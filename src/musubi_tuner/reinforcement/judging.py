@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from musubi_tuner.reinforcement.advantages import FLAT
-from musubi_tuner.reinforcement.rollouts import Sample
-from musubi_tuner.reinforcement.scores import Scores
+from musubi_tuner.reinforcement.advantages import FLAT, Scored
+from musubi_tuner.reinforcement.rollouts import Rollouts, Sample
+from musubi_tuner.reinforcement.scores import Scores, rewards_of
 from musubi_tuner.reinforcement.scoring import Scoring, score_once
 from musubi_tuner.runtime.progress import Progress
 
@@ -27,7 +27,7 @@ class Spread:
     nulls: int
 
 
-def spread_of(scores: Scores, groups: Mapping[int, Sequence[str]]) -> Spread | None:
+def spread_of(scores: Scores | Scored, groups: Mapping[int, Sequence[str]]) -> Spread | None:
     """None where no sample has a score."""
     known = [[score for name in names if (score := scores.scores.get(name)) is not None] for names in groups.values()]
     known = [one for one in known if one]
@@ -41,6 +41,12 @@ def spread_of(scores: Scores, groups: Mapping[int, Sequence[str]]) -> Spread | N
         between=statistics.pstdev(means),
         nulls=nulls,
     )
+
+
+def units_of(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
+    """By reward, the spread within groups: what an advantage of 1 is. 1 of one that is flat there, whose scores then count as they are."""
+    found = {one.reward: spread_of(one, rollouts.groups) for one in rewards_of(rollouts, reward_fn)}
+    return {name: 1.0 if one is None or one.within < FLAT else one.within for name, one in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.rl import RlOptions, RlTrainingConfig
@@ -45,6 +47,7 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
         raise UserError(f"--ltx_mode {config.ltx_mode}: the rollouts are of the mode {rollouts.facts['mode']} ({rollouts.folder}).")
     _check_policy(config, rollouts)
     _check_model(open_checkpoint(config.model.ltxv2_model), rollouts)
+    _check_beside(config, rollouts)
     inputs = check_inputs(config)
     if options.rule.startswith("grpo") and rollouts.stochastic is None:
         raise UserError(
@@ -56,6 +59,16 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
             f"--rl_loss {options.rl_loss}: the rollouts were sampled with guidance, and a step's probability is the model's own alone. "
             "Make them with --video_cfg_scale 1 --audio_cfg_scale 1 --stg_scale 0 --modality_scale 1, or take nft, awm, rwr or dpo."
         )
+    items, weights = _of_picks(options, inputs.items) if options.dpo_pairs is not None else _of_rewards(config, inputs.items, rollouts)
+    _tell_of_passes(config, len(items))
+    copied = COPY_BYTES if options.rule in COMPARED_WITH_OLD else 0.0
+    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts), copy_bytes=copied)
+
+
+def _of_rewards(config: RlTrainingConfig, items: Sequence[Item], rollouts: Rollouts) -> tuple[tuple[Item, ...], Weights]:
+    """The samples from which there is anything to learn, and what each weighs."""
+    options = config.rl
+    assert options.reward_fn is not None
     rewards = rewards_of(rollouts, options.reward_fn)
     drawn: Sequence[str] = STREAMS
     if options.rule.startswith("grpo"):
@@ -70,10 +83,7 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
         shuffled=options.rl_shuffle_advantages,
     ).within(drawn)
     _tell(found, rollouts)
-    items, weights = _learned(options, inputs.items, rollouts, found)
-    _tell_of_passes(config, len(items))
-    copied = COPY_BYTES if options.rule in COMPARED_WITH_OLD else 0.0
-    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts), copy_bytes=copied)
+    return _learned(options, items, rollouts, found)
 
 
 def _learns(options: RlOptions, weights: Weights, rollouts: Rollouts) -> Learns:
@@ -105,15 +115,13 @@ def weights_of(options: RlOptions, groups: Mapping[int, Sequence[str]], found: A
 
 
 def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, found: Advantages) -> tuple[tuple[Item, ...], Weights]:
-    """The samples from which there is anything to learn, and what each weighs.
-
+    """
     Raises:
-        UserError: there are none, or pairs of samples that are not there.
+        UserError: there are none.
     """
     by_name = {item.clip.key: item for item in items}
     if options.rule == "dpo":
-        pairs = _picked(options, by_name) if options.dpo_pairs is not None else best_and_worst(rollouts.groups, found)
-        return _paired(pairs, by_name, options)
+        return _paired(best_and_worst(rollouts.groups, found), by_name, options)
     if not found.learned:
         raise UserError(
             f"{rollouts.folder}: nothing to learn: in no group do the rewards {options.reward_fn} tell samples apart. Score another "
@@ -140,7 +148,7 @@ def best_and_worst(groups: Mapping[int, Sequence[str]], found: Advantages) -> li
     return [pair for pair in pairs if pair[2]]
 
 
-def _picked(options: RlOptions, by_name: Mapping[str, Item]) -> list[Pair]:
+def _of_picks(options: RlOptions, items: Sequence[Item]) -> tuple[tuple[Item, ...], Weights]:
     """Pairs that a person chose; both streams are learned.
 
     Raises:
@@ -148,14 +156,30 @@ def _picked(options: RlOptions, by_name: Mapping[str, Item]) -> list[Pair]:
     """
     path = options.dpo_pairs
     assert path is not None
-    pairs = []
+    by_name, pairs = {item.clip.key: item for item in items}, []
     for where, line in read_json_lines(path):
-        names = [line.get(key) if isinstance(line, dict) else None for key in ("chosen", "rejected")]
+        names = _names_of_pick(line)
         if not all(isinstance(name, str) and name in by_name for name in names) or names[0] == names[1]:
-            raise UserError(f"{where}: 'chosen' and 'rejected' must name two samples of --rl_rollout_cache, such as g0000_k01.")
+            raise UserError(
+                f"{where}: 'chosen' and 'rejected' (or the files of 'better' and 'worse', as the page of ltxv2_score_rollouts.py "
+                f"--save_first downloads them) must name two samples of {options.rl_rollout_cache}, such as g0000_k01; they name "
+                f"{' and '.join(map(str, names))}."
+            )
         pair: Pair = (str(names[0]), str(names[1]), STREAMS)
         pairs.append(pair)
-    return pairs
+    if not pairs:
+        raise UserError(f"--dpo_pairs {path}: holds no pairs.")
+    return _paired(pairs, by_name, options)
+
+
+def _names_of_pick(line: Any) -> list[Any]:
+    """The better sample and the worse one, where the line names them."""
+    if not isinstance(line, dict):
+        return [None, None]
+    clips = [line.get(key) for key in ("better", "worse")]
+    if all(isinstance(clip, dict) and isinstance(clip.get("file"), str) for clip in clips):
+        return [Path(clip["file"]).stem for clip in clips if isinstance(clip, dict)]
+    return [line.get(key) for key in ("chosen", "rejected")]
 
 
 def _paired(pairs: Sequence[Pair], by_name: Mapping[str, Item], options: RlOptions) -> tuple[tuple[Item, ...], Weights]:
@@ -201,6 +225,25 @@ def _check_policy(config: RlTrainingConfig, rollouts: Rollouts) -> None:
             f"--network_weights {path}: is not the file that made the rollouts in {rollouts.folder} ('{policy['name']}', sha256 "
             f"{policy['sha256'][:16]}...). Rules compare the policy with the one that sampled, so it must be that; or make new rollouts."
         )
+
+
+def _check_beside(config: RlTrainingConfig, rollouts: Rollouts) -> None:
+    """LoRAs that sampled beside the policy are merged into the model that is trained.
+
+    Raises:
+        UserError: one is not, and the rule is by the probability of steps, which were its steps too.
+    """
+    merged = {(file_hash(path), strength) for path, strength in config.network.base_networks if path.is_file()}
+    for one in rollouts.facts["frozen"]:
+        if (one["sha256"], one["video"]) in merged:
+            continue
+        text = (
+            f"the rollouts in {rollouts.folder} were sampled with the LoRA '{one['name']}' beside the policy, at {one['video']:g}, and "
+            f"this run trains without. Give --base_weights that file --base_weights_multiplier {one['video']:g}"
+        )
+        if config.rl.rule.startswith("grpo"):
+            raise UserError(f"--rl_loss {config.rl.rl_loss}: {text}: a step's probability is by all that sampled it.")
+        log.warning("WARNING: %s, to learn what the policy does beside it.", text)
 
 
 def _check_model(checkpoint: Checkpoint, rollouts: Rollouts) -> None:

@@ -267,12 +267,23 @@ def _check_earlier(rollouts: Rollouts) -> None:
     wanted = _plain(rollouts.facts)
     if all(sample in wanted["samples"] for sample in earlier["samples"]):
         earlier = {**earlier, "samples": wanted["samples"]}
-    differing = next((name for name in wanted if earlier.get(name) != wanted[name]), None)
-    if differing is not None:
+    if any(earlier.get(name) != wanted[name] for name in wanted):
         raise UserError(
-            f"{rollouts.folder}: holds rollouts with another '{differing}' (rollouts.json). Give another --rl_rollout_cache, or remove the "
-            "folder."
+            f"{rollouts.folder}: holds rollouts {_difference(earlier, wanted)} (rollouts.json). Give another --rl_rollout_cache, or remove "
+            "the folder."
         )
+
+
+def _difference(earlier: Mapping[Any, Any], wanted: Mapping[Any, Any], within: str = "") -> str:
+    """The first of what differs, with both values."""
+    name = next(name for name in {**wanted, **(earlier if within else {})} if earlier.get(name) != wanted.get(name))
+    was, now = (dict(enumerate(value)) if isinstance(value, list) else value for value in (earlier.get(name), wanted.get(name)))
+    if name == "samples":
+        was, now = (max(one["k"] for one in facts["samples"]) + 1 for facts in (earlier, wanted))
+        return f"of larger groups: {was} samples of each prompt, not {now} as by --rl_group_size"
+    if isinstance(was, dict) and isinstance(now, dict):
+        return _difference(was, now, f"{within}{name}.")
+    return f"with another '{within}{name}': {was!r:.80}, not {now!r:.80}"
 
 
 def _plain(value: Any) -> Any:

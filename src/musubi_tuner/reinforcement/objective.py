@@ -41,6 +41,8 @@ class RuleSettings:
 
 COMPARED_WITH_OLD = ("nft", "awm", "grpo", "grpo_guard")
 """Rules that take the prediction of the policy that made the rollouts."""
+CLIPPED = ("awm", "grpo", "grpo_guard")
+"""Rules that stop to learn from a sample where the policy has moved far enough."""
 COPY_BYTES = 4.0
 """Of each trained weight, which is float32, in `OldPolicy`."""
 
@@ -112,11 +114,14 @@ class RolloutObjective:
         assert isinstance(prediction, Predictions)
         names, losses, kept = prediction.noised.batch.names, {}, []
         present: dict[str, Tensor] = {}
+        clipped = []
         for stream, weight in prediction.noised.weights.items():
             new = of_stream(prediction.velocity, stream)
             advantage = torch.tensor([self.advantages[name][stream] for name in names], device=weight.device)
             present[stream] = (weight.sum(1) > 0) & (advantage != 0)
             losses[stream] = self._loss(prediction, stream, new, advantage, weight) * present[stream]
+            if self.settings.rule in CLIPPED:
+                clipped.append(rules.at_bound(losses[stream].detach(), advantage, self.settings.width))
             if self.settings.reference_weight:
                 assert prediction.reference is not None
                 distance = rules.mean((new - of_stream(prediction.reference, stream)).square(), weight)
@@ -128,6 +133,8 @@ class RolloutObjective:
             audio_present=present.get("audio"),
             preserved=torch.stack(kept).sum(0) if kept else None,
             preserved_present=torch.ones_like(kept[0], dtype=torch.bool) if kept else None,
+            clipped=torch.stack(clipped).sum(0) if clipped else None,
+            clipped_of=torch.stack(list(present.values())).sum(0) if clipped else None,
         )
 
     def _loss(self, prediction: Predictions, stream: str, new: Tensor, advantage: Tensor, weight: Tensor) -> Tensor:

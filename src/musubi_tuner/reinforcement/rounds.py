@@ -19,6 +19,7 @@ from typing import Any
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.rounds import RoundOptions, StageFlags
+from musubi_tuner.reinforcement.judging import units_of
 from musubi_tuner.reinforcement.page.write import PAGE, write_page
 from musubi_tuner.reinforcement.rollouts import SCORES, read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of, totals_of
@@ -30,7 +31,7 @@ from musubi_tuner.runtime.files import read_json
 log = logging.getLogger(__name__)
 
 ROUNDS = "rounds.json"
-_FORMAT = 1
+_FORMAT = 2
 _JUDGED = ("heldout_prompts", "heldout")
 """Settings that decide what rounds are judged on."""
 Run = Callable[[str, Sequence[str]], int]
@@ -49,10 +50,9 @@ class StageFailed(Exception):
 class Standing:
     """A policy on the held-out prompts."""
 
-    mean: float
-    """Weighted sum of the rewards, over all samples."""
     gain: float
-    """Mean difference from the base model's sample of the same seed."""
+    """Mean difference from the base model's sample of the same seed: weighted sum of the rewards, each in units of the base model's spread
+    within prompts, as the update weighs them."""
     error: float
     """Standard error of the gain, over prompts."""
     rewards: Mapping[str, float]
@@ -145,7 +145,9 @@ class Rounds:
         if not path.is_file():
             return []
         facts = _read(path)
-        if facts is None or facts["settings"] != self._settings():
+        if facts is None:
+            raise UserError(f"{path}: was written by another version, which counts gains otherwise. Give another --output_dir.")
+        if facts["settings"] != self._settings():
             raise UserError(
                 f"{path}: holds rounds of other settings (--rl_config, prompts or held-out seeds). Give another --output_dir, or go on "
                 "with those that it was begun with."
@@ -170,9 +172,11 @@ class Rounds:
         facts = _read(folder / ROUNDS) if (folder / ROUNDS).is_file() else None
         if facts is None:
             raise UserError(f"--rl_control {folder}: holds no rounds. Give the --output_dir of rounds with rl_shuffle_advantages.")
-        ours, theirs = ({name: one[name] for name in _JUDGED} for one in (self._settings(), facts["settings"]))
-        if ours != theirs:
+        ours, theirs = ([one["stages"]["scores"], *(one[name] for name in _JUDGED)] for one in (self._settings(), facts["settings"]))
+        if ours[1:] != theirs[1:]:
             raise UserError(f"--rl_control {folder}: was judged on other held-out prompts or seeds. Make it with those of these rounds.")
+        if any(ours[0].get(name) != theirs[0].get(name) for name in ("reward_fn", "reward_args")):
+            raise UserError(f"--rl_control {folder}: was judged by other rewards. Make it with those of these rounds.")
         if not facts["settings"]["stages"]["training"].get("rl_shuffle_advantages"):
             raise UserError(f"--rl_control {folder}: its advantages were not shuffled: put rl_shuffle_advantages = 1 into its [training].")
         return list(facts["rounds"])
@@ -209,10 +213,11 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
         UserError: no sample has a score.
     """
     rollouts = read_rollouts(folder)
-    totals = totals_of(rollouts, reward_fn)
+    before = rollouts if base is None else read_rollouts(base)
+    units = units_of(before, reward_fn)
+    totals, others = totals_of(rollouts, reward_fn, units), totals_of(before, reward_fn, units)
     if not totals:
         raise UserError(f"{folder}: no held-out sample has a score by all of {reward_fn}. Score another reward, or other prompts.")
-    others = totals if base is None else totals_of(read_rollouts(base), reward_fn)
     by_prompt: dict[int, list[float]] = {}
     for sample in rollouts.samples:
         if sample.name in totals and sample.name in others:
@@ -222,12 +227,14 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
         one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0])
         for one in rewards_of(rollouts, reward_fn)
     }
+    if len(gains) == 1:
+        log.warning("WARNING: %s: a single held-out prompt has scores, so the gain has no standard error. Give several.", folder)
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return Standing(statistics.fmean(totals.values()), statistics.fmean(gains), error, rewards)
+    return Standing(statistics.fmean(gains), error, rewards)
 
 
 def _plain(one: Standing) -> dict[str, Any]:
-    return {"mean": one.mean, "gain": one.gain, "error": one.error, "rewards": dict(one.rewards)}
+    return {"gain": one.gain, "error": one.error, "rewards": dict(one.rewards)}
 
 
 def _delete_samples(folder: Path) -> None:

@@ -21,6 +21,16 @@ def clipped(advantage: Tensor, log_ratio: Tensor, width: float) -> Tensor:
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - width, 1 + width))
 
 
+def at_bound(loss: Tensor, advantage: Tensor, width: float) -> Tensor:
+    """(B,) bool: samples whose ratio has passed its bound in the direction of their advantage, so that nothing more is learned from them.
+
+    Args:
+        loss: of `clipped`.
+    """
+    bound = torch.where(advantage > 0, 1 + width, 1 - width)
+    return (loss == -advantage * bound) & (advantage != 0)
+
+
 def nft(target: Tensor, new: Tensor, old: Tensor, advantage: Tensor, sigma: Tensor, weight: Tensor, *, mix: float, most: float) -> Tensor:
     """Pull towards the sample where it is better than its group, push away where it is worse, each measured from `old`.
 

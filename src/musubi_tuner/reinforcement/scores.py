@@ -168,12 +168,16 @@ def _command(folder: Path, reward: str) -> str:
     return f"python ltxv2_score_rollouts.py --rl_rollout_cache {folder} --reward_fn {reward} ..."
 
 
-def totals_of(rollouts: Rollouts, reward_fn: str) -> dict[str, float]:
-    """Weighted sum of the rewards, of each sample that has them all."""
+def totals_of(rollouts: Rollouts, reward_fn: str, units: Mapping[str, float]) -> dict[str, float]:
+    """Weighted sum of the rewards, of each sample that has them all.
+
+    Args:
+        units: by reward, what counts as 1: a loudness in decibels would drown a share of words otherwise.
+    """
     rewards = rewards_of(rollouts, reward_fn)
     found = {}
     for sample in rollouts.samples:
-        scores = [(one.weight, one.scores.get(sample.name)) for one in rewards]
+        scores = [(one.weight / units[one.reward], one.scores.get(sample.name)) for one in rewards]
         if all(score is not None for _, score in scores):
             found[sample.name] = sum(weight * score for weight, score in scores if score is not None)
     return found

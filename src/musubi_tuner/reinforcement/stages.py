@@ -41,7 +41,13 @@ def check_stages(options: RoundOptions, stages: StageFlags) -> None:
     rollouts = read("rollouts", RolloutConfig, {"rl_prompts": options.rl_prompts, "rl_rollout_cache": folder})
     scores = read("scores", ScoringConfig, {"rl_rollout_cache": folder}).rewards
     own = {"rl_rollout_cache": folder, "reward_fn": scores.reward_fn, "output_dir": folder, "output_name": options.output_name}
-    rule = read("training", RlTrainingConfig, own, dataset_config=str(folder), ltx_mode=rollouts.model.ltx_mode).rl
+    training = read("training", RlTrainingConfig, own, dataset_config=str(folder), ltx_mode=rollouts.model.ltx_mode)
+    rule = training.rl
+    if rule.dpo_pairs is not None:
+        raise UserError(
+            f"{options.rl_config}: [training] dpo_pairs: are of the samples of one round, and every round makes others. Take it out, and "
+            "train on picks by ltxv2_train_rl.py."
+        )
     weights = parse_rewards(scores.reward_fn)
     rewards = [
         Scored(reward=one.name, route=one.kind.route, weight=weights[one.name], scores={})
@@ -59,6 +65,11 @@ def check_stages(options: RoundOptions, stages: StageFlags) -> None:
             f"{options.rl_config}: [training] rl_loss {rule.rl_loss}: a step's probability is the model's own alone, and these rollouts "
             "are guided. Put video_cfg_scale = 1.0, audio_cfg_scale = 1.0, stg_scale = 0.0 and modality_scale = 1.0 into [rollouts], or "
             "take nft, awm, rwr or dpo."
+        )
+    if rollouts.rollouts.lora and not training.network.base_weights:
+        raise UserError(
+            f"{options.rl_config}: [training] rl_loss {rule.rl_loss}: a step's probability is by all that sampled it. Put the file of "
+            "[rollouts] lora into [training] as base_weights, its strength as base_weights_multiplier."
         )
     drawn = rollouts.stochastic.streams(rollouts.model.ltx_mode)
     check_drawn(rule.rl_loss, rewards, drawn, mode=rollouts.model.ltx_mode, where=f"{options.rl_config}: [rollouts]")

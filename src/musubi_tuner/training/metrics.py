@@ -34,13 +34,14 @@ class Reading:
 
 class LossMeter:
     """Sums since the last look: raw losses of video and audio, items in each of them; distance from the base model of items that learn
-    from it and their number, distance under the prompt of `--dop_prompt` and its number."""
+    from it and their number, distance under the prompt of `--dop_prompt` and its number; what an update rule clips, and of how many.
+    """
 
-    SIZE = 10
+    SIZE = 12
     """Of what `take` gives."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(10, dtype=torch.float64, device=device)
         self._items = self._supervised = 0
 
     def add(self, losses: ItemLosses, items: int, supervised: int) -> None:
@@ -56,11 +57,12 @@ class LossMeter:
             seen = torch.ones_like(losses.video)
         of_prompt = (None, None) if losses.prompt is None else (losses.prompt, torch.ones_like(losses.prompt))
         row = [losses.video, losses.audio, seen, losses.audio_present, losses.preserved, losses.preserved_present, *of_prompt]
+        row += [losses.clipped, losses.clipped_of]
         nothing = self._sums.new_zeros(())
         self._sums += torch.stack([nothing if value is None else value.detach().to(torch.float64).sum() for value in row])
 
     def take(self, processes: int) -> Tensor:
-        """(10,) float64 sums over all processes, for `means`; then start again. Without waiting for the device."""
+        """(12,) float64 sums over all processes, for `means`; then start again. Without waiting for the device."""
         counts = [self._sums.new_full((1,), count) for count in (self._items, self._supervised)]
         sums = torch.cat([self._sums, *counts])
         self._sums.zero_()
@@ -72,7 +74,7 @@ class LossMeter:
     @staticmethod
     def means(sums: Sequence[float], mode: str) -> dict[str, float]:
         """Mean losses, and the share of items whose sound was supervised."""
-        video, audio, seen, heard, preserved, with_teacher, held, asked, items, supervised = sums
+        video, audio, seen, heard, preserved, with_teacher, held, asked, clipped, rated, items, supervised = sums
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
@@ -84,6 +86,8 @@ class LossMeter:
             values["loss_preserved"] = preserved / with_teacher
         if asked:
             values["loss_dop"] = held / asked
+        if rated:
+            values["clipped"] = clipped / rated
         return values
 
 

@@ -50,6 +50,10 @@ class ItemLosses:
     """(B,) bool items that are in it"""
     prompt: Tensor | None = None
     """(B,) distance from the teacher's prediction under the prompt of `--dop_prompt`; None without one."""
+    clipped: Tensor | None = None
+    """(B,) streams of which an update rule learns no more, as the policy has moved far enough; None where it does not clip."""
+    clipped_of: Tensor | None = None
+    """(B,) streams of which it learns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

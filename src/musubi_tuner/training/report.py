@@ -13,6 +13,11 @@ _NEWEST = 4
 """Files that are named."""
 
 
+def _short(value: float) -> str:
+    """Four decimals, but for what they would show as 0."""
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"
+
+
 def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequence[tuple[str, str]] = ()) -> str:
     """What the run did, in one table; with the command that goes on where it was interrupted.
 
@@ -25,7 +30,7 @@ def summary(run: TrainingRun, outcome: Outcome, restart: Restart, uploaded: Sequ
         rows.append(("time", f"{outcome.seconds:.1f} s; {outcome.stepping / steps:.3f} s a step (previews, validation, saving apart)"))
     if run.device.type == "cuda":
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
-    rows += [(f"last {name}", f"{value:.4f}") for name, value in outcome.losses.items() if name.startswith("loss")]
+    rows += [(f"last {name}", _short(value)) for name, value in outcome.losses.items() if name.startswith("loss")]
     for name in ("validation/loss_video", "validation/loss_audio"):
         if name in outcome.last_validation:
             first, last = (f"{found[name]:.4f}" for found in (outcome.first_validation, outcome.last_validation))

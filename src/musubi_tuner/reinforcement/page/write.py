@@ -9,7 +9,7 @@ from urllib.parse import quote
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.page.fill import MEDIA_KINDS, fill, part
 from musubi_tuner.reinforcement.rollouts import ROLLOUTS, SCORES, read_rollouts
-from musubi_tuner.reinforcement.scores import totals_of
+from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.reinforcement.shown import FIRST
 
 PAGE = "rounds.html"
@@ -64,7 +64,7 @@ def _row(row: Mapping[str, Any], best: int | None) -> dict[str, Any]:
         "round": updates,
         "label": _label(updates) + (" (best)" if is_best else ""),
         "best": is_best,
-        **{name: row["heldout"][name] for name in ("mean", "gain", "error", "rewards")},
+        **{name: row["heldout"][name] for name in ("gain", "error", "rewards")},
         "learned": row.get("rollouts"),
     }
 
@@ -75,7 +75,7 @@ def _clips(folder: Path, heldout: Mapping[int, Path], reward_fn: str) -> Iterato
         if not (place / ROLLOUTS).is_file() or not (place / SCORES / FIRST).is_dir():
             continue
         rollouts = read_rollouts(place)
-        totals, media = totals_of(rollouts, reward_fn), {one.stem: one for one in (place / SCORES / FIRST).iterdir()}
+        rewards, media = rewards_of(rollouts, reward_fn), {one.stem: one for one in (place / SCORES / FIRST).iterdir()}
         loras = [{"name": f"round {updates - 1}", "sha256": None, "video": 1, "audio": 1}] if updates else []
         for sample in rollouts.samples:
             if (file := media.get(sample.name)) is None or file.suffix not in MEDIA_KINDS:
@@ -93,5 +93,5 @@ def _clips(folder: Path, heldout: Mapping[int, Path], reward_fn: str) -> Iterato
                 "loras": loras,
                 "fps": rollouts.facts["fps"],
                 "round": updates,
-                "score": totals.get(sample.name),
+                "scores": {one.reward: one.scores.get(sample.name) for one in rewards},
             }
