@@ -4,7 +4,7 @@
     python dev/kill_rl_rounds.py --models MODELS                30 kills by SIGKILL, SIGTERM and SIGINT
 
 `ltxv2_rl_rounds.py` makes three small rounds of GRPO in programs of their own. Its process group is killed at random moments, half of the
-SIGTERMs and SIGINTs reach the driver alone, and the same command is started again until it ends with 0. Then its folder must hold the files
+signals reach the driver alone, and the same command is started again until it ends with 0. Then its folder must hold the files
 of an undisturbed run, byte by byte, and everything begins again from nothing, until all kills are spent. After each kill: a documented exit
 code, no process left behind, no sample, scored rollout or LoRA under its final name that differs. A harness that is itself ended goes on.
 """
@@ -172,7 +172,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def attempt(work: Path, longest: float, *, kill: bool, seed: int) -> Attempt:
     draw = random.Random(f"rl rounds {seed}")
     wait, number, alone = draw.uniform(0, longest), draw.choice(SIGNALS), draw.random() < 0.5
-    alone &= number != signal.SIGKILL  # whose children nobody would end
     said = work / "output.txt"
     started = time.monotonic()
     with said.open("wb") as output:
@@ -189,9 +188,22 @@ def attempt(work: Path, longest: float, *, kill: bool, seed: int) -> Attempt:
             if time.monotonic() > end:
                 raise SystemExit(f"attempt {seed}: process {process} has not ended {PATIENCE_SECONDS:.0f} s after signal {number}")
             time.sleep(0.01)
+        while is_alive(process):  # what a driver that was killed had started ends by itself
+            if time.monotonic() > end:
+                raise SystemExit(f"attempt {seed}: a program of process {process} is there {PATIENCE_SECONDS:.0f} s after signal {number}")
+            time.sleep(0.01)
     stages = STAGE.findall(said.read_text(encoding="utf-8", errors="replace"))
     stage = " of ".join(stages[-1]) if stages else "start"
     return Attempt(seconds=taken, signal=number if sent else None, alone=sent and alone, code=code, stage=stage)
+
+
+def is_alive(group: int) -> bool:
+    """Whether a process of the group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def find_problems(one: Attempt, found: Mapping[str, bytes], whole: Mapping[str, bytes]) -> list[str]:

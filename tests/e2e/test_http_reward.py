@@ -113,6 +113,7 @@ def test_how_long_one_waits_for_a_server_changes_no_score(tiny_family, made):
         ((200, {"value": 1}), "its answer holds no score: {'value': 1}"),
         ((200, [1]), "its answer holds no score"),
         ((200, {"score": "high"}), "its score is high: must be a number or null"),
+        ((200, b'{"score": 1' + b"0" * 400 + b"}"), "gave a whole number beyond any float as a score"),
         ((200, {"score": True}), "its score is True: must be a number or null"),
         ((200, b"<html>"), "its answer is no JSON"),
         ((403, {"error": "who are you"}), "error 403 (who are you). Give its key by --reward_args http_video.key_file."),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner import ltxv2_train_network, ltxv2_train_rl
+from musubi_tuner.cache.store import read_metadata, serialize, write_bytes
 from musubi_tuner.dataset.merge import merge_sources
 from musubi_tuner.media.audio import Waveform
 from musubi_tuner.media.write import write_wav
@@ -23,6 +24,7 @@ from musubi_tuner.reinforcement.decoding import Decoders, decoding
 from musubi_tuner.reinforcement.rollouts import read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training import setup
 from tests.e2e.test_processes import launch
 from tests.rl_parts import PROMPTS, arguments, make, score
 
@@ -90,6 +92,83 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(tiny_family, rollo
         make(tiny_family, tmp_path, *flags, "--rl_seed", "1")
 
 
+def put(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors under the same metadata."""
+    write_bytes(path, serialize(tensors, read_metadata(path)))
+
+
+DAMAGE = {
+    "cut off": lambda folder, path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda folder, path: path.write_bytes(b""),
+    "gone": lambda folder, path: path.unlink(),
+    "of another sample": lambda folder, path: path.write_bytes((folder / path.name.replace("g0000", "g0001")).read_bytes()),
+    "without tensors": lambda folder, path: put(path, {}),
+    "of another shape": lambda folder, path: put(path, {key: value[..., None] for key, value in load_file(path).items()}),
+    "shorter": lambda folder, path: put(path, {key: value[:, :1] if value.ndim == 3 else value for key, value in load_file(path).items()}),
+}
+
+
+@pytest.mark.parametrize("ending", ["_ltxv2", "_ltxv2_audio", "_ltxv2_steps"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_samples_are_refused_and_made_again(tiny_family, rollouts, tmp_path, ending, damage):
+    """And not kept for what their names say, nor met in the middle of a run."""
+    if damage == "shorter" and ending != "_ltxv2_steps":
+        pytest.skip("forms of latents are those of every cache")
+    folder = tmp_path / "rollouts"
+    shutil.copytree(rollouts, folder)
+    path = folder / f"g0000_k01{ending}.safetensors"
+    DAMAGE[damage](folder, path)
+    with pytest.raises(UserError, match=rf"cannot be used .{path.name}\W.*Run ltxv2_cache_rollouts.py again"):
+        train(tiny_family, folder, tmp_path / "out", "--rl_loss", "grpo")
+    assert not (tmp_path / "out").exists()
+    make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    assert path.read_bytes() == (rollouts / path.name).read_bytes()
+
+
+def test_steps_are_needed_by_the_rules_that_learn_from_them_alone_and_texts_by_all(tiny_family, rollouts, tmp_path):
+    folder = tmp_path / "rollouts"
+    shutil.copytree(rollouts, folder)
+    for path in folder.glob("*_steps.safetensors"):
+        path.unlink()
+    assert train(tiny_family, folder, tmp_path / "out", "--max_train_steps", "1") == 0
+    text = folder / "p0001_ltxv2_te.safetensors"
+    text.write_bytes(text.read_bytes()[:-7])
+    with pytest.raises(UserError, match="p0001_ltxv2_te.safetensors is missing or damaged"):
+        train(tiny_family, folder, tmp_path / "out2", "--max_train_steps", "1")
+    make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    assert text.read_bytes() == (rollouts / text.name).read_bytes()
+
+
+def test_an_index_of_fewer_samples_is_refused_and_written_again(tiny_family, rollouts, tmp_path):
+    """As a run leaves it that is killed while a group grows."""
+    folder = tmp_path / "rollouts"
+    shutil.copytree(rollouts, folder)
+    (path,) = folder.glob("ltxv2_index_*.json")
+    whole = path.read_bytes()
+    index = json.loads(whole)
+    path.write_text(json.dumps(index | {"clips": index["clips"][:5]}), encoding="utf-8")
+    with pytest.raises(UserError, match="its index lists 5 of 6 samples .g0001_k02 not.. Run ltxv2_cache_rollouts.py again"):
+        train(tiny_family, folder, tmp_path / "out")
+    make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_steps", "2")
+    assert path.read_bytes() == whole
+
+
+def test_samples_of_which_nothing_is_told_are_not_taken_for_ones_own(tiny_family, rollouts, tmp_path):
+    folder = tmp_path / "rollouts"
+    shutil.copytree(rollouts, folder)
+    (folder / "rollouts.json").unlink()
+    with pytest.raises(UserError, match="g0000_k00_ltxv2.safetensors: is there, and no rollouts.json that says how it was made"):
+        make(tiny_family, tmp_path, "--sample_steps", "5")
+
+
+@pytest.mark.parametrize("flags", [("--sample_steps", "1"), ("--rl_sde_window", "3:9")])
+def test_a_window_without_a_step_that_can_be_drawn_is_refused(tiny_family, tmp_path, flags):
+    """Of four steps 0, 1 and 2 can."""
+    with pytest.raises(UserError, match="none of its steps can be stochastic"):
+        make(tiny_family, tmp_path, "--rl_sde_type", "cps", *flags)
+    make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_window", "2:9", "--rl_group_size", "2", prompts=PROMPTS[:1])
+
+
 def test_recorded_steps_are_what_was_sampled(rollouts):
     """Each step's values are rounded before they are used, so what lies in the file is what the model saw; levels fall."""
     for one in read_rollouts(rollouts).samples:
@@ -136,6 +215,14 @@ def test_before_it_has_moved_the_policy_is_the_old_one(tiny_family, rollouts, tm
     assert all(seen[:4]) and not any(seen[4:])
 
 
+def test_batches_are_no_larger_than_what_there_is_to_learn(tiny_family, rollouts, tmp_path, monkeypatch):
+    """The trial of the plan makes one of the size that is asked for."""
+    sizes, real = [], setup.make_batch
+    monkeypatch.setattr(setup, "make_batch", lambda draws, *args, **keys: sizes.append(len(draws)) or real(draws, *args, **keys))
+    assert train(tiny_family, rollouts, tmp_path, "--rl_micro_batch_size", "1000000") == 0
+    assert sizes and max(sizes) == 6 * 3 and len(losses(tmp_path)) == 1
+
+
 def test_a_resumed_run_compares_with_the_policy_that_made_the_rollouts(tiny_family, rollouts, tmp_path):
     """Not with the weights that it resumes from: it ends where a run that was not interrupted ends."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -147,6 +234,24 @@ def test_a_resumed_run_compares_with_the_policy_that_made_the_rollouts(tiny_fami
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     ours, theirs = ({path.name: path.read_bytes() for path in next(folder.glob("*06-state")).iterdir()} for folder in (parts, whole))
     assert ours == theirs, "torch's own generator too, from which some optimizers draw"
+
+
+def test_a_resumed_run_tells_what_it_learns_otherwise(tiny_family, rollouts, tmp_path, caplog):
+    """Another rule, other scores: they are in no dataset, and the run is another one all the same."""
+    folder, out = tmp_path / "rollouts", tmp_path / "out"
+    shutil.copytree(rollouts, folder)
+    assert train(tiny_family, folder, out, "--max_train_steps", "2", "--save_state") == 0
+    state = str(next(out.glob("*-state")))
+    caplog.clear()
+    assert train(tiny_family, folder, out, "--max_train_steps", "3", "--resume", state) == 0
+    assert "max_train_steps: 2 then, 3 now" in caplog.text and "advantages" not in caplog.text
+    path = folder / "scores" / "tone.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts["scores"] = {name: -value for name, value in facts["scores"].items()}
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    caplog.clear()
+    assert train(tiny_family, folder, out, "--max_train_steps", "3", "--resume", state, "--rl_loss", "awm") == 0
+    assert "rl_loss: 'nft' then, 'awm' now" in caplog.text and "advantages: " in caplog.text
 
 
 def test_the_next_round_starts_from_the_very_file_that_sampled(tiny_family, rollouts, tmp_path):
@@ -182,6 +287,10 @@ def test_the_best_of_each_prompt_are_a_dataset_of_their_own(tiny_family, rollout
         assert path.read_bytes() == (rollouts / path.name).read_bytes()
     with pytest.raises(UserError, match=r"--best_directory .*best: is there already"):
         write_best(read, rewards_of(read, "tone:1"), 2, tmp_path / "best")
+    with pytest.raises(UserError, match="--best_directory .: give the name of a new folder"):
+        write_best(read, rewards_of(read, "tone:1"), 2, Path())
+    with pytest.raises(UserError, match="--best_directory .*prompts.txt.*a file"):
+        write_best(read, rewards_of(read, "tone:1"), 2, rollouts.parent / "prompts.txt" / "best")
     # nothing leads back: it is trained on where it stands alone
     (tmp_path / "best").rename(tmp_path / "elsewhere")
     assert supervised(tiny_family, tmp_path / "elsewhere" / "dataset.toml", tmp_path / "out", "--max_train_epochs", "1") == 0
@@ -253,6 +362,9 @@ def test_a_prompts_sound_is_for_rewards_alone(tiny_family, rollouts, tmp_path):
     [
         (("--reward_fn", "loudness"), "loudness.json: not found. Score it by: python ltxv2_score_rollouts.py"),
         (("--reward_fn", "tone:much"), "--reward_fn tone:much: must be NAME:WEIGHT"),
+        (("--reward_fn", "tone:1e308"), "--reward_fn tone:1e308: must be NAME:WEIGHT"),
+        (("--rl_loss", "grpo", "--ppo_clip_eps", "1e300"), "--ppo_clip_eps 1e300: must be at most"),
+        (("--nft_beta_mix", "1e-300"), "--nft_beta_mix 1e-300: must be at least"),
         (("--ltx_mode", "video"), "--ltx_mode video: the rollouts are of the mode av"),
         (("--dpo_pairs", "picks.jsonl"), "is read by --rl_loss dpo alone"),
         (("--ltxv2_model", "other"), "is another model than"),
@@ -325,7 +437,7 @@ def test_the_memory_plan_counts_the_old_policy_where_there_is_one(tiny_family, r
     assert (held[0] > 0) == (rule not in ("rwr", "dpo"))
 
 
-def test_a_lora_beside_the_policy_is_merged_by_the_update_or_missed(tiny_family, tmp_path, caplog):
+def test_a_lora_beside_the_policy_is_merged_by_the_update_or_missed(tiny_family, rollouts, tmp_path, caplog):
     """Which samples it made is told by the table, too."""
     caplog.set_level(logging.INFO)
     beside = ("--lora", f"{tiny_family.distilled_lora}:0.5", "--rl_distilled", "--rl_sde_type", "cps")
@@ -337,8 +449,10 @@ def test_a_lora_beside_the_policy_is_merged_by_the_update_or_missed(tiny_family,
     with pytest.raises(UserError, match=says):
         train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few)
     merged = ("--base_weights", str(tiny_family.distilled_lora), "--base_weights_multiplier")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match="was not beside the policy, at this strength"):
         train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few, *merged, "1")
+    with pytest.raises(UserError, match="--base_weights .* was not beside the policy"):
+        train(tiny_family, rollouts, tmp_path / "nft", *merged, "0.5")
     assert train(tiny_family, folder, tmp_path / "nft", *few) == 0 and says in caplog.text
     caplog.clear()
     assert train(tiny_family, folder, tmp_path / "grpo", "--rl_loss", "grpo", *few, *merged, "0.5") == 0

@@ -123,7 +123,15 @@ def test_more_rounds_go_on_and_caches_can_be_removed(tiny_family, tmp_path, here
     for number in (0, 1):
         rollouts = out / f"round_{number:03d}" / "rollouts"
         assert not list(rollouts.glob("*.safetensors")) and (rollouts / "scores" / "loudness.json").is_file()
+        assert not (rollouts / "ltxv2_prompts").exists()
     here.clear()
+    mine = [out / "round_000/rollouts" / name for name in ("best/clip.safetensors", "notes.safetensors")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"of a person")
+    shutil.rmtree(out / "round_001" / "rollouts")
+    assert ltxv2_rl_rounds.main(words(config, out, 2, "--rl_delete_round_caches")) == 0
+    assert all(path.is_file() for path in mine), "only what the round has made is removed, and what is gone already is no fault"
     assert ltxv2_rl_rounds.main(words(config, out, 2)) == 0
     assert here == []
 
@@ -264,3 +272,65 @@ def test_folders_of_other_rounds_and_controls_that_are_none_are_refused(tiny_fam
     (out / "rounds.json").write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(UserError, match="was judged on other held-out prompts"):
         ltxv2_rl_rounds.main(words(config, tmp_path / "other", 1, "--rl_control", str(out)))
+
+
+def test_what_lies_there_and_is_none_of_the_rounds_is_not_overwritten(tiny_family, tmp_path, here):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    out = tmp_path / "out"
+    for name in ("ltxv2_lora.safetensors", "rounds.html"):
+        out.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"of a person")
+        with pytest.raises(UserError, match=f"{name}: is there already, and no rounds.json beside it"):
+            ltxv2_rl_rounds.main(words(config, out, 1))
+        assert (out / name).read_bytes() == b"of a person"
+        (out / name).unlink()
+    assert here == []
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "heldout.txt"])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(None, "no such file"), ("caf\xe9".encode("latin-1"), "not UTF-8"), (b"\n", "holds no prompt"), (b"a\nb --f 17\n", "of one size")],
+)
+def test_prompts_that_no_stage_could_take_are_refused_before_the_first(tiny_family, tmp_path, here, name, data, says):
+    config = config_for(CONFIGS[0], tiny_family, tmp_path)
+    (tmp_path / name).unlink()
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}.*{says}"):
+        ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+    assert here == []
+
+
+_REWARD = """
+from musubi_tuner.reinforcement.rewards.base import Reward
+
+class Mine(Reward):
+    name, route, needs = "mine", "sync", ["latents"]
+
+    def score(self, samples):
+        return [{sign}float(one.latents["video"].float().mean()) for one in samples]
+
+REWARDS = [Mine]
+"""
+
+
+def test_rounds_are_judged_by_one_reward_and_their_notes_are_read_whole(tiny_family, tmp_path, here, caplog):
+    """A plug-in that has changed since the base model was judged would tell a gain that is none."""
+    config, plugin, out = config_for(CONFIGS[0], tiny_family, tmp_path), tmp_path / "mine.py", tmp_path / "out"
+    with_changes(config, scores={"reward_fn": "mine:1", "reward_plugins": [str(plugin)]})
+    plugin.write_text(_REWARD.format(sign=""), encoding="utf-8")
+    (tmp_path / "heldout.txt").write_text("a dog barks\nwind\n", encoding="utf-8")
+    assert ltxv2_rl_rounds.main(words(config, out, 1)) == 0
+    assert "1 prompt is learned from too" in caplog.text
+    plugin.write_text(_REWARD.format(sign="-"), encoding="utf-8")
+    here.clear()
+    with pytest.raises(UserError, match="scored by another 'mine' than"):
+        ltxv2_rl_rounds.main(words(config, out, 2))
+    assert here == ["cache-rollouts", "score-rollouts"], "before anything is learned"
+    facts = json.loads((out / "rounds.json").read_text(encoding="utf-8"))
+    (row,) = facts["rounds"][:1]
+    for change in ({"rounds": []}, {"rounds": [row, row]}, {"rounds": [row | {"heldout": {"mean": 1}}]}, {"settings": {}}, {"rounds": "x"}):
+        (out / "rounds.json").write_text(json.dumps(facts | change), encoding="utf-8")
+        with pytest.raises(UserError, match="rounds.json: is damaged"):
+            ltxv2_rl_rounds.main(words(config, out, 2))

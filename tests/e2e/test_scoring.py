@@ -316,6 +316,46 @@ def test_a_reward_of_ones_own_that_is_none_is_told_what_it_lacks(tiny_family, fo
         run(tiny_family, folder, "a", "--reward_plugins", str(own(folder, methods, **named)))
 
 
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [
+        ("score(self, samples): return [10**400]", "reward 'a': gave a whole number beyond any float as a score"),
+        ("score(self, samples): import torch; return [torch.ones((), device='meta')]", "reward 'a': gave tensor(..., device='meta'"),
+        ("score(self, samples): import torch; return [torch.tensor(1j)]", "reward 'a': gave tensor(0.+1.j) as a score"),
+        ("score(self, samples): import sys; sys.exit(0)", "the reward 'a' failed to score g0000_k00 (SystemExit: 0)"),
+        ("score(self, samples): return [0.5]\nteardown(self): 1 / 0", "the reward 'a' failed to tear itself down (ZeroDivisionError"),
+        ("score(self, samples): return [0.5]\nweight_files(self): return None", "the reward 'a' failed to name its files (TypeError"),
+        ("score(self, samples): return [0.5]\nweight_files(self): return ['a']", "reward 'a': `weight_files` returned 'a': must be a list"),
+    ],
+)
+def test_whatever_a_reward_of_ones_own_does_is_laid_to_it(tiny_family, folder, methods, says):
+    """Neither a traceback, nor an end with 0 before all is scored."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        run(tiny_family, folder, "a", "--reward_plugins", str(own(folder, methods)))
+
+
+def test_whatever_a_reason_or_an_argument_is_the_file_of_scores_can_be_read(tiny_family, folder):
+    methods = "setup(self, device, a: float = math.nan, b: int = 2**80, c: object = ...): pass\nscore(self, samples): return [NoScore({})]"
+    for reason, kept in (("5", "5"), ("None", "None"), ("ValueError('x')", "x"), ("'\\udcff\\n' + 9999 * 'x'", "? " + 298 * "x" + " ...")):
+        for _ in range(2):
+            assert run(tiny_family, folder, "a", "--reward_plugins", str(own(folder, methods.format(reason)))) == 0
+        assert set(written(folder, "a")["errors"].values()) == {kept}
+    assert written(folder, "a")["arguments"] == {"a": "nan", "b": str(2**80), "c": "Ellipsis"}
+    with pytest.raises(UserError, match="a.b=111.*: must be a whole number"):
+        run(tiny_family, folder, "a", "--reward_plugins", str(own(folder, methods)), "--reward_args", f"a.b={'1' * 400}")
+
+
+def test_what_one_reward_does_to_a_sample_no_other_sees(tiny_family, folder):
+    assert run(tiny_family, folder, "motion,loudness") == 0
+    alone = [written(folder, name)["scores"] for name in ("motion", "loudness")]
+    shutil.rmtree(folder / "scores")
+    body = "class A(Reward):\n    name, route, needs, has_model = 'a', 'sync', ['video', 'audio', 'latents'], False\n\n"
+    body += "    def score(self, samples):\n        (one,) = samples\n        one.frames.zero_()\n        one.sound.samples.zero_()\n"
+    mine = plugin(folder, f"{body}        one.latents['video'].zero_()\n        return [1.0]\n\n\nREWARDS = [A]\n")
+    assert run(tiny_family, folder, "a,motion,loudness", "--reward_plugins", str(mine)) == 0
+    assert [written(folder, name)["scores"] for name in ("motion", "loudness")] == alone
+
+
 @pytest.mark.parametrize("values", ["[0.5]", "(0.5,)", "np.array([0.5])", "torch.tensor([0.5])", "torch.tensor([0.5]).bfloat16()"])
 def test_scores_may_be_a_list_an_array_or_a_tensor(tiny_family, folder, values):
     mine = own(folder, f"score(self, samples): import numpy as np, torch; return {values}")
@@ -371,9 +411,9 @@ def test_what_stands_in_the_way_of_the_scores_is_told_of(tiny_family, folder):
         run(tiny_family, folder, "loudness")
     (folder / "scores").unlink()
     (folder / "g0001_k00_ltxv2_audio.safetensors").write_bytes(b"x" * 40)
-    with pytest.raises(UserError, match="g0001_k00_ltxv2_audio.safetensors: missing or damaged"):
+    with pytest.raises(UserError, match="cannot be used .g0001_k00_ltxv2_audio.safetensors is damaged"):
         run(tiny_family, folder, "loudness")
-    assert len(written(folder, "loudness")["scores"]) == 3
+    assert not (folder / "scores").exists()
 
 
 @pytest.mark.parametrize(
@@ -417,8 +457,9 @@ def test_scores_are_learned_from(tiny_family, folder, tmp_path):
         ({"format": 2}, "its format is not 1"),
         ({"reward": "motion"}, "'reward' = 'motion': must be 'loudness'"),
         ({"route": "both"}, "'route' = 'both': must be one of"),
-        ({"scores": {"g0000_k00": "1"}}, "'scores': g0000_k00 = '1': must be a number or null"),
-        ({"scores": {"g0000_k00": True}}, "'scores': g0000_k00 = True: must be a number or null"),
+        ({"scores": {"g0000_k00": "1"}}, "'scores': g0000_k00 = '1': must be a number of at most 1e+30, or null"),
+        ({"scores": {"g0000_k00": True}}, "'scores': g0000_k00 = True: must be a number of at most 1e+30, or null"),
+        ({"scores": {"g0000_k00": 1e31}}, "g0000_k00 = 1e+31: must be a number of at most 1e+30, or null"),
         ({"scores": {"g0099_k00": 1.0}}, "'scores': g0099_k00: there is no such sample"),
         ({"scores": [1]}, "'scores' = [1]: must be an object"),
         ({"errors": {"g0000_k00": 1}}, "'errors': g0000_k00 = 1: must be text"),

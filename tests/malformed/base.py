@@ -148,6 +148,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *_MODEL, "--vae", "models/vae.safetensors", "--audio_vae", "models/audio_vae.safetensors", "--text_cache", "cache",
         "--rl_prompts", "rl_prompts.txt", "--rl_rollout_cache", "rollouts", "--rl_group_size", "2", "--device", "cpu",
         "--sample_width", "64", "--sample_height", "64", "--sample_frames", "9", "--sample_steps", "2", "--rl_sde_type", "cps",
+        "--video_cfg_scale", "1", "--audio_cfg_scale", "1", "--stg_scale", "0", "--modality_scale", "1",
     ),
     SCORE: (
         "--rl_rollout_cache", "rollouts", "--reward_fn", "loudness,motion", "--vae", "models/vae.safetensors",

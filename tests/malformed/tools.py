@@ -9,7 +9,7 @@ from pathlib import Path
 
 from musubi_tuner.config.flags import describe
 from tests.malformed import binaries, documents, flags, media
-from tests.malformed.base import SCORE, SUBCOMMANDS, TRAIN_RL, Malformed, put
+from tests.malformed.base import ROLLOUTS, SCORE, SUBCOMMANDS, TRAIN_RL, Malformed, put
 from tests.malformed.structure import variants
 
 User = tuple[str, tuple[str, ...]]
@@ -19,6 +19,7 @@ _LORAS = [name for name in SUBCOMMANDS if name.startswith("lora ") and name not 
 _CHECKPOINTS = [name for name in SUBCOMMANDS if name.startswith("checkpoint ")]
 _MEDIA = ("dataset trim", "dataset crop", "dataset references", "dataset split-scenes", "dataset audit")
 _SCORED = ("--rl_rollout_cache", "scored", "--reward_fn", "loudness")
+_OF_ROLLOUTS: tuple[User, ...] = ((SCORE, _SCORED), (TRAIN_RL, (*_SCORED, "--rl_loss", "grpo")), (ROLLOUTS, _SCORED[:2]))
 BINARIES: Mapping[str, tuple[str, tuple[User, ...]]] = {
     "lora.safetensors": (LORA, tuple((name, ()) for name in (*_LORAS, "checkpoint bake"))),
     "models/model.safetensors": (
@@ -31,6 +32,10 @@ BINARIES: Mapping[str, tuple[str, tuple[User, ...]]] = {
         (("checkpoint convert", ()), ("checkpoint compare", ("--checkpoints", "tree", "models"))),
     ),
     "cache/clip_000*_ltxv2.safetensors": (DATASET, (("dataset decode", ()), ("dataset audit", ()), ("dataset pack", ()))),
+    "scored/g0000_k00_ltxv2.safetensors": (SCORES, _OF_ROLLOUTS),
+    "scored/g0000_k00_ltxv2_audio.safetensors": (SCORES, _OF_ROLLOUTS),
+    "scored/g0000_k00_ltxv2_steps.safetensors": (SCORES, _OF_ROLLOUTS[1:]),
+    "scored/p0000_ltxv2_te.safetensors": (SCORES, _OF_ROLLOUTS[1:]),
 }
 """As `binaries.USERS`."""
 DOCUMENTS: Mapping[str, tuple[str, tuple[User, ...]]] = {

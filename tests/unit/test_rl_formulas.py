@@ -186,7 +186,14 @@ def test_outliers_are_clipped_and_a_shuffled_control_has_the_same_numbers():
     assert sum(value["video"] for value in over_all.of.values()) == pytest.approx(0, abs=1e-9)
 
 
-def test_softmax_weights_of_a_group_average_to_1():
+def test_a_group_without_order_stays_without_when_all_samples_are_normalized():
+    """The mean over all is no more than rounding, which would have the whole group learned from."""
+    found = advantages(GROUPS, [scored(0.1, 0.5, 0.7, 4, 4, 4)], over_all=True)
+    assert found.learned == ("a", "b", "c") and not any(found.of[name][stream] for name in "def" for stream in ("video", "audio"))
+
+
+def test_softmax_weights_of_a_group_average_to_1_and_nothing_is_learned_of_what_no_reward_orders():
     weights = group_softmax(GROUPS, advantages(GROUPS, [scored(1, 2, 3, 4, 4, 4)]), temperature=0.5)
     assert sum(weights[name]["video"] for name in "abc") == pytest.approx(3) and weights["c"]["video"] > weights["b"]["video"]
-    assert [weights[name]["video"] for name in "def"] == [1, 1, 1] and [weights[name]["audio"] for name in "abc"] == [1, 1, 1]
+    assert [weights[name]["video"] for name in "def"] == [0, 0, 0]
+    assert not any(weights[name]["audio"] for name in "abcdef"), "the reward is the picture's alone"

@@ -8,8 +8,11 @@ from pydantic import Field, model_validator
 from musubi_tuner.config.flags import flag
 from musubi_tuner.config.model import Mode, ModeOptions
 from musubi_tuner.config.training import OptimizationOptions, Steps, TrainingConfig
-from musubi_tuner.config.validation import AnyPath, Count, NotNegative, Positive, Seed, Text, options
+from musubi_tuner.config.validation import AnyPath, Count, Seed, Text, options
 from musubi_tuner.runtime.errors import UserError
+
+RuleNumber = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Of a rule's formula; beyond it float32 holds no loss."""
 
 
 @options
@@ -33,13 +36,13 @@ class RlOptions:
         "noise levels (or stochastic steps) at which each sample is learned", default=3, common=True
     )
     rl_micro_batch_size: Count = flag("samples of a batch; of dpo always a pair", default=1, common=True)
-    rl_ref_mse_weight: NotNegative = flag("weight of the distance from the base model's prediction", default=0.0)
-    nft_beta_mix: Positive = flag("nft: how far from the old policy the compared predictions lie", default=1.0)
-    nft_adv_clip_max: Positive = flag("largest advantage", default=5.0)
-    ppo_clip_eps: Positive = flag("grpo, awm: how far a ratio may move from 1", default=1e-4)
+    rl_ref_mse_weight: Annotated[float, Field(ge=0, le=1e6)] = flag("weight of the distance from the base model's prediction", default=0.0)
+    nft_beta_mix: RuleNumber = flag("nft: how far from the old policy the compared predictions lie", default=1.0)
+    nft_adv_clip_max: RuleNumber = flag("largest advantage", default=5.0)
+    ppo_clip_eps: RuleNumber = flag("grpo, awm: how far a ratio may move from 1", default=1e-4)
     awm_weighting: Literal["uniform", "sigma", "sigma2"] = flag("awm: weight of noise levels", default="sigma")
-    rwr_temperature: Positive = flag("rwr: the lower, the more the best samples weigh", default=1.0)
-    dpo_beta: Positive = flag("dpo: how sharply pairs are told apart", default=2000.0)
+    rwr_temperature: RuleNumber = flag("rwr: the lower, the more the best samples weigh", default=1.0)
+    dpo_beta: RuleNumber = flag("dpo: how sharply pairs are told apart", default=2000.0)
     dpo_pairs: AnyPath | None = flag(
         "dpo: JSONL of pairs that you picked, of the page of --save_first or {chosen, rejected} names of samples, in place of rewards",
         default=None,

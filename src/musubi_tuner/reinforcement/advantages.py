@@ -88,7 +88,7 @@ def advantages(
                 for stream in streams_of(scored.route):
                     found[name][stream] += scored.weight * value
     if over_all:
-        _normalize_over_all(found)
+        _normalize_over_all(found, groups)
     for streams in found.values():
         streams.update({stream: max(-clip, min(clip, value)) for stream, value in streams.items()})
     if shuffled is not None:
@@ -100,15 +100,15 @@ def advantages(
 
 
 def group_softmax(groups: Mapping[int, Sequence[str]], found: Advantages, temperature: float) -> dict[str, dict[str, float]]:
-    """{sample: {stream: weight}}: softmax of advantage / temperature within the group, times its size, so that 1 is the weight of samples
-    that are all alike."""
+    """{sample: {stream: weight}}: softmax of advantage / temperature within the group, times its size, so that weights are 1 on average; 0
+    of a stream that no reward orders, which would be taught its own samples otherwise."""
     weights: dict[str, dict[str, float]] = {name: {} for names in groups.values() for name in names}
     for names in groups.values():
         for stream in STREAMS:
             values = [found.of[name][stream] / temperature for name in names]
             powers = [math.exp(value - max(values)) for value in values]
             for name, power in zip(names, powers, strict=True):
-                weights[name][stream] = len(names) * power / sum(powers)
+                weights[name][stream] = len(names) * power / sum(powers) if any(values) else 0.0
     return weights
 
 
@@ -125,10 +125,12 @@ def _normalized(scores: Sequence[float | None]) -> tuple[list[float], str]:
     return [(score - mean) / (spread + _EPSILON) for score in known], ""
 
 
-def _normalize_over_all(found: Mapping[str, dict[str, float]]) -> None:
+def _normalize_over_all(found: Mapping[str, dict[str, float]], groups: Mapping[int, Sequence[str]]) -> None:
+    """But for groups that nothing orders: their 0 says that nothing is learned from them, which no mean may change."""
     for stream in STREAMS:
         values = [streams[stream] for streams in found.values()]
         mean, spread = statistics.fmean(values), statistics.pstdev(values)
+        ordered = [names for names in groups.values() if any(found[name][stream] for name in names)]
         if spread >= FLAT:
-            for streams in found.values():
-                streams[stream] = (streams[stream] - mean) / (spread + _EPSILON)
+            for name in (name for names in ordered for name in names):
+                found[name][stream] = (found[name][stream] - mean) / (spread + _EPSILON)

@@ -10,7 +10,7 @@ from pathlib import Path
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.reinforcement.advantages import Flagged, Scored, advantages
 from musubi_tuner.reinforcement.rollouts import DATASET, Rollouts
-from musubi_tuner.runtime.disk import not_written, write_folder
+from musubi_tuner.runtime.disk import check_folder, not_written, write_folder
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -71,7 +71,10 @@ def write_best(rollouts: Rollouts, rewards: Sequence[Scored], count: int, folder
 def check_new(folder: Path) -> None:
     """
     Raises:
-        UserError: it holds something.
+        UserError: it holds something, or cannot be made.
     """
+    if folder.name in ("", ".."):
+        raise UserError(f"--best_directory {folder}: give the name of a new folder.")
+    check_folder(folder, f"--best_directory {folder}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--best_directory {folder}: is there already. Give another one, or remove it.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.cache.store import canonical, text_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.config.rl import RlOptions, RlTrainingConfig
 from musubi_tuner.dataset.items import Item
@@ -21,11 +22,14 @@ from musubi_tuner.reinforcement.rollouts import Rollouts, read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json_lines
+from musubi_tuner.runtime.tables import names_of
 from musubi_tuner.training.objective import FlowMatching
 from musubi_tuner.training.preflight import Learns, RunInputs, check_inputs
 
 log = logging.getLogger(__name__)
 
+_FILES = ("rl_rollout_cache", "dpo_pairs")
+"""Flags that name files: what counts is what these hold."""
 Weights = Mapping[str, Mapping[str, float]]
 """{item: {stream: what it weighs}}"""
 
@@ -46,8 +50,9 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
     if config.ltx_mode != rollouts.facts["mode"]:
         raise UserError(f"--ltx_mode {config.ltx_mode}: the rollouts are of the mode {rollouts.facts['mode']} ({rollouts.folder}).")
     _check_policy(config, rollouts)
-    _check_model(open_checkpoint(config.model.ltxv2_model), rollouts)
     _check_beside(config, rollouts)
+    _check_model(open_checkpoint(config.model.ltxv2_model), rollouts)
+    rollouts.check_whole(steps=options.rule.startswith("grpo"))
     inputs = check_inputs(config)
     if options.rule.startswith("grpo") and rollouts.stochastic is None:
         raise UserError(
@@ -62,7 +67,9 @@ def check_rollouts(config: RlTrainingConfig) -> RunInputs:
     items, weights = _of_picks(options, inputs.items) if options.dpo_pairs is not None else _of_rewards(config, inputs.items, rollouts)
     _tell_of_passes(config, len(items))
     copied = COPY_BYTES if options.rule in COMPARED_WITH_OLD else 0.0
-    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts), copy_bytes=copied)
+    learned_by = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in _FILES}
+    learned_by["advantages"] = text_fingerprint(canonical(weights))[:12]
+    return dataclasses.replace(inputs, items=items, learns=_learns(options, weights, rollouts), copy_bytes=copied, learned_by=learned_by)
 
 
 def _of_rewards(config: RlTrainingConfig, items: Sequence[Item], rollouts: Rollouts) -> tuple[tuple[Item, ...], Weights]:
@@ -120,6 +127,11 @@ def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, foun
         UserError: there are none.
     """
     by_name = {item.clip.key: item for item in items}
+    if unlisted := [one.name for one in rollouts.samples if one.name not in by_name]:
+        raise UserError(
+            f"{rollouts.folder}: its index lists {len(by_name)} of {len(rollouts.samples)} samples ({names_of(unlisted, 3)} not). Run "
+            "ltxv2_cache_rollouts.py again, which writes the index."
+        )
     if options.rule == "dpo":
         return _paired(best_and_worst(rollouts.groups, found), by_name, options)
     if not found.learned:
@@ -127,7 +139,9 @@ def _learned(options: RlOptions, items: Sequence[Item], rollouts: Rollouts, foun
             f"{rollouts.folder}: nothing to learn: in no group do the rewards {options.reward_fn} tell samples apart. Score another "
             "reward, or make larger groups."
         )
-    spec = dataclasses.replace(items[0].spec, batch_size=options.rl_micro_batch_size, num_repeats=options.rl_timesteps_per_sample)
+    most = len(found.learned) * options.rl_timesteps_per_sample  # a larger batch would be planned for, and never come
+    size = min(options.rl_micro_batch_size, most)
+    spec = dataclasses.replace(items[0].spec, batch_size=size, num_repeats=options.rl_timesteps_per_sample)
     of = weights_of(options, rollouts.groups, found)
     chosen = [dataclasses.replace(by_name[name], spec=spec) for name in found.learned]
     return tuple(chosen), {item.key: of[item.clip.key] for item in chosen}
@@ -228,15 +242,19 @@ def _check_policy(config: RlTrainingConfig, rollouts: Rollouts) -> None:
 
 
 def _check_beside(config: RlTrainingConfig, rollouts: Rollouts) -> None:
-    """LoRAs that sampled beside the policy are merged into the model that is trained.
+    """LoRAs that sampled beside the policy are merged into the model that is trained, and no others.
 
     Raises:
-        UserError: one is not, and the rule is by the probability of steps, which were its steps too.
+        UserError: one is merged that did not sample; or one is not, and the rule is by the probability of steps, which were its steps too.
     """
-    merged = {(file_hash(path), strength) for path, strength in config.network.base_networks if path.is_file()}
-    for one in rollouts.facts["frozen"]:
-        if (one["sha256"], one["video"]) in merged:
-            continue
+    sampled = {(one["sha256"], one["video"], one["audio"]): one for one in rollouts.facts["frozen"]}
+    merged = {(file_hash(path), strength, strength): path for path, strength in config.network.base_networks if path.is_file()}
+    if strange := [path for one, path in merged.items() if one not in sampled]:
+        raise UserError(
+            f"--base_weights {strange[0]}: was not beside the policy, at this strength, when the rollouts in {rollouts.folder} were made. "
+            "Leave it out, or make new rollouts with --lora FILE:STRENGTH."
+        )
+    for one in [facts for key, facts in sampled.items() if key not in merged]:
         text = (
             f"the rollouts in {rollouts.folder} were sampled with the LoRA '{one['name']}' beside the policy, at {one['video']:g}, and "
             f"this run trains without. Give --base_weights that file --base_weights_multiplier {one['video']:g}"

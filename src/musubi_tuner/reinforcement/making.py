@@ -33,6 +33,7 @@ from musubi_tuner.reinforcement.rollouts import (
     Rollouts,
     Sample,
     context_name,
+    is_sound,
     list_samples,
     read_rollouts,
     sound_name,
@@ -43,6 +44,7 @@ from musubi_tuner.runtime.device import free_memory
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.runtime.progress import Progress
+from musubi_tuner.runtime.tables import names_of
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,7 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
     """
     generation = config.as_of_generation()
     setting = open_setting(generation, program)
-    asked = read_prompts(generation)
-    _check(asked, config)
+    asked = asked_prompts(config)
     prompts = [_without_sound(one) for one in asked]
     sounds = {number: one.inputs.audio for number, one in enumerate(asked) if one.inputs.audio is not None}
     folder = config.rollouts.rl_rollout_cache
@@ -94,7 +95,10 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
             _keep_sound(sound, folder / sound_name(number, sound))
     group.barrier()
     setting = dataclasses.replace(setting, texts=dataclasses.replace(setting.texts, cache_directory=folder, encode=None))
-    missing = [sample for sample in samples if not rollouts.is_there(sample)]
+    faults = {sample: fault for sample in samples if (fault := rollouts.fault_of(sample, steps=True)) is not None}
+    missing = list(faults)
+    if group.is_main and (bad := [fault for fault in faults.values() if not fault.endswith("missing")]):
+        log.warning("WARNING: %s: %d samples are made again: %s", folder, len(bad), names_of(bad, 3))
     mine = group.share(missing)
     group.barrier()  # nobody writes while another still looks
     if mine:
@@ -105,6 +109,17 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
         rollouts.write()
     group.barrier()
     return Made(rollouts, made=len(missing), kept=len(samples) - len(missing))
+
+
+def asked_prompts(config: RolloutConfig) -> tuple[PreviewPrompt, ...]:
+    """As they are written, each with its sound.
+
+    Raises:
+        UserError: a file that cannot be read, or prompts that differ in size, repeat each other or ask for what rollouts have not.
+    """
+    prompts = read_prompts(config.as_of_generation())
+    _check(prompts, config)
+    return prompts
 
 
 def stochastic_of(config: RolloutConfig, prompt: int, steps: int) -> Stochastic | None:
@@ -173,6 +188,12 @@ def _facts(
         num_layers=read_config(setting.files.transformer).num_layers,
     )
     plan = stage.plan
+    least = min(one.steps or plan.steps for one in prompts) if not options.rl_distilled else plan.steps
+    if drawn is not None and stochastic.window[0] > least - 2:
+        raise UserError(
+            f"--rl_sde_window {stochastic.rl_sde_window}: none of its steps can be stochastic: of {least} steps of sampling, which count "
+            "from 0, the last ends at the clean clip. Give more --sample_steps, or an earlier window."
+        )
     return {
         "seed": options.rl_seed,
         "round": options.rl_round,
@@ -261,6 +282,11 @@ def _check_earlier(rollouts: Rollouts) -> None:
         UserError: it holds rollouts of other settings.
     """
     if not (rollouts.folder / ROLLOUTS).is_file():
+        if strange := sorted(rollouts.folder.glob("g*_k*_ltxv2*.safetensors")):
+            raise UserError(
+                f"{strange[0]}: is there, and no {ROLLOUTS} that says how it was made. Give another --rl_rollout_cache, or remove "
+                "the folder."
+            )
         rollouts.write()
         return
     earlier = read_rollouts(rollouts.folder).facts
@@ -299,7 +325,7 @@ def _cache_texts(setting: Setting, prompts: Sequence[PreviewPrompt], rollouts: R
     known = setting.texts.cache_directory
     for text in texts:
         own, there = prompt_path(folder, text), prompt_path(known, text)
-        if not own.is_file() and there.is_file():
+        if not is_sound(own) and there.is_file():
             write_bytes(own, there.read_bytes())
     if recipe is not None:
         jobs = list_prompt_jobs(folder, texts, recipe)
@@ -315,6 +341,6 @@ def _cache_texts(setting: Setting, prompts: Sequence[PreviewPrompt], rollouts: R
                 f"the text of {one.where} is not cached. Give --text_encoder FOLDER, or --text_cache the folder that "
                 "ltxv2_cache_text_encoder_outputs.py --sample_prompts has cached the same file's texts in."
             )
-        if not target.is_file():
+        if not is_sound(target):
             metadata, header, body = read_parts(source)
             write_bytes(target, joined(header, body, metadata | {"source": source_name(number)}))

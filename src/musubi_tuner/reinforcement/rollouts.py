@@ -13,6 +13,7 @@ Sources: docs/explanation/reinforcement_learning.md.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,24 +24,28 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.forms import header_fault
 from musubi_tuner.cache.index import DatasetIndex, write_index
-from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, text_name
+from musubi_tuner.cache.names import AUDIO_ENDING, LATENTS_ENDING, text_name, training_key
 from musubi_tuner.cache.sidecars import KINDS
-from musubi_tuner.cache.store import canonical, read, text_fingerprint, write, write_bytes
+from musubi_tuner.cache.store import canonical, read, read_header, text_fingerprint, write, write_bytes
 from musubi_tuner.config.dataset import DatasetConfig, load_dataset_config
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
+from musubi_tuner.runtime.tables import names_of
 
 ROLLOUTS, DATASET, SCORES = "rollouts.json", "dataset.toml", "scores"
 STEPS_ENDING = "_ltxv2_steps.safetensors"
 FORMAT = 1
 _STORED = torch.bfloat16
+_WIDTH = 128
+"""Of a token, in either stream."""
 _NAME = re.compile(r"g\d{4,9}_k\d{2,9}", re.ASCII)
 _DRAWN = (["video", "audio"], ["video"], ["audio"], [])
 _SOUND_NAME = re.compile(r"p\d{4,9}_sound\.[a-z0-9]{1,5}", re.ASCII)
 _FACTS = (
-    "seed", "round", "mode", "timestep_format", "width", "height", "frames", "fps", "first_frame", "policy", "model", "sampling", "prompts",
-    "samples",
+    "seed", "round", "mode", "timestep_format", "width", "height", "frames", "fps", "first_frame", "policy", "frozen", "model", "sampling",
+    "prompts", "samples",
 )  # fmt: skip
 _SECTIONS = {"policy": ("name", "sha256"), "model": ("name", "fingerprint"), "sampling": ("guided", "stochastic")}
 """What is read of those facts that hold several."""
@@ -127,9 +132,63 @@ class Rollouts:
         sound = self.facts["prompts"][prompt].get("audio")
         return None if sound is None else self.folder / sound["file"]
 
-    def is_there(self, sample: Sample) -> bool:
-        """Whether a sample is whole: its latents are written last."""
-        return (self.folder / f"{sample.name}{LATENTS_ENDING}").is_file()
+    def fault_of(self, sample: Sample, *, steps: bool) -> str | None:
+        """What is wrong with a sample's files, by their headers; None where they are whole. The latents are written last.
+
+        Args:
+            steps: whether its stochastic steps are looked at too, where it has any.
+        """
+        clip = self.clip_of(sample)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for kind in ("latents", *(("audio",) if self.facts["mode"] == "av" else ())):
+            file = clip.sidecars[kind].file
+            if (fault := self._fault_of(file, "source_fingerprint", clip.source_fingerprint)) is not None:
+                return fault
+            metadata, found = read_header(self.folder / file)
+            headers = {training_key(key): one for key, one in found.items()}
+            if ("latents" if kind == "latents" else "audio_latents") not in headers:
+                return f"{file} holds no latents"
+            if (fault := header_fault(headers, KINDS[kind].forms(clip)(metadata))) is not None:
+                return f"{file}: {fault}"
+            shapes |= {key: one.shape for key, one in headers.items()}
+        if not steps or self.stochastic is None:
+            return None
+        file = f"{sample.name}{STEPS_ENDING}"
+        if (fault := self._fault_of(file, "source", sample.name)) is not None:
+            return fault
+        steps_of = {key: one.shape for key, one in read_header(self.folder / file)[1].items()}
+        count = (steps_of.get("levels") or (0,))[0]
+        tokens = {"video": math.prod(shapes["latents"][1:])} | ({"audio": shapes["audio_latents"][1]} if "audio_latents" in shapes else {})
+        wanted: dict[str, tuple[int, ...]] = {"levels": (count, 2), "second": ()}
+        wanted |= {f"{stream}_before": (count, tokens[stream], _WIDTH) for stream in tokens}
+        wanted |= {f"{stream}_after": wanted[f"{stream}_before"] for stream in self.stochastic["streams"] if stream in tokens}
+        return None if count and steps_of == wanted else f"{file} holds other steps than its sample has"
+
+    def _fault_of(self, file: str, key: str, value: str) -> str | None:
+        path = self.folder / file
+        if not path.is_file():
+            return f"{file} is missing"
+        try:
+            metadata, _ = read_header(path)
+        except UserError:
+            return f"{file} is damaged"
+        return None if metadata.get(key) == value else f"{file} is of another sample"
+
+    def check_whole(self, *, steps: bool) -> None:
+        """
+        Args:
+            steps: whether stochastic steps are needed.
+
+        Raises:
+            UserError: files of samples are missing or damaged.
+        """
+        faults = [fault for one in self.samples if (fault := self.fault_of(one, steps=steps)) is not None]
+        faults += [f"{name} is missing or damaged" for prompt in self.groups if not is_sound(self.folder / (name := context_name(prompt)))]
+        if faults:
+            raise UserError(
+                f"{self.folder}: {len(faults)} of its files cannot be used ({names_of(faults, 3)}). Run ltxv2_cache_rollouts.py again, "
+                "with the flags of the first time: it makes those again."
+            )
 
     def write_sample(
         self, sample: Sample, video: Tensor, audio: Tensor | None, steps: Mapping[str, Tensor], encoders: Mapping[str, str]
@@ -170,6 +229,15 @@ class Rollouts:
         return read(path)
 
 
+def is_sound(path: Path) -> bool:
+    """Whether it is there, and a cache file by its header."""
+    try:
+        read_header(path)
+    except UserError:
+        return False
+    return True
+
+
 def read_rollouts(folder: Path) -> Rollouts:
     """
     Raises:
@@ -204,6 +272,10 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
             return f"'{key}' is {value!r:.60}"
         if key != "sampling" and not all(isinstance(value[name], str) for name in names):
             return f"'{key}' is {value!r:.60}"
+    kinds = {"name": str, "sha256": str, "video": int | float, "audio": int | float}
+    for one in facts["frozen"] if isinstance(facts["frozen"], list) else [facts["frozen"]]:
+        if not isinstance(one, dict) or not all(isinstance(one.get(key), kind) for key, kind in kinds.items()):
+            return f"'frozen' is {facts['frozen']!r:.60}"
     drawn = facts["sampling"]["stochastic"]
     if drawn is not None and not (isinstance(drawn, dict) and drawn.get("streams") in _DRAWN):
         return f"'sampling': 'stochastic' is {drawn!r:.60}"

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.cache.names import PROMPT_FOLDER
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.rounds import RoundOptions, StageFlags
 from musubi_tuner.reinforcement.judging import units_of
 from musubi_tuner.reinforcement.page.write import PAGE, write_page
-from musubi_tuner.reinforcement.rollouts import SCORES, read_rollouts
-from musubi_tuner.reinforcement.scores import rewards_of, totals_of
+from musubi_tuner.reinforcement.rollouts import ROLLOUTS, STEPS_ENDING, read_rollouts
+from musubi_tuner.reinforcement.scores import parse_rewards, read_scores, rewards_of, scores_path, totals_of
 from musubi_tuner.reinforcement.stages import check_stages
 from musubi_tuner.runtime.disk import remove_folder
 from musubi_tuner.runtime.errors import UserError
-from musubi_tuner.runtime.files import read_json
+from musubi_tuner.runtime.files import read_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ class Rounds:
         self._control()
         rows = self._earlier()
         if not rows:
+            self._check_new()
+        if not rows:
             first: dict[str, Any] = {"round": None, "heldout": _plain(self._judge(folder / "before", None, None))}
             rows = [first]
             self._keep(rows)
@@ -96,8 +99,9 @@ class Rounds:
                 {"rl_prompts": self.options.rl_prompts, "rl_rollout_cache": place / "rollouts", "rl_policy": policy, "rl_round": number},
             )  # fmt: skip
             self._stage("scores", "score-rollouts", {"rl_rollout_cache": place / "rollouts"})
-            learned = self._of_rollouts(place / "rollouts")
             reward_fn = self.stages.of["scores"]["reward_fn"]
+            _check_same_judge(place / "rollouts", base, reward_fn)
+            learned = self._of_rollouts(place / "rollouts")
             self._stage(
                 "training", "train-rl",
                 {
@@ -132,7 +136,7 @@ class Rounds:
 
     def _of_rollouts(self, folder: Path) -> dict[str, float]:
         rewards = rewards_of(read_rollouts(folder), self.stages.of["scores"]["reward_fn"])
-        return {one.reward: statistics.fmean(score for score in one.scores.values() if score is not None) for one in rewards}
+        return {one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0]) for one in rewards}
 
     def _stage(self, stage: str, command: str, own: Mapping[str, Any]) -> None:
         log.info("\n=== ltxv2 %s: %s", command, own.get("output_dir") or own["rl_rollout_cache"])
@@ -154,11 +158,22 @@ class Rounds:
             )
         return list(facts["rounds"])
 
+    def _check_new(self) -> None:
+        """
+        Raises:
+            UserError: what the rounds will write lies there, and is not theirs.
+        """
+        for name in (f"{self.options.output_name}.safetensors", PAGE):
+            if (path := self.options.output_dir / name).exists():
+                raise UserError(f"{path}: is there already, and no {ROUNDS} beside it. Give another --output_dir, or move the file.")
+
     def _keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
         best = best_of(rows)
         if best is not None:
             policy = self._policy(best)
             assert policy is not None
+            if not policy.is_file():
+                raise UserError(f"{policy}: not found. It is the LoRA of the best round: put it back, and run the same command again.")
             write_bytes(self.options.output_dir / policy.name, policy.read_bytes())
         facts = {"format": _FORMAT, "settings": self._settings(), "best": best, "rounds": list(rows)}
         write_bytes(self.options.output_dir / ROUNDS, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
@@ -192,16 +207,37 @@ class Rounds:
         options = self.options
         return {
             "stages": {name: dict(table) for name, table in self.stages.of.items()},
-            "prompts": options.rl_prompts.read_text(encoding="utf-8"),
-            "heldout_prompts": options.rl_heldout_prompts.read_text(encoding="utf-8"),
+            "prompts": read_text(options.rl_prompts, named="--rl_prompts"),
+            "heldout_prompts": read_text(options.rl_heldout_prompts, named="--rl_heldout_prompts"),
             "heldout": [options.rl_heldout_group_size, options.rl_heldout_seed],
         }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None where it is of another format."""
+    """None where it is of another format.
+
+    Raises:
+        UserError: it is damaged.
+    """
     facts = read_json(path)
-    return facts if isinstance(facts, dict) and facts.get("format") == _FORMAT else None
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        return None
+    settings, rows = facts.get("settings"), facts.get("rounds")
+    stages = settings.get("stages") if isinstance(settings, dict) and set(_JUDGED) < set(settings) else None
+    sound = isinstance(stages, dict) and isinstance(stages.get("training"), dict) and isinstance(rows, list) and bool(rows)
+    if not sound or not all(_is_row(row, number) for number, row in enumerate(rows)):
+        raise UserError(f"{path}: is damaged. Put a copy of it back, or remove it and go on in another --output_dir.")
+    return facts
+
+
+def _is_row(row: Any, number: int) -> bool:
+    """Of the base model (0), or of the round before `number`."""
+    if not isinstance(row, dict) or row.get("round", "") != (number - 1 if number else None) or not isinstance(row.get("heldout"), dict):
+        return False
+    heldout = row["heldout"]
+    rewards = heldout.get("rewards")
+    numbers = [heldout.get(name) for name in ("gain", "error")] + (list(rewards.values()) if isinstance(rewards, dict) else [None])
+    return all(isinstance(one, int | float) for one in numbers)
 
 
 def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
@@ -233,17 +269,35 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
     return Standing(statistics.fmean(gains), error, rewards)
 
 
+def _check_same_judge(folder: Path, base: Path, reward_fn: str) -> None:
+    """
+    Raises:
+        UserError: samples were scored otherwise than those of the base model, so that no gain could be told.
+    """
+    for name in parse_rewards(reward_fn):
+        new, first = read_scores(folder, name), read_scores(base, name)
+        if new is None or first is None or (new.version, new.weight_files) != (first.version, first.weight_files):
+            raise UserError(
+                f"{scores_path(folder, name)}: scored by another '{name}' than {scores_path(base, name)}: its file or weights have changed "
+                "since the rounds began. Put the earlier one back, or give another --output_dir."
+            )
+
+
 def _plain(one: Standing) -> dict[str, Any]:
     return {"gain": one.gain, "error": one.error, "rewards": dict(one.rewards)}
 
 
 def _delete_samples(folder: Path) -> None:
-    """All but the description and the scores."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != SCORES:
-            remove_folder(path)
-        elif path.suffix == ".safetensors":
-            path.unlink()
+    """Of a round's rollouts, latents and texts; what else lies there stays. Nothing where they are gone already."""
+    if not (folder / ROLLOUTS).is_file():
+        return
+    rollouts = read_rollouts(folder)
+    for texts in (folder / PROMPT_FOLDER, *folder.glob(f".{PROMPT_FOLDER}.*")):  # hidden: a run was killed while it removed them
+        if not texts.is_symlink():
+            remove_folder(texts)
+    for sample in rollouts.samples:
+        for name in (*(sidecar.file for sidecar in rollouts.clip_of(sample).sidecars.values()), f"{sample.name}{STEPS_ENDING}"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def best_of(rows: Sequence[Mapping[str, Any]]) -> int | None:

@@ -16,6 +16,9 @@ from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json
 
 FORMAT = 1
+LARGEST = 1e30
+"""Scores beyond it have no spread that a float holds."""
+_LARGEST_WEIGHT = 1e6
 _KEYS = {"arguments": dict, "weight_files": dict, "scores": dict, "errors": dict}
 
 
@@ -95,8 +98,8 @@ def read_scores(folder: Path, reward: str) -> Scores | None:
                 f"{path}: '{key}' = {known.get(key)!r:.60}: must be {'a whole number' if kind is int else 'an object'}. {again}"
             )
     for name, score in known["scores"].items():
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-            raise UserError(f"{path}: 'scores': {name} = {score!r:.60}: must be a number or null. {again}")
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or abs(score) > LARGEST):
+            raise UserError(f"{path}: 'scores': {name} = {score!r:.60}: must be a number of at most {LARGEST:g}, or null. {again}")
     for key in ("errors", "fingerprints", "weight_files"):
         for name, text in known[key].items():
             if not isinstance(text, str):
@@ -146,8 +149,11 @@ def parse_rewards(reward_fn: str) -> dict[str, float]:
             weight = float(text) if colon else 1.0
         except ValueError:
             weight = math.nan
-        if not NAME.fullmatch(name) or not math.isfinite(weight):
-            raise UserError(f"--reward_fn {part.strip() or reward_fn}: must be NAME:WEIGHT, such as loudness:0.5; several by commas.")
+        if not NAME.fullmatch(name) or not abs(weight) <= _LARGEST_WEIGHT:
+            raise UserError(
+                f"--reward_fn {part.strip() or reward_fn}: must be NAME:WEIGHT, such as loudness:0.5; several by commas. A weight is at "
+                f"most {_LARGEST_WEIGHT:,.0f}."
+            )
         if name in found:
             raise UserError(f"--reward_fn {reward_fn}: '{name}' is given twice.")
         found[name] = weight

@@ -7,8 +7,8 @@ device. Each score is written when it is known, so a run that was stopped goes o
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,18 +18,16 @@ from musubi_tuner.reinforcement.decoding import Decoders, decoding
 from musubi_tuner.reinforcement.rewards.base import NoScore, Reward, RewardSample, Score, scores_groups
 from musubi_tuner.reinforcement.rewards.catalog import Chosen, choose
 from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, Sample, read_rollouts
-from musubi_tuner.reinforcement.scores import Scores, latents_fingerprint, parse_rewards, read_scores
+from musubi_tuner.reinforcement.scores import LARGEST, Scores, latents_fingerprint, parse_rewards, read_scores
 from musubi_tuner.runtime.device import free_memory, pick_device
 from musubi_tuner.runtime.disk import check_folder, check_writable
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.lock import held
 from musubi_tuner.runtime.progress import Progress
+from musubi_tuner.runtime.servers import shortened
 from musubi_tuner.runtime.tables import names_of
 
 log = logging.getLogger(__name__)
-
-_LARGEST = 1e30
-"""Scores beyond it have no spread that a float holds."""
 
 _LOCK = ".scoring.lock"
 
@@ -58,12 +56,7 @@ def prepare(config: ScoringConfig) -> Scoring:
         UserError: no rollouts, or some are missing; rewards or arguments that are none; what they need is not there.
     """
     rollouts = read_rollouts(config.rewards.rl_rollout_cache)
-    missing = [one.name for one in rollouts.samples if not rollouts.is_there(one)]
-    if missing:
-        raise UserError(
-            f"{rollouts.folder}: {len(missing)} of {len(rollouts.samples)} samples are missing ({names_of(missing, 3)}). Run "
-            "ltxv2_cache_rollouts.py again; it makes those."
-        )
+    rollouts.check_whole(steps=False)
     chosen = choose(list(parse_rewards(config.rewards.reward_fn)), config.rewards.reward_args, config.rewards.reward_plugins)
     check_folder(rollouts.folder / SCORES, f"--rl_rollout_cache {rollouts.folder}")
     device = pick_device(config.decoding.device)
@@ -73,7 +66,8 @@ def prepare(config: ScoringConfig) -> Scoring:
         if hears and rollouts.facts["mode"] != "av":
             raise UserError(f"--reward_fn {one.name}: is about sound, and the rollouts in {rollouts.folder} have none.")
         with one.blamed("to name its files"):
-            one.kind().weight_files(**one.arguments)
+            reward = one.kind()
+        one.files(reward)
     decoders.check(rollouts, {need for one in chosen for need in one.needs})
     return Scoring(rollouts, tuple(chosen), decoders)
 
@@ -114,17 +108,17 @@ def score_once(one: Chosen, samples: Sequence[Sample], scoring: Scoring) -> list
 def number(score: Any) -> tuple[float | None, str]:
     """A score as it is kept: a finite number, or None with the reason."""
     if score is None or isinstance(score, NoScore):
-        return None, "the reward has none for it" if score is None else score.reason
+        return None, "the reward has none for it" if score is None else shortened(score.reason).encode("utf-8", "replace").decode()
     value = float(score)
     if not math.isfinite(value):
         return None, f"the reward gave {value}, which is not finite"
-    return (value, "") if abs(value) <= _LARGEST else (None, f"the reward gave {value:g}; {_LARGEST:g} is the most that is compared")
+    return (value, "") if abs(value) <= LARGEST else (None, f"the reward gave {value:g}; {LARGEST:g} is the most that is compared")
 
 
 def _book(one: Chosen, scoring: Scoring, fingerprints: Mapping[str, str]) -> Scores:
     """The scores that are there already, as far as they are still those."""
     files = one.files(one.kind()) | scoring.decoders.hashes(one.needs)
-    arguments = {key: value if isinstance(value, str | int | float | bool | None) else str(value) for key, value in one.arguments.items()}
+    arguments = {key: value if _is_plain(value) else str(value) for key, value in one.arguments.items()}
     new = Scores(reward=one.name, route=one.kind.route, version=one.kind.version, arguments=arguments, weight_files=files)
     earlier = read_scores(scoring.rollouts.folder, one.name)
     if earlier is None:
@@ -137,6 +131,12 @@ def _book(one: Chosen, scoring: Scoring, fingerprints: Mapping[str, str]) -> Sco
     earlier.errors = {name: reason for name, reason in earlier.errors.items() if name in earlier.scores}
     earlier.fingerprints = {name: fingerprint for name, fingerprint in earlier.fingerprints.items() if name in earlier.scores}
     return earlier
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds it as it is: a default of one's own may be NaN, or anything."""
+    is_number = isinstance(value, int | float) and math.isfinite(value) and abs(value) < 2**63
+    return value is None or isinstance(value, str | bool) or is_number
 
 
 def _changed(earlier: Scores, new: Scores, indifferent: Sequence[str]) -> str:
@@ -192,9 +192,10 @@ def _score_pass(
             for sample in samples:
                 decoded = decode(sample)
                 for name in [name for name in alive if sample.name in todo[name]]:
-                    note(name, sample, _of_sample(asked[name], alive[name], decoded))
+                    given = decoded if asked[name].plugin is None else _copy(decoded)  # which it may change for those after it
+                    note(name, sample, _of_sample(asked[name], alive[name], given))
                     books[name].write(rollouts.folder, lasting=False)
-                del decoded  # before the next one is made
+                del decoded, given  # before the next one is made
                 bar.advance()
     for one in lacking:
         books[one.name].write(rollouts.folder)
@@ -213,9 +214,23 @@ def _alive(together: Sequence[Chosen], scoring: Scoring) -> Iterator[dict[str, R
         with torch.inference_mode():
             yield found
     finally:
-        while found:
-            found.popitem()[1].teardown()
+        with ExitStack() as each:
+            for one in together:
+                if one.name in found:
+                    each.enter_context(one.blamed("to tear itself down"))
+                    each.callback(found.pop(one.name).teardown)
         free_memory(device)
+
+
+def _copy(sample: RewardSample) -> RewardSample:
+    """With tensors of its own."""
+    frames, sound, latents = sample.decoded_frames, sample.decoded_sound, sample.cached_latents
+    return replace(
+        sample,
+        decoded_frames=None if frames is None else frames.clone(),
+        decoded_sound=None if sound is None else replace(sound, samples=sound.samples.clone()),
+        cached_latents=None if latents is None else {name: tensor.clone() for name, tensor in latents.items()},
+    )
 
 
 def _of_sample(one: Chosen, reward: Reward, decoded: RewardSample) -> Score:
@@ -253,8 +268,9 @@ def _scored(name: str, score: Any) -> Score:
         return score
     try:
         return float(score)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward '{name}': gave {score!r:.100} as a score: must be a number, None, or NoScore(reason).") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of tensors without one real value
+        shown = "a whole number beyond any float" if isinstance(error, OverflowError) else f"{score!r:.100}"
+        raise UserError(f"reward '{name}': gave {shown} as a score: must be a number, None, or NoScore(reason).") from error
 
 
 def _tell(name: str, scores: Scores) -> None:

@@ -1,5 +1,6 @@
 """What rounds are to be run with, read as the three programs will read it, so that a fault is found before the first rollouts."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,9 +11,13 @@ from musubi_tuner.config.rounds import RoundOptions, StageFlags
 from musubi_tuner.config.scoring import ScoringConfig
 from musubi_tuner.reinforcement.advantages import Scored
 from musubi_tuner.reinforcement.drawn import check_drawn
+from musubi_tuner.reinforcement.making import asked_prompts
 from musubi_tuner.reinforcement.rewards.catalog import choose
 from musubi_tuner.reinforcement.scores import parse_rewards
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.tables import names_of
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 
@@ -22,7 +27,8 @@ _PROGRAMS = {"rollouts": "ltxv2_cache_rollouts.py", "scores": "ltxv2_score_rollo
 def check_stages(options: RoundOptions, stages: StageFlags) -> None:
     """
     Raises:
-        UserError: a flag or value that a program does not take, a reward that is none, or a rule that these rollouts teach nothing.
+        UserError: a flag or value that a program does not take, prompts that it refuses, a reward that is none, or a rule that these
+            rollouts teach nothing.
     """
 
     def read(stage: str, kind: type[Config], own: Mapping[str, Any], **beneath: str) -> Config:
@@ -39,6 +45,14 @@ def check_stages(options: RoundOptions, stages: StageFlags) -> None:
 
     folder = options.output_dir
     rollouts = read("rollouts", RolloutConfig, {"rl_prompts": options.rl_prompts, "rl_rollout_cache": folder})
+    learned = {one.prompt for one in asked_prompts(rollouts)}
+    judged = {"rl_prompts": options.rl_heldout_prompts, "rl_rollout_cache": folder, "rl_sde_type": "none"}
+    both = sorted(learned & {one.prompt for one in asked_prompts(read("rollouts", RolloutConfig, judged))})
+    if both:
+        log.warning(
+            "WARNING: --rl_heldout_prompts %s: %s learned from too, so the gain is not that of prompts that were never seen (%s)",
+            options.rl_heldout_prompts, "1 prompt is" if len(both) == 1 else f"{len(both)} prompts are", names_of(both, 2),
+        )  # fmt: skip
     scores = read("scores", ScoringConfig, {"rl_rollout_cache": folder}).rewards
     own = {"rl_rollout_cache": folder, "reward_fn": scores.reward_fn, "output_dir": folder, "output_name": options.output_name}
     training = read("training", RlTrainingConfig, own, dataset_config=str(folder), ltx_mode=rollouts.model.ltx_mode)

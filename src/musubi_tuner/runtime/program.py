@@ -11,6 +11,7 @@ from pathlib import Path
 from musubi_tuner.runtime.allocator import choose_allocator
 from musubi_tuner.runtime.errors import TemporaryFailure, UserError
 from musubi_tuner.runtime.offline import go_offline
+from musubi_tuner.runtime.parent import end_with_parent
 from musubi_tuner.runtime.progress import LogHandler
 from musubi_tuner.runtime.signals import EndAsCtrlC, end_at_once, launcher_pid, leave
 from musubi_tuner.runtime.tables import printable
@@ -39,6 +40,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> None:
     go_offline()
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns where it could not fetch a kernel
     try:
+        end_with_parent()
         choose_allocator()
         code = main(sys.argv[1:])
         _flush_stdout()

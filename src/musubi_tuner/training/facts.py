@@ -52,6 +52,7 @@ def run_settings(inputs: RunInputs, machine: Machine, weight_format: str | None)
     values |= {"datasets": _drawn_as(inputs.items), "clips": _identity(inputs.items)}
     values |= {"model": inputs.checkpoint.path.name, "weights": _weights(inputs.checkpoint)}
     values["conditioning"] = inputs.recipe.describe()
+    values |= inputs.learned_by
     return json.loads(json.dumps(values, default=str))
 
 

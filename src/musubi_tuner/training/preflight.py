@@ -4,10 +4,10 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -68,6 +68,8 @@ class RunInputs:
     """What the run learns in place of its items' content; None = that."""
     copy_bytes: float = 0.0
     """Of copies that `learns` keeps of each trained weight, on the device."""
+    learned_by: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `learns` that shape the result, as plain JSON values by name; a resumed run tells which of them differ."""
 
     @property
     def shows_references(self) -> bool:

@@ -66,7 +66,7 @@ class Chosen:
             yield
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) of a plug-in would pass for a run that has scored all
             if self.plugin is None:
                 raise
             lines = [one.lineno for one in traceback.extract_tb(error.__traceback__) if one.filename == str(self.plugin)]
@@ -77,9 +77,13 @@ class Chosen:
         """Hashes of what its scores depend on besides arguments.
 
         Raises:
-            UserError: a file that is not there.
+            UserError: a file that is not there, or what is no path.
         """
-        given = [*([self.plugin] if self.plugin else []), *reward.weight_files(**self.arguments)]
+        with self.blamed("to name its files"):
+            given = [*([self.plugin] if self.plugin else []), *reward.weight_files(**self.arguments)]
+        for path in given:
+            if not isinstance(path, Path):
+                raise UserError(f"reward '{self.name}': `weight_files` returned {path!r:.100}: must be a list of pathlib.Path.")
         return {f"{number}/{path.name}": file_fingerprint(path) for number, path in enumerate(given)}
 
 
@@ -147,7 +151,7 @@ def _value(reward: str, key: str, text: str, parameter: inspect.Parameter) -> An
         if wanted in types:
             try:
                 return {"true": True, "false": False}[text.lower()] if wanted is bool else _number(wanted, text)
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, OverflowError) as error:
                 if wanted is types[-1]:
                     raise UserError(f"--reward_args {reward}.{key}={text}: must be {words[wanted]}.") from error
     if not text:
@@ -201,7 +205,9 @@ def _check(kind: Any, where: str) -> None:
     if route not in routes:
         raise UserError(f"{title}: `route` = {route!r}: must be one of {', '.join(routes)}: which stream learns from it.")
     needs, known = getattr(kind, "needs", None), get_args(Need)
-    if not isinstance(needs, list | tuple | set | frozenset) or not needs or not set(needs) <= set(known):
+    if not isinstance(needs, list | tuple | set | frozenset) or not needs or not all(need in known for need in needs):
         raise UserError(f"{title}: `needs` = {needs!r}: must be a list of some of {', '.join(known)}: what is decoded for it.")
+    if type(kind.version) is not int:
+        raise UserError(f"{title}: `version` = {kind.version!r:.60}: must be a whole number.")
     if kind.score is Reward.score and not scores_groups(kind):
         raise UserError(f"{title}: has neither `score` nor `score_groups`.")

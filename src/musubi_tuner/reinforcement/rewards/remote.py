@@ -73,7 +73,7 @@ class _Http(Reward):
             return NoScore(shortened(answer.get("reason") or "the server has none for it"))
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise UserError(f"{self._url}: its score is {shortened(found)}: must be a number or null.")
-        return float(found)
+        return found
 
     def _request(self, sample: RewardSample) -> dict[str, Any]:
         request: dict[str, Any] = {
