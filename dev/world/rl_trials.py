@@ -31,7 +31,7 @@ from dev.world.rollouts import Clips, WorldWrapper, batch_of, make_clips, scores
 from musubi_tuner.config.rl import RlOptions
 from musubi_tuner.flow.sigma import SigmaSettings
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
-from musubi_tuner.reinforcement.advantages import Route, Scored, advantages
+from musubi_tuner.reinforcement.advantages import Advantages, Route, Scored, advantages
 from musubi_tuner.reinforcement.learning import Weights, best_and_worst, settings_of, weights_in_pair, weights_of
 from musubi_tuner.reinforcement.objective import OldPolicy, RolloutObjective
 from musubi_tuner.reinforcement.rewards.base import Reward
@@ -100,21 +100,13 @@ class Rounds:
         self.network: LoRANetwork = create_network(self.model.model, dim=trial.dim, alpha=trial.alpha, args=trial.args, seed=trial.seed)
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        self._prompts, self.held_out_prompts = prompts_of(trial)
-        lab.text([*self._prompts, *self.held_out_prompts])
+        self._prompts, self._held_out = prompts_of(trial)
+        lab.text([*self._prompts, *self._held_out])
 
     def round(self, number: int) -> float:
         """Rollouts, scores, one pass over them; the mean score of the rollouts."""
-        trial, options = self._trial, self.options
-        samples = list_samples(trial.seed, number, self._prompts, trial.group)
-        drawn = None if trial.drawn == "none" else {prompt: self._stochastic(number, prompt) for prompt in range(len(self._prompts))}
-        clips = make_clips(self.model, self._lab, samples, self._prompts, trial.steps, drawn)
-        scores = scores_of(clips, self._reward, self._lab)
-        scored = Scored(reward=trial.reward, route=trial.route or self._reward.route, weight=1.0, scores=scores)
-        shuffled = None if options.rl_shuffle_advantages is None else options.rl_shuffle_advantages + number
-        found = advantages(
-            clips.groups, [scored], clip=options.nft_adv_clip_max, over_all=options.rl_advantage == "gdpo", shuffled=shuffled
-        )
+        options = self.options
+        clips, drawn, scores, found = self._sample(number)
         weights: Weights
         if options.rule == "dpo":
             pairs = best_and_worst(clips.groups, found)
@@ -131,21 +123,44 @@ class Rounds:
         self._update(number, clips, weights, parts, None if drawn is None else drawn[0])
         return statistics.fmean(score for score in scores.values() if score is not None)
 
+    def first_step(self) -> tuple[Clips, BatchObjective, RolloutObjective]:
+        """The first round's samples, and what their update begins with, for rules that learn from samples one by one."""
+        clips, drawn, _, found = self._sample(0)
+        weights = {f"samples/{name}": streams for name, streams in weights_of(self.options, clips.groups, found).items()}
+        objective = self._objective(clips, weights, None if drawn is None else drawn[0])
+        return clips, BatchObjective(network=self.network, objective=objective), objective
+
+    def _sample(self, number: int) -> tuple[Clips, dict[int, Stochastic] | None, Mapping[str, float | None], Advantages]:
+        """Rollouts of a round, their stochastic steps by prompt, scores and advantages."""
+        trial, options = self._trial, self.options
+        samples = list_samples(trial.seed, number, self._prompts, trial.group)
+        drawn = None if trial.drawn == "none" else {prompt: self._stochastic(number, prompt) for prompt in range(len(self._prompts))}
+        clips = make_clips(self.model, self._lab, samples, self._prompts, trial.steps, drawn)
+        scores = scores_of(clips, self._reward, self._lab)
+        scored = Scored(reward=trial.reward, route=trial.route or self._reward.route, weight=1.0, scores=scores)
+        shuffled = None if options.rl_shuffle_advantages is None else options.rl_shuffle_advantages + number
+        found = advantages(
+            clips.groups, [scored], clip=options.nft_adv_clip_max, over_all=options.rl_advantage == "gdpo", shuffled=shuffled
+        )
+        return clips, drawn, scores, found
+
+    def _objective(self, clips: Clips, weights: Weights, stochastic: Stochastic | None) -> RolloutObjective:
+        return RolloutObjective(
+            matching=FlowMatching(WorldWrapper(self.model)),
+            network=self.network,
+            old=OldPolicy(self.network),
+            settings=settings_of(self.options),
+            advantages=weights,
+            rollouts=clips.kept(stochastic),
+        )
+
     def _update(self, number: int, clips: Clips, weights: Weights, parts: Sequence[Sequence[str]], stochastic: Stochastic | None) -> None:
         """
         Args:
             parts: samples that stay together in a batch.
         """
         trial, options = self._trial, self.options
-        objective = RolloutObjective(
-            matching=FlowMatching(WorldWrapper(self.model)),
-            network=self.network,
-            old=OldPolicy(self.network),
-            settings=settings_of(options),
-            advantages=weights,
-            rollouts=clips.kept(stochastic),
-        )
-        step = BatchObjective(network=self.network, objective=objective)
+        step = BatchObjective(network=self.network, objective=self._objective(clips, weights, stochastic))
         optimizer = make_optimizer("AdamW", self.network.parameter_groups(trial.rate), trial.rate, {})
         turns = [(turn, part) for turn in range(options.rl_timesteps_per_sample) for part in parts]
         random.Random(f"{trial.seed}|{number}|order").shuffle(turns)
@@ -170,12 +185,19 @@ class Rounds:
         chosen = choose_steps(f"{trial.seed}|{number}|{prompt}|steps", tuple(trial.window), trial.drawn_steps, trial.steps)
         return Stochastic(kind=trial.drawn, level=trial.level, streams=trial.streams, steps=chosen)  # type: ignore[arg-type]
 
+    @property
+    def judged_by(self) -> str:
+        """What decides how the base model fares before any round."""
+        trial = self._trial
+        sampling = (trial.seed, trial.steps, trial.held_out_group, trial.kept)
+        return json.dumps([trial.reward, dict(trial.reward_args), self._held_out, sampling])
+
     def held_out(self) -> list[list[float]]:
         """Scores by prompt, each from noise that stays the same."""
         trial = self._trial
-        samples = list_samples(trial.seed, _HELD_OUT_ROUND, self.held_out_prompts, trial.held_out_group)
-        scores = scores_of(make_clips(self.model, self._lab, samples, self.held_out_prompts, trial.steps), self._reward, self._lab)
-        by_prompt: list[list[float]] = [[] for _ in self.held_out_prompts]
+        samples = list_samples(trial.seed, _HELD_OUT_ROUND, self._held_out, trial.held_out_group)
+        scores = scores_of(make_clips(self.model, self._lab, samples, self._held_out, trial.steps), self._reward, self._lab)
+        by_prompt: list[list[float]] = [[] for _ in self._held_out]
         for one in samples:
             score = scores[one.name]
             assert score is not None, "the world's rewards score every clip of such prompts"
@@ -220,8 +242,7 @@ def run_trial(lab: Lab, trial: RlTrial, before: dict[str, Any]) -> dict[str, Any
     """
     started = time.process_time()
     rounds = Rounds(lab, trial)
-    judged = (rounds.held_out_prompts, trial.reward, dict(trial.reward_args), trial.seed, trial.steps, trial.held_out_group, trial.kept)
-    key = json.dumps(judged)
+    key = rounds.judged_by
     if key not in before:
         before[key] = (rounds.held_out(), rounds.kept())
     base, base_kept = before[key]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dev.world.gradient_noise import RoundGradient, at_level, by_strata, opposite, told
 from dev.world.lab import Lab
-from dev.world.rl_trials import RESULTS, RlTrial, Rounds, fields_of, prompts_of, run_trial, table
+from dev.world.rl_trials import RESULTS, RlTrial, Rounds, fields_of, prompts_of, table
 from dev.world.rollouts import WorldWrapper, batch_of, make_clips
 from musubi_tuner.config.rl import RlOptions
 from musubi_tuner.flow.sigma import SigmaSettings
@@ -55,13 +56,28 @@ def test_held_out_prompts_are_not_learned_from():
 
 
 def test_each_trial_is_judged_from_its_own_prompts(lab):
-    """Trials share what the base model shows of the same prompts alone; without a round nothing has moved."""
-    before: dict[str, object] = {}
-    small = {**SMALL, "reward": "world_place", "rounds": 0, "held_out": 2, "kept": 1}
-    for prompts in (1, 2, 1):
-        row = run_trial(lab, RlTrial(**(small | {"prompts": prompts})), before)
-        assert row["held_out"]["gain"] == row["held_out"]["error"] == 0.0
-    assert len(before) == 2, "the third has the first one's"
+    """Trials share what the base model shows of the same prompts alone; those that are held out come after those that are learned."""
+    keys = [Rounds(lab, RlTrial(**{**SMALL, "reward": "world_place", "prompts": prompts})).judged_by for prompts in (1, 2, 1)]
+    assert keys[0] == keys[2] != keys[1]
+    assert Rounds(lab, RlTrial(**SMALL, reward="world_place", rate=9.0)).judged_by == keys[0], "how is learned does not matter"
+
+
+def test_signal_and_noise_of_gradients_are_told_apart():
+    drawn = torch.Generator().manual_seed(1)
+    gradients = [torch.full((4000,), 0.1) + 0.2 * torch.randn(4000, generator=drawn) for _ in range(8)]
+    _, signal, noise, ratio = told("", gradients)
+    assert float(signal) == pytest.approx(40, rel=0.1) and float(noise) == pytest.approx(160, rel=0.05)
+    assert float(ratio) == pytest.approx(0.25, abs=0.02)
+
+
+def test_draws_of_a_round_are_their_own(lab):
+    trial = RlTrial(reward="world_place", rl={"rl_loss": "nft"}, sigma={"shift": 2.05, "uniform_prob": 0.0}, **SMALL)
+    gradient = RoundGradient(lab, trial)
+    first = gradient.of(0)
+    assert first.any() and torch.equal(first, gradient.of(0)) and not torch.equal(first, gradient.of(1))
+    assert torch.equal(gradient.of(0, lambda batch, draw, group: opposite(opposite(batch, draw, group), draw, group)), first)
+    shared = gradient.of(0, at_level(0.5), shared=True)
+    assert not torch.equal(shared, gradient.of(0, at_level(0.5))) and not torch.equal(gradient.of(0, by_strata(gradient.levels)), first)
 
 
 def test_a_batch_is_predicted_as_samples_are_made(lab):
