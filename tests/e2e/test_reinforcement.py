@@ -108,12 +108,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("ending", ["_ltxv2", "_ltxv2_audio", "_ltxv2_steps"])
-@pytest.mark.parametrize("damage", DAMAGE)
+DAMAGED = [(damage, ending) for damage in DAMAGE for ending in ("_ltxv2", "_ltxv2_audio", "_ltxv2_steps")]
+DAMAGED = [one for one in DAMAGED if one[0] != "shorter" or one[1] == "_ltxv2_steps"]  # forms of latents are those of every cache
+
+
+@pytest.mark.parametrize(("damage", "ending"), DAMAGED)
 def test_damaged_samples_are_refused_and_made_again(tiny_family, rollouts, tmp_path, ending, damage):
     """And not kept for what their names say, nor met in the middle of a run."""
-    if damage == "shorter" and ending != "_ltxv2_steps":
-        pytest.skip("forms of latents are those of every cache")
     folder = tmp_path / "rollouts"
     shutil.copytree(rollouts, folder)
     path = folder / f"g0000_k01{ending}.safetensors"

@@ -8,11 +8,33 @@ from urllib.parse import quote
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.page.fill import MEDIA_KINDS, fill, part
-from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts
+from musubi_tuner.reinforcement.advantages import Scored
+from musubi_tuner.reinforcement.rollouts import SCORES, Rollouts, Sample
 from musubi_tuner.reinforcement.scores import Scores
 
 PAGE = "first.html"
 _PACKAGE = "musubi_tuner.reinforcement.page"
+
+
+def clip_of_page(rollouts: Rollouts, sample: Sample, file: Path, folder: Path, scored: Sequence[Scores | Scored]) -> dict[str, Any]:
+    """What a page says of a decoded sample, but for who made it.
+
+    Args:
+        folder: of the page.
+        scored: what is shown below it.
+    """
+    return {
+        "file": file.name,
+        "href": quote(file.relative_to(folder).as_posix()),
+        "kind": MEDIA_KINDS[file.suffix],
+        "seconds": 0,
+        "prompt": rollouts.facts["prompts"][sample.prompt]["prompt"],
+        "negative": "",
+        "index": sample.prompt,
+        "seed": str(sample.seed),
+        "fps": rollouts.facts["fps"],
+        "scores": {one.reward: one.scores.get(sample.name) for one in scored},
+    }
 
 
 def write_samples_page(rollouts: Rollouts, media: Path, scored: Sequence[Scores]) -> Path:
@@ -34,18 +56,9 @@ def write_samples_page(rollouts: Rollouts, media: Path, scored: Sequence[Scores]
             {
                 "id": len(clips),
                 "at": [sample.prompt, sample.k],
-                "file": file.name,
-                "href": quote(file.relative_to(path.parent).as_posix()),
-                "kind": MEDIA_KINDS[file.suffix],
-                "seconds": 0,
-                "prompt": rollouts.facts["prompts"][sample.prompt]["prompt"],
-                "negative": "",
-                "index": sample.prompt,
-                "seed": str(sample.seed),
+                **clip_of_page(rollouts, sample, file, path.parent, scored),
                 "recipe": hashlib.sha256(f"{sample.name}|{sample.seed}".encode()).hexdigest()[:16],
                 "loras": loras,
-                "fps": rollouts.facts["fps"],
-                "scores": {one.reward: one.scores.get(sample.name) for one in scored},
             }
         )
     name = rollouts.folder.resolve().name

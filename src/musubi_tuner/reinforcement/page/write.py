@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.page.fill import MEDIA_KINDS, fill, part
+from musubi_tuner.reinforcement.page.samples import clip_of_page
 from musubi_tuner.reinforcement.rollouts import ROLLOUTS, SCORES, read_rollouts
 from musubi_tuner.reinforcement.scores import rewards_of
 from musubi_tuner.reinforcement.shown import FIRST
@@ -81,17 +81,8 @@ def _clips(folder: Path, heldout: Mapping[int, Path], reward_fn: str) -> Iterato
             if (file := media.get(sample.name)) is None or file.suffix not in MEDIA_KINDS:
                 continue
             yield {
-                "file": file.name,
-                "href": quote(file.relative_to(folder).as_posix()),
-                "kind": MEDIA_KINDS[file.suffix],
-                "seconds": 0,
-                "prompt": rollouts.facts["prompts"][sample.prompt]["prompt"],
-                "negative": "",
-                "index": sample.prompt,
-                "seed": str(sample.seed),
+                **clip_of_page(rollouts, sample, file, folder, rewards),
                 "recipe": hashlib.sha256(f"{updates}|{sample.prompt}|{sample.seed}".encode()).hexdigest()[:16],
                 "loras": loras,
-                "fps": rollouts.facts["fps"],
                 "round": updates,
-                "scores": {one.reward: one.scores.get(sample.name) for one in rewards},
             }
