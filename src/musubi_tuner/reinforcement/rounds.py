@@ -20,6 +20,7 @@ from typing import Any
 from musubi_tuner.cache.names import PROMPT_FOLDER
 from musubi_tuner.cache.store import write_bytes
 from musubi_tuner.config.rounds import RoundOptions, StageFlags
+from musubi_tuner.reinforcement.advantages import Scored
 from musubi_tuner.reinforcement.judging import units_of
 from musubi_tuner.reinforcement.page.write import PAGE, write_page
 from musubi_tuner.reinforcement.rollouts import ROLLOUTS, STEPS_ENDING, read_rollouts
@@ -135,8 +136,7 @@ class Rounds:
         return standing(place / "heldout", base, self.stages.of["scores"]["reward_fn"])
 
     def _of_rollouts(self, folder: Path) -> dict[str, float]:
-        rewards = rewards_of(read_rollouts(folder), self.stages.of["scores"]["reward_fn"])
-        return {one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0]) for one in rewards}
+        return _means(rewards_of(read_rollouts(folder), self.stages.of["scores"]["reward_fn"]))
 
     def _stage(self, stage: str, command: str, own: Mapping[str, Any]) -> None:
         log.info("\n=== ltxv2 %s: %s", command, own.get("output_dir") or own["rl_rollout_cache"])
@@ -259,14 +259,16 @@ def standing(folder: Path, base: Path | None, reward_fn: str) -> Standing:
         if sample.name in totals and sample.name in others:
             by_prompt.setdefault(sample.prompt, []).append(totals[sample.name] - others[sample.name])
     gains = [statistics.fmean(values) for values in by_prompt.values()]
-    rewards = {
-        one.reward: statistics.fmean([score for score in one.scores.values() if score is not None] or [0.0])
-        for one in rewards_of(rollouts, reward_fn)
-    }
     if len(gains) == 1:
         log.warning("WARNING: %s: a single held-out prompt has scores, so the gain has no standard error. Give several.", folder)
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return Standing(statistics.fmean(gains), error, rewards)
+    return Standing(statistics.fmean(gains), error, _means(rewards_of(rollouts, reward_fn)))
+
+
+def _means(rewards: Sequence[Scored]) -> dict[str, float]:
+    """Of each reward over its samples; without those that scored none."""
+    known = {one.reward: [score for score in one.scores.values() if score is not None] for one in rewards}
+    return {name: statistics.fmean(scores) for name, scores in known.items() if scores}
 
 
 def _check_same_judge(folder: Path, base: Path, reward_fn: str) -> None:
