@@ -163,11 +163,12 @@ def test_samples_of_which_nothing_is_told_are_not_taken_for_ones_own(tiny_family
 
 
 @pytest.mark.parametrize("flags", [("--sample_steps", "1"), ("--rl_sde_window", "3:9")])
-def test_a_window_without_a_step_that_can_be_drawn_is_refused(tiny_family, tmp_path, flags):
+def test_a_window_without_a_step_that_can_be_drawn_is_refused(tiny_family, tmp_path, caplog, flags):
     """Of four steps 0, 1 and 2 can."""
     with pytest.raises(UserError, match="none of its steps can be stochastic"):
         make(tiny_family, tmp_path, "--rl_sde_type", "cps", *flags)
     make(tiny_family, tmp_path, "--rl_sde_type", "cps", "--rl_sde_window", "2:9", "--rl_group_size", "2", prompts=PROMPTS[:1])
+    assert "--rl_sde_steps 3: 1 of 4 steps of sampling can be stochastic by --rl_sde_window 2:9" in caplog.text
 
 
 def test_recorded_steps_are_what_was_sampled(rollouts):

@@ -287,18 +287,19 @@ def test_what_lies_there_and_is_none_of_the_rounds_is_not_overwritten(tiny_famil
     assert here == []
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "heldout.txt"])
+@pytest.mark.parametrize(("name", "flag"), [("prompts.txt", "--rl_prompts"), ("heldout.txt", "--rl_heldout_prompts")])
 @pytest.mark.parametrize(
     ("data", "says"),
     [(None, "no such file"), ("caf\xe9".encode("latin-1"), "not UTF-8"), (b"\n", "holds no prompt"), (b"a\nb --f 17\n", "of one size")],
 )
-def test_prompts_that_no_stage_could_take_are_refused_before_the_first(tiny_family, tmp_path, here, name, data, says):
+def test_prompts_that_no_stage_could_take_are_refused_before_the_first(tiny_family, tmp_path, here, name, flag, data, says):
     config = config_for(CONFIGS[0], tiny_family, tmp_path)
     (tmp_path / name).unlink()
     if data is not None:
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=f"{name}.*{says}"):
+    with pytest.raises(UserError, match=f"{name}.*{says}") as refused:
         ltxv2_rl_rounds.main(words(config, tmp_path / "out", 1))
+    assert says not in ("no such file", "holds no prompt") or str(refused.value).startswith(f"{flag} ")
     assert here == []
 
 

@@ -1,7 +1,9 @@
 """Keys, merging, batches and their order."""
 
+from bisect import bisect
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.recipe import Clean, Recipe, SoundPrefix
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.draws import DrawRules
+from musubi_tuner.dataset.draws import DrawRules, draw_item
 from musubi_tuner.dataset.items import BatchPlan, Draw, Item, largest_items
 from musubi_tuner.dataset.merge import merge_sources
-from musubi_tuner.flow.sigma import SigmaSettings
+from musubi_tuner.flow.schedule import mu_for_tokens
+from musubi_tuner.flow.sigma import STRATA, SigmaSettings, stretched
 from musubi_tuner.runtime.errors import UserError
 
 RULES = DrawRules(
@@ -133,6 +136,34 @@ def test_noise_levels_of_sound_are_apart_or_together(tmp_path):
     assert torch.equal(batch.video_sigma, batch.audio_sigma)
     weighted = make_batch(draws(item), "av", replace(together, weighting_scheme="cosmap"))
     assert torch.equal(weighted.video_weight, weighted.audio_weight), "the mean is over the video's levels, which the sound takes"
+
+
+def strata_of(item: Item, rules: DrawRules, turns: int) -> list[tuple[int, int]]:
+    """Of picture and sound, turn by turn; by quantiles of what the sampler draws at this length."""
+    found = []
+    for turn in range(turns):
+        epoch, repeat = divmod(turn, item.spec.num_repeats)
+        drawn = draw_item(Draw(item, epoch, repeat), torch.empty(1, 128, 2, 2, 3), 10, rules)
+        edges = [
+            [stretched(NormalDist().inv_cdf(place / STRATA), mu_for_tokens(tokens)) for place in range(1, STRATA)] for tokens in (12, 10)
+        ]
+        found.append((bisect(edges[0], drawn.video_sigma), bisect(edges[1], drawn.audio_sigma)))
+    return found
+
+
+def test_strata_are_visited_in_turn_by_each_item_and_all_at_once_by_many(tmp_path):
+    """Were items in step, an epoch of many clips would have one eighth of the noise levels; were streams, picture and sound would share theirs."""
+    rules = replace(RULES, sigma=SigmaSettings(kind="stratified"))
+    item = make_item(tmp_path, "one", num_repeats=2)
+    items = [replace(item, key=f"datasets[0]/{number}") for number in range(60)]
+    by_item = [strata_of(one, rules, 2 * STRATA) for one in items]
+    for turns in by_item:
+        for cycle in (turns[:STRATA], turns[STRATA:]):
+            assert sorted(video for video, _ in cycle) == sorted(audio for _, audio in cycle) == [*range(STRATA)]
+    assert by_item[0][:STRATA] != by_item[0][STRATA:]
+    first = torch.tensor([turns[0] for turns in by_item])
+    assert all(len(set(first[:, stream].tolist())) == STRATA for stream in (0, 1))
+    assert abs(float(torch.corrcoef(first.T.float())[0, 1])) < 0.3
 
 
 def test_missing_key_names_item_and_program(tmp_path):

@@ -10,7 +10,7 @@ from musubi_tuner.conditioning.draw import ItemConditions, draw_conditions
 from musubi_tuner.conditioning.recipe import ItemShape, Recipe
 from musubi_tuner.dataset.captions import CaptionDropout
 from musubi_tuner.dataset.items import Draw
-from musubi_tuner.flow.sigma import SigmaSettings, draw_sigma, loss_weight
+from musubi_tuner.flow.sigma import STRATA, SigmaSettings, draw_sigma, loss_weight
 from musubi_tuner.ltxv2.geometry import AUDIO_CHANNELS, AUDIO_MEL_BINS
 from musubi_tuner.runtime.draws import generator_for
 
@@ -69,10 +69,9 @@ def draw_item(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawR
         audio_steps: of its audio; 0 = none.
     """
     generator = rules.generator(draw)
-    turn = draw.epoch * draw.item.spec.num_repeats + draw.repeat
     video_tokens = 0 if latents is None else latents[0, 0].numel()
-    video_sigma = draw_sigma(rules.sigma, video_tokens or audio_steps, generator, turn)
-    audio_sigma = draw_sigma(rules.sigma, audio_steps, generator, turn)
+    video_sigma = draw_sigma(rules.sigma, video_tokens or audio_steps, generator, _stratum(draw, "video", rules))
+    audio_sigma = draw_sigma(rules.sigma, audio_steps, generator, _stratum(draw, "audio", rules))
     if not rules.independent_audio_timestep or not audio_steps:
         audio_sigma = video_sigma
     video_noise = torch.randn(video_tokens, latents.shape[1], generator=generator) if latents is not None else None
@@ -87,6 +86,16 @@ def draw_item(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawR
         for sigma, tokens in ((video_sigma, video_tokens or audio_steps), (audio_sigma, drawn_by))
     )
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed, *weights)
+
+
+def _stratum(draw: Draw, stream: str, rules: DrawRules) -> int:
+    """Eight turns of an item visit each stratum once, in an order that is drawn anew for these eight turns, this item and this stream: so
+    an epoch has all of them, and the levels of picture and sound do not go together."""
+    if rules.sigma.kind != "stratified":
+        return 0
+    cycle, place = divmod(draw.epoch * draw.item.spec.num_repeats + draw.repeat, STRATA)
+    order = torch.randperm(STRATA, generator=generator_for(rules.seed, rules.purpose, draw.item.key, "strata", stream, cycle))
+    return int(order[place])
 
 
 def draw_item_conditions(

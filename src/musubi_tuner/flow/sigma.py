@@ -13,8 +13,6 @@ from musubi_tuner.flow.schedule import mu_for_tokens
 _HIGH_PERCENTILE = 3.0902  # standard normal quantile at 99.9 %
 _LOW_PERCENTILE = -2.5758  # at 0.5 %
 STRATA = 8
-_STRIDE = 5
-"""Without a common divisor with STRATA, so that eight turns visit all strata, in a mixed order."""
 _GRID = 512
 
 
@@ -37,18 +35,18 @@ class SigmaSettings:
     """All draws are scaled into low..high."""
 
 
-def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int = 0) -> float:
+def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int = 0) -> float:
     """One noise level.
 
     Args:
         tokens: of the stream.
-        turn: how often the item was drawn before; `stratified` goes through its strata by it.
+        stratum: from 0, of `STRATA` equal shares of what is drawn, from low levels to high ones; read by `stratified` alone.
     """
-    value = SAMPLERS[settings.kind](settings, tokens, generator, turn)
+    value = SAMPLERS[settings.kind](settings, tokens, generator, stratum)
     return settings.low + (settings.high - settings.low) * value
 
 
-def shifted_logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
+def shifted_logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
     """The official sampler: logit-normal shifted by length, stretched between two percentiles, one draw in ten uniform.
 
     u = sigmoid(mu + n); r = (u - lo) / (hi - lo) with lo, hi the percentiles; r < eps is reflected to 2 eps - r.
@@ -70,19 +68,18 @@ def stretched(normal: float, mu: float, *, std: float = 1.0, eps: float = 1e-3) 
     return min(max(ratio, 0.0), 1.0)
 
 
-def uniform(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
+def uniform(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
     """Uniform in [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-def logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
+def logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
     """sigmoid(mean + std n), the same for every length (Esser et al. 2024, arXiv 2403.03206)."""
     return _sigmoid(settings.mean + settings.std * torch.randn((), generator=generator, dtype=torch.float64).item())
 
 
-def stratified(settings: SigmaSettings, tokens: int, generator: torch.Generator, turn: int) -> float:
-    """The shifted sampler's quantile of an even draw within one of eight strata; eight turns of an item visit each of them once."""
-    stratum = (_STRIDE * turn) % STRATA
+def stratified(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
+    """The shifted sampler's quantile of an even draw within one of eight strata."""
     share = (stratum + torch.rand((), generator=generator, dtype=torch.float64).item()) / STRATA
     return _quantile(settings, tokens, share)
 

@@ -113,8 +113,11 @@ def chosen_loras(options: LoraOptions) -> tuple[LoraUse, ...]:
     return (*map(parse_lora, options.lora), *plain)
 
 
-def read_prompts(config: GenerateConfig) -> tuple[PreviewPrompt, ...]:
+def read_prompts(config: GenerateConfig, named: str = "--sample_prompts") -> tuple[PreviewPrompt, ...]:
     """Of --prompt or --sample_prompts, with what the command line adds to those that name nothing of the kind.
+
+    Args:
+        named: the flag that gives the prompt file, for messages.
 
     Raises:
         UserError: what the readers of prompts raise.
@@ -130,7 +133,7 @@ def read_prompts(config: GenerateConfig) -> tuple[PreviewPrompt, ...]:
         longest=None if config.model.duration_head is None else LONGEST,
     )
     if clips.sample_prompts is not None:
-        prompts = load_prompts(clips.sample_prompts, defaults)
+        prompts = load_prompts(clips.sample_prompts, defaults, named)
     else:
         prompts = prompts_of_lines(clips.prompt, "--prompt", Path(), defaults)
     return tuple(_with_inputs(prompt, config) for prompt in prompts)

@@ -179,8 +179,11 @@ class _Entry:
         return self
 
 
-def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[PreviewPrompt, ...]:
+def load_prompts(path: Path, defaults: PromptDefaults | None = None, named: str = "--sample_prompts") -> tuple[PreviewPrompt, ...]:
     """Every prompt of a file, checked.
+
+    Args:
+        named: the flag that gives the file, for messages.
 
     Raises:
         UserError: the file, line and value that cannot be used, and the values that can.
@@ -188,10 +191,10 @@ def load_prompts(path: Path, defaults: PromptDefaults | None = None) -> tuple[Pr
     defaults = defaults or PromptDefaults()
     readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries, ".jsonl": _json_line_entries}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a prompt file ends in .txt, .toml, .json or .jsonl.")
-    entries = list(readers[path.suffix.lower()](path))
+        raise UserError(f"{named} {path}: a prompt file ends in .txt, .toml, .json or .jsonl.")
+    entries = list(readers[path.suffix.lower()](path, named))
     if not entries:
-        raise UserError(f"{path}: holds no prompt. Write one a line, or leave --sample_prompts out.")
+        raise UserError(f"{named} {path}: holds no prompt. Write one a line.")
     return tuple(_to_prompt(index, where, entry, path.parent, defaults) for index, (where, entry) in enumerate(entries))
 
 
@@ -214,16 +217,16 @@ def all_prompt_texts(prompts: Sequence[PreviewPrompt]) -> list[str]:
     return list(dict.fromkeys([*texts, ""]))
 
 
-def _text_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
-    for number, line in enumerate(read_text(path, named="--sample_prompts").splitlines(), start=1):
+def _text_entries(path: Path, named: str) -> Iterator[tuple[str, _Entry]]:
+    for number, line in enumerate(read_text(path, named=named).splitlines(), start=1):
         if line.strip() and not line.strip().startswith("#"):
             where = f"{path}, line {number}"
             yield where, _from_line(where, line)
 
 
-def _toml_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+def _toml_entries(path: Path, named: str) -> Iterator[tuple[str, _Entry]]:
     """`[prompt]` holds defaults, each `[[prompt.subset]]` one sample."""
-    document = read_toml(path, named="--sample_prompts")
+    document = read_toml(path, named=named)
     shared = document.get("prompt")
     if not isinstance(shared, dict) or set(document) != {"prompt"} or not isinstance(entries := shared.get("subset"), list):
         raise UserError(f"{path}: must hold a table [prompt] with defaults and a [[prompt.subset]] for each sample, and nothing else.")
@@ -233,9 +236,9 @@ def _toml_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
         yield where, validated(_Entry, common | entry if isinstance(entry, dict) else entry, where=where)
 
 
-def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+def _json_entries(path: Path, named: str) -> Iterator[tuple[str, _Entry]]:
     """A list of objects, or of lines as in a .txt file."""
-    document = read_json(path, named="--sample_prompts")
+    document = read_json(path, named=named)
     if not isinstance(document, list):
         raise UserError(f"{path}: must hold a list of objects, each with a 'prompt'.")
     for number, entry in enumerate(document, start=1):
@@ -243,9 +246,9 @@ def _json_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
         yield where, _from_json(where, entry)
 
 
-def _json_line_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+def _json_line_entries(path: Path, named: str) -> Iterator[tuple[str, _Entry]]:
     """An object a line, in which a picture and a sound may have the names that datasets use."""
-    for where, entry in read_json_lines(path, named="--sample_prompts"):
+    for where, entry in read_json_lines(path, named=named):
         if isinstance(entry, dict):
             if twice := next((short for short, key in _SHORT.items() if short in entry and key in entry), None):
                 raise UserError(f"{where}: '{twice}' and '{_SHORT[twice]}' are the same; give one of them.")

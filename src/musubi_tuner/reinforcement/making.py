@@ -111,13 +111,16 @@ def make_rollouts(config: RolloutConfig, group: Processes, program: str) -> Made
     return Made(rollouts, made=len(missing), kept=len(samples) - len(missing))
 
 
-def asked_prompts(config: RolloutConfig) -> tuple[PreviewPrompt, ...]:
+def asked_prompts(config: RolloutConfig, named: str = "--rl_prompts") -> tuple[PreviewPrompt, ...]:
     """As they are written, each with its sound.
+
+    Args:
+        named: the flag that gives the file, for messages.
 
     Raises:
         UserError: a file that cannot be read, or prompts that differ in size, repeat each other or ask for what rollouts have not.
     """
-    prompts = read_prompts(config.as_of_generation())
+    prompts = read_prompts(config.as_of_generation(), named)
     _check(prompts, config)
     return prompts
 
@@ -194,6 +197,11 @@ def _facts(
             f"--rl_sde_window {stochastic.rl_sde_window}: none of its steps can be stochastic: of {least} steps of sampling, which count "
             "from 0, the last ends at the clean clip. Give more --sample_steps, or an earlier window."
         )
+    if drawn is not None and stochastic.rl_sde_steps > (can := min(stochastic.window[1], least - 1) - stochastic.window[0]):
+        log.warning(
+            "WARNING: --rl_sde_steps %d: %d of %d steps of sampling can be stochastic by --rl_sde_window %s (the last never is)",
+            stochastic.rl_sde_steps, can, least, stochastic.rl_sde_window,
+        )  # fmt: skip
     return {
         "seed": options.rl_seed,
         "round": options.rl_round,

@@ -47,7 +47,8 @@ def check_stages(options: RoundOptions, stages: StageFlags) -> None:
     rollouts = read("rollouts", RolloutConfig, {"rl_prompts": options.rl_prompts, "rl_rollout_cache": folder})
     learned = {one.prompt for one in asked_prompts(rollouts)}
     judged = {"rl_prompts": options.rl_heldout_prompts, "rl_rollout_cache": folder, "rl_sde_type": "none"}
-    both = sorted(learned & {one.prompt for one in asked_prompts(read("rollouts", RolloutConfig, judged))})
+    held_out = asked_prompts(read("rollouts", RolloutConfig, judged), "--rl_heldout_prompts")
+    both = sorted(learned & {one.prompt for one in held_out})
     if both:
         log.warning(
             "WARNING: --rl_heldout_prompts %s: %s learned from too, so the gain is not that of prompts that were never seen (%s)",
