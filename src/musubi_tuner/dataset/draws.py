@@ -88,11 +88,11 @@ def draw_item(draw: Draw, latents: Tensor | None, audio_steps: int, rules: DrawR
     return Drawn(video_sigma, audio_sigma, video_noise, audio_noise, dropout_seed, *weights)
 
 
-def _stratum(draw: Draw, stream: str, rules: DrawRules) -> int:
+def _stratum(draw: Draw, stream: str, rules: DrawRules) -> int | None:
     """Eight turns of an item visit each stratum once, in an order that is drawn anew for these eight turns, this item and this stream: so
     an epoch has all of them, and the levels of picture and sound do not go together."""
     if rules.sigma.kind != "stratified":
-        return 0
+        return None
     cycle, place = divmod(draw.epoch * draw.item.spec.num_repeats + draw.repeat, STRATA)
     order = torch.randperm(STRATA, generator=generator_for(rules.seed, rules.purpose, draw.item.key, "strata", stream, cycle))
     return int(order[place])

@@ -35,18 +35,18 @@ class SigmaSettings:
     """All draws are scaled into low..high."""
 
 
-def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int = 0) -> float:
+def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int | None = None) -> float:
     """One noise level.
 
     Args:
         tokens: of the stream.
-        stratum: from 0, of `STRATA` equal shares of what is drawn, from low levels to high ones; read by `stratified` alone.
+        stratum: from 0, of `STRATA` equal shares of what is drawn, from low levels to high ones; None = of all. `stratified` alone reads it.
     """
     value = SAMPLERS[settings.kind](settings, tokens, generator, stratum)
     return settings.low + (settings.high - settings.low) * value
 
 
-def shifted_logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
+def shifted_logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int | None) -> float:
     """The official sampler: logit-normal shifted by length, stretched between two percentiles, one draw in ten uniform.
 
     u = sigmoid(mu + n); r = (u - lo) / (hi - lo) with lo, hi the percentiles; r < eps is reflected to 2 eps - r.
@@ -68,23 +68,23 @@ def stretched(normal: float, mu: float, *, std: float = 1.0, eps: float = 1e-3) 
     return min(max(ratio, 0.0), 1.0)
 
 
-def uniform(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
+def uniform(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int | None) -> float:
     """Uniform in [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-def logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
+def logit_normal(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int | None) -> float:
     """sigmoid(mean + std n), the same for every length (Esser et al. 2024, arXiv 2403.03206)."""
     return _sigmoid(settings.mean + settings.std * torch.randn((), generator=generator, dtype=torch.float64).item())
 
 
-def stratified(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int) -> float:
+def stratified(settings: SigmaSettings, tokens: int, generator: torch.Generator, stratum: int | None) -> float:
     """The shifted sampler's quantile of an even draw within one of eight strata."""
-    share = (stratum + torch.rand((), generator=generator, dtype=torch.float64).item()) / STRATA
-    return _quantile(settings, tokens, share)
+    share = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return _quantile(settings, tokens, share if stratum is None else (stratum + share) / STRATA)
 
 
-SigmaSampler = Callable[[SigmaSettings, int, torch.Generator, int], float]
+SigmaSampler = Callable[[SigmaSettings, int, torch.Generator, int | None], float]
 SAMPLERS: dict[str, SigmaSampler] = {
     "shifted_logit_normal": shifted_logit_normal,
     "uniform": uniform,
