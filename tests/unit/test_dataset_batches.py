@@ -152,7 +152,7 @@ def strata_of(item: Item, rules: DrawRules, turns: int) -> list[tuple[int, int]]
 
 
 def test_strata_are_visited_in_turn_by_each_item_and_all_at_once_by_many(tmp_path):
-    """Were items in step, an epoch of many clips would have one eighth of the noise levels; were streams, picture and sound would share theirs."""
+    """Were items in step, an epoch of many clips would have an eighth of the levels; were streams, picture and sound would share one."""
     rules = replace(RULES, sigma=SigmaSettings(kind="stratified"))
     item = make_item(tmp_path, "one", num_repeats=2)
     items = [replace(item, key=f"datasets[0]/{number}") for number in range(60)]

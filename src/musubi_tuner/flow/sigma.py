@@ -40,7 +40,7 @@ def draw_sigma(settings: SigmaSettings, tokens: int, generator: torch.Generator,
 
     Args:
         tokens: of the stream.
-        stratum: from 0, of `STRATA` equal shares of what is drawn, from low levels to high ones; None = of all. `stratified` alone reads it.
+        stratum: from 0, of `STRATA` equal shares of what is drawn, from low levels on; None = of all. `stratified` alone reads it.
     """
     value = SAMPLERS[settings.kind](settings, tokens, generator, stratum)
     return settings.low + (settings.high - settings.low) * value
