@@ -60,7 +60,7 @@ def test_nothing_in_the_step_waits_for_the_device(tiny_family, tmp_path, level):
     with NoWaiting(), network.dropout(batch.dropout_seeds):
         losses = parts.item_losses(wrapper, batch)
         total_loss(losses, batch.video_weight, batch.audio_weight).backward()
-        meter.add(losses, batch.size, batch.audio_supervised)
+        meter.add(losses, batch.audio_expected, batch.audio_supervised)
         levels.add(losses, batch.video_sigma, batch.audio_sigma)
         clip(network.parameters(), 1.0)
         optimizer.step()

@@ -25,6 +25,8 @@ from musubi_tuner.runtime.processes import processes
 from musubi_tuner.tiny.clips import write_clip
 from musubi_tuner.training import objective
 from musubi_tuner.training.objective import BatchObjective, ItemLosses, Objective, Prediction
+from musubi_tuner.training.preflight import check_inputs
+from musubi_tuner.training.setup import draw_rules
 from tests import training_parts as parts
 
 
@@ -48,6 +50,7 @@ def test_a_balanced_run_is_logged_and_resumes_bit_for_bit(data, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     rows = parts.losses(tmp_path / "whole")
     assert [row["audio_balance"] for row in rows] == [row["audio_balance"] for row in parts.losses(halves)]
+    assert rows[0]["audio_balance"] == 1, "nothing was heard before"
     for row in rows[1:]:
         assert 0.05 <= row["audio_balance"] <= 20
         assert row["loss_audio_scaled"] == pytest.approx(row["audio_balance"] * row["loss_audio"])
@@ -57,8 +60,27 @@ def test_a_balanced_run_is_logged_and_resumes_bit_for_bit(data, tmp_path):
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
 
 
-def test_the_balance_leaves_datasets_out_whose_audio_weighs_nothing(data, tmp_path):
-    argv = data.arguments("--output_dir", str(tmp_path), "--audio_balance", "ema", "--max_train_steps", "1")
+def test_held_out_noise_is_that_of_any_sampler(data, tmp_path):
+    """So held-out losses of runs compare that draw noise levels in other ways."""
+    noises = []
+    for sampling in ("shifted_logit_normal", "uniform"):
+        inputs = check_inputs(
+            ltxv2_train_network.parse_arguments(data.arguments("--output_dir", str(tmp_path), "--timestep_sampling", sampling))
+        )
+        of = {
+            purpose: make_batch([Draw(inputs.items[0], epoch=0, repeat=0)], "av", draw_rules(inputs, purpose, 0))
+            for purpose in ("train", "validation")
+        }
+        noises.append({purpose: (batch.video_noise, batch.audio_noise) for purpose, batch in of.items()})
+    first, second = noises
+    assert all(torch.equal(*pair) for pair in zip(first["validation"], second["validation"], strict=True))
+    assert not torch.equal(first["train"][0], second["train"][0])
+
+
+def test_the_balance_takes_the_place_of_the_flag_and_leaves_other_weights(data, tmp_path):
+    """Datasets whose audio weighs nothing stay out; weights of datasets and of noise levels count beside it."""
+    flags = ("--audio_balance", "ema", "--audio_loss_weight", "3", "--max_train_steps", "1")
+    argv = data.arguments("--output_dir", str(tmp_path), *flags)
     config = ltxv2_train_network.parse_arguments(argv)
     with processes() as group:
         built, inputs = parts.build(config, group)
@@ -74,8 +96,10 @@ def test_the_balance_leaves_datasets_out_whose_audio_weighs_nothing(data, tmp_pa
         heard = gradients(built.objective, batch)
         assert torch.equal(gradients(built.objective, silent), gradients(dataclasses.replace(built.objective, balance=None), silent))
         assert not torch.equal(gradients(built.objective, silent), heard)
+        assert batch.audio_weight.tolist() == [1.0]
         louder = dataclasses.replace(batch, audio_weight=torch.full((1,), 5.0))
-        assert torch.equal(gradients(built.objective, louder), heard), "the balance takes the place of --audio_loss_weight"
+        of_video = gradients(built.objective, silent)
+        torch.testing.assert_close(gradients(built.objective, louder) - of_video, 5 * (heard - of_video), atol=1e-4, rtol=1e-3)
 
 
 def test_strict_sound_stops_a_run_that_is_half_silent(data, tiny_family, tmp_path):

@@ -122,6 +122,7 @@ def test_a_resumed_run_takes_the_rates_that_it_is_given(data, tmp_path, caplog):
     run(data, tmp_path / "resumed", *changed, *state)
     whole, resumed = ({row["step"]: row["lr"] for row in parts.losses(tmp_path / name)} for name in ("whole", "resumed"))
     assert resumed == {step: whole[step] for step in range(4, 9)}
+    assert list(whole.values()) == pytest.approx([3e-4 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
     copy = tmp_path / "other.safetensors"
     shutil.copy(data.model, copy)
     run(dataclasses.replace(data, model=copy), tmp_path / "b", *flags, "--max_train_steps", "4", *state)

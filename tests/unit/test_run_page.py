@@ -57,6 +57,14 @@ def test_the_gap_compares_the_same_noise_since_the_last_measurement():
     assert gaps(rows) == {"video": [(4, 2.0)]}, "(5 - 3 + 3 - 1) / 2; nothing is trained at 0.9, nothing measured at step 2 by level"
 
 
+@pytest.mark.parametrize(("kind", "shown"), [("mse", True), ("huber", False)])
+def test_no_gap_is_drawn_between_losses_of_two_kinds(tmp_path, kind, shown):
+    """Held-out losses are squared errors, whatever is trained on."""
+    rows = [{"step": 1, "noise_level/loss_video_0.00-0.25": 1.0}, held(2, 1.0, **{"validation/loss_video_sigma0.1": 3.0})]
+    folder_of(tmp_path / kind, losses=rows, of=record(settings=[("loss_type", kind, "mse")]))
+    assert facts(find_runs(tmp_path / kind), tmp_path)["runs"][0]["gaps"] == ({"video": [(2, 2.0)]} if shown else {})
+
+
 def test_the_best_checkpoint_is_the_saved_one_that_was_measured_best():
     rows = [held(0, 4.0), held(10, 2.0), held(20, 1.0), held(30, 3.0)]
     best = best_of(rows, {11: "a", 29: "b"})

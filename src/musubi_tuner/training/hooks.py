@@ -41,21 +41,28 @@ class StepLog:
         self._losses, self._levels = LossMeter(run.device), NoiseLevelMeter(run.device)
         self._warned = False
         self._rate: float = math.nan
+        self._multiplier = torch.ones((), device=run.device)
+        self._told_of_bound = 0
         again = run.schedule.unsaved if run.config.saving.autoresume else 0
         self._file = LossFile(loss_path(run.output_dir, run.name), run.start_step, again) if run.processes.is_main else None
 
     def add(self, batch: Batch, losses: ItemLosses) -> None:
         """Take in a micro-batch, without waiting for the device."""
-        self._losses.add(losses, batch.size, batch.audio_supervised)
+        self._losses.add(losses, batch.audio_expected, batch.audio_supervised)
         self._levels.add(losses, batch.video_sigma, batch.audio_sigma)
+
+    def before_update(self) -> None:
+        """Note what the step is made with: its update moves on to the next one's."""
+        self._rate = self._run.optimizer.param_groups[0]["lr"]
+        if self._run.balance is not None:
+            self._multiplier = self._run.balance.multiplier()
 
     def take(self, norm: Tensor) -> Reading:
         """What was added, with the gradient norm, on its way to the host; for `write`."""
         run = self._run
         parts = [norm.flatten(), self._losses.take(run.processes.count), self._levels.take(run.processes.count)]
         if run.balance is not None:
-            parts.append(run.balance.multiplier().flatten())
-        self._rate = run.optimizer.param_groups[0]["lr"]
+            parts.append(self._multiplier.flatten())
         return Reading(torch.cat([part.double() for part in parts]))
 
     def write(self, step: int, taken: Reading, bar: Progress) -> dict[str, float]:
@@ -65,8 +72,9 @@ class StepLog:
         values = LossMeter.means(sums[: LossMeter.SIZE], run.config.ltx_mode)
         if run.balance is not None:
             values["audio_balance"] = sums[-1]
-            if (message := at_bound(values["audio_balance"])) and step % _BALANCE_WARNED_EVERY == 0:
+            if (message := at_bound(values["audio_balance"])) and step - self._told_of_bound >= _BALANCE_WARNED_EVERY:
                 log.warning("WARNING: step %d: %s", step, message)
+                self._told_of_bound = step
         values |= {"lr": self._rate, "grad_norm": norm}
         bar.show(**{key: f"{value:.4g}" for key, value in values.items()})
         levels = sums[LossMeter.SIZE :][: NoiseLevelMeter.SIZE]
@@ -159,7 +167,7 @@ class Validation(Hook):
             for sigma, meter in meters.items():
                 level = torch.full((1,), sigma, device=run.device)
                 at_level = replace(batch, video_sigma=level, audio_sigma=level)
-                meter.add(objective.loss(objective.predict(at_level)), 1, batch.audio_supervised)
+                meter.add(objective.loss(objective.predict(at_level)), batch.audio_expected, batch.audio_supervised)
         readings = {sigma: meter.means(meter.take(run.processes.count).tolist(), mode) for sigma, meter in meters.items()}
         values: dict[str, float] = {}
         for name in ("loss_video", "loss_audio"):

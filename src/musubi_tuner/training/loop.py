@@ -101,6 +101,7 @@ def _optimizer_step(run: TrainingRun, outcome: Outcome, log: StepLog, batches: I
     else:
         norm = _averaged_and_clipped(run)
         last.guard(step, norm, seen)
+    log.before_update()
     outcome.torn = True  # from here on the step counts; until here nothing that a state holds has changed
     run.supervision.add(expected, supervised)
     if run.balance is not None:

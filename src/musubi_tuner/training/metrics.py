@@ -42,15 +42,16 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(10, dtype=torch.float64, device=device)
-        self._items = self._supervised = 0
+        self._expected = self._supervised = 0
 
-    def add(self, losses: ItemLosses, items: int, supervised: int) -> None:
+    def add(self, losses: ItemLosses, expected: int, supervised: int) -> None:
         """Without waiting for the device.
 
         Args:
-            supervised: items whose audio is trained: there, not conditioning, and of some weight.
+            expected: items whose audio should be trained: no stills, not all conditioning, of some weight, not held to the base model.
+            supervised: those of them that have some.
         """
-        self._items += items
+        self._expected += expected
         self._supervised += supervised
         seen = losses.video_present
         if seen is None and losses.video is not None:
@@ -63,25 +64,26 @@ class LossMeter:
 
     def take(self, processes: int) -> Tensor:
         """(12,) float64 sums over all processes, for `means`; then start again. Without waiting for the device."""
-        counts = [self._sums.new_full((1,), count) for count in (self._items, self._supervised)]
+        counts = [self._sums.new_full((1,), count) for count in (self._expected, self._supervised)]
         sums = torch.cat([self._sums, *counts])
         self._sums.zero_()
-        self._items = self._supervised = 0
+        self._expected = self._supervised = 0
         if processes > 1:
             torch.distributed.all_reduce(sums)
         return sums
 
     @staticmethod
     def means(sums: Sequence[float], mode: str) -> dict[str, float]:
-        """Mean losses, and the share of items whose sound was supervised."""
-        video, audio, seen, heard, preserved, with_teacher, held, asked, clipped, rated, items, supervised = sums
+        """Mean losses, and of the items whose sound should be trained the share whose sound was; neither of what there was none."""
+        video, audio, seen, heard, preserved, with_teacher, held, asked, clipped, rated, expected, supervised = sums
         values = {}
         if mode != "audio" and seen:
             values["loss_video"] = video / seen
         if mode != "video":
             if heard:
                 values["loss_audio"] = audio / heard
-            values["audio_supervised"] = supervised / max(items, 1)
+            if expected:
+                values["audio_supervised"] = supervised / expected
         if with_teacher:
             values["loss_preserved"] = preserved / with_teacher
         if asked:

@@ -171,7 +171,7 @@ class BatchObjective:
     network: TrainedNetwork
     objective: Objective
     balance: "AudioBalance | None" = None
-    """Weighs the audio loss in place of `--audio_loss_weight`; None = that weight."""
+    """Weighs the audio loss in place of `--audio_loss_weight`, beside the weights of datasets and noise levels; None = that weight."""
     prompt: "PromptPreservation | None" = None
 
     def backward(self, batch: Batch, accumulation: int = 1) -> tuple[Batch, ItemLosses]:
@@ -187,9 +187,7 @@ class BatchObjective:
             prediction = self.objective.predict(batch)
             losses, batch = self.objective.loss(prediction), prediction.noised.batch
             del prediction  # its graph is held by the losses alone, and freed by their backward pass
-            audio_weight = batch.audio_weight
-            if self.balance is not None:  # datasets that weigh 0 stay out
-                audio_weight = (audio_weight > 0) * self.balance.multiplier()
+            audio_weight = batch.audio_weight if self.balance is None else batch.audio_weight * self.balance.multiplier()
             _backward(total_loss(losses, batch.video_weight, audio_weight) / accumulation)
             if self.prompt is None:
                 return batch, losses

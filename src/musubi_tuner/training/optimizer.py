@@ -204,18 +204,21 @@ class WeightAverage:
 def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> None:
     """Replace every gradient by its mean over the processes, in one exchange.
 
-    Adapters are small beside the model, so one flat buffer after the last backward costs less than hooks during it, and a
-    parameter that took no part in this process's batch simply adds zero. A whole model's are exchanged by `_EXCHANGED` bytes.
+    Adapters are small beside the model, so one flat buffer after the last backward costs less than hooks during it. A whole model's are
+    exchanged by `_EXCHANGED` bytes. A parameter that took no part in this process's batch adds zero; one that took part in nobody's keeps
+    none, as in a run of one process: with a gradient of zero an optimizer would move it on by its momentum.
     """
     if processes == 1:
         return
     for some in _by_size(parameters, _EXCHANGED):
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        own = [p.grad is not None for p in some]
+        flat = torch.cat([*(piece.reshape(-1) for piece in pieces), torch.tensor(own).to(pieces[0])])
         torch.distributed.all_reduce(flat)
-        flat /= processes
-        for parameter, piece in zip(some, flat.split([p.numel() for p in some]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        *averages, counts = (flat / processes).split([*(p.numel() for p in some), len(some)])
+        anywhere = own if all(own) else (counts > 0).tolist()  # only who lacks some waits for the answer
+        for parameter, average, is_there in zip(some, averages, anywhere, strict=True):
+            parameter.grad = average.view_as(parameter) if is_there else None
 
 
 def _by_size(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:

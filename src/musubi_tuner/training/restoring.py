@@ -19,7 +19,7 @@ from musubi_tuner.training.state_folders import other_state
 
 _SCHEDULE_SETTINGS = {
     "learning_rate", "audio_learning_rate", "network_args", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps",
-    "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "datasets", "processes",
+    "lr_decay_steps", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "items", "datasets", "clips", "processes",
 }  # fmt: skip
 """What rates and their schedule follow from."""
 

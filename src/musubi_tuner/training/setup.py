@@ -260,14 +260,14 @@ def draw_rules(inputs: RunInputs, purpose: str, seed: int, dropped: CaptionDropo
     return DrawRules(
         seed=seed,
         purpose=purpose,
-        sigma=sigma_settings(losses),
+        sigma=sigma_settings(losses) if training else SigmaSettings(),  # whose noise is that of all runs; levels are fixed ones
         independent_audio_timestep=losses.independent_audio_timestep,
         weighting_scheme=losses.weighting_scheme if training else "none",
         noise_offset=losses.noise_offset if training else 0.0,
         dropped=dropped if training else None,
         text_features=inputs.config.network.train_connectors,
         video_loss_weight=sound.video_loss_weight,
-        audio_loss_weight=sound.audio_loss_weight,
+        audio_loss_weight=1.0 if sound.audio_balance == "ema" and sound.audio_loss_weight else sound.audio_loss_weight,
         recipe=inputs.recipe,
         preserves=training,
         audio_dop_weight=inputs.config.preservation.audio_dop_weight if training else 0.0,

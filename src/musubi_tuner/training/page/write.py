@@ -82,10 +82,15 @@ def _run(run: FoundRun, label: str, folder: Path, *, embed: bool) -> dict[str, A
         "name": run.name,
         "record": record,
         "losses": curves(run.losses),
-        "gaps": gaps(run.losses),
+        "gaps": gaps(run.losses) if _of_squares(run) else {},
         "best": best_of(run.losses, run.loras),
         "loras": [{"step": step, "file": run.loras[step]} for step in sorted(run.loras)],
     }
+
+
+def _of_squares(run: FoundRun) -> bool:
+    """Whether training losses are squared errors, as held-out ones always are: others cannot be compared with them."""
+    return run.record is None or all(value == "mse" for flag, value, _ in run.record.settings if flag == "loss_type")
 
 
 def _clip(run: FoundRun, preview: PreviewFile, prompt: Prompt | None, href: str) -> dict[str, Any]:
