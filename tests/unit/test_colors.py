@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +130,26 @@ def test_tone_mapping_has_the_known_values(transfer: str) -> None:
     assert 225 <= gray(203.0) <= 236, "diffuse white stays nearly white, and leaves room for highlights"
     levels = [gray(light) for light in (50.0, 100.0, 150.0, 203.0, 400.0, 1000.0)]
     assert levels == sorted(set(levels))
+
+
+def test_transparent_videos_are_reported(tmp_path: Path) -> None:
+    for name, seen in (("opaque", 255), ("see-through", 0)):
+        picture = np.full((64, 96, 4), 255, dtype=np.uint8)
+        picture[:, 48:] = (*COLOR, seen)
+        with av.open(str(tmp_path / f"{name}.mov"), "w") as container:
+            stream = container.add_stream("png", rate=24)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "rgba"
+            for number in range(9):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgba")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    toml = tmp_path / "dataset.toml"
+    toml.write_text('[[datasets]]\nvideo_directory = "."\nresolution = [96, 64]\ntarget_frames = [9]\n', encoding="utf-8")
+    (plan,) = plan_datasets(load_dataset_config(toml), Processes(index=0, count=1), workers=1)
+    opaque, transparent = (row.note for row in plan.rows)
+    assert not opaque and transparent.startswith("transparent: the colors beneath")
+    assert [clip.clip.colors for clip in plan.clips] == ["", ""], "pictures as ever: their caches stay valid"
 
 
 def test_hdr_is_reported_and_the_rule_is_part_of_the_caches_identity(tmp_path: Path) -> None:

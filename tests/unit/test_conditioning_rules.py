@@ -177,6 +177,17 @@ def test_a_rule_that_leaves_nothing_is_passed_over():
     assert runs(frames_of(drawn(both).video_clean)) == [(True, 4), (False, 1)]
 
 
+def test_a_rule_that_leaves_only_what_the_mask_gives_no_weight_is_passed_over():
+    mask = torch.zeros(5, 4, 6)
+    mask[:, 1, 2] = 0.2
+    box, masked = rules.Box(size=(0.2, 0.3)), replace(SHAPE, mask=mask)
+    found = [drawn(Recipe(video=(box,)), seed, masked).video_clean for seed in range(40)]
+    assert all(bool((mask * ~cells).any()) for cells in found)
+    assert 0 < sum(bool(cells.any()) for cells in found) < 40, "boxes that hold what is learned are kept, all others skipped"
+    by_mask = Recipe(video=(box, rules.Mask(probability=0.5)))
+    assert all(bool(drawn(by_mask, seed, masked).video_clean.any()) for seed in range(8)), "a mask that is a rule weighs no loss"
+
+
 def test_probability_is_the_share_of_items_and_rules_are_drawn_apart():
     alone = Recipe(video=(rules.FirstFrame(probability=0.5),))
     joined = Recipe(video=(rules.Suffix(probability=0.5), rules.FirstFrame(probability=0.5)))

@@ -4,6 +4,8 @@ import math
 import struct
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +114,24 @@ def test_wav_files_are_read_to_the_sample(tmp_path: Path) -> None:
     torch.testing.assert_close(read_audio(tmp_path / "ramp.wav", info, 0.25, 0.5).samples, ramp[:, 4000:8000], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="no audio stream"):
         probe_audio(clip(tmp_path / "silent.mp4", None))
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec"), [(".wav", "pcm_s16le"), (".mp3", "libmp3lame"), (".m4a", "aac"), (".mka", "aac"), (".mka", "libopus")]
+)
+def test_a_file_of_sound_alone_begins_where_its_sound_does_without_the_encoders_delay(tmp_path: Path, ending: str, codec: str) -> None:
+    path, sound = tmp_path / f"a{ending}", beep(1.0, 0.25)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=48000, layout="stereo")
+        form = "s16" if codec in ("pcm_s16le", "libopus") else "fltp"
+        data = (sound * 32767).short().T.reshape(1, -1) if form == "s16" else sound
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data.numpy()), format=form, layout="stereo")
+        frame.sample_rate, frame.pts = 48000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    info = probe_audio(path)
+    heard = read_audio(path, info, info.start, info.start + 1.0)
+    assert onset(heard.samples) / heard.rate == pytest.approx(0.25, abs=0.003)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 44099])

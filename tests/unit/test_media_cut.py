@@ -60,6 +60,26 @@ def test_a_variable_rate_stays_as_it_is(tmp_path: Path) -> None:
     assert beep_at(part) == pytest.approx(part.times[17], abs=0.003)
 
 
+@pytest.mark.parametrize(("dropped", "constant"), [(range(8, 20), False), (range(1, 30, 2), True)])
+def test_where_frames_of_avi_were_dropped_the_one_before_stands_still(tmp_path: Path, dropped: range, constant: bool) -> None:
+    source, frames = tmp_path / "capture.avi", numbered_frames(30)
+    kept = [number for number in range(30) if number not in dropped]
+    with av.open(str(source), "w") as container:
+        video = container.add_stream("mjpeg", rate=24)
+        video.width, video.height, video.pix_fmt = 96, 64, "yuvj420p"
+        for number in kept:
+            frame = av.VideoFrame.from_ndarray(frames[number].numpy(), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 24)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    info = probe_video(source)
+    assert info.times == pytest.approx([number / 24 for number in kept]) and numbers(info) == kept
+    assert info.is_variable != constant and bool(info.rule) != constant, "cached with pictures too early: made again"
+    encode_part(info, 4, 12, tmp_path / "part.mp4")
+    part = probe_video(tmp_path / "part.mp4")
+    assert part.times == pytest.approx([(number - kept[4]) / 24 for number in kept[4:12]], abs=1e-3) and numbers(part) == kept[4:12]
+
+
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("pixel_aspect", [None, Fraction(4, 3)])
 def test_pictures_are_upright_and_of_square_pixels(tmp_path: Path, rotation: int, pixel_aspect: Fraction | None) -> None:

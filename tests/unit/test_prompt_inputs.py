@@ -82,3 +82,12 @@ def test_spans_that_are_generated_are_told_in_whole_latent_frames():
     kept = _kept_video(dataclasses.replace(prompt, inputs=inputs))[:, 0, 0]
     assert (~kept).nonzero().flatten().tolist() == [6, 7, 8, 9], "[41, 49), [49, 57), [57, 65), [65, 73)"
     assert generated_spans(prompt) == []
+
+
+def test_what_is_around_a_crop_is_generated_in_all_seconds():
+    """Of 3 x 2 x 2 cells, by latent frame: the clip fills the left ones."""
+    inputs = ConditioningInputs(video=Path("a.mp4"), crop=Rectangle(0, 0, 32, 64))
+    (prompt,) = prompts_of_lines(["a dog --f 17 --w 64 --h 64"], "--prompt", Path(), PromptDefaults())
+    for span, kept in ((None, [1, 1, 1]), (Span(0.3, float("inf")), [1, 0, 0]), (Span(0.0, 0.3), [0, 0, 1])):
+        cells = _kept_video(dataclasses.replace(prompt, inputs=dataclasses.replace(inputs, video_span=span)))
+        assert not cells[:, :, 1].any() and cells[:, :, 0].int().tolist() == [[one, one] for one in kept]

@@ -15,7 +15,7 @@ _WORDS = {
     "encoder_fingerprint": "it was made with another encoder",
     "projection_fingerprint": "it was made with another model's text projection or connectors",
     "window": "the dataset asks for another window",
-    "colors": "the colors of its source are read by another rule",
+    "colors": "the pictures of its source are read by another rule",
     "encoding": "it was encoded with other settings",
     "caption": "the caption has changed",
     "audio": "the source's sound has come or gone",

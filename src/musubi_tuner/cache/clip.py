@@ -20,7 +20,7 @@ class Sidecar:
     width: int = 0
     height: int = 0
     colors: str = ""
-    """By which rule its pictures are read, where that is not their tags alone (`media.colors.Colors.rule`)."""
+    """By which rule its pictures are read, where that is not their tags alone (`media.probe.VideoInfo.rule`)."""
     at: tuple[int, ...] = ()
     """Which of the clip's frames its pictures are, where each stands alone."""
 

@@ -258,6 +258,11 @@ class Recipe:
         return next((rule.probability for rule in getattr(self, stream) if type(rule) is kind), 0.0)
 
     @property
+    def masks_weigh(self) -> bool:
+        """Whether the dataset's masks weigh the loss, as no rule uses them."""
+        return not self.probability("video", Mask)
+
+    @property
     def keyframes(self) -> KeyframesBeside | None:
         """Its rule for pictures beside the clip; None where it has none, or never draws it."""
         return next((rule for rule in self.video if isinstance(rule, KeyframesBeside) and rule.probability), None)

@@ -33,7 +33,6 @@ from torch.nn.utils.rnn import pad_sequence
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.conditioning.conditions import Conditions, KeyframeLatents, Reference, StreamConditions
 from musubi_tuner.conditioning.draw import ItemConditions
-from musubi_tuner.conditioning.recipe import Mask
 from musubi_tuner.dataset.batch import Batch, Preserved
 from musubi_tuner.dataset.captions import stack_text
 from musubi_tuner.dataset.draws import Drawn, DrawRules, draw_item, draw_item_conditions
@@ -71,7 +70,7 @@ def make_batch(draws: Sequence[Draw], mode: str, rules: DrawRules) -> Batch:
         draw_item_conditions(draw, latents, steps, tensors, rules) for draw, steps, tensors in zip(draws, real_steps, merged, strict=True)
     ]
     conditions = Conditions(
-        video=_video_conditions(items, merged, found, masks_weigh=not rules.recipe.probability("video", Mask)),
+        video=_video_conditions(items, merged, found, masks_weigh=rules.recipe.masks_weigh),
         audio=_audio_conditions(items, merged, found, 0 if audio is None else audio.shape[2]),
     )
     video_weight, audio_weight, preserved = _loss_weights(items, drawn, imagined_steps, rules)

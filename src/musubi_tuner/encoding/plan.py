@@ -243,6 +243,8 @@ def _cut_video(spec: DatasetSpec, one: Probed, info: VideoInfo) -> _Cut:
         notes.append(f"variable frame rate, sampled evenly at {fps:.3f}")
     if info.is_interlaced:
         notes.append("interlaced: what moves is combed, and so learned; deinterlace it first (ffmpeg -i IN -vf bwdif OUT)")
+    if info.is_transparent:
+        notes.append("transparent: the colors beneath, mostly black, are learned; lay it over a ground first")
     if info.colors.hdr:
         notes.append(f"HDR ({info.colors.hdr}), tone-mapped")
     elif info.colors.matrix:
@@ -317,7 +319,7 @@ def _clip(
         frames=frames,
         has_audio=isinstance(found, AudioInfo) or isinstance(found, VideoInfo) and found.audio is not None,
         sidecars={kind: Sidecar(file=file) for kind, file in {**names, "text": text_name(one.source.stem)}.items()},
-        colors=found.colors.rule if isinstance(found, VideoInfo) else "",
+        colors=found.rule if isinstance(found, VideoInfo) else "",
     )
 
 
@@ -363,7 +365,7 @@ def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaF
                 if (clip.frames - 1) % (8 * scale):
                     return [], f"{clip.frames} frames with reference_temporal_scale = {scale}: must be {8 * scale}n+1"
             width, height = clip.width // spec.reference_downscale, clip.height // spec.reference_downscale
-            colors = file.found.colors.rule if isinstance(file.found, VideoInfo) else ""
+            colors = file.found.rule if isinstance(file.found, VideoInfo) else ""
             own = dataclasses.replace(own, frames=frames, fps=fps, width=width, height=height, colors=colors)
         planned.append(dataclasses.replace(clip, has_audio=clip.has_audio or name == "audio", sidecars={**clip.sidecars, name: own}))
     return planned, ""

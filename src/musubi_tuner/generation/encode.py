@@ -358,19 +358,22 @@ def mask_of_cells(frames: Tensor, cells: tuple[int, int, int]) -> Tensor:
 
 
 def _kept_video(prompt: PreviewPrompt) -> Tensor:
-    """(F, h, w) bool: cells of the input clip that are kept. What is generated lies in the span and in the box (around the crop)."""
+    """(F, h, w) bool: cells of the input clip that are kept.
+
+    In the span what lies in the box is generated, without one everything. Around a crop there is nothing of the clip at any time.
+    """
     inputs, cells = prompt.inputs, video_cells(prompt)
     if inputs.video is None:
         return torch.zeros(cells, dtype=torch.bool)
-    if inputs.video_span is None and inputs.box is None and inputs.crop is None:
-        return torch.ones(cells, dtype=torch.bool)
-    generated = torch.ones(cells, dtype=torch.bool)
+    inside = torch.ones(cells, dtype=torch.bool)
     if (area := inputs.box or inputs.crop) is not None:
-        inside = torch.zeros(cells, dtype=torch.bool)
         top, left, rows, columns = (value // geometry.SPATIAL_SCALE for value in (area.top, area.left, area.height, area.width))
+        inside = torch.zeros(cells, dtype=torch.bool)
         inside[:, top : top + rows, left : left + columns] = True
-        generated = inside if inputs.box is not None else ~inside
-    return ~(_within(geometry.frame_bounds(cells[0]) / prompt.fps, inputs.video_span)[:, None, None] & generated)
+    if inputs.video_span is None:
+        return inside if inputs.box is None else ~inside
+    within = _within(geometry.frame_bounds(cells[0]) / prompt.fps, inputs.video_span)[:, None, None]
+    return inside & ~within if inputs.box is None else ~(within & inside)
 
 
 def generated_spans(prompt: PreviewPrompt) -> list[str]:

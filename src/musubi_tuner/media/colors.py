@@ -47,7 +47,7 @@ class Colors:
 
     @property
     def rule(self) -> str:
-        """What a cache has to say of it: nothing where frames are read by their tags alone, as they always were."""
+        """By which its frames are read; nothing where it is their tags alone."""
         if self.hdr:
             return f"{self.hdr} to SDR by BT.2390, 1000 to 203 cd/m2"
         return "untagged HD as BT.709" if self.matrix else ""
@@ -63,8 +63,15 @@ def colors_of(frame: Any) -> Colors:
     return Colors(matrix="ITU709") if frame.height > _HD_LINES or frame.width >= _HD_COLUMNS else Colors()
 
 
+def is_transparent(frame: Any) -> bool:
+    """Whether any of a decoded frame lets through what is behind it."""
+    if not any(part.is_alpha for part in frame.format.components):
+        return False
+    return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())
+
+
 def picture_of(frame: Any, colors: Colors) -> Tensor:
-    """(H, W, 3) uint8 R'G'B' of a decoded frame."""
+    """(H, W, 3) uint8 R'G'B' of a decoded frame; of one that is transparent, the colors that are stored there."""
     matrix = {"src_colorspace": colors.matrix} if colors.matrix else {}
     if not colors.hdr:
         return torch.from_numpy(frame.to_ndarray(format="rgb24", **matrix))

@@ -142,7 +142,7 @@ def _encode(path: Path, info: VideoInfo, first: int, end: int, rectangle: Rectan
                 written += part.samples.shape[1]
                 part = next(sound, None)
             frame.time_base = tick
-            frame.pts = info.stamps[place] - info.stamps[first] if info.is_variable else place - first
+            frame.pts = round((info.times[place] - info.times[first]) / tick) if info.is_variable else place - first
             frame.pict_type = 0  # the encoder's own choice, not the source's
             container.mux(video.encode(frame))
         container.mux(video.encode(None))

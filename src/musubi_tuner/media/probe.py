@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.media.colors import Colors, colors_of
+from musubi_tuner.media.colors import Colors, colors_of, is_transparent
 from musubi_tuner.media.container import open_media
 from musubi_tuner.runtime.errors import UserError
 
@@ -35,6 +35,8 @@ class VideoInfo:
     """Presentation stamps of the frames, ascending, in ticks of the stream."""
     is_counted: bool
     """The container stores no presentation stamps (avi): they are the frames' numbers instead."""
+    start: float
+    """Seconds of the first frame on the container's clock: where the clip's own time begins."""
     tick: Fraction
     """seconds"""
     times: tuple[float, ...]
@@ -52,15 +54,18 @@ class VideoInfo:
     colors: Colors = Colors()
     is_interlaced: bool = False
     """By the mark of its first frame: two halves of each were seen at different times, so what moves is combed."""
+    is_transparent: bool = False
+    """By its first frame; its pictures are the colors that are stored, without transparency."""
     stored_frames: int = 0
     """Frames that the file's own table lists, where fewer of them are in it: it is cut off. 0: it is whole, or has no such table."""
     lost_frames: int = 0
     """Frames before the first key frame, which cannot be decoded; they do not count."""
 
     @property
-    def start(self) -> float:
-        """Seconds of the first frame on the container's clock: where the clip's own time begins."""
-        return float(self.stamps[0] * self.tick)
+    def rule(self) -> str:
+        """What a cache has to say of how its pictures are read: nothing where frames are read by their tags alone, as they always were."""
+        dropped = ("dropped frames of avi stand still",) if self.is_counted and self.is_variable else ()
+        return ", ".join(filter(None, (self.colors.rule, *dropped)))
 
 
 def probe_video(path: Path) -> VideoInfo:
@@ -77,14 +82,17 @@ def probe_video(path: Path) -> VideoInfo:
             raise UserError(f"{path}: its video is of a kind that is not known here. Convert it to H.264.")
         audio = container.streams.audio[0] if container.streams.audio else None
         packets = _packets(container, stream) if audio is None else _packets(container, stream, audio)
-        stored, is_mp4 = _decodable(packets[stream.index]), "mp4" in container.format.name
+        decodable, is_mp4 = _decodable(packets[stream.index]), "mp4" in container.format.name
+        stored = [packet.pts for packet in decodable]
         lost = sum(not packet.is_hidden for packet in packets[stream.index]) - len(stored)
         listed = stream.frames if is_mp4 and len(packets[stream.index]) < stream.frames else 0
         stamps, tick, counted = sorted({stamp for stamp in stored if stamp is not None}), stream.time_base, False
+        shown = stamps
         if container.format.name == "avi" or None in stored or tick is None:
             stamps, tick, counted = list(range(len(stored))), 1 / (stream.average_rate or Fraction(24)), True
+            shown = _slots(decodable) if container.format.name == "avi" else stamps
         elif listed:
-            stamps = _up_to_the_first_hole(stamps, tick, stream.average_rate)
+            shown = stamps = _up_to_the_first_hole(stamps, tick, stream.average_rate)
         pixel_aspect, average_rate = stream.sample_aspect_ratio, stream.average_rate
         sound = None if audio is None else _audio_info(audio, packets[audio.index])
     with open_media(path) as container:  # anew, as not every file can be sought in
@@ -93,11 +101,12 @@ def probe_video(path: Path) -> VideoInfo:
             raise UserError(f"{path}: not one frame can be decoded. The file is damaged or empty; replace or remove it.")
         rotation = round(first.rotation / 90) * 90 % 360
         width, height = _displayed_size(first.width, first.height, pixel_aspect, rotation)
-        times, fps, variable = _frame_times(stamps, tick, average_rate)
+        times, fps, variable = _frame_times(shown, tick, average_rate)
         return VideoInfo(
             path=path,
             stamps=tuple(stamps),
             is_counted=counted,
+            start=float(shown[0] * tick),
             tick=tick,
             times=times,
             fps=fps,
@@ -108,6 +117,7 @@ def probe_video(path: Path) -> VideoInfo:
             audio=sound,
             colors=colors_of(first),
             is_interlaced=first.interlaced_frame,
+            is_transparent=is_transparent(first),
             stored_frames=listed,
             lost_frames=lost,
         )
@@ -146,6 +156,7 @@ class _Packet:
     """What counts of a packet, so that its data can go."""
 
     pts: int | None
+    dts: int | None
     duration: int
     is_key: bool
     is_hidden: bool
@@ -157,18 +168,27 @@ def _packets(container: Any, *streams: Any) -> dict[int, list[_Packet]]:
     found: dict[int, list[_Packet]] = {stream.index: [] for stream in streams}
     for packet in container.demux(*streams):
         if packet.size and not packet.is_corrupt:
-            found[packet.stream_index].append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+            found[packet.stream_index].append(_Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return found
 
 
-def _decodable(packets: list[_Packet]) -> list[int | None]:
-    """Stamps of the frames, without those before the first key frame, which lean on what was cut away.
+def _decodable(packets: list[_Packet]) -> list[_Packet]:
+    """Those of frames, without those before the first key frame, which lean on what was cut away.
 
     A stream without any mark of key frames is taken whole.
     """
     first = next((place for place, packet in enumerate(packets) if packet.is_key), 0)
     key = packets[first].pts if first else None
-    return [packet.pts for packet in packets[first:] if not packet.is_hidden and (key is None or packet.pts is None or packet.pts >= key)]
+    return [packet for packet in packets[first:] if not packet.is_hidden and (key is None or packet.pts is None or packet.pts >= key)]
+
+
+def _slots(packets: list[_Packet]) -> list[int]:
+    """Avi gives each frame the next of its slots of time; one that was dropped is an empty slot, in which the frame before stands still.
+
+    Frames that are stored in another order than they are shown in take the slots in the order of showing.
+    """
+    slots = sorted({packet.dts for packet in packets if packet.dts is not None})
+    return slots if len(slots) == len(packets) else list(range(len(packets)))
 
 
 def _up_to_the_first_hole(stamps: list[int], tick: Fraction, average_rate: Fraction | None) -> list[int]:
@@ -185,6 +205,8 @@ def _audio_info(stream: Any, packets: list[_Packet]) -> AudioInfo:
     if stream.codec_context is None or not stream.rate or not heard:
         return AudioInfo(start=0.0, end=0.0, rate=0)
     start = min(pts for pts, _ in heard)
+    if stream.start_time is not None:  # without the encoder's delay, which is in the packets and which decoding skips
+        start = max(start, stream.start_time)
     end = max(pts + duration for pts, duration in heard)
     return AudioInfo(start=float(start * stream.time_base), end=float(end * stream.time_base), rate=stream.rate)
 
