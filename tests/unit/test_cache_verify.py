@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load, save_file
 
 from musubi_tuner.cache import store
+from musubi_tuner.cache.audit import NOTE
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.names import text_name, video_latent_name
-from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.cache.sidecars import KINDS, SILENT
 from musubi_tuner.cache.store import file_fingerprint, text_fingerprint
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.dataset.collate import make_batch
@@ -139,6 +140,16 @@ def test_all_files_of_a_replaced_clip_are_listed_with_all_commands(tmp_path: Pat
     text = refusal(items)
     assert text.count("its source 'a.mp4' has changed") == 2 and "the caption has changed" in text and "3 cache file(s)" in text
     assert all(f"python {program} --dataset_config d.toml" in text for program in PROGRAMS)
+
+
+def test_silence_that_another_dataset_file_took_the_other_way_is_refused(tmp_path: Path) -> None:
+    items = make_items(tmp_path)
+    path = items[1].paths["audio"]
+    store.write(path, store.read(path), store.read_metadata(path) | {NOTE: SILENT})
+    verify_caches(items, WANTED)
+    asking = [replace(item, spec=replace(item.spec, supervise_silence=True)) for item in items]
+    said = refusal(asking)
+    assert f"{path.name}: it was noted as {SILENT}" in said and said.startswith("1 cache file(s)") and PROGRAMS[1] in said
 
 
 def test_texts_of_before_are_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

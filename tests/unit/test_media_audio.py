@@ -1,5 +1,6 @@
 """Waveform of real files: on time, to the sample, in stereo."""
 
+import json
 import math
 import struct
 from pathlib import Path
@@ -9,10 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from musubi_tuner.cache.index import read_index, write_index
+from musubi_tuner.cache.sidecars import KINDS
+from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.encoding.audio import decode_audio
+from musubi_tuner.encoding.plan import plan_datasets
+from musubi_tuner.generation.encode import _read_audio
 from musubi_tuner.media.audio import Waveform, read_audio, resample
 from musubi_tuner.media.probe import probe_audio, probe_video
 from musubi_tuner.media.write import write_wav
+from musubi_tuner.prompts.sample_prompts import load_prompts
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.runtime.processes import Processes
 from musubi_tuner.tiny.clips import ClipAudio, beep, break_audio, numbered_frames, write_clip
 
 
@@ -64,6 +73,26 @@ def test_sound_that_starts_late_is_preceded_by_silence(tmp_path: Path, ending: s
     heard = read_audio(path, info.audio, info.start, info.start + 1.0)
     assert abs(onset(heard.samples) - 0.5 * heard.rate) < 0.003 * heard.rate
     assert heard.samples[:, : int(0.45 * heard.rate)].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_the_sound_of_a_film_is_taken_from_its_first_frame_on(tmp_path: Path, start: float) -> None:
+    film = clip(tmp_path / "film.mov", ClipAudio(samples=beep(2.0 - start, 1.0 - start), start=start))
+    (tmp_path / "clips").mkdir()
+    path = clip(tmp_path / "clips" / "film.mp4", None)
+    (tmp_path / "d.toml").write_text('[[datasets]]\nvideo_directory="clips"\ntarget_frames=[25]\nseparate_audio_directory="."\n')
+    (dataset,) = plan_datasets(load_dataset_config(tmp_path / "d.toml"), Processes(index=0, count=1), workers=1)
+    (planned,) = dataset.clips
+    assert planned.files["audio"].path == film and planned.media.path == path
+    assert abs(onset(decode_audio(planned)) - 16000) < 0.003 * 16000
+    window = json.loads(KINDS["audio"].expected(planned.clip)["window"])
+    assert window.get("from") == ("first frame" if start else None), "files of before that are right stay so"
+    write_index(dataset.spec, dataset.index)
+    assert read_index(dataset.spec, tmp_path / "d.toml") == dataset.index
+    (tmp_path / "prompts.txt").write_text("x --w 96 --h 64 --f 41 --a film.mov\n")
+    (prompt,) = load_prompts(tmp_path / "prompts.txt")
+    assert abs(onset(_read_audio(prompt, film, beside_pictures=True)) - 16000) < 0.003 * 16000
+    assert abs(onset(_read_audio(prompt, film, beside_pictures=False)) - round((1 - start) * 16000)) < 0.003 * 16000
 
 
 def test_sound_that_ends_early_comes_out_shorter(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """From sources to planned clips."""
 
+import json
 from pathlib import Path
 
 import av
 import pytest
 from PIL import Image
 
+from musubi_tuner.cache.index import index_bytes, read_index, write_index
+from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import load_dataset_config
+from musubi_tuner.encoding.makers import Encoder, sidecar_jobs
+from musubi_tuner.encoding.pictures import decode_frames, decode_reference, frames_of
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.processes import Processes
-from musubi_tuner.tiny.clips import ClipAudio, beep, numbered_frames, write_audio_files, write_clip, write_stills
+from musubi_tuner.tiny.clips import ClipAudio, beep, number_of, numbered_frames, write_audio_files, write_clip, write_stills
 
 ALONE = Processes(index=0, count=1)
 
@@ -109,6 +114,48 @@ def test_a_source_rate_overrides_the_files(tmp_path: Path) -> None:
     assert (dataset.clips[0].clip.fps, dataset.clips[0].clip.end_seconds) == (50.0, 0.5)
 
 
+def test_references_and_masks_move_along_with_a_source_rate(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 52)
+    put(tmp_path / "frame by frame", "a.mp4", 52)
+    (tmp_path / "half").mkdir()
+    write_clip(tmp_path / "half" / "a.mp4", numbered_frames(52)[::2], fps=12)
+    folders = 'reference_directory = "frame by frame"\nmask_directory = "half"\n'
+    (dataset,) = plan(tmp_path, VIDEOS + folders + 'target_frames = [25]\nframe_extraction = "chunk"\nsource_fps = 30\n')
+    for planned in dataset.clips:
+        own = [number_of(frame) for frame in decode_frames(planned)]
+        assert own[0] == planned.clip.start_frame and [number_of(frame) for frame in decode_reference(planned)] == own
+        mask = [number_of(frame) for frame in frames_of(planned.clip, planned.files["mask"])]
+        assert mask == [number // 2 * 2 for number in own]
+    assert len(dataset.clips) == 2 and "source_fps" in KINDS["reference"].expected(dataset.clips[0].clip)["window"]
+
+
+def test_datasets_that_share_files_take_silence_alike(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 25)
+    dataset, encoder = (
+        VIDEOS + "target_frames = [25]\n",
+        Encoder(model_version="", metadata=lambda clip, kind: {}, load=lambda jobs, kind: list),
+    )
+    apart = plan(tmp_path, f"{dataset}{dataset}supervise_silence = true\n")
+    assert len(sidecar_jobs(apart, KINDS["latents"], encoder)) == 1
+    with pytest.raises(UserError, match=r"they differ \(supervise_silence: false and true\).*cache_directory of its own"):
+        sidecar_jobs(apart, KINDS["audio"], encoder)
+    alike = plan(tmp_path, f"{dataset}supervise_silence = true\n{dataset}supervise_silence = true\n")
+    assert len(sidecar_jobs(alike, KINDS["audio"], encoder)) == 1
+
+
+def test_files_say_the_rate_that_a_dataset_gives_the_source_and_only_then(tmp_path: Path) -> None:
+    put(tmp_path / "clips", "a.mp4", 60)
+    windows = []
+    for rates in ("target_fps = 12\n", "source_fps = 12\n", "target_fps = 12\nsource_fps = 30\n"):
+        (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [17]\n" + rates)
+        write_index(dataset.spec, dataset.index)
+        assert read_index(dataset.spec, tmp_path / "dataset.toml") == dataset.index
+        assert ("source_fps" in index_bytes(dataset.index).decode().partition('"settings"')[0]) == ("source_fps" in rates)
+        windows.append(json.loads(KINDS["latents"].expected(dataset.clips[0].clip)["window"]))
+    assert [window.pop("source_fps", None) for window in windows] == [None, 12, 30]
+    assert windows[0] == windows[1] == windows[2]
+
+
 def test_sound_that_ends_early_is_noted(tmp_path: Path) -> None:
     put(tmp_path / "clips", "a.mp4", 49, 24, ClipAudio(samples=beep(1.0, 0.5)))
     (dataset,) = plan(tmp_path, VIDEOS + "target_frames = [49]\n")
@@ -135,3 +182,9 @@ def test_pictures_too_small_for_no_upscale_are_dropped(tmp_path: Path) -> None:
     row = next(row for row in dataset.rows if row.source == "sliver.png")
     assert row.outcome == "dropped" and "too small" in row.note
     assert dataset.without_caption == ("sliver.png",)
+
+
+def test_no_upscale_without_buckets_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stills").mkdir()
+    with pytest.raises(UserError, match=r"datasets\[0\]: bucket_no_upscale = true and enable_bucket = false.*96x64.*Leave one"):
+        plan(tmp_path, '[[datasets]]\nimage_directory = "stills"\nresolution = [96, 64]\nbucket_no_upscale = true\nenable_bucket = false\n')

@@ -1,5 +1,6 @@
 """Listing sources and captions."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_jsonl_gives_paths_and_captions(tmp_path: Path) -> None:
     jsonl.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
     (source,) = list_sources(spec(tmp_path, jsonl=jsonl))
     assert (source.name, source.caption) == ("pictures/a.png", "eine Scheibe, grün")
+
+
+def test_a_clip_beside_its_companions_is_none_of_them_and_two_of_a_kind_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.mp4")
+    for name in ("a.jpg", "a.aac"):
+        put(tmp_path, name, None)
+    beside = {"mask_directory": tmp_path, "reference_directory": tmp_path, "separate_audio_directory": tmp_path}
+    dataset = dataclasses.replace(spec(tmp_path, kind="video"), **beside)
+    (source,) = list_sources(dataset)
+    assert {name: path.name for name, path in source.files.items()} == {"mask": "a.jpg", "reference": "a.jpg", "audio": "a.aac"}
+    put(tmp_path, "A.wav", None)
+    with pytest.raises(UserError, match=r"separate_audio_directory\) holds more than one sound file of a\.mp4: A\.wav, a\.aac\. Keep one"):
+        list_sources(dataset)
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 1 sources have no (mask|reference): a\.mp4"):
+        list_sources(dataclasses.replace(dataset, separate_audio_directory=None))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from musubi_tuner.cache.names import training_key
 from musubi_tuner.cache.store import FORMAT_VERSION, read_header
 from musubi_tuner.runtime.errors import UserError
 
+NOTE = "note"
+"""Metadata entry of files that people should know something of."""
 _WORDS = {
     "kind": "it holds something else",
     "source_fingerprint": "the source file has changed",
@@ -28,7 +30,13 @@ _WORDS = {
 
 
 def reason_to_rebuild(
-    path: Path, expected: Mapping[str, str], required: Sequence[str], forms: Forms | None = None, *, to_read: bool = False
+    path: Path,
+    expected: Mapping[str, str],
+    required: Sequence[str],
+    forms: Forms | None = None,
+    *,
+    to_read: bool = False,
+    unwanted_note: str = "",
 ) -> str | None:
     """Why the file at `path` cannot be used, in words, as far as its header tells; None where it can.
 
@@ -37,6 +45,7 @@ def reason_to_rebuild(
         required: stripped keys that must be there.
         forms: what its tensors must be; None: anything.
         to_read: what holds more than is wanted, or comes out the same, will do.
+        unwanted_note: a file with this `NOTE` will not do, though it is what is expected.
     """
     header = header_of(path)
     if isinstance(header, str):
@@ -56,6 +65,8 @@ def reason_to_rebuild(
             continue
         if not (to_read and _serves(key, metadata, value)):
             return _difference(key, metadata, value)
+    if unwanted_note and metadata.get(NOTE) == unwanted_note:
+        return f"it was noted as {unwanted_note}"
     return None if forms is None else header_fault(headers, forms(metadata))
 
 

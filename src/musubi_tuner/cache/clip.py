@@ -21,6 +21,8 @@ class Sidecar:
     height: int = 0
     colors: str = ""
     """By which rule its pictures are read, where that is not their tags alone (`media.probe.VideoInfo.rule`)."""
+    from_pictures: bool = False
+    """Its sound is that of a film whose sound and pictures begin apart: its time is counted from the film's first frame."""
     at: tuple[int, ...] = ()
     """Which of the clip's frames its pictures are, where each stands alone."""
 
@@ -60,6 +62,8 @@ class Clip:
     """Its pictures, with references and masks, are flipped left to right."""
     colors: str = ""
     """As of `Sidecar`, of the source itself."""
+    source_fps: float = 0.0
+    """Rate that the dataset gives the source in place of its file's own; 0: none."""
 
     @property
     def seconds(self) -> float:

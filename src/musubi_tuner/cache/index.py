@@ -36,6 +36,8 @@ class PlannedDataset(Protocol):
         ...
 
 
+_LATER_FIELDS = ("colors", "source_fps", "from_pictures")
+"""Ends of names in the index."""
 _NO_SIDECAR = dataclasses.asdict(Sidecar(file="")) | {"file": None}
 
 
@@ -127,14 +129,14 @@ def _index_of(value: Any, where: str) -> DatasetIndex:
 
 def _to_json(clip: Clip) -> dict[str, Any]:
     """Flat: the kinds that every clip lists have empty values where it has no such sidecar; later kinds are listed where it has them, so
-    that indices of before stay as they are. So are rules for colors."""
+    that indices of before stay as they are. So are fields that came later."""
     value = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "sidecars"}
     for kind in KINDS.values():
         if kind.name in clip.sidecars:
             value |= {name: getattr(clip.sidecars[kind.name], field) for field, name in kind.index_fields.items()}
         elif kind.older_index_fields is not None:
             value |= {name: _NO_SIDECAR[field] for field, name in kind.older_index_fields.items()}
-    return {name: entry for name, entry in value.items() if entry or not name.endswith("colors")}
+    return {name: entry for name, entry in value.items() if entry or not name.endswith(_LATER_FIELDS)}
 
 
 def _from_json(value: Any, where: str) -> Clip:

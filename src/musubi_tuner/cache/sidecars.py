@@ -25,6 +25,9 @@ LATENT_PROGRAM = "ltxv2_cache_latents.py"
 AUDIO_PROGRAM = "ltxv2_cache_audio_latents.py"
 TEXT_PROGRAM = "ltxv2_cache_text_encoder_outputs.py"
 
+SILENT, SILENT_SOUND = "silent (under -80 dBFS), not learned from", "silent (under -80 dBFS), learned from as the dataset asks"
+"""Notes of files of sound."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnFiles:
@@ -98,6 +101,10 @@ class SidecarKind:
                 entries["colors"] = colors
         return entries
 
+    def unwanted_note(self, supervise_silence: bool) -> str:
+        """What its file may not be noted as in a dataset (`cache.audit.NOTE`): silence that was taken the other way; empty: nothing."""
+        return (SILENT if supervise_silence else SILENT_SOUND) if self.name == "audio" else ""
+
     def forms(self, clip: Clip) -> Forms:
         """What the tensors of its file must be, where the kind says so."""
         return _FormsOf(self.name, clip)
@@ -120,9 +127,9 @@ class _FormsOf:
         return {} if tensors is None else tensors(self.clip, self.clip.sidecars[self.kind], metadata)
 
 
-def _mirrored(clip: Clip) -> dict[str, Any]:
-    """Nothing for other clips, so that their files stay valid."""
-    return {"mirrored": True} if clip.mirrored else {}
+def _later_entries(clip: Clip) -> dict[str, Any]:
+    """What decides about the frames of some clips alone; nothing for the others, so that their files stay valid."""
+    return ({"mirrored": True} if clip.mirrored else {}) | ({"source_fps": clip.source_fps} if clip.source_fps else {})
 
 
 def clip_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
@@ -130,13 +137,19 @@ def clip_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
     window: dict[str, Any] = {"kind": clip.kind, "width": clip.width, "height": clip.height}
     if clip.kind == "video":
         window |= {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps, "frames": clip.frames}
-    return window | _mirrored(clip)
+    return window | _later_entries(clip)
+
+
+def _audio_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
+    """Its seconds; the rate says how much may be padded at a stream's end."""
+    window = {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps}
+    return window | ({"from": "first frame"} if sidecar.from_pictures else {})
 
 
 def _reference_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
     """The same seconds, at a size and rate of its own."""
     window = {"width": sidecar.width, "height": sidecar.height, "frames": sidecar.frames}
-    return window | {"start": clip.start_seconds, "fps": sidecar.fps} | _mirrored(clip)
+    return window | {"start": clip.start_seconds, "fps": sidecar.fps} | _later_entries(clip)
 
 
 def _keyframes_window(clip: Clip, sidecar: Sidecar) -> dict[str, Any]:
@@ -201,12 +214,11 @@ KINDS: dict[str, SidecarKind] = {
             program=AUDIO_PROGRAM,
             encoder="audio_vae",
             recorded=lambda clip: "audio_latents",
-            # The rate says how much may be padded at a stream's end. The entry `audio` is not expected: it is `absent` too where a
-            # stream ends before the window begins, which decoding tells.
-            window=lambda clip, sidecar: {"start": clip.start_seconds, "end": clip.end_seconds, "fps": clip.fps},
+            # The entry `audio` is not expected: it is `absent` too where a stream ends before the window begins, which decoding tells.
+            window=_audio_window,
             tensors=lambda clip, sidecar, metadata: audio_forms("", clip.seconds),
             files=OwnFiles(directory="separate_audio_directory", path="audio_path", media="sounds", of=("video",), what="sound file"),
-            older_index_fields=_index_fields("audio", "sound", "source", "fingerprint"),
+            older_index_fields=_index_fields("audio", "sound", "source", "fingerprint", "from_pictures"),
         ),
         SidecarKind(
             name="reference",

@@ -51,7 +51,8 @@ def verify_caches(items: Sequence[Item], wanted: Wanted) -> None:
         if path in told:
             continue
         forms = kind.forms(item.clip)
-        reason = reason_to_rebuild(path, {**kind.expected(item.clip), **wanted.of(kind)}, kind.keys, forms, to_read=True)
+        expected, unwanted = {**kind.expected(item.clip), **wanted.of(kind)}, kind.unwanted_note(item.spec.supervise_silence)
+        reason = reason_to_rebuild(path, expected, kind.keys, forms, to_read=True, unwanted_note=unwanted)
         if reason is None:
             right[path] = forms
         else:

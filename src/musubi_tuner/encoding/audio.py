@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.cache.clip import Clip
+from musubi_tuner.cache.sidecars import SILENT, SILENT_SOUND
 from musubi_tuner.cache.store import canonical
 from musubi_tuner.encoding.plan import PlannedClip
 from musubi_tuner.ltxv2.autoencoders.audio_vae import AudioVAE
@@ -36,7 +37,6 @@ _NOTED_PADDING = 0.01
 """Seconds: encoders of sound round lengths by less."""
 _FULL_SCALE, _MOST_AT_FULL_SCALE = 0.999, 1e-3
 """More of the samples at full scale count as clipped."""
-SILENT, SILENT_SOUND = "silent (under -80 dBFS), not learned from", "silent (under -80 dBFS), learned from as the dataset asks"
 
 
 def decode_audio(planned: PlannedClip) -> Tensor:
@@ -130,7 +130,9 @@ def judge_audio(planned: PlannedClip, samples: Tensor) -> tuple[Tensor, str]:
 
 def _sound_of(planned: PlannedClip) -> tuple[Path, float, AudioInfo | None]:
     """The file of a clip's sound, where the clip's own time begins on its clock, and its stream if there is one."""
-    file = planned.files.get("audio", planned.media)
+    if separate := planned.files.get("audio"):
+        return separate.path, separate.audio.origin, separate.audio
+    file = planned.media
     info = file.video if isinstance(file.found, VideoInfo) else file.audio
     return file.path, info.start, info.audio if isinstance(info, VideoInfo) else info
 

@@ -1,20 +1,16 @@
 """Which cache files there are to make, and which of them are right already: decided before anything is decoded."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from musubi_tuner.cache.audit import reason_to_rebuild
 from musubi_tuner.cache.contents import content_faults
 from musubi_tuner.cache.forms import Forms
-from musubi_tuner.cache.store import read_metadata
 from musubi_tuner.runtime.errors import UserError
 
 Content = TypeVar("Content")
-
-NOTE = "note"
-"""Metadata entry of files that people should know something of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +30,8 @@ class Job(Generic[Content]):
     """About how many bytes it will have."""
     unwanted_note: str = ""
     """A file with this `NOTE` is made again, though it is what is expected."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What else decides about the file, of which only its note tells."""
     forms: Forms
     """What the file's tensors must be."""
 
@@ -56,21 +54,21 @@ def one_for_each_file(jobs: Iterable[Job[Content]]) -> list[Job[Content]]:
     found: dict[Path, Job[Content]] = {}
     for job in jobs:
         other = found.setdefault(job.target, job)
-        differing = next((key for key in job.expected if other.expected.get(key) != job.expected[key]), None)
+        theirs, ours = ({**one.settings, **one.expected} for one in (other, job))
+        differing = next((key for key in ours if theirs.get(key) != ours[key]), None)
         if differing is not None:
             raise UserError(
                 f"{job.target}: {other.name} and {job.name} would both be cached in this file, though they differ ({differing}: "
-                f"{other.expected.get(differing)} and {job.expected[differing]}). Give one of the datasets a cache_directory of its own."
+                f"{theirs.get(differing)} and {ours[differing]}). Give one of the datasets a cache_directory of its own."
             )
     return list(found.values())
 
 
 def choose(jobs: Sequence[Job[Content]], required: Sequence[str], *, skip_existing: bool) -> list[Todo[Content]]:
     """The jobs whose file is missing or wrong; all of them where existing files are not to be kept."""
-    reasons = {job.target: reason_to_rebuild(job.target, job.expected, required, job.forms) for job in jobs}
-    for job in jobs:
-        if reasons[job.target] is None and job.unwanted_note and read_metadata(job.target).get(NOTE) == job.unwanted_note:
-            reasons[job.target] = f"it was noted as {job.unwanted_note}"
+    reasons = {
+        job.target: reason_to_rebuild(job.target, job.expected, required, job.forms, unwanted_note=job.unwanted_note) for job in jobs
+    }
     if skip_existing:
         reasons |= content_faults({job.target: job.forms for job in jobs if reasons[job.target] is None})
     return [Todo(job, reasons[job.target] or "--no-skip_existing") for job in jobs if reasons[job.target] is not None or not skip_existing]

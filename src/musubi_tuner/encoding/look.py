@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from musubi_tuner.cache.index import printable
 from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.cache.store import file_fingerprint
@@ -62,21 +64,34 @@ class Unreadable:
 
 
 def look_into(spec: DatasetSpec, source: Source) -> Probed | Unreadable:
-    """A source's own file and those that belong to it."""
+    """A source's own file and those that belong to it; where the dataset gives the source's rate, all of their pictures at that."""
     try:
         _check_name(source)
-        media = _media_file(source.path, spec.kind)
-        if isinstance(media.found, VideoInfo) and spec.source_fps is not None:
-            times = tuple(i / spec.source_fps for i in range(len(media.found.stamps)))
-            found = dataclasses.replace(media.found, times=times, fps=spec.source_fps, is_variable=False)
-            media = dataclasses.replace(media, found=found)
-        files = {}
+        media, files = _media_file(source.path, spec.kind), {}
         for name, path in source.files.items():
             is_picture = path.suffix.lower() in EXTENSIONS["image"]
             files[name] = _media_file(path, "audio" if KINDS[name].own_files.media == "sounds" else "image" if is_picture else "video")
+        if isinstance(own := media.found, VideoInfo) and spec.source_fps is not None:
+            files = {name: _moved_along(file, own, spec.source_fps) for name, file in files.items()}
+            times = tuple(i / spec.source_fps for i in range(len(own.times)))
+            media = dataclasses.replace(media, found=dataclasses.replace(own, times=times, fps=spec.source_fps, is_variable=False))
         return Probed(source=source, media=media, files=files)
     except UserError as error:
         return Unreadable(source, str(error))
+
+
+def _moved_along(file: MediaFile, own: VideoInfo, fps: float) -> MediaFile:
+    """A video that belongs to a source, with its frames beside the same frames of the source once these follow each other at `fps`.
+
+    Args:
+        own: the source by its own time stamps.
+    """
+    if not isinstance(file.found, VideoInfo):
+        return file
+    times = np.asarray(file.found.times)
+    places = np.interp(times, own.times, np.arange(len(own.times))) + np.maximum(times - own.times[-1], 0.0) * own.fps
+    found = dataclasses.replace(file.found, times=tuple((places / fps).tolist()), fps=file.found.fps * fps / own.fps)
+    return dataclasses.replace(file, found=found)
 
 
 def _check_name(source: Source) -> None:

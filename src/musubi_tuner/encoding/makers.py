@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from musubi_tuner.cache import store
+from musubi_tuner.cache.audit import NOTE
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.looks import look_path
 from musubi_tuner.cache.sidecars import SidecarKind
-from musubi_tuner.encoding.audio import SILENT, SILENT_SOUND, audio_bytes, decode_audio, decode_reference_audio, judge_audio
-from musubi_tuner.encoding.jobs import NOTE, Job, one_for_each_file
+from musubi_tuner.encoding.audio import audio_bytes, decode_audio, decode_reference_audio, judge_audio
+from musubi_tuner.encoding.jobs import Job, one_for_each_file
 from musubi_tuner.encoding.looks import outline_of, picture_of
 from musubi_tuner.encoding.pictures import (
     decode_frames,
@@ -107,7 +108,8 @@ def _job(plan: DatasetPlan, planned: PlannedClip, kind: SidecarKind, encoder: En
         expected={**kind.expected(clip), **made_by},
         people={"source": clip.source, "caption": planned.caption, "model_version": encoder.model_version, **size},
         size=MAKERS[kind.name].size(clip, kind.name),
-        unwanted_note=(SILENT if planned.supervise_silence else SILENT_SOUND) if kind.name == "audio" else "",
+        unwanted_note=kind.unwanted_note(planned.supervise_silence),
+        settings={"supervise_silence": str(planned.supervise_silence).lower()} if kind.name == "audio" else {},
         forms=kind.forms(clip),
     )
 

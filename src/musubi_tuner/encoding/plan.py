@@ -114,8 +114,14 @@ def plan_datasets(config: DatasetConfig, group: Processes, workers: int) -> tupl
     """Plan all datasets of a config; the processes share the looking into files, and all get the same plans.
 
     Raises:
-        UserError: what listing sources raises, and a dataset of which no clip is usable.
+        UserError: what listing sources raises, a dataset of which no clip is usable, and `bucket_no_upscale` without buckets.
     """
+    for spec in config.all:
+        if spec.bucket_no_upscale and not spec.enable_bucket and spec.kind != "audio":  # here: what was cached so can be trained on
+            raise UserError(
+                f"{config.path}: {spec.label}: bucket_no_upscale = true and enable_bucket = false: without buckets all pictures get the "
+                f"size {spec.resolution[0]}x{spec.resolution[1]}, and small ones are enlarged to it. Leave one of the two out."
+            )
     listed = list_all_sources(config.all, require_captions=False)
     places = [(which, source) for which, sources in enumerate(listed) for source in sources]
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -320,6 +326,7 @@ def _clip(
         has_audio=isinstance(found, AudioInfo) or isinstance(found, VideoInfo) and found.audio is not None,
         sidecars={kind: Sidecar(file=file) for kind, file in {**names, "text": text_name(one.source.stem)}.items()},
         colors=found.rule if isinstance(found, VideoInfo) else "",
+        source_fps=(spec.source_fps or 0.0) if isinstance(found, VideoInfo) else 0.0,
     )
 
 
@@ -358,6 +365,8 @@ def _with_file(spec: DatasetSpec, clips: Sequence[Clip], name: str, file: MediaF
             there, last = sampled_length(file.found, clip.fps), clip.start_frame + clip.frames
             if there < last:
                 return [], f"its {kind.own_files.what} {file.path} has {there} frames at {clip.fps:g} fps, its clips reach {last}"
+        if name == "audio" and abs(file.audio.origin - file.audio.start) > 1 / clip.fps:  # less was never told apart
+            own = dataclasses.replace(own, from_pictures=True)
         if name == "reference":
             frames, fps, scale = 1, clip.fps, spec.reference_temporal_scale
             if isinstance(file.found, VideoInfo) and clip.frames > 1:

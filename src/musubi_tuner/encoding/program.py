@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from musubi_tuner.cache import store
+from musubi_tuner.cache.audit import NOTE
 from musubi_tuner.cache.index import write_index
 from musubi_tuner.cache.looks import LOOK_ENDINGS
 from musubi_tuner.cache.names import INDEX_ENDING, LOOKS_FOLDER
@@ -12,7 +13,7 @@ from musubi_tuner.cache.receipts import write_receipts
 from musubi_tuner.cache.sidecars import KINDS, SidecarKind
 from musubi_tuner.config.caching import DataOptions, WorkOptions
 from musubi_tuner.config.dataset import DatasetConfig
-from musubi_tuner.encoding.jobs import NOTE, Job, Todo, choose
+from musubi_tuner.encoding.jobs import Job, Todo, choose
 from musubi_tuner.encoding.makers import MAKERS, ClipJob, Encoder, sidecar_jobs, stages
 from musubi_tuner.encoding.pipeline import run_pipeline
 from musubi_tuner.encoding.plan import DatasetPlan, plan_datasets

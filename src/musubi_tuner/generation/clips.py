@@ -255,4 +255,4 @@ def _own_sound(prompt: PreviewPrompt) -> Waveform | None:
     from musubi_tuner.media.probe import probe_audio
 
     info = probe_audio(path)
-    return read_audio(path, info, info.start, info.start + prompt.seconds)
+    return read_audio(path, info, info.origin, info.origin + prompt.seconds)

@@ -107,7 +107,7 @@ def encode_conditioning(prompt: PreviewPrompt, streams: tuple[str, ...], encoder
     reference, reference_audio = _reference(prompt, encoders), None
     keyframes = _keyframes(prompt, encoders) if "video" in streams else None
     if prompt.inputs.reference_audio is not None:
-        reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.inputs.reference_audio)))
+        reference_audio = Reference(latents=encoders.audio(_read_audio(prompt, prompt.inputs.reference_audio, beside_pictures=False)))
     if all(one is None for one in (video, audio, reference, reference_audio, keyframes)):
         return TEXT_ALONE
     clean = [tokens for tokens in (clean_video, clean_audio) if tokens is not None]
@@ -271,7 +271,7 @@ def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
     if not bool(kept.any()):
         raise UserError(f"{prompt.where}: --at leaves nothing of --a {inputs.audio} to start from.")
     end = float(bounds[int(kept.nonzero()[-1]), 1])
-    samples = _read_audio(prompt, inputs.audio)
+    samples = _read_audio(prompt, inputs.audio, beside_pictures=True)
     there = samples.shape[1] / geometry.AUDIO_SAMPLE_RATE
     if there + 1 / prompt.fps < min(end, prompt.seconds):
         raise UserError(
@@ -286,13 +286,18 @@ def _audio(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> tuple[Tenso
     return latents * kept[None, None, :, None], kept
 
 
-def _read_audio(prompt: PreviewPrompt, path: Path) -> Tensor:
-    """(2, samples) at 16 kHz of the sample's seconds, or of as many as the file has."""
+def _read_audio(prompt: PreviewPrompt, path: Path, *, beside_pictures: bool) -> Tensor:
+    """(2, samples) at 16 kHz of the sample's seconds, or of as many as the file has.
+
+    Args:
+        beside_pictures: counted from the first frame of a file that has pictures too; False: from the sound's own beginning.
+    """
     from musubi_tuner.media.audio import read_audio, resample
     from musubi_tuner.media.probe import probe_audio
 
     info = probe_audio(path)
-    audio = read_audio(path, info, info.start, info.start + prompt.seconds)
+    start = info.origin if beside_pictures else info.start
+    audio = read_audio(path, info, start, start + prompt.seconds)
     return resample(audio.samples, audio.rate, geometry.AUDIO_SAMPLE_RATE)
 
 

@@ -1,5 +1,6 @@
 """What a media file holds: frame times, size as displayed, sound. Read from packets; one frame is decoded, to see that it can be."""
 
+import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -24,6 +25,13 @@ class AudioInfo:
     end: float
     rate: int
     """samples per second; 0: the stream holds nothing that can be read"""
+    pictures_start: float | None = None
+    """First frame of the pictures that a sound file has as well, as a film has them; None: it has none, or they are of a `VideoInfo`."""
+
+    @property
+    def origin(self) -> float:
+        """Where the time of a sound file begins that is played beside pictures: players count from the first frame of its own."""
+        return self.start if self.pictures_start is None else self.pictures_start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,16 +147,21 @@ def probe_audio(path: Path) -> AudioInfo:
     Raises:
         UserError: no media file, no audio stream, or one with an impossible clock.
     """
+    from av.stream import Disposition
+
     with open_media(path) as container:
         if not container.streams.audio:
             raise UserError(f"{path}: holds no audio stream. Remove it from the audio dataset.")
         stream = container.streams.audio[0]
-        packets = _packets(container, stream)[stream.index]
+        pictures = next((video for video in container.streams.video if not video.disposition & Disposition.attached_pic), None)
+        found = _packets(container, stream) if pictures is None else _packets(container, stream, pictures)
+        packets = found[stream.index]
         stamps = sorted(float(packet.pts * stream.time_base) for packet in packets if packet.pts is not None and not packet.is_hidden)
         gap = max((later - earlier for earlier, later in pairwise(stamps)), default=0.0)
         if gap > _LONGEST_GAP_SECONDS:
             raise UserError(f"{path}: its sound stops for {gap:.0f} s, by its time stamps. Repair it by converting the file, or remove it.")
-        return _audio_info(stream, packets)
+        shown = None if pictures is None else _first_stamp(container, pictures, found[pictures.index])
+        return dataclasses.replace(_audio_info(stream, packets), pictures_start=shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +202,17 @@ def _slots(packets: list[_Packet]) -> list[int]:
     """
     slots = sorted({packet.dts for packet in packets if packet.dts is not None})
     return slots if len(slots) == len(packets) else list(range(len(packets)))
+
+
+def _first_stamp(container: Any, stream: Any, packets: list[_Packet]) -> float | None:
+    """Seconds of the first frame on the container's clock, as `VideoInfo.start` has them; None: there is none."""
+    decodable = _decodable(packets)
+    stamps = [packet.pts for packet in decodable]
+    if container.format.name == "avi" and decodable:
+        return float(_slots(decodable)[0] / (stream.average_rate or Fraction(24)))
+    if None in stamps:
+        return 0.0
+    return min((float(stamp * stream.time_base) for stamp in stamps if stamp is not None), default=None)
 
 
 def _up_to_the_first_hole(stamps: list[int], tick: Fraction, average_rate: Fraction | None) -> list[int]:

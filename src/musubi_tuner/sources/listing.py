@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def list_sources(spec: DatasetSpec, *, require_captions: bool = True) -> tuple[S
 
     Raises:
         UserError: no usable file, missing or empty captions (`Source.caption_problem` tells of unreadable ones), a malformed jsonl line
-            or one whose path leads nowhere, or two sources with one stem.
+            or one whose path leads nowhere, two sources with one stem, or two files of one kind for a source.
     """
     sources = _from_directory(spec) if spec.directory is not None else _from_jsonl(spec)
     if not sources:
@@ -175,9 +175,11 @@ def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
         if folder is not None:
             if not folder.is_dir():
                 raise UserError(f"{spec.label}: {own.directory} {folder}: no such folder. Correct the path in the dataset file.")
-            found = {path.stem.casefold(): path for path in _entries(spec, folder) if path.suffix.lower() in extensions}
-            by_stem = {source.name: {name: found[stem]} for source in sources if (stem := source.stem.casefold()) in found}
-            sources = [dataclasses.replace(source, files={**by_stem.get(source.name, {}), **source.files}) for source in sources]
+            found = files_by_stem(spec, name, sources)
+            sources = [
+                dataclasses.replace(source, files={name: found[source.name], **source.files}) if source.name in found else source
+                for source in sources
+            ]
         lacking = [source.name for source in sources if name not in source.files]
         if lacking and (folder is not None or len(lacking) < len(sources)):
             by_folder = f"Put a file with the same stem ({', '.join(extensions)}) into {folder or 'a folder'} ({own.directory}), or a"
@@ -187,6 +189,39 @@ def _with_own_files(spec: DatasetSpec, sources: list[Source]) -> list[Source]:
                 f'"{own.path}" into each line of the jsonl.'
             )
     return sources
+
+
+def files_by_stem(spec: DatasetSpec, name: str, sources: Iterable[Source]) -> dict[str, Path]:
+    """What the dataset's further folder of a kind of sidecar has for its sources, by their names. A source that lies there itself does
+    not count, nor does one count that names its file already.
+
+    Raises:
+        UserError: more than one file for a source, or a folder that cannot be read.
+    """
+    own = KINDS[name].own_files
+    folder, extensions = getattr(spec, own.directory or ""), _OF_MEDIA[own.media]
+    by_stem: dict[str, list[Path]] = {}
+    for path in _entries(spec, folder):
+        if path.suffix.lower() in extensions:
+            by_stem.setdefault(path.stem.casefold(), []).append(path)
+    found = {}
+    for source in sources:
+        if name in source.files:
+            continue
+        there = [path for path in by_stem.get(source.stem.casefold(), ()) if not _is_same_entry(path, source.path)]
+        if len(there) > 1:
+            raise UserError(
+                f"{spec.label}: {folder} ({own.directory}) holds more than one {own.what} of {source.name}: "
+                f"{', '.join(path.name for path in there)}. Keep one of them there."
+            )
+        if there:
+            found[source.name] = there[0]
+    return found
+
+
+def _is_same_entry(one: Path, other: Path) -> bool:
+    """Of the same folder; a link in another folder was put there to be used."""
+    return one.name == other.name and real_path(one.parent) == real_path(other.parent)
 
 
 def _others(spec: DatasetSpec) -> str:

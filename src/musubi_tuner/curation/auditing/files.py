@@ -16,7 +16,7 @@ from musubi_tuner.dataset.changes import source_problems
 from musubi_tuner.dataset.items import Item
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, real_path
-from musubi_tuner.sources.listing import EXTENSIONS, Source, left_out, list_alone, list_sources, sources_exist
+from musubi_tuner.sources.listing import EXTENSIONS, Source, files_by_stem, left_out, list_alone, list_sources, sources_exist
 
 _COMPANION_KEYS = {kind.files.directory: kind for kind in KINDS.values() if kind.files is not None and kind.files.directory is not None}
 
@@ -39,7 +39,8 @@ def holes(items: Iterable[Item]) -> Iterator[Finding]:
     for item in items:
         for name, path in item.paths.items():
             kind = KINDS[name]
-            reason = reason_to_rebuild(path, kind.expected(item.clip), kind.keys, kind.forms(item.clip), to_read=True)
+            expected, unwanted = kind.expected(item.clip), kind.unwanted_note(item.spec.supervise_silence)
+            reason = reason_to_rebuild(path, expected, kind.keys, kind.forms(item.clip), to_read=True, unwanted_note=unwanted)
             if reason is not None:
                 text = f"{name}: {path.name}: {reason}; python {kind.program}"
                 yield Finding(kind="hole", dataset=item.spec.label, name=item.clip.key, text=text, clip=item.clip.key)
@@ -63,11 +64,10 @@ def listed(spec: DatasetSpec) -> tuple[dict[str, Source], list[Finding]]:
         folder: Path | None = getattr(spec, key)
         if folder is None or spec.kind not in kind.own_files.of:
             continue
-        found = {path.stem.casefold(): path for path in _media_in(folder)}
+        found = files_by_stem(spec, kind.name, sources.values()) if folder.is_dir() else {}
         for name, source in sources.items():
-            path = found.get(source.stem.casefold())
-            if path is not None:
-                sources[name] = dataclasses.replace(source, files={kind.name: path, **source.files})
+            if name in found:
+                sources[name] = dataclasses.replace(source, files={kind.name: found[name], **source.files})
             elif kind.name not in source.files:
                 text = f"no {kind.own_files.what} of its stem in {folder} ({key})"
                 findings.append(Finding(kind="companion", dataset=spec.label, name=name, text=text))

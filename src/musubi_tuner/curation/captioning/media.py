@@ -148,7 +148,7 @@ def look_at(medium: Medium, how: Looking) -> Look:
     if how.sound:
         if own := medium.source.files.get("audio"):
             info = probe_audio(own)
-            sound, cut = _heard(own, info, info.start, how)
+            sound, cut = _heard(own, info, info.origin, how)
         elif video.audio is not None:
             sound, cut = _heard(medium.path, video.audio, video.start, how)
     return Look("video", pictures, tuple(video.times[place] for place in places), seconds, sound, cut)
