@@ -107,6 +107,7 @@ def test_the_page_of_a_run_plays_filters_and_keeps_picks(runs, visit):
     assert page.locator("#grid thead th").all_inner_texts() == ["step 0, the base", "step 2", "step 4"]
     assert page.locator("#grid tbody tr").count() == 2
     shows_what_was_trained_on(page, clips=2)
+    assert "2 clip(s), 2 with sound" in page.locator("#receipts").inner_text()
     if "SCREENSHOTS" in os.environ:
         page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / "run.png", full_page=True)
     plays_together(page)

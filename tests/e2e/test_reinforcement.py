@@ -297,6 +297,8 @@ def test_the_best_of_each_prompt_are_a_dataset_of_their_own(tiny_family, rollout
     (tmp_path / "best").rename(tmp_path / "elsewhere")
     assert supervised(tiny_family, tmp_path / "elsewhere" / "dataset.toml", tmp_path / "out", "--max_train_epochs", "1") == 0
     assert len(losses(tmp_path / "out")) == 4
+    (trained,) = (tmp_path / "out").glob("*.safetensors")
+    assert read_metadata(trained)["ss_max_train_steps"] == "4", "of the epoch, and not the flag's default"
 
 
 def test_a_prompt_whose_samples_score_alike_has_no_best():

@@ -266,7 +266,12 @@ def test_a_finished_lora_is_not_overwritten_unless_asked_for(data, tmp_path, cap
     shutil.rmtree(tmp_path / f"{LORA}-step00000006-state")
     with pytest.raises(UserError, match="trained for 6 of 9 steps, and there is no state"):
         train(data, tmp_path, "--autoresume", "--max_train_steps", "9")
+    (tmp_path / "sample").mkdir()
+    for name in (preview := f"{LORA}_s00000003_00_1.mp4", others := f"{LORA}_b_s00000003_00_1.mp4", notes := f"{LORA}_s00000003_00_1.txt"):
+        (tmp_path / "sample" / name).touch()
     assert train(data, tmp_path, "--overwrite", "--max_train_steps", "2") == 0
+    assert {path.name for path in (tmp_path / "sample").iterdir()} == {others, notes}, f"{preview} was the earlier run's"
+    shutil.rmtree(tmp_path / "sample")
     assert {path.name for path in tmp_path.iterdir()} == {f"{LORA}.safetensors", f"{LORA}-loss.jsonl", f"{LORA}-report.json", "report.html"}
     with pytest.raises(UserError, match="--overwrite with --autoresume"):
         train(data, tmp_path, "--overwrite", "--autoresume")

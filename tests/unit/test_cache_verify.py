@@ -12,12 +12,14 @@ from safetensors.torch import load, save_file
 from musubi_tuner.cache import store
 from musubi_tuner.cache.audit import NOTE
 from musubi_tuner.cache.clip import Clip, Sidecar
+from musubi_tuner.cache.index import DatasetIndex, write_index
 from musubi_tuner.cache.names import text_name, video_latent_name
 from musubi_tuner.cache.sidecars import KINDS, SILENT
 from musubi_tuner.cache.store import file_fingerprint, text_fingerprint
-from musubi_tuner.config.dataset import DatasetSpec
+from musubi_tuner.config.dataset import DatasetSpec, load_dataset_config
+from musubi_tuner.curation.packing.contents import gather
 from musubi_tuner.dataset.collate import make_batch
-from musubi_tuner.dataset.items import Draw, Item
+from musubi_tuner.dataset.items import Draw, Item, list_items, token_counts
 from musubi_tuner.dataset.verify import Wanted, verify_caches
 from musubi_tuner.runtime.errors import UserError
 from tests.unit.test_dataset_batches import RULES
@@ -49,7 +51,7 @@ def make_items(folder: Path, captions: dict[str, str] | None = None, **text_meta
         store.write(paths["audio"], KINDS["audio"].pack(torch.zeros(8, 9, 16).bfloat16()), KINDS["audio"].expected(clip))
         text = {"kind": "text", "source": source.name, "caption": caption, "source_fingerprint": text_fingerprint(caption), "widths": "8+4"}
         store.write(paths["text"], KINDS["text"].pack(torch.zeros(5, 12), torch.ones(5).bool()), text | text_metadata)
-        items.append(Item(key=f"datasets[0]/{clip.key}", spec=spec, clip=clip, paths=paths))
+        items.append(Item(key=f"datasets[0]/{clip.key}", spec=spec, clip=clip, paths=paths, has_sound=True))
     return items
 
 
@@ -187,3 +189,28 @@ def test_texts_of_both_streams_serve_the_video_beside_its_own(tmp_path: Path) ->
     verify_caches(items, replace(WANTED, text={"widths": "8"}))
     assert make_batch([Draw(item, 0, 0) for item in items[:2]], "video", RULES).text.shape == (2, 5, 8)
     assert "it was cached with --ltx_mode video, and lacks the text of the sound" in refusal(items)
+
+
+def test_a_track_that_was_cached_as_silent_is_no_sound_of_its_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    items = make_items(tmp_path)
+    toml = tmp_path / "dataset.toml"
+    toml.write_text('[[datasets]]\nvideo_directory = "media"\ncache_directory = "cache"\ntarget_frames = [9]\n', encoding="utf-8")
+    config = load_dataset_config(toml)
+    write_index(config.datasets[0], DatasetIndex(settings=config.datasets[0].settings(), clips=tuple(item.clip for item in items)))
+
+    def listed(mode: str) -> dict[str, bool]:
+        return {item.clip.stem: item.has_sound for item in list_items(config.datasets, mode, toml)}
+
+    kind, silent, gone = KINDS["audio"], items[1], items[2].paths["audio"]
+    store.write(silent.paths["audio"], kind.pack(torch.zeros(8, 0, 16).bfloat16()), kind.expected(silent.clip))
+    gone.rename(tmp_path / "aside")
+    assert listed("av") == {"a": True, "b": False, "c": True}, "where nothing is cached the source tells"
+    assert token_counts(list_items(config.datasets, "av", toml)[1], "av")[1] == 0
+    assert listed("audio") == {"a": True, "c": True}, "what is missing is refused later, and not left out"
+    assert "1 of 3 clips are left out of --ltx_mode audio: stills and clips without sound" in caplog.text
+    (tmp_path / "aside").rename(gone)
+    packed = {content.path for content in gather(config, "audio").files}
+    assert f"datasets_0/cache/{silent.paths['audio'].name}" in packed, "which alone tells that the clip is silent"
+    another = kind.expected(silent.clip) | {"source_fingerprint": "0"}
+    store.write(silent.paths["audio"], kind.pack(torch.zeros(8, 0, 16).bfloat16()), another)
+    assert listed("audio") == {"a": True, "b": True, "c": True}, "a file of another clip tells nothing of this one"

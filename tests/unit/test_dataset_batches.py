@@ -65,7 +65,7 @@ def make_item(folder: Path, name: str, *, steps: int | None = 10, frames: int = 
         start_frame=0, frames=frames, width=96, height=64, original_width=96, original_height=64, has_audio=bool(steps),
         sidecars={kind: Sidecar(file=path.name) for kind, path in paths.items()},
     )  # fmt: skip
-    return Item(key=f"datasets[0]/{name}", spec=spec(folder, **values), clip=clip, paths=paths)
+    return Item(key=f"datasets[0]/{name}", spec=spec(folder, **values), clip=clip, paths=paths, has_sound=bool(steps))
 
 
 def draws(*items: Item, epoch: int = 0) -> list[Draw]:
@@ -211,7 +211,7 @@ def test_a_batch_that_is_largest_by_its_text_or_its_attention_is_tried_too(tmp_p
 
     def item(name: str, frames: int, width: int, clips: int, *, seconds: float = 0.0) -> Item:
         one = make_item(tmp_path, name, steps=round(25 * seconds), batch_size=clips)
-        return replace(one, clip=replace(one.clip, frames=frames, width=width, height=256, end_seconds=seconds, has_audio=bool(seconds)))
+        return replace(one, clip=replace(one.clip, frames=frames, width=width, height=256, end_seconds=seconds))
 
     clip, stills, few = item("clip", 49, 768, 1, seconds=2), item("stills", 1, 256, 16), item("few", 1, 256, 8)
     assert largest_items([few, stills, clip], "av") == (clip, stills)

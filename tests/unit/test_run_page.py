@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from musubi_tuner.cache.index import DatasetIndex, write_index
 from musubi_tuner.cache.names import is_cache_name
 from musubi_tuner.cache.receipts import SourceReceipt, read_receipts, receipts_path, write_receipts
 from musubi_tuner.page.fill import data_of
 from musubi_tuner.runtime.errors import UserError
+from musubi_tuner.training import reporting
 from musubi_tuner.training.page.losses import MOST_POINTS, best_of, curves, gaps
 from musubi_tuner.training.page.record import MOST_POINTS as MOST_PACE
 from musubi_tuner.training.page.record import Prompt, Record, read_record, record_path, write_record
 from musubi_tuner.training.page.runs import find_runs
 from musubi_tuner.training.page.write import facts, write_page
+from tests.unit.test_dataset_batches import make_item
 
 NASTY = '</script><script>alert("x")</script> <b> & \u2028 \' "'
 
@@ -139,6 +142,18 @@ def test_previews_of_an_earlier_run_of_the_name_are_left_out(tmp_path):
     record_path(tmp_path, "mila").unlink()
     (run,) = find_runs(tmp_path)
     assert len(run.previews) == 4, "of a run that has left no record, all"
+
+
+def test_counts_and_lengths_of_a_dataset_are_of_all_its_clips_and_not_of_those_listed(tmp_path, monkeypatch):
+    items = [make_item(tmp_path, f"c{frames}", steps=steps, frames=frames) for steps, frames in ((0, 17), (9, 9), (9, 25))]
+    own = items[0].spec
+    write_index(own, DatasetIndex(settings=own.settings(), clips=tuple(item.clip for item in items)))
+    monkeypatch.setattr(reporting, "_MOST_CLIPS", 1)
+    receipt = reporting._receipt(own, (*items,), tmp_path / "dataset.toml", held_out=False)
+    assert (len(receipt.clips), receipt.more, receipt.heard) == (1, 2, 2)
+    assert (receipt.shortest, receipt.longest, receipt.seconds) == (0.375, 1.042, 2.125)
+    write_record(tmp_path, record(datasets=[receipt]))
+    assert read_record(record_path(tmp_path, "mila")).datasets == [receipt]
 
 
 def test_runs_of_a_folder_and_folders_without(tmp_path):

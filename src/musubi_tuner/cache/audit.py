@@ -83,6 +83,15 @@ def header_of(path: Path) -> tuple[dict[str, str], dict[str, TensorHeader]] | st
         return "damaged or truncated"
 
 
+def sound_steps(path: Path) -> int | None:
+    """Latent steps of a file of sound, by its header: 0 where its clip has none; None where there is no such file, or none that tells."""
+    found = header_of(path)
+    if isinstance(found, str):
+        return None
+    shapes = [header.shape for key, header in found[1].items() if training_key(key) == "audio_latents"]
+    return shapes[0][1] if shapes and len(shapes[0]) == 3 else None
+
+
 def _not_ours(metadata: Mapping[str, str]) -> str:
     if "ltxv2_cache" in metadata:
         return f"it is a cache of another version of the trainer (format {_short(metadata['ltxv2_cache'])}, here {FORMAT_VERSION})"

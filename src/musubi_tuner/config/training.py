@@ -90,7 +90,9 @@ class SavingOptions:
     autoresume: bool = flag(
         "go on from the newest state of this --output_name in --output_dir, where there is one", default=False, common=True
     )
-    overwrite: bool = flag("start anew where an earlier run of this --output_name has left LoRAs or states, and remove them", default=False)
+    overwrite: bool = flag(
+        "start anew where an earlier run of this --output_name has left LoRAs or states, and remove these and its previews", default=False
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "SavingOptions":

@@ -16,7 +16,7 @@ from typing import Literal
 
 from safetensors.torch import load
 
-from musubi_tuner.cache.audit import header_of, reason_to_rebuild
+from musubi_tuner.cache.audit import header_of, reason_to_rebuild, sound_steps
 from musubi_tuner.cache.clip import Clip, Sidecar
 from musubi_tuner.cache.forms import header_fault, value_fault
 from musubi_tuner.cache.index import DatasetIndex, write_index
@@ -154,18 +154,9 @@ def _clip_of_name(spec: DatasetSpec, path: Path, parts: Mapping[str, str], fps: 
         height=height,
         original_width=width,
         original_height=height,
-        has_audio=spec.kind == "audio" or beside is not None and _steps(spec.cache_directory / beside) > 0,
+        has_audio=spec.kind == "audio" or beside is not None and bool(sound_steps(spec.cache_directory / beside)),
         sidecars=sidecars,
     )
-
-
-def _steps(path: Path) -> int:
-    """Of a file of sound; 0 where it is not there or cannot be read."""
-    found = header_of(path)
-    if isinstance(found, str):
-        return 0
-    shapes = [header.shape for key, header in found[1].items() if training_key(key) == "audio_latents"]
-    return shapes[0][1] if shapes and len(shapes[0]) == 3 else 0
 
 
 def _take(spec: DatasetSpec, clip: Clip, caption: str | None, claims: Claims, report: Adopted, *, dry_run: bool) -> bool:

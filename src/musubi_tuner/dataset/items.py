@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from musubi_tuner.cache.audit import reason_to_rebuild, sound_steps
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.index import DatasetIndex, printable, read_index
 from musubi_tuner.cache.sidecars import KINDS
@@ -29,6 +30,8 @@ class Item:
     clip: Clip
     paths: Mapping[str, Path]
     """Cache files that the run's mode reads, by the names of their kinds (`cache.sidecars.KINDS`)."""
+    has_sound: bool
+    """As of `has_sound`; not whether the run's mode reads it."""
 
     @property
     def bucket(self) -> tuple[object, ...]:
@@ -37,6 +40,20 @@ class Item:
             return (self.spec.label, round(self.clip.seconds))
         own_frames = tuple((name, sidecar.frames) for name, sidecar in sorted(self.clip.sidecars.items()) if sidecar.frames)
         return (self.spec.label, self.clip.width, self.clip.height, self.clip.frames, own_frames)
+
+
+def has_sound(spec: DatasetSpec, clip: Clip) -> bool:
+    """Whether a clip has sound to learn from, by its cache file: a track that is silent, or none in the clip's seconds, was cached as none.
+
+    Where that file is missing or not of this clip, the source tells: a cache that is wrong is for `verify_caches` to refuse.
+    """
+    if "audio" not in clip.sidecars:
+        return False
+    kind, path = KINDS["audio"], spec.cache_directory / clip.sidecars["audio"].file
+    steps = sound_steps(path)
+    if not steps and clip.has_audio:
+        return reason_to_rebuild(path, kind.expected(clip), kind.keys, kind.forms(clip), to_read=True) is not None
+    return bool(steps)
 
 
 def list_items(
@@ -56,7 +73,8 @@ def list_items(
     for spec in specs:
         index = read_index(spec, dataset_config, arguments)
         clips = [clip for clip in index.clips if not (mode == "audio" and clip.mirrored)]
-        used = [clip for clip in clips if ("audio" in clip.sidecars and clip.has_audio if mode == "audio" else "latents" in clip.sidecars)]
+        heard = {clip.key for clip in clips if has_sound(spec, clip)}
+        used = [clip for clip in clips if (clip.key in heard if mode == "audio" else "latents" in clip.sidecars)]
         if len(used) < len(clips):
             what = "stills and clips without sound" if mode == "audio" else "sound without pictures, which --ltx_mode audio trains on"
             left = len(clips) - len(used)
@@ -70,7 +88,7 @@ def list_items(
         for clip in used:
             kinds = [kind for kind in KINDS.values() if mode in kind.modes and kind.name in clip.sidecars]
             paths = {kind.name: spec.cache_directory / clip.sidecars[kind.name].file for kind in kinds}
-            items.append(Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths))
+            items.append(Item(key=f"{spec.label}/{clip.key}", spec=spec, clip=clip, paths=paths, has_sound=clip.key in heard))
     if not items:
         raise UserError(f"{dataset_config}: no item that --ltx_mode {mode} can train on. " + _EMPTY_HINTS[mode])
     return tuple(items)
@@ -105,8 +123,7 @@ def token_counts(item: Item, mode: str, keyframes: KeyframesBeside | None = None
         video += ((reference.frames - 1) // 8 + 1) * (reference.height // 32) * (reference.width // 32)
     if video and keyframes is not None and (own := clip.sidecars.get("keyframes")):
         video += keyframes.most(own.at, clip.frames - 1) * (own.height // 32) * (own.width // 32)
-    has_audio = mode != "video" and clip.has_audio
-    audio = round(clip.seconds * AUDIO_LATENTS_PER_SECOND) if has_audio else 0
+    audio = round(clip.seconds * AUDIO_LATENTS_PER_SECOND) if mode != "video" and item.has_sound else 0
     if "reference_audio" in clip.sidecars:
         audio *= 2  # it is as long as the clip at most
     return video * clips, audio * clips

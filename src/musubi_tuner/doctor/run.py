@@ -90,7 +90,7 @@ def _items(specs: Sequence[DatasetSpec], config: TrainingConfig) -> str | Note:
 
 
 def _with_sound(items: Sequence[Item]) -> int:
-    return sum(item.clip.has_audio for item in items)
+    return sum(item.has_sound for item in items)
 
 
 def _recipe(config: TrainingConfig) -> str:

@@ -16,6 +16,7 @@ from musubi_tuner.runtime.program import quoted
 from musubi_tuner.training import checkpoint, state, state_folders
 from musubi_tuner.training.metrics import loss_path
 from musubi_tuner.training.page.record import record_path
+from musubi_tuner.training.page.runs import preview_files
 from musubi_tuner.training.preflight import RunInputs, check_output_folder
 from musubi_tuner.training.run import make_schedule
 
@@ -138,13 +139,13 @@ def _later(saving: SavingOptions, step: int) -> dict[Path, int]:
 
 
 def clear_earlier(saving: SavingOptions) -> None:
-    """With `--overwrite`, remove LoRAs, states and losses of an earlier run, so that nothing of it is taken for this one's."""
+    """With `--overwrite`, remove LoRAs, states, previews and losses of an earlier run, so that nothing of it is taken for this one's."""
     if not saving.overwrite:
         return
     folder, name = saving.output_dir, saving.output_name
-    found = checkpoint.lora_files(folder, name)
+    found = [*checkpoint.lora_files(folder, name), *(preview.path for preview in preview_files(folder, name))]
     if found or state_folders.states(folder, name):
-        log.warning("WARNING: --overwrite: LoRAs and states of an earlier run of '%s' in %s are removed", name, folder)
+        log.warning("WARNING: --overwrite: LoRAs, states and previews of an earlier run of '%s' in %s are removed", name, folder)
     try:
         for path in found:
             path.unlink()

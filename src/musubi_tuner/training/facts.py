@@ -17,7 +17,7 @@ from musubi_tuner.networks.whole import TrainedNetwork, WholeTransformer
 from musubi_tuner.placement.planning import describe_placement
 from musubi_tuner.runtime.tables import format_table
 from musubi_tuner.training.preflight import RunInputs, reference_facts
-from musubi_tuner.training.run import Machine, TrainingRun
+from musubi_tuner.training.run import Machine, TrainingRun, make_schedule
 
 _WHERE_ONLY = {
     "output_dir",
@@ -92,6 +92,7 @@ def file_facts(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> 
 def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> dict[str, object]:
     config = inputs.config
     version = detect_version(inputs.checkpoint)
+    schedule = make_schedule(config, inputs.items, machine.processes.count, has_validation=bool(inputs.validation_items))
     adapted = [stream for stream, count in network.count_by_stream().items() if count]
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -113,7 +114,7 @@ def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) 
         "ltxv2_audio_learning_rate": config.optimization.audio_learning_rate,
         "ss_optimizer": config.optimization.optimizer_type,
         "ss_lr_scheduler": config.optimization.lr_scheduler,
-        "ss_max_train_steps": config.optimization.max_train_steps,
+        "ss_max_train_steps": schedule.total,
         "ss_gradient_accumulation_steps": config.optimization.gradient_accumulation_steps,
         "ss_seed": config.optimization.seed,
         "ss_num_train_items": len(inputs.items),
@@ -149,7 +150,7 @@ def banner_rows(inputs: RunInputs, run: TrainingRun) -> list[tuple[str, str]]:
     """Its rows."""
     config = inputs.config
     streams = ", ".join(f"{count} {stream}" for stream, count in run.network.count_by_stream().items() if count)
-    heard = sum(item.clip.has_audio for item in inputs.items)
+    heard = sum(item.has_sound for item in inputs.items)
     left_alone = ", which --ltx_mode video does not train" if heard and config.ltx_mode == "video" else ""
     parameters = sum(p.numel() for p in run.network.parameters())
     whole = isinstance(run.network, WholeTransformer)

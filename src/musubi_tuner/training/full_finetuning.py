@@ -114,11 +114,12 @@ def check_sharded(inputs: RunInputs) -> None:
             f"--sample_prompts {why}: previews are made by one process, which has not all of them. Leave it out, and give the checkpoints "
             "that --save_every_n_steps writes to ltxv2_generate_video.py."
         )
-    with_sound = sum(item.clip.has_audio for item in inputs.items)
+    with_sound = sum(item.has_sound for item in inputs.items)
     if config.ltx_mode == "av" and with_sound not in (0, len(inputs.items)):
         raise UserError(
             f"--ltx_mode av {why}: {with_sound} of {len(inputs.items)} items have sound, and the processes must all train the same part of "
-            "the model in a step. Give the items without sound a silent track, leave them out, or train with --ltx_mode video."
+            "the model in a step. Give the items without sound a silent track and their dataset supervise_silence, leave them out, or "
+            "train with --ltx_mode video."
         )
     if inputs.recipe.keyframes is not None:
         raise UserError(f"the recipe's rule 'keyframes' {why}: is not supported, as it is drawn for each clip. Take it out.")

@@ -194,6 +194,7 @@ def _prompts(config: TrainingConfig) -> list[Prompt]:
 
 def _receipt(spec: DatasetSpec, items: tuple[Item, ...], toml: Path, *, held_out: bool) -> DatasetReceipt:
     own = [item for item in items if item.spec.label == spec.label]
+    seconds = [item.clip.seconds for item in own if item.clip.frames != 1]
     return DatasetReceipt(
         label=spec.label,
         folder=str(spec.root),
@@ -201,7 +202,10 @@ def _receipt(spec: DatasetSpec, items: tuple[Item, ...], toml: Path, *, held_out
         repeats=spec.num_repeats,
         clips=[_clip_receipt(item) for item in own[:_MOST_CLIPS]],
         more=max(0, len(own) - _MOST_CLIPS),
-        seconds=round(sum(item.clip.seconds for item in own if item.clip.frames != 1), 3),
+        seconds=round(sum(seconds), 3),
+        shortest=round(min(seconds, default=0.0), 3),
+        longest=round(max(seconds, default=0.0), 3),
+        heard=sum(item.has_sound for item in own),
         sources=_sources(spec, toml),
     )
 
@@ -224,7 +228,7 @@ def _clip_receipt(item: Item) -> ClipReceipt:
         seconds=0.0 if still else round(clip.seconds, 3),
         frames=clip.frames,
         size=f"{clip.width}x{clip.height}" if clip.width else "",
-        sound=clip.has_audio,
+        sound=item.has_sound,
         start=round(clip.start_seconds, 3),
         picture=str(looks["latents"].resolve()) if "latents" in looks and looks["latents"].is_file() else "",
         outline=read_outline(looks["audio"]) if "audio" in looks else [],

@@ -190,7 +190,7 @@ def _schedule_options_of(options: OptimizationOptions, total_steps: int) -> Sche
 
 def _warn_of_sound_that_is_not_held(inputs: RunInputs) -> None:
     config = inputs.config
-    if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.clip.has_audio for item in inputs.items):
+    if config.ltx_mode == "av" and not config.preservation.audio_dop_weight and not any(item.has_sound for item in inputs.items):
         log.warning(
             "WARNING: --ltx_mode av, and none of the %d items has sound: the video alone is trained, and nothing holds the sound that "
             "goes with it to the base model's. Give --audio_dop_weight 1 for that, or train with --ltx_mode video.",

@@ -13,7 +13,7 @@ from musubi_tuner.cache.sidecars import KINDS
 from musubi_tuner.config.dataset import DatasetSpec
 from musubi_tuner.curation.auditing.findings import Finding
 from musubi_tuner.dataset.changes import source_problems
-from musubi_tuner.dataset.items import Item
+from musubi_tuner.dataset.items import Item, has_sound
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, real_path
 from musubi_tuner.sources.listing import EXTENSIONS, Source, files_by_stem, left_out, list_alone, list_sources, sources_exist
@@ -29,6 +29,7 @@ def items_of(spec: DatasetSpec, index: DatasetIndex) -> list[Item]:
             spec=spec,
             clip=clip,
             paths={name: spec.cache_directory / sidecar.file for name, sidecar in clip.sidecars.items()},
+            has_sound=has_sound(spec, clip),
         )
         for clip in index.clips
     ]

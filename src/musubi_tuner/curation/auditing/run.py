@@ -178,7 +178,7 @@ def _facts(
         clips=len(clips),
         sources=sources,
         seconds=round(sum(clip.seconds for clip in clips if clip.kind != "image"), 3),
-        with_sound=sum(clip.has_audio for clip in clips),
+        with_sound=sum(item.has_sound for item in items),
         cached_bytes=sum(path.stat().st_size for path in files if path.is_file()),
         lengths=_counted(with_length),
         sizes=_counted(f"{clip.width}x{clip.height}" for clip in clips if clip.width),

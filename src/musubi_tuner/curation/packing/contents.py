@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from musubi_tuner.cache.audit import sound_steps
 from musubi_tuner.cache.clip import Clip
 from musubi_tuner.cache.index import DatasetIndex, index_bytes, index_path, read_index
 from musubi_tuner.cache.looks import LOOK_ENDINGS, look_path
@@ -65,7 +66,7 @@ def gather(config: DatasetConfig, mode: str) -> Contents:
     moved = _moved(config.all)
     files: dict[str, Path | bytes] = {}
     for spec in config.all:
-        files |= _of_dataset(spec, moved[spec.label], config, [item for item in items if item.spec.label == spec.label])
+        files |= _of_dataset(spec, moved[spec.label], config, [item for item in items if item.spec.label == spec.label], mode)
     groups = ([moved[spec.label] for spec in specs] for specs in (config.datasets, config.validation_datasets))
     toml = dataset_toml(_ROOT, *groups)
     _check_toml(toml, tuple(moved.values()))
@@ -106,7 +107,7 @@ def _moved(specs: Sequence[DatasetSpec]) -> dict[str, DatasetSpec]:
     return moved
 
 
-def _of_dataset(spec: DatasetSpec, moved: DatasetSpec, config: DatasetConfig, items: Sequence[Item]) -> dict[str, Path | bytes]:
+def _of_dataset(spec: DatasetSpec, moved: DatasetSpec, config: DatasetConfig, items: Sequence[Item], mode: str) -> dict[str, Path | bytes]:
     """Files by their paths in the pack."""
     index = read_index(spec, config.path)
     files: dict[str, Path | bytes] = {}
@@ -116,6 +117,9 @@ def _of_dataset(spec: DatasetSpec, moved: DatasetSpec, config: DatasetConfig, it
             files[(cache / path.name).as_posix()] = path
             if kind in LOOK_ENDINGS and (look := look_path(path, kind)).is_file():
                 files[(cache / look.relative_to(path.parent)).as_posix()] = look
+    if mode == "audio":  # which leaves silent clips out by these files
+        sounds = {spec.cache_directory / clip.sidecars["audio"].file for clip in index.clips if "audio" in clip.sidecars}
+        files |= {(cache / path.name).as_posix(): path for path in sounds if sound_steps(path) == 0}
     prompts = spec.cache_directory / PROMPT_FOLDER
     for path in sorted(prompts.glob("*.safetensors")) if prompts.is_dir() else ():
         files[(cache / PROMPT_FOLDER / path.name).as_posix()] = path

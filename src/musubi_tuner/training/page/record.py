@@ -58,7 +58,12 @@ class DatasetReceipt:
     more: int
     """Clips that are not listed."""
     seconds: float
-    """Of all clips."""
+    """Of all clips, as the next ones; 0 of stills."""
+    shortest: float | None = None
+    """None in records of before, which knew these of the listed clips alone."""
+    longest: float | None = None
+    heard: int | None = None
+    """Clips with sound."""
     sources: list[tuple[str, str, str]] = field(default_factory=list)
     """(source, `kept`, `trimmed`, `dropped` or `failed`, why): those of which there is something to say."""
 

@@ -182,11 +182,13 @@ function lookOf(clip) {
   return look;
 }
 function receiptOf(receipt) {
-  const seconds = receipt.clips.filter((clip) => clip.seconds).map((clip) => clip.seconds);
-  const lengths = seconds.length ? `, ${short(Math.min(...seconds))} to ${short(Math.max(...seconds))} s, ${(receipt.seconds / 60).toFixed(1)} minutes together` : "";
-  const count = receipt.clips.length + receipt.more, heard = receipt.clips.filter((clip) => clip.sound).length;
+  const count = receipt.clips.length + receipt.more, listed = receipt.clips.map((clip) => clip.seconds).filter(Boolean);
+  const shortest = receipt.shortest ?? Math.min(...listed), longest = receipt.longest ?? Math.max(...listed);
+  const heard = receipt.heard ?? receipt.clips.filter((clip) => clip.sound).length;
+  const older = receipt.heard === null && receipt.more ? ` (of the ${receipt.clips.length} that are listed)` : "";
+  const lengths = longest > 0 ? `, ${short(shortest)} to ${short(longest)} s${older}, ${(receipt.seconds / 60).toFixed(1)} minutes together` : "";
   const repeats = receipt.repeats > 1 ? `, each ${receipt.repeats} times an epoch` : "";
-  const parts = [make("h3", {}, `${receipt.label}${receipt.held_out ? " (held out)" : ""}: ${receipt.folder}`), make("p", {}, `${count} clip(s), ${heard} with sound${lengths}${repeats}`)];
+  const parts = [make("h3", {}, `${receipt.label}${receipt.held_out ? " (held out)" : ""}: ${receipt.folder}`), make("p", {}, `${count} clip(s), ${heard} with sound${older}${lengths}${repeats}`)];
   if (receipt.sources.length) parts.push(details(`Sources that were trimmed, dropped, or are worth a look (${receipt.sources.length})`, table(["source", "what", "why"], receipt.sources)));
   const rows = receipt.clips.map((clip) => [clip.name, lookOf(clip), clip.caption, clip.seconds ? short(clip.seconds) : "still", clip.start ? short(clip.start) : "", clip.frames ? String(clip.frames) : "", clip.size, clip.sound ? "yes" : "no"]);
   const more = receipt.more ? [make("p", {}, `... and ${receipt.more} more.`)] : [];

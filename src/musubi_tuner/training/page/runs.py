@@ -89,21 +89,26 @@ def find_run(folder: Path, name: str, record: Record | None = None) -> FoundRun:
         name=name,
         record=record,
         losses=rows,
-        previews=_previews(folder / PREVIEWS, name, record),
+        previews=_previews(folder, name, record),
         loras={step: path.name for path in loras if (step := steps_of(path))},
     )
 
 
 def _previews(folder: Path, name: str, record: Record | None) -> list[PreviewFile]:
     """Those of the run: an earlier one of its name may have left more steps, and other prompts."""
-    pattern = re.compile(re.escape(name) + r"_s(\d{8})_(\d+)_(-?\d+)\.(\w+)")
     known = {(prompt.index, prompt.seed) for prompt in record.prompts} if record else set()
+    found = preview_files(folder, name)
+    return [one for one in found if record is None or (one.step <= record.step and (not known or (one.index, one.seed) in known))]
+
+
+def preview_files(folder: Path, name: str) -> list[PreviewFile]:
+    """All that runs of the name have left in an output folder, and nothing of other names."""
+    previews = folder / PREVIEWS
+    pattern = re.compile(re.escape(name) + r"_s(\d{8})_(\d+)_(-?\d+)\.(\w+)")
     found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(previews.iterdir()) if previews.is_dir() else []:
         match = pattern.fullmatch(path.name)
-        if match is None or path.suffix not in MEDIA_KINDS:
-            continue
-        step, index, seed = (int(part) for part in match.groups()[:3])
-        if record is None or (step <= record.step and (not known or (index, seed) in known)):
+        if match is not None and path.suffix in MEDIA_KINDS:
+            step, index, seed = (int(part) for part in match.groups()[:3])
             found.append(PreviewFile(path=path, step=step, index=index, seed=seed))
     return found
