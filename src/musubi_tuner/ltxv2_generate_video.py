@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
         again = read_again(config)
         prompts, loras = (again.prompt,), again.loras
-        setting = open_setting(config, PROG)
+        setting = dataclasses.replace(open_setting(config, PROG), reference_factors=again.reference_factors)
         tell_differences(again, setting)
     else:
         prompts, loras = enhanced(read_prompts(config), config), chosen_loras(config.loras)

@@ -75,6 +75,7 @@ def _convert(options: config.ConvertConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
 
     contents = read_lora(options.file.lora)
+    _tell_of_connectors([contents.path])
     _write(contents, options.writing, f"convert --to {options.form.to} {contents.path.name}", form=options.form.to)
     return 0
 
@@ -93,6 +94,7 @@ def _strip(options: config.StripConfig) -> int:
     left = without(contents, options.removal.remove, patterns)
     log.info("%d of %d modules removed", len(contents.adapters) - len(left.adapters), len(contents.adapters))
     words = " ".join((*options.removal.remove, *options.removal.remove_pattern))
+    _tell_of_connectors([contents.path])
     _write(left, options.writing, f"strip {words} {contents.path.name}")
     return 0
 
@@ -106,6 +108,7 @@ def _scale(options: config.ScaleConfig) -> int:
     strength = Strength(chosen.video_strength, chosen.audio_strength) * chosen.strength
     if strength == Strength(1, 1):
         raise UserError("nothing to scale by: give --strength, --video_strength or --audio_strength.")
+    _tell_of_connectors([contents.path])
     _write(strengthened(contents, strength), options.writing, f"scale {strength.video:g} (sound {strength.audio:g}) {contents.path.name}")
     return 0
 
@@ -121,6 +124,7 @@ def _resize(options: config.ResizeConfig) -> int:
     words = ", ".join(f"{name} {value:g}" for name, value in wanted.items() if value is not None)
     if rank is not None and energy is None and contents.kinds == ["lora"] and max(contents.ranks) < rank:
         log.info("no module has more than rank %d, so all keep theirs at --rank %d", max(contents.ranks), rank)
+    _tell_of_connectors([contents.path])
     _write(_resized(contents, rank, energy), options.writing, f"resize to {words} {contents.path.name}")
     return 0
 
@@ -155,6 +159,7 @@ def _merge(options: config.MergeConfig) -> int:
     if options.merge.rank is not None:
         result = _resized(result, options.merge.rank, None)
     names = ", ".join(f"{use.path.name} x {use.strength.video:g} (sound {use.strength.audio:g})" for use in uses)
+    _tell_of_connectors([use.path for use in uses])
     _write(result, options.writing, f"merge {names}")
     return 0
 
@@ -183,6 +188,7 @@ def _average(options: config.AverageConfig) -> int:
             raise UserError(f"--sigma_rel: the files' steps (ss_steps) are {steps}; they must rise from file to file. Use --beta.")
         shares, how = shares_by_width(steps, chosen.sigma_rel), f"sigma_rel {chosen.sigma_rel:g}"
     print(format_table([(path.name, f"{share:.4f}") for path, share in zip(paths, shares, strict=True)], ("file", "share")))
+    _tell_of_connectors(paths)
     _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}")
     return 0
 
@@ -263,6 +269,17 @@ def _metadata(options: config.MetadataConfig) -> int:
         log.info("%s: %d entries; its tensors are those of %s", chosen.output, len(metadata), path)
     print(format_table(metadata_table(metadata), ("entry", "value")) if metadata else f"{path}: has no metadata.")
     return 0
+
+
+def _tell_of_connectors(paths: Sequence[Path]) -> None:
+    """Warn of adapters of the text connectors beside these files, which are not read."""
+    from musubi_tuner.networks.formats import CONNECTORS_ENDING, connectors_path
+
+    if beside := [path.name for path in map(connectors_path, paths) if path.is_file()]:
+        log.warning(
+            "WARNING: the adapters of the text connectors in %s are no part of this. The same command takes such files by their names too; "
+            "end --output in %s then, so that it is found beside the LoRA.", names_of(beside), CONNECTORS_ENDING,
+        )  # fmt: skip
 
 
 def _write(contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official") -> None:

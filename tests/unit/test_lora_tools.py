@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from musubi_tuner import ltxv2_lora
+from musubi_tuner import ltxv2_checkpoint, ltxv2_lora
 from musubi_tuner.conversion.lora.changes import change_of, shares_by_decay, shares_by_width
 from musubi_tuner.conversion.lora.contents import read_lora
+from musubi_tuner.generation.networks import check_connectors
+from musubi_tuner.ltxv2.text.connectors import connector_names
+from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint
+from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.scales import FOLDED
 from musubi_tuner.networks.types import TYPES
 from musubi_tuner.runtime.errors import UserError
@@ -441,3 +445,23 @@ def test_what_takes_itself_away_has_no_rank(tmp_path, caplog):
     lora("merge", f"{source}:1", f"{source}:0.5", "--output", tmp_path / "both.safetensors", "--save_precision", "float32")
     lora("resize", tmp_path / "both.safetensors", "--energy", "1", "--output", tmp_path / "small.safetensors")
     assert read_lora(tmp_path / "small.safetensors").ranks == [3]
+
+
+def test_adapters_of_the_text_connectors_beside_a_file_are_told(tiny_family, tmp_path, caplog):
+    """Where they are not read: by the tools, which take that file too, and by what makes clips, until they are baked in."""
+    checkpoint, linear = open_checkpoint(tiny_family.ltx23), "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q"
+    size = checkpoint.shape(connector_names(checkpoint)[f"{linear}.weight"])
+    network = write_lora(tmp_path / "a.safetensors")
+    beside = write_lora(tmp_path / "a.connectors.safetensors", sizes={linear: size})
+    lora("scale", network, "--strength", "0.5", "--output", tmp_path / "half.safetensors")
+    assert "connectors in a.connectors.safetensors are no part of this" in caplog.text
+    check_connectors(network, checkpoint)
+    assert f"ltxv2 checkpoint bake --lora {beside}" in caplog.text
+    caplog.clear()
+    lora("scale", beside, "--strength", "0.5", "--output", tmp_path / "half.connectors.safetensors")
+    assert list(changes(tmp_path / "half.connectors.safetensors")) == [linear]
+    baked = tmp_path / "baked.safetensors"
+    assert ltxv2_checkpoint.main(["bake", str(checkpoint.path), "--lora", str(beside), "--output", str(baked)]) == 0
+    check_connectors(network, open_checkpoint(baked))
+    assert "WARNING" not in caplog.text
+    assert projection_fingerprint(open_checkpoint(baked)) != projection_fingerprint(checkpoint)

@@ -59,6 +59,8 @@ def test_the_same_in_toml(tmp_path):
         ("--ei a.png --k 24=b c.png", r"--ei and --k 24=... both give the last frame"),
         ("--vt 1-", r"give the clip by --iv"),
         ("--at 1-", r"give the sound by --a"),
+        ("--kp 17=a.png;20=b c.png", r"--kp 17=... and --kp 20=... are two pictures of one latent frame \(frames 17 to 24 are one\)"),
+        ("--i a.png --kp 0=b c.png", r"--i and --kp 0=... are two pictures of one latent frame \(frame 0 is one\)"),
         ("--iv clip.mp4 --vt now", r"must be START-END"),
         ("--iv clip.mp4 --vt 2-1", r"ends before it starts"),
         ("--iv clip.mp4 --box 0,0,40,32", r"multiples of 32"),
@@ -71,6 +73,14 @@ def test_the_same_in_toml(tmp_path):
 def test_mistakes_name_line_flag_and_remedy(tmp_path, flags, message):
     with pytest.raises(UserError, match=f"prompts.txt, line 1: .*{message}"):
         read(tmp_path, flags)
+
+
+def test_a_strength_is_of_the_flag_that_it_is_written_behind(tmp_path):
+    inputs = read(tmp_path, "--ei a.png --k 8=a.png;16=a.png@.25 --kp 8=b c.png@.5;24=b c.png@.75")
+    assert dict(inputs.strengths) == {8: 0.5, 16: 0.25, 24: 0.75}, "as recipes have had it"
+    assert dict(inputs.strengths_beside) == {8: 1.0, 24: 1.0}, "of --k 8 and --ei"
+    same = read(tmp_path, "--k 8=a.png@.5 --kp 8=b c.png@.5")
+    assert (same.strengths, same.strengths_beside) == (((8, 0.5),), ())
 
 
 def test_spans_that_are_generated_are_told_in_whole_latent_frames():

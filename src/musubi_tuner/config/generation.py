@@ -85,7 +85,7 @@ class LoraOptions:
     )  # fmt: skip
     lora_weight: Annotated[tuple[AnyPath, ...], List] = flag("the files alone, as musubi-tuner has it", default=(), repeats=True)
     lora_multiplier: Annotated[tuple[LoraStrength, ...], List] = flag(
-        "strength of each --lora_weight; default: 1", default=(), repeats=True
+        "strengths of the files of --lora_weight, in their order; 1 for those that have none", default=(), repeats=True
     )
     merge_loras: bool = flag(
         "merge all LoRAs of a stage, --distilled_lora too, into the weights while they are loaded, before these are quantized: faster "
@@ -95,7 +95,7 @@ class LoraOptions:
 
     @model_validator(mode="after")
     def _check(self) -> "LoraOptions":
-        if len(self.lora_multiplier) > max(1, len(self.lora_weight)):
+        if len(self.lora_multiplier) > len(self.lora_weight):
             raise UserError(f"--lora_multiplier: {len(self.lora_multiplier)} numbers for {len(self.lora_weight)} files of --lora_weight.")
         return self
 

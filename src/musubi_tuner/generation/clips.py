@@ -26,9 +26,9 @@ from musubi_tuner.generation.encode import (
     still_crf,
     video_cells,
 )
-from musubi_tuner.generation.jobs import Job, reference_factors
+from musubi_tuner.generation.jobs import Job
 from musubi_tuner.generation.networks import check_networks
-from musubi_tuner.generation.pipelines import Stage, make_stages
+from musubi_tuner.generation.pipelines import Stage, make_stages, without_effect
 from musubi_tuner.generation.recipe import Recipe, recipe_of
 from musubi_tuner.generation.setting import Planned, Setting, Tell
 from musubi_tuner.generation.stages import run_stage
@@ -85,7 +85,7 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
     seconds: dict[Job, float] = {}
     if missing:
         cap_device_memory(setting.device, setting.config.memory.vram_gb)
-        planned, needs = prepare(missing, recipes, setting)
+        planned, needs = prepare(missing, recipes, setting, setting.factors_of(jobs))
         with _told_when_interrupted(unfinished):
             for number in range(max(len(one.stages) for one in planned)):
                 run_stage(number, planned, needs, unfinished, setting, tell)
@@ -98,15 +98,24 @@ def make_clips(jobs: Sequence[Job], setting: Setting, tell: Tell = lambda job, p
 def recipes_of(jobs: Sequence[Job], setting: Setting) -> dict[Job, Recipe]:
     """What each clip is made from.
 
+    Args:
+        jobs: all of a run.
+
     Raises:
         UserError: a file that cannot be read.
     """
     model, encoders = setting.model, encoders_of({job.prompt.prompt for job in jobs}, setting.texts)
-    return {job: recipe_of(job, setting.config, model, encoders[job.prompt.prompt]) for job in jobs}
+    factors = setting.factors_of(jobs)
+    return {job: recipe_of(job, setting.config, model, encoders[job.prompt.prompt], factors) for job in jobs}
 
 
-def prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting) -> tuple[list[Planned], list[Need]]:
+def prepare(
+    jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting, factors: tuple[int, int] = (1, 1)
+) -> tuple[list[Planned], list[Need]]:
     """Stages, contexts and conditioning of each clip, and what comes after the transformer; every file is looked at.
+
+    Args:
+        factors: how many times smaller and slower references are.
 
     Raises:
         UserError: anything that cannot be used.
@@ -123,6 +132,11 @@ def prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting
     check_networks(stages, setting)
     for line in dict.fromkeys(f"{job.prompt.where}: generated are {span}" for job in jobs for span in generated_spans(job.prompt)):
         log.info(line)
+    pipeline = config.pipeline.pipeline
+    idle = {tuple(without_effect(pipeline, job.prompt, job.guidance)): job.prompt.where for job in reversed(jobs)}
+    for flags, where in idle.items():
+        if flags:
+            log.warning("WARNING: %s: --pipeline %s has fixed steps and no guidance; without effect: %s", where, pipeline, ", ".join(flags))
     every = [stage for of_job in stages.values() for stage in of_job]
     try_decoders(files.vae, files.audio_vae, {stream for stage in every for stream in stage.plan.streams})
     needs = _needs_after(list(stages.values()), setting)
@@ -132,15 +146,13 @@ def prepare(jobs: Sequence[Job], recipes: Mapping[Job, Recipe], setting: Setting
     widths = (transformer.video_context_width, both) if mode == "video" else (both,)
     contexts = load_contexts(list(dict.fromkeys(texts)), setting.texts, widths=widths)
     free_memory(setting.device)
-    encoders = ConditioningEncoders(
-        files.vae, files.audio_vae, setting.device, reference_factors=reference_factors(jobs), still_crf=still_crf(version)
-    )
+    encoders = ConditioningEncoders(files.vae, files.audio_vae, setting.device, reference_factors=factors, still_crf=still_crf(version))
     encoded: dict[tuple[PreviewPrompt, tuple[str, ...]], ConditioningLatents] = {}
     planned = []
     for job in jobs:
         inputs = tuple(_inputs(stage, contexts, encoders, encoded, _window(config)) for stage in stages[job])
         layers = transformer.num_layers
-        used = used_by(stages[job], config.pipeline.pipeline, version=version, num_layers=layers, dtype=setting.dtype)
+        used = used_by(stages[job], pipeline, version=version, num_layers=layers, dtype=setting.dtype)
         planned.append(Planned(job, Recipe({**recipes[job].facts, "used": used}), stages[job], inputs))
     encoders.close()
     return planned, needs

@@ -11,6 +11,7 @@ from musubi_tuner.cache.audit import header_of, reason_to_rebuild
 from musubi_tuner.cache.forms import text_forms
 from musubi_tuner.cache.names import TEXT_MASK_KEY, prompt_path, training_key
 from musubi_tuner.cache.store import read
+from musubi_tuner.ltxv2.text.connectors import CONTEXT_TOKENS
 from musubi_tuner.runtime.errors import UserError
 
 
@@ -30,7 +31,6 @@ class TextContext:
 EncodePrompts = Callable[[Sequence[str]], Sequence[tuple[Tensor, Tensor]]]
 """Texts -> (S, W) contexts and (S,) masks, as text caching makes them; keeps no encoder after it returns."""
 
-_ENCODER = "encoder_fingerprint"
 _CACHED_DTYPE = torch.bfloat16
 """What text caching stores: what is encoded here is rounded to it, so that it makes no difference where it was done."""
 
@@ -46,6 +46,10 @@ class TextSource:
     """For what is not cached; None where no text encoder was given."""
     encoder: str | None = None
     """Fingerprint of what `encode` encodes with, as cached texts have it."""
+    projection: Callable[[], str] | None = None
+    """The same of text projection and connectors, asked for where a text is not cached."""
+    max_length: int | None = None
+    """Tokens that `encode` cuts texts to."""
     command: str = "ltxv2_cache_text_encoder_outputs.py"
     """What caches the texts of the prompts, as it is typed; for messages."""
     remedy: str = "or give training --text_encoder, which then encodes them before it starts."
@@ -66,15 +70,37 @@ def remembering(source: TextSource) -> TextSource:
     return replace(source, encode=encoded)
 
 
-def encoders_of(texts: Collection[str], source: TextSource) -> dict[str, str | None]:
-    """Fingerprint of the encoder that each text's context is made by: what its cache file says, or that of `source`; None where neither
-    tells."""
+@dataclass(frozen=True, slots=True)
+class EncodedBy:
+    """What a text's context is made by; None where nothing tells."""
+
+    encoder: str | None
+    """Fingerprint."""
+    projection: str | None
+    """Fingerprint of text projection and connectors."""
+    max_length: int | None
+    """Tokens that it is cut to; None also where they are as many as a context has, which is the default."""
+
+
+def encoders_of(texts: Collection[str], source: TextSource) -> dict[str, EncodedBy]:
+    """Of each text: what its cache file says, or `source` where it is to be encoded."""
     found = {}
     for text in texts:
         path = prompt_path(source.cache_directory, text)
         header = header_of(path) if _reason_against(path, source) is None else ""
-        found[text] = source.encoder if isinstance(header, str) else header[0].get(_ENCODER)
+        if isinstance(header, str):
+            projection = None if source.projection is None else source.projection()
+            found[text] = EncodedBy(source.encoder, projection, _if_cut(source.max_length))
+        else:
+            metadata, _ = header
+            length = metadata.get("max_length", "")
+            cut = _if_cut(int(length)) if length.isdecimal() else None
+            found[text] = EncodedBy(metadata.get("encoder_fingerprint"), metadata.get("projection_fingerprint"), cut)
     return found
+
+
+def _if_cut(max_length: int | None) -> int | None:
+    return None if max_length == CONTEXT_TOKENS else max_length
 
 
 def load_contexts(texts: Sequence[str], source: TextSource, *, widths: tuple[int, ...]) -> dict[str, TextContext]:

@@ -201,7 +201,7 @@ def _keyframes(prompt: PreviewPrompt, encoders: ConditioningEncoders) -> Keyfram
         pictures[prompt.frames - 1] = prompt.inputs.end_image
     if not pictures:
         return None
-    strengths = dict(prompt.inputs.strengths)
+    strengths = dict((*prompt.inputs.strengths, *prompt.inputs.strengths_beside))
     return KeyframeLatents(
         latents=torch.stack([_encode_still(path, prompt, encoders, first=True) for path in pictures.values()], dim=2),
         frames=torch.tensor([[*pictures]], dtype=torch.int32),

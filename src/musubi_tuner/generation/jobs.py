@@ -1,8 +1,9 @@
 """The clips that are to be made: a prompt and the networks it is made with."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from musubi_tuner.config.validation import shortened
 from musubi_tuner.ltxv2.text.duration import LONGEST
 from musubi_tuner.networks.reading import network_metadata, newest_file
 from musubi_tuner.networks.stack import Strength
-from musubi_tuner.prompts.prompt import PreviewPrompt
+from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt
 from musubi_tuner.prompts.sample_prompts import PromptDefaults, load_prompts, prompts_of_lines
 from musubi_tuner.runtime.errors import UserError
 
@@ -102,10 +103,7 @@ def chosen_loras(options: LoraOptions) -> tuple[LoraUse, ...]:
     Raises:
         UserError: what `parse_lora` raises.
     """
-    multipliers = options.lora_multiplier
-    if len(multipliers) == 1:
-        multipliers *= len(options.lora_weight)
-    multipliers += (1.0,) * (len(options.lora_weight) - len(multipliers))
+    multipliers = options.lora_multiplier + (1.0,) * (len(options.lora_weight) - len(options.lora_multiplier))
     plain = [
         LoraUse(_existing(path, "--lora_weight"), Strength(value, value))
         for path, value in zip(options.lora_weight, multipliers, strict=True)
@@ -144,13 +142,30 @@ def _with_inputs(prompt: PreviewPrompt, config: GenerateConfig) -> PreviewPrompt
     for name, path in (("image", clips.image), ("reference_video", clips.reference_video), ("audio", clips.audio)):
         if path is not None and not path.is_file():
             raise UserError(f"--{name} {path}: not found.")
+    first_in_place = any(frame == 0 for frame, _ in inputs.keyframes_in_place)
     inputs = dataclasses.replace(
         inputs,
-        image=inputs.image or clips.image,
+        image=inputs.image or (None if first_in_place else clips.image),
         reference=inputs.reference or clips.reference_video,
         audio=inputs.audio or clips.audio,
     )
+    if config.pipeline.pipeline == "keyframes":
+        _check_frames(prompt, inputs)
     return dataclasses.replace(prompt, negative=prompt.negative or clips.negative_prompt or "", inputs=inputs)
+
+
+def _check_frames(prompt: PreviewPrompt, inputs: ConditioningInputs) -> None:
+    """Each picture has a frame of its own where all of them are beside the clip."""
+    ends = (("--i", 0, inputs.image), ("--ei", prompt.frames - 1, inputs.end_image))
+    taken = {frame: flag for flag, frame, path in ends if path is not None}
+    for flag, pictures in (("--k", inputs.keyframes), ("--kp", inputs.keyframes_in_place)):
+        for frame, _ in pictures:
+            if frame in taken:
+                raise UserError(
+                    f"{prompt.where}: --pipeline keyframes lays every picture beside the clip, and {taken[frame]} and {flag} {frame}=... "
+                    "are both of that frame; keep one."
+                )
+            taken[frame] = f"{flag} {frame}=..."
 
 
 def make_jobs(config: GenerateConfig, prompts: Sequence[PreviewPrompt], loras: tuple[LoraUse, ...]) -> tuple[Job, ...]:
@@ -163,28 +178,35 @@ def make_jobs(config: GenerateConfig, prompts: Sequence[PreviewPrompt], loras: t
     )
 
 
-def reference_factors(jobs: Sequence[Job]) -> tuple[int, int]:
+def reference_factors(uses: Iterable[LoraUse]) -> tuple[int, int]:
     """How many times smaller and slower than a clip its reference is: what the networks say that were trained on references.
+
+    Args:
+        uses: of all clips of a run, so that its base, which has no network, is shown what the others are.
 
     Raises:
         UserError: two networks that say different things, or one that says nothing that can be read.
     """
-    found: dict[tuple[int, int], Path] = {}
-    for path in dict.fromkeys(use.path for job in jobs for use in job.loras):
-        metadata = network_metadata(path)
-        said = [next((metadata[key] for key in keys if key in metadata), None) for keys in _FACTORS]
-        if any(value is not None for value in said):
-            try:
-                space, time = (1 if value is None else int(float(value)) for value in said)
-            except ValueError as error:
-                raise UserError(f"{path}: its metadata '{_FACTORS[0][0]}' is no number ({error}).") from error
-            found[space, time] = path
+    found = {factors: use.path for use in uses if (factors := _factors_of(use.path)) is not None}
     if len(found) > 1:
         (first, one), (second, other), *_ = found.items()
         raise UserError(
             f"{one} was trained on references at 1/{first[0]} of the size, {other} at 1/{second[0]}: use one of them at a time."
         )
     return next(iter(found), (1, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _factors_of(path: Path) -> tuple[int, int] | None:
+    metadata = network_metadata(path)
+    said = [next((metadata[key] for key in keys if key in metadata), None) for keys in _FACTORS]
+    if all(value is None for value in said):
+        return None
+    try:
+        space, time = (1 if value is None else int(float(value)) for value in said)
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata '{_FACTORS[0][0]}' is no number ({error}).") from error
+    return space, time
 
 
 def _existing(path: Path, flag: str) -> Path:

@@ -12,6 +12,8 @@ from musubi_tuner.generation.setting import Setting
 from musubi_tuner.ltxv2.transformer.load import STREAMS, read_config
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version
+from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.formats import BAKED_KEY, connectors_path
 from musubi_tuner.networks.reading import network_metadata, network_modules
 from musubi_tuner.networks.release import check_release
 from musubi_tuner.networks.stack import Strength
@@ -45,6 +47,7 @@ def check_networks(stages: Mapping[Job, tuple[Stage, ...]], setting: Setting) ->
         built = linear_shapes(LTXModel(read_config(checkpoint), STREAMS[mode]))
     linears = stored_linears(checkpoint)
     for path in paths:
+        check_connectors(path, checkpoint)
         modules = network_modules(path, linears)
         check_release(path, network_metadata(path), version)
         unused = [name for name in modules if name not in built]
@@ -57,3 +60,14 @@ def check_networks(stages: Mapping[Job, tuple[Stage, ...]], setting: Setting) ->
                 "%s: %d of its %d modules are of streams that --ltx_mode %s does not build, and are left out",
                 path.name, len(unused), len(modules), mode,
             )  # fmt: skip
+
+
+def check_connectors(path: Path, checkpoint: Checkpoint) -> None:
+    """Warn of a network's adapters of the text connectors, unless they are baked into the checkpoint."""
+    beside = connectors_path(path)
+    if beside.is_file() and beside.name not in checkpoint.metadata.get(BAKED_KEY, ""):
+        log.warning(
+            "WARNING: %s: its adapters of the text connectors, in %s, are not used here, as they are in previews of training. Bake them "
+            "into the checkpoint (ltxv2 checkpoint bake --lora %s), and have texts encoded with that one (--text_encoder).",
+            path.name, beside.name, beside,
+        )  # fmt: skip

@@ -24,6 +24,7 @@ WITH_DISTILLED_LORA: Mapping[str, tuple[float, float]] = {"two_stage": (0.0, 1.0
 """Strength of --distilled_lora in both stages; the other pipelines run on a distilled checkpoint."""
 FIXED_STEPS: frozenset[str] = frozenset({"distilled", "distilled_one_stage", "ic_lora"})
 """Eight steps, without guidance."""
+_SIZE = ("sample_width", "sample_height", "sample_frames", "sample_fps")
 HQ_STEPS = 15
 """Of the first stage of hq, as its guidance in place of the release's."""
 HQ = {"video": GuidanceScales(cfg=3, stg=0, rescale=0.45, modality=3), "audio": GuidanceScales(cfg=7, stg=0, rescale=1, modality=3)}
@@ -85,6 +86,30 @@ def make_stages(
     )
 
 
+def without_effect(pipeline: Pipeline, prompt: PreviewPrompt, guidance: GuidanceOptions) -> list[str]:
+    """Flags that are given, of a prompt or of all, and that a pipeline with fixed steps and no guidance makes nothing of."""
+    if pipeline not in FIXED_STEPS:
+        return []
+    of_prompt = {
+        "--s": prompt.steps not in (None, guidance.sample_steps),
+        "--l or --al": (prompt.video_cfg, prompt.audio_cfg) != (None, None),
+        "a negative prompt": prompt.negative != "",
+    }
+    found = [name for name, given in of_prompt.items() if given]
+    for field in dataclasses.fields(GuidanceOptions):
+        if field.name not in _SIZE and getattr(guidance, field.name) != field.default:
+            found.append(f"--{field.name}")
+    return found
+
+
+def as_sampled(pipeline: Pipeline, prompt: PreviewPrompt, guidance: GuidanceOptions) -> tuple[PreviewPrompt, GuidanceOptions]:
+    """Without what has no effect (`without_effect`), so that the same clip is known by the same recipe."""
+    if pipeline not in FIXED_STEPS:
+        return prompt, guidance
+    plain = GuidanceOptions(**{name: getattr(guidance, name) for name in _SIZE})
+    return dataclasses.replace(prompt, steps=None, video_cfg=None, audio_cfg=None, negative=""), plain
+
+
 def _hq_plan(guidance: GuidanceOptions, prompt: PreviewPrompt, *, mode: str, version: str, num_layers: int) -> SamplingPlan:
     """res_2s along levels whose shift is that of the stage's own size; what the user sets wins here too."""
     usual = make_plan(guidance, prompt, mode=mode, version=version, num_layers=num_layers, scales=HQ, steps=HQ_STEPS)
@@ -112,7 +137,7 @@ def _all_beside(prompt: PreviewPrompt) -> PreviewPrompt:
     pictures = dict((*inputs.keyframes_in_place, *inputs.keyframes))
     if inputs.image is not None:
         pictures[0] = inputs.image
-    strengths = dict(inputs.strengths) | ({0: inputs.image_strength} if inputs.image is not None else {})
+    strengths = dict((*inputs.strengths, *inputs.strengths_beside)) | ({0: inputs.image_strength} if inputs.image is not None else {})
     beside = dataclasses.replace(
         inputs,
         image=None,
@@ -120,12 +145,13 @@ def _all_beside(prompt: PreviewPrompt) -> PreviewPrompt:
         keyframes=tuple(sorted(pictures.items())),
         keyframes_in_place=(),
         strengths=tuple(sorted(strengths.items())),
+        strengths_beside=(),
     )
     return dataclasses.replace(prompt, inputs=beside)
 
 
 def _without_reference(prompt: PreviewPrompt) -> PreviewPrompt:
-    return dataclasses.replace(prompt, inputs=dataclasses.replace(prompt.inputs, reference=None))
+    return dataclasses.replace(prompt, inputs=dataclasses.replace(prompt.inputs, reference=None, reference_audio=None))
 
 
 def _halved(prompt: PreviewPrompt) -> PreviewPrompt:

@@ -18,7 +18,9 @@ import torch
 
 from musubi_tuner import __version__
 from musubi_tuner.config.generation import GenerateConfig
-from musubi_tuner.generation.jobs import Job
+from musubi_tuner.generation.contexts import EncodedBy
+from musubi_tuner.generation.jobs import Job, reference_factors
+from musubi_tuner.generation.pipelines import as_sampled
 from musubi_tuner.ltxv2.versions import transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
 from musubi_tuner.networks.reading import newest_file
@@ -32,7 +34,9 @@ _FORMAT = 1
 _OF_PROMPT = ("prompt", "negative", "width", "height", "frames", "fps", "seed")
 _BY_PROMPT = ("sample_width", "sample_height", "sample_frames", "sample_fps", "sample_steps", "video_cfg_scale", "audio_cfg_scale")
 """Flags that hold where a prompt names nothing else: what came of both is in the recipe, so that it is the same however it was said."""
-_NOT_IN_THE_DIGEST = ("name", "versions", "written", "used")
+TEXT_PROJECTION = "text_projection"
+_NOT_IN_THE_DIGEST = ("name", "versions", "written", "used", TEXT_PROJECTION)
+"""The last is compared beside it (`Recipe.has_projection`), as recipes did not always say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,11 @@ class Recipe:
     def digest(self) -> str:
         """The same for clips that are made from the same."""
         return hashlib.sha256(json.dumps(_without_names(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+
+    def has_projection(self, other: Any) -> bool:
+        """Whether its prompt goes through the same text projection and connectors, as far as both are known."""
+        own = self.facts.get(TEXT_PROJECTION)
+        return own is None or other is None or own == other
 
 
 def model_identity(transformer: Checkpoint, vae: Checkpoint, audio_vae: Checkpoint, mode: str) -> dict[str, str]:
@@ -68,17 +77,20 @@ def model_identity(transformer: Checkpoint, vae: Checkpoint, audio_vae: Checkpoi
     return found
 
 
-def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str], text_encoder: str | None) -> Recipe:
+def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str], text: EncodedBy, factors: tuple[int, int]) -> Recipe:
     """Of a clip that is to be made.
 
     Args:
         model: its `model_identity`.
-        text_encoder: fingerprint of what its prompt's context is made by, where it is known.
+        text: what its prompt's context is made by.
+        factors: how many times smaller and slower its reference is.
 
     Raises:
         UserError: a file that cannot be read.
     """
-    pipeline, prompt, guidance = config.pipeline, job.prompt, job.guidance
+    pipeline = config.pipeline
+    prompt, guidance = as_sampled(pipeline.pipeline, job.prompt, job.guidance)
+    uses = [use for use in job.loras if use.strength != Strength(0, 0)]
     own = {"video_cfg_scale": prompt.video_cfg, "audio_cfg_scale": prompt.audio_cfg}
     facts: dict[str, Any] = {
         "prompt": {name: getattr(prompt, name) for name in _OF_PROMPT} | {"steps": prompt.steps or guidance.sample_steps},
@@ -92,17 +104,15 @@ def recipe_of(job: Job, config: GenerateConfig, model: Mapping[str, str], text_e
         "windows": [pipeline.window_frames, pipeline.window_overlap],
         "guidance": {name: value for name, value in dataclasses.asdict(guidance).items() if name not in _BY_PROMPT}
         | {name: getattr(guidance, name) if value is None else value for name, value in own.items()},
-        "loras": [
-            {**_file(use.path), "video": use.strength.video, "audio": use.strength.audio}
-            for use in job.loras
-            if use.strength != Strength(0, 0)
-        ],
+        "loras": [{**_file(use.path), "video": use.strength.video, "audio": use.strength.audio} for use in uses],
         "versions": {"musubi-tuner-ltxv2": __version__, "torch": torch.__version__},
     }
     if config.loras.merge_loras:
         facts["merge_loras"] = True
-    if text_encoder is not None:
-        facts["text_encoder"] = text_encoder
+    if prompt.inputs.reference is not None and factors != reference_factors(uses):  # the base of a run with IC-LoRAs
+        facts["reference_factors"] = dict(zip(("space", "time"), factors, strict=True))
+    named = {"text_encoder": text.encoder, TEXT_PROJECTION: text.projection, "max_length": text.max_length}
+    facts |= {name: value for name, value in named.items() if value is not None}
     if prompt.written:
         facts["written"] = prompt.written
     for name in ("spatial_upsampler_path", "distilled_lora"):

@@ -41,6 +41,7 @@ _FLAGS = {
     "pipeline": "pipeline",
     "distilled_lora_strength": "distilled_lora_strength",
     "merge_loras": "merge_loras",
+    "max_length": "max_length",
 }
 """What a recipe says -> the flag that says it."""
 _OF_PROMPT = {
@@ -50,7 +51,10 @@ _OF_PROMPT = {
 _WINDOWS = ("window_frames", "window_overlap")
 _MODEL = {"fingerprint": "--ltxv2_model", "vae": "--vae", "audio_vae": "--audio_vae"}
 _BESIDE = ("spatial_upsampler_path", "distilled_lora")
-_KNOWN = {*_FLAGS, *_BESIDE, "prompt", "inputs", "model", "windows", "guidance", "loras", "versions", "text_encoder", "written", "used"}
+_KNOWN = {
+    *_FLAGS, *_BESIDE, "prompt", "inputs", "model", "windows", "guidance", "loras", "versions", "text_encoder", "reference_factors",
+    "text_projection", "written", "used",
+}  # fmt: skip
 _GIVEN = {"image": "image", "reference": "reference_video", "audio": "audio"}
 """Input -> the flag that gives it."""
 
@@ -109,6 +113,15 @@ class _Span:
     end: Annotated[float | None, Field(gt=0)]
 
 
+_Factor = Annotated[int, Field(ge=1, le=1000)]
+
+
+@options
+class _Factors:
+    space: _Factor
+    time: _Factor
+
+
 _Edge = Annotated[int, Field(ge=0, multiple_of=32), Wording("a multiple of 32")]
 
 
@@ -127,6 +140,8 @@ class Again:
     recipe: Recipe
     prompt: PreviewPrompt
     loras: tuple[LoraUse, ...]
+    reference_factors: tuple[int, int] | None
+    """None = as its networks say."""
 
 
 def flags_of(clip: Path) -> Beneath:
@@ -182,7 +197,11 @@ def read_again(config: GenerateConfig) -> Again:
         audio_cfg=None, where=where, inputs=inputs,
     )  # fmt: skip
     check_prompt(prompt)
-    return Again(recipe, prompt, loras)
+    factors = None
+    if "reference_factors" in recipe.facts:
+        stored_factors = validated(_Factors, recipe.facts["reference_factors"], where=f"{where}, reference_factors")
+        factors = (stored_factors.space, stored_factors.time)
+    return Again(recipe, prompt, loras, factors)
 
 
 def tell_differences(again: Again, setting: Setting) -> None:
@@ -200,7 +219,13 @@ def tell_differences(again: Again, setting: Setting) -> None:
         path, before = getattr(setting.config.pipeline, name), recipe.facts.get(name)
         if path is not None and isinstance(before, dict) and before.get("sha256") != file_hash(path):
             log.warning("WARNING: --%s %s: another file than the clip was made with (%s).", name, path, shortened(repr(before.get("name"))))
-    encoder, ours = recipe.facts.get("text_encoder"), encoders_of([text], setting.texts)[text]
+    encoder, now = recipe.facts.get("text_encoder"), encoders_of([text], setting.texts)[text]
+    if not recipe.has_projection(now.projection):
+        log.warning(
+            "WARNING: its prompt goes through another text projection or other connectors than the clip was made with, so another clip "
+            "comes out: give the --ltxv2_model that has them, or texts that were cached for it by --text_cache."
+        )
+    ours = now.encoder
     if isinstance(encoder, str) and ours is not None and ours != encoder:
         log.warning(
             "WARNING: its prompt is encoded by another text encoder than the clip was made with (fingerprint %s, now %s), so another clip "
@@ -239,7 +264,7 @@ def _read_inputs(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{at}: this version does not know it.")
         if name in ("keyframes", "keyframes_in_place"):
             found[name] = [validated(_Keyframe, one, where=at) for one in _list(facts, name, where)]
-        elif name == "strengths":
+        elif name in ("strengths", "strengths_beside"):
             strengths = [validated(_KeyframeStrength, one, where=at) for one in _list(facts, name, where)]
             found[name] = tuple((one.frame, one.strength) for one in strengths)
         elif name in ("image_strength", "reference_strength", "reference_attention"):
@@ -290,7 +315,7 @@ def _find_loras(config: GenerateConfig, stored: list[_Lora], lacking: list[str])
     """Those of the recipe, at the strengths that are given or else its own, and behind them what --lora adds."""
     given = chosen_loras(config.loras)
     with_strength = [bool(split_lora(text)[1]) for text in config.loras.lora]
-    with_strength += [bool(config.loras.lora_multiplier)] * len(config.loras.lora_weight)
+    with_strength += [place < len(config.loras.lora_multiplier) for place in range(len(config.loras.lora_weight))]
     files = _Files([use.path for use in given], config.clips.lora_folder, "--lora_folder")
     uses: list[LoraUse] = []
     added = dict(zip(given, with_strength, strict=True))

@@ -1,6 +1,6 @@
 """What all clips of a run share, and what each of them is made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from musubi_tuner.config.generation import GenerateConfig
 from musubi_tuner.generation.contexts import TextSource
 from musubi_tuner.generation.denoise import SampleInputs
-from musubi_tuner.generation.jobs import Job
+from musubi_tuner.generation.jobs import Job, reference_factors
 from musubi_tuner.generation.pipelines import TWO_STAGES, WITH_DISTILLED_LORA, Stage
 from musubi_tuner.generation.prepare import ModelFiles
 from musubi_tuner.generation.recipe import Recipe, model_identity
@@ -31,6 +31,14 @@ class Setting:
     upsampler: Checkpoint | None
     """Between two stages."""
     distilled_lora: Path | None
+    reference_factors: tuple[int, int] | None = None
+    """How many times smaller and slower references are, of --recreate; None = as the networks of the run say."""
+
+    def factors_of(self, jobs: Sequence[Job]) -> tuple[int, int]:
+        """As of `reference_factors`, of all clips of a run; (1, 1) where none is shown a reference."""
+        if all(job.prompt.inputs.reference is None for job in jobs):
+            return 1, 1
+        return self.reference_factors or reference_factors(use for job in jobs for use in job.loras)
 
     @property
     def model(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ import psutil
 
 from musubi_tuner.cache.store import read, read_metadata, serialize, write_bytes
 from musubi_tuner.generation.denoise import SampledLatents
-from musubi_tuner.generation.recipe import Recipe, read_recipe
+from musubi_tuner.generation.recipe import TEXT_PROJECTION, Recipe, read_recipe
 from musubi_tuner.runtime.errors import UserError
 
 FOLDER = "unfinished"
@@ -27,10 +27,11 @@ class Unfinished:
         """The clip of this recipe, where there is one under this name."""
         for path in self._clips(stem):
             try:
-                if read_recipe(path).digest == recipe.digest:
-                    return path
+                there = read_recipe(path)
             except UserError:  # another program's file
                 continue
+            if there.digest == recipe.digest and recipe.has_projection(there.facts.get(TEXT_PROJECTION)):
+                return path
         return None
 
     def free_stem(self, stem: str) -> Path:
@@ -40,12 +41,15 @@ class Unfinished:
         return self.folder / next(name for name in names if name not in taken)
 
     def has(self, stem: str, recipe: Recipe, stage: int) -> bool:
-        return self._path(stem, recipe, stage).is_file()
+        path = self._path(stem, recipe, stage)
+        return path.is_file() and recipe.has_projection(read_metadata(path).get(TEXT_PROJECTION))
 
     def keep(self, stem: str, recipe: Recipe, stage: int, latents: SampledLatents, seconds: float, weight_format: str) -> None:
         tensors = {name: value for name in ("video", "audio") if (value := getattr(latents, name)) is not None}
         path = self._path(stem, recipe, stage)
         facts = {"seconds": f"{seconds:.3f}", "weight_format": weight_format}
+        if (projection := recipe.facts.get(TEXT_PROJECTION)) is not None:
+            facts[TEXT_PROJECTION] = projection
         write_bytes(path, serialize({name: value.contiguous() for name, value in tensors.items()}, facts))
 
     def read(self, stem: str, recipe: Recipe, stage: int) -> SampledLatents:

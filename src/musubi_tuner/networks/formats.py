@@ -16,6 +16,8 @@ from musubi_tuner.runtime.errors import UserError
 PREFIX = "diffusion_model."
 DORA_SCALE = "dora_scale"
 CONNECTORS_ENDING = ".connectors.safetensors"
+BAKED_KEY = "ltxv2_baked_loras"
+"""Of a checkpoint's metadata: the names of the files that were baked into it."""
 
 Contents = dict[str, Tensors]
 """{official module name: its tensors}."""

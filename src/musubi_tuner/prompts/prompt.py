@@ -32,6 +32,8 @@ class ConditioningInputs:
     """How far it is kept: 1 = as it is, 0 = not at all."""
     strengths: tuple[tuple[int, float], ...] = ()
     """(frame, strength) of keyframes that are not kept as they are."""
+    strengths_beside: tuple[tuple[int, float], ...] = ()
+    """(frame, strength) of pictures beside the sample, where the keyframe in place of the same frame has another strength."""
     reference_strength: float = 1.0
     end_image: Path | None = None
     """Last frame, beside the sample."""

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, model_validator
 from musubi_tuner.config.names import PROMPT_FLAGS
 from musubi_tuner.config.preview import Guidance, Steps
 from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Share, Side, as_path, options, validated
+from musubi_tuner.ltxv2.geometry import TEMPORAL_SCALE
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, read_json_lines, read_text, read_toml
@@ -306,23 +307,25 @@ def split_line(where: str, line: str) -> tuple[str, dict[str, str]]:
 def _to_prompt(index: int, where: str, entry: _Entry, folder: Path, defaults: PromptDefaults) -> PreviewPrompt:
     cfg = entry.guidance_scale if entry.cfg_scale is None else entry.cfg_scale
     fps = entry.frame_rate or defaults.fps
+    frames = entry.frame_count or defaults.frames_at(fps)
     prompt = PreviewPrompt(
         index=index,
         prompt=entry.prompt.strip(),
         negative=entry.negative_prompt.strip(),
         width=entry.width or defaults.width,
         height=entry.height or defaults.height,
-        frames=entry.frame_count or defaults.frames_at(fps),
+        frames=frames,
         fps=fps,
         seed=defaults.seed if entry.seed is None else entry.seed,
         steps=entry.sample_steps or defaults.steps,
         video_cfg=cfg,
         audio_cfg=cfg if entry.audio_cfg_scale is None else entry.audio_cfg_scale,
         where=where,
-        inputs=_find_inputs(where, entry, folder),
+        inputs=_find_inputs(where, entry, folder, frames - 1),
         names_frames=entry.frame_count is not None or defaults.longest is None,
     )
     check_prompt(prompt)
+    _check_places(prompt)
     return prompt
 
 
@@ -357,6 +360,21 @@ def _check_pictures(where: str, prompt: PreviewPrompt) -> None:
         raise UserError(f"{where}: --ei and --k {last}=... both give the last frame; keep one.")
 
 
+def _check_places(prompt: PreviewPrompt) -> None:
+    """Pictures in place each need a latent frame of their own; not of recipes, as clips were made before from the last of several."""
+    inputs = prompt.inputs
+    taken = {} if inputs.image is None else {0: "--i"}
+    for frame, _ in inputs.keyframes_in_place:
+        cell, named = -(-frame // TEMPORAL_SCALE), f"--kp {frame}=..."
+        if cell in taken:
+            frames = f"frames {(cell - 1) * TEMPORAL_SCALE + 1} to {cell * TEMPORAL_SCALE} are" if cell else "frame 0 is"
+            raise UserError(
+                f"{prompt.where}: {taken[cell]} and {named} are two pictures of one latent frame ({frames} one); keep one, or give it "
+                "beside the clip by --k."
+            )
+        taken[cell] = named
+
+
 def _split_strength(path: Path) -> tuple[Path, float | None]:
     """A picture's name and what follows its last @, where that is a number from 0 to 1: door.png@0.7."""
     name, at, number = str(path).rpartition("@")
@@ -365,8 +383,12 @@ def _split_strength(path: Path) -> tuple[Path, float | None]:
     return Path(name), float(number)
 
 
-def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
-    """The files of a prompt; a path counts from here, else from the prompt file's folder."""
+def _find_inputs(where: str, entry: _Entry, folder: Path, last: int) -> ConditioningInputs:
+    """The files of a prompt; a path counts from here, else from the prompt file's folder.
+
+    Args:
+        last: frame of the sample.
+    """
 
     def find_file(flag: str, path: Path) -> Path:
         for candidate in (path, folder / path):
@@ -377,18 +399,20 @@ def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
     def find(flag: str, path: Path | None) -> Path | None:
         return None if path is None else find_file(flag, path)
 
-    strengths: dict[int, float] = {}
-
-    def find_pictures(flag: str, pictures: tuple[tuple[int, Path], ...]) -> tuple[tuple[int, Path], ...]:
-        found = []
+    def find_pictures(flag: str, pictures: tuple[tuple[int, Path], ...]) -> tuple[tuple[tuple[int, Path], ...], dict[int, float]]:
+        found, strengths = [], {}
         for frame, path in pictures:
             name, strength = _split_strength(path)
             if strength is not None:
                 strengths[frame] = strength
             found.append((frame, find_file(f"{flag} {frame}=", name)))
-        return tuple(found)
+        return tuple(found), strengths
 
-    keyframes, in_place = find_pictures("k", entry.keyframes), find_pictures("kp", entry.keyframes_in_place)
+    keyframes, of_beside = find_pictures("k", entry.keyframes)
+    in_place, of_places = find_pictures("kp", entry.keyframes_in_place)
+    beside = [*dict(keyframes), *([] if entry.end_image_path is None else [last])]
+    both = {frame: of_beside.get(frame, 1.0) for frame in beside if frame in dict(in_place)}
+    strengths = {frame: strength for frame, strength in of_beside.items() if frame not in both} | of_places
     return ConditioningInputs(
         image=find("i", entry.image_path),
         image_strength=1.0 if entry.image_strength is None else entry.image_strength,
@@ -396,6 +420,7 @@ def _find_inputs(where: str, entry: _Entry, folder: Path) -> ConditioningInputs:
         keyframes=keyframes,
         keyframes_in_place=in_place,
         strengths=tuple(sorted(strengths.items())),
+        strengths_beside=tuple(sorted((frame, own) for frame, own in both.items() if own != strengths.get(frame, 1.0))),
         reference_strength=1.0 if entry.reference_strength is None else entry.reference_strength,
         video=find("iv", entry.input_video_path),
         video_span=entry.generate_seconds,

@@ -13,13 +13,12 @@ from musubi_tuner.conversion.lora.contents import LoraContents
 from musubi_tuner.ltxv2.quantization import Quantization, read_quantization, scale_of
 from musubi_tuner.ltxv2.versions import detect_version
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.formats import BAKED_KEY
 from musubi_tuner.networks.merging import merge_weight
 from musubi_tuner.networks.release import check_release
 from musubi_tuner.networks.shapes import adapted_shape
 from musubi_tuner.networks.stack import Strength
 from musubi_tuner.runtime.errors import UserError
-
-_BAKED = "ltxv2_baked_loras"
 
 
 @dataclass(slots=True)
@@ -64,8 +63,8 @@ def baked_parts(checkpoint: Checkpoint, loras: Sequence[tuple[LoraContents, Stre
             makers[names[scale]] = Part(names[scale], checkpoint.dtype(names[scale]), checkpoint.shape(names[scale]), merged.scale)
     parts = [makers.get(full) or copied(full, checkpoint.entries[full]) for full in checkpoint.names()]
     said = ", ".join(f"{contents.path.name} x {one.video:g} (sound {one.audio:g})" for contents, one in loras)
-    before = checkpoint.metadata.get(_BAKED)
-    return parts, whole_metadata(checkpoint) | {_BAKED: f"{before}, {said}" if before else said}
+    before = checkpoint.metadata.get(BAKED_KEY)
+    return parts, whole_metadata(checkpoint) | {BAKED_KEY: f"{before}, {said}" if before else said}
 
 
 def _check_size(checkpoint: Checkpoint, full: str, contents: LoraContents, module: str) -> None:
