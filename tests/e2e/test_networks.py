@@ -95,6 +95,7 @@ def test_trained_saved_read_back_and_merged_networks_are_the_live_one(data, tmp_
         assert all(bool(tensor.any()) for tensor in tensors.values()), "each of them has learned"
     assert not any("alpha" in name for name in tensors) and all(name.startswith("diffusion_model.") for name in tensors)
     metadata = open_checkpoint(path).metadata
+    assert (metadata["ss_network_dim"] == "Dynamic") is (kind == "lora"), "whose arguments give some modules ranks of their own"
     assert metadata["ltxv2_network_type"] == kind and "folded" in metadata["ltxv2_network_scaling"]
 
 
@@ -200,6 +201,10 @@ def test_a_start_is_described_and_what_is_left_out_is_named(data, tmp_path, capl
     assert "its 1 adapter(s) of the text connectors are left out, first 'video_embeddings_connector" in caplog.text
     assert "include_patterns: the pattern 'nothing_of_it' matches no linear" in caplog.text
     assert "exclude_patterns: the pattern 'neither' matches no linear" in caplog.text and r"attn1\.to_q$' matches" not in caplog.text
+    assert "change nothing" not in caplog.text
+    shapes = ("--dim_from_weights", "--network_alpha", "4", "--network_args", "rank_stabilized=true", "rank_dropout=0")
+    load(data, tmp_path, "--network_weights", str(tmp_path / "a.safetensors"), *shapes)
+    assert "its own being folded in: --network_alpha 4, rank_stabilized=true change nothing" in caplog.text
 
 
 def test_the_audio_side_learns_at_its_own_rate(data, tmp_path):

@@ -38,7 +38,7 @@ def grid(*words: str):
     return make_grid(config, read_axes(config.grid), read_prompts(config), chosen_loras(config.loras))
 
 
-def test_saves_of_a_run_follow_each_other_by_their_steps():
+def test_saves_of_a_run_follow_each_other_by_their_steps(files):
     names = [
         "b-000002",
         "a-step00000100",
@@ -52,10 +52,26 @@ def test_saves_of_a_run_follow_each_other_by_their_steps():
         "run2-e5",
         "run10-e4",
     ]
+    files(*[f"{name}.safetensors" for name in names])
     ordered = [path.stem for path in by_step([Path(f"{name}.safetensors") for name in names])]
     assert ordered == [
         "a-9", "a-step00000020", "a-step00000100", "a", "b-000002", "run2-e5", "run10-e4", "style-000250", "style", "v2_a_10", "v10_a_9",
     ]  # fmt: skip
+
+
+def test_the_last_save_of_a_run_whose_name_ends_in_a_number_is_behind_its_others(files):
+    names = ["mila_v2-step00000100", "mila_v2-step00000500", "mila_v2", "mila_v10-000003", "mila_v10"]
+    files(*[f"{name}.safetensors" for name in names])
+    assert [path.stem for path in by_step([Path(f"{name}.safetensors") for name in reversed(names)])] == names
+
+
+def test_saves_of_epochs_and_of_steps_are_sorted_by_time_where_all_tell_it(files):
+    steps = {"mila-step00000050": 50, "mila-000001": 100, "mila-step00000150": 150, "mila-000002": 200, "mila": 230}
+    for name, count in steps.items():
+        save_file({"a": torch.zeros(1)}, f"{name}.safetensors", {"ss_steps": str(count)})
+    assert [Path(path).stem for path in loras("mila*.safetensors")] == list(steps)
+    files("mila-000002.safetensors")  # says nothing
+    assert [Path(path).stem for path in loras("mila*.safetensors")][:2] == ["mila-000001", "mila-000002"]
 
 
 def test_files_wildcards_folders_and_none(files):

@@ -77,6 +77,7 @@ PEFT = {"r": 4, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": {}}
         (PEFT | {"use_rslora": True}, 8.0),
         (PEFT | {"r": 2, "rank_pattern": {"to_q": 4, "to_out.0": 4}, "alpha_pattern": {r"blocks\.\d+.*": 1, "attn1.to_q": 2}}, None),
         (PEFT | {"lora_alpha": 4}, 1.0),
+        (PEFT | {"lora_alpha": 4, "alpha_pattern": {rf"^{QUERY}": 8, r"^transformer_blocks\.0\.audio": 2, rf"^{OUT}$": 8}}, 2.0),
     ],
 )
 @pytest.mark.parametrize("place", ["header", "header of a pipeline", "folder", "file", "file of another name"])

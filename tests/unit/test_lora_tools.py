@@ -16,6 +16,7 @@ from musubi_tuner.ltxv2.text.pipeline import projection_fingerprint
 from musubi_tuner.ltxv2.weights import open_checkpoint
 from musubi_tuner.networks.scales import FOLDED
 from musubi_tuner.networks.types import TYPES
+from musubi_tuner.publishing.card import CardFacts, card_text
 from musubi_tuner.runtime.errors import UserError
 
 SIZES = {
@@ -394,6 +395,16 @@ def test_a_card_says_conditioning_in_words(tmp_path):
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| conditioning | video: Reference (probability 1.0), FirstFrame (probability 0.2) |" in text
     assert "| streams | video, audio, cross |" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "comfy", "diffusers"), [("lora", True, True), ("dora", False, True), ("lokr", True, False), ("full", True, False)]
+)
+def test_a_card_names_the_programs_that_load_the_type_and_what_was_merged_first(tmp_path, kind, comfy, diffusers):
+    said = {"ss_base_model_version": "ltx-2.3", "ltxv2_network_type": kind, "ltxv2_base_weights": '["style.safetensors x 0.7"]'}
+    text = card_text(write_lora(tmp_path / "a.safetensors", metadata=said), CardFacts())
+    assert (("put `a.safetensors` into" in text), ("load_lora_weights" in text)) == (comfy, diffusers)
+    assert "with `style.safetensors x 0.7` merged into it" in text
 
 
 def test_what_peft_says_beside_a_file_is_not_applied_twice(tmp_path):

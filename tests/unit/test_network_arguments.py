@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from musubi_tuner.networks.arguments import network_arguments
 from musubi_tuner.networks.lora_ltxv2 import create_network
-from musubi_tuner.networks.targets import is_audio_side
+from musubi_tuner.networks.reading import read_network
+from musubi_tuner.networks.targets import is_audio_side, linear_names, linear_shapes
 from musubi_tuner.runtime.errors import UserError
-from tests.engine_parts import make_model
+from tests.engine_parts import RANK, make_model
 
 SELF, SOUND = "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q"
 HEARD, SEEN = "transformer_blocks.1.audio_to_video_attn.to_v", "transformer_blocks.1.video_to_audio_attn.to_v"
@@ -33,6 +35,19 @@ def test_the_audio_side_is_what_goes_into_the_sound():
     assert spec(SOUND, audio_alpha="32").scale == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "into_audio"),
+    [
+        ("av_ca_v2a_gate_adaln_single.linear", True), ("av_ca_a2v_gate_adaln_single.linear", False),
+        ("av_ca_audio_scale_shift_adaln_single.linear", True), ("av_ca_video_scale_shift_adaln_single.linear", False),
+        ("transformer_blocks.0.scale_shift_table_a2v_ca_audio", True), ("transformer_blocks.0.scale_shift_table_a2v_ca_video", False),
+        ("transformer_blocks.0.audio_to_video_attn.to_gate_logits", False), ("audio_proj_out", True), ("proj_out", False),
+    ],
+)  # fmt: skip
+def test_gates_and_tables_of_the_attention_across_are_of_the_stream_they_go_into(name, into_audio):
+    assert is_audio_side(name) is into_audio
+
+
 def test_patterns_win_over_the_audio_side_and_the_first_that_fits_counts():
     args = {"ranks": r"audio_attn\d:4,blocks\.1\.:64", "alphas": "to_v$:1", "audio_dim": "8"}
     assert [(spec(name, **args).rank, spec(name, **args).alpha) for name in (SELF, SOUND, HEARD, SEEN)] == [
@@ -45,6 +60,36 @@ def test_every_module_gets_its_own_rank():
     network = create_network(fresh, dim=4, alpha=4, args={"ranks": "attn1:2,attn2:6", "audio_dim": "3"}, seed=0)
     assert {network.layers[name].lora_A.shape[0] for name in network.names} == {2, 3, 4, 6}
     assert network.max_rank == 6
+
+
+def like_a_file(tmp_path, written: dict[str, str], **args: str):
+    """A network whose type and shapes are those of a file that was written with `written`, and which takes `args`."""
+    model, network = make_model(layers=1, args={"include_patterns": "attn1", **written})
+    save_file(network.file_tensors(torch.float32), tmp_path / "a.safetensors")
+    fresh = type(model)(model.config)
+    return create_network(fresh, dim=32, alpha=4, args=args, seed=0, like=read_network(tmp_path / "a.safetensors", linear_shapes(fresh)))
+
+
+@pytest.mark.parametrize(("kind", "dropout"), [("lora", 0.1), ("dora", 0.1), ("lokr", 0), ("loha", 0)])
+def test_defaults_are_those_of_the_type_that_a_file_gives(tmp_path, kind, dropout):
+    network = like_a_file(tmp_path, {"type": kind})
+    assert network.kind == kind and {layer.spec.dropout.rank for layer in network.layers.values()} == {dropout}
+    if kind in ("lokr", "loha"):
+        with pytest.raises(UserError, match=f"loraplus_lr_ratio=.*not to type={kind}"):
+            like_a_file(tmp_path, {"type": kind}, loraplus_lr_ratio="4")
+
+
+def test_ranks_and_alphas_of_modules_without_an_adapter_are_idle():
+    args = {"ranks": r"attn1:2,ff\.:64", "alphas": "to_q:2,nothing:1", "exclude_patterns": r"ff\."}
+    model, network = make_model(layers=1, args=args)
+    names = [name.removesuffix(".base") for name in linear_names(model)]
+    assert network.idle_patterns(names) == [("ranks", r"ff\."), ("alphas", "nothing")]
+
+
+def test_rank_and_alpha_that_are_told_are_those_of_the_layers(tmp_path):
+    assert like_a_file(tmp_path, {}, rank_stabilized="true").rank_and_alpha == (RANK, RANK), "not 32 and 4, as the flags say"
+    assert like_a_file(tmp_path, {"ranks": "to_q:2"}).rank_and_alpha == ("Dynamic", "Dynamic")
+    assert make_model(layers=1, args={"alphas": "to_q:2"})[1].rank_and_alpha == (RANK, "Dynamic")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Networks beside a model: what they take of the host while they are read, and of the card while they run."""
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from musubi_tuner.memory.live_bytes import LiveBytes
+from musubi_tuner.memory.streaming import BlockStreamer
 from musubi_tuner.networks.lora import DOWN, UP
+from musubi_tuner.networks.lora_ltxv2 import create_network
 from musubi_tuner.networks.reading import read_network
 from musubi_tuner.networks.stack import NetworkStack, Strength, _Stacked
+from musubi_tuner.networks.types import TYPES
 
 NAME = "transformer_blocks.0.attn1.to_q"
 
@@ -35,11 +39,12 @@ class Part(nn.Module):
         self.to_q = nn.Linear(16, 24)
 
 
-def model() -> nn.Module:
+def model(blocks: int = 1) -> nn.Module:
     torch.manual_seed(0)
     root = nn.Module()
-    root.transformer_blocks = nn.ModuleList([nn.Module()])
-    root.transformer_blocks[0].attn1 = Part()
+    root.transformer_blocks = nn.ModuleList([nn.Module() for _ in range(blocks)])
+    for block in root.transformer_blocks:
+        block.attn1 = Part()
     return root.requires_grad_(False)
 
 
@@ -72,3 +77,26 @@ def test_a_network_takes_one_tensor_more_than_the_linear_it_stands_beside(tmp_pa
         linear(x)
     inner = 1000 * 4 * 4
     assert memory.peak < x.nbytes + 2 * output + inner + 10_000, "the linear's output and the network's, which become the sum"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_beside_streamed_blocks_a_network_does_what_it_does_beside_those_that_stay(tmp_path, kind):
+    """The second file comes once the slots have held other blocks' weights."""
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for number, path in enumerate(paths):
+        network = create_network(model(3), dim=2, alpha=2, args={"type": kind, "include_patterns": "to_q"}, seed=number)
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
+        save_file(network.file_tensors(torch.float32), path)
+    staying, moving = model(3), model(3)
+    streamer = BlockStreamer(moving.transformer_blocks, torch.device("cpu"), slots=2, poison=True)
+    stacks = [NetworkStack(whole, torch.float32) for whole in (staying, moving)]
+    x = torch.randn(1, 5, 16)
+    for path in paths:
+        for stack in stacks:
+            stack.use([(path, Strength(1, 1))])
+        for plain, block in zip(staying.transformer_blocks, moving.transformer_blocks, strict=True):
+            streamer.before_forward(block)
+            assert torch.equal(block.attn1.to_q(x), plain.attn1.to_q(x))
+            assert not torch.equal(plain.attn1.to_q(x), plain.attn1.to_q.base(x)), "the network does something"
+            streamer.after_forward(block, last=True)

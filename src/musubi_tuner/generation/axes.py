@@ -38,6 +38,8 @@ _NUMBER = re.compile(r"[+-]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[+-]?\d{1,2})?", r
 _LARGEST_STRENGTH = 100
 NONE, ALL = "none", "all"
 _STEP = re.compile(r"(.*?)[-_. ]*(?:step|epoch|e)?[-_]?(\d+)?", re.IGNORECASE)
+_SAVE = re.compile(r"(.+)-(step\d{8}|\d{6})")
+"""Of a run of this trainer (`training.checkpoint.lora_path`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +168,36 @@ def _networks(paths: Any) -> list[Path]:
 
 
 def by_step(paths: Sequence[Path]) -> list[Path]:
-    """As a run saved them: a-9 before a-10, and a itself, the last of its run, behind them."""
+    """As a run saved them: a-9 before a-10, and a itself, the last of its run, behind them. Saves of a run of this trainer that all say
+    for how many steps they were trained are sorted by that, those of epochs and of steps together.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    runs = {(path.parent, match[1]) for path in paths if (match := _SAVE.fullmatch(path.stem))}
+
+    def run_and_number(path: Path) -> tuple[tuple[Path, str], float]:
+        if (path.parent, path.stem) in runs:  # its last save, whose name may end in a number of its own
+            return (path.parent, path.stem), float("inf")
+        match = _SAVE.fullmatch(path.stem) or _STEP.fullmatch(path.stem)
+        assert match is not None
+        return (path.parent, match[1]), float((match[2] or "inf").removeprefix("step"))
+
+    found = {path: run_and_number(path) for path in paths}
+    trained = {path: _trained_steps(path) if run in runs else None for path, (run, _) in found.items()}
+    untold = {run for path, (run, _) in found.items() if trained[path] is None}
 
     def key(path: Path) -> tuple[Any, ...]:
-        match = _STEP.fullmatch(path.stem)
-        assert match is not None
-        return _natural(str(path.parent)), _natural(match[1]), float(match[2] or "inf"), path.name
+        run, number = found[path]
+        steps = 0 if run in untold else trained[path]
+        return _natural(str(path.parent)), _natural(run[1]), steps, number, path.name
 
     return sorted(paths, key=key)
+
+
+def _trained_steps(path: Path) -> int | None:
+    said = network_metadata(path).get("ss_steps", "")
+    return int(said) if _WHOLE_NUMBER.fullmatch(said) else None
 
 
 def _natural(text: str) -> tuple[tuple[bool, int, str], ...]:

@@ -24,6 +24,10 @@ _KNOWN = (
     "type", "preset", "include_patterns", "exclude_patterns", "rank_dropout", "module_dropout", "neuron_dropout", "rank_stabilized",
     "factor", "ranks", "alphas", "audio_dim", "audio_alpha", "dora_key", "loraplus_lr_ratio",
 )  # fmt: skip
+SHAPE_ARGUMENTS = (
+    "preset", "include_patterns", "exclude_patterns", "rank_stabilized", "factor", "ranks", "alphas", "audio_dim", "audio_alpha",
+)  # fmt: skip
+"""Those that choose modules, their shapes and scales."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

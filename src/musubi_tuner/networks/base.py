@@ -80,6 +80,8 @@ class LayerSpec:
     small: tuple[int, int] | None = None
     """LoKr: shape of the small factor where a file gives it; wins over `factor`."""
     dropout: Dropout = Dropout()
+    base_moves: bool = False
+    """The base's weight may lie elsewhere until its block runs (block streaming), so the layer reads it in the forward pass alone."""
 
     @property
     def scale(self) -> float:

@@ -49,6 +49,14 @@ class Key:
     """Whose naming it is."""
 
 
+def without_prefixes(stem: str) -> list[str]:
+    """A key with dots as it is, and with one prefix less each time."""
+    names = [stem]
+    while found := next((prefix for prefix in PREFIXES if names[-1].startswith(prefix)), None):
+        names.append(names[-1].removeprefix(found))
+    return names
+
+
 def read_key(key: str, flattened: Mapping[str, str]) -> Key | None:
     """
     Args:
@@ -65,9 +73,7 @@ def read_key(key: str, flattened: Mapping[str, str]) -> Key | None:
         if stem.startswith(prefix):
             module = stem.removeprefix(prefix)
             return Key(flattened.get(module, module), leaf, stem, f"{prefix}*.{theirs_leaf}")
-    module = stem
-    while found := next((prefix for prefix in PREFIXES if module.startswith(prefix)), None):
-        module = module.removeprefix(found)
+    module = without_prefixes(stem)[-1]
     prefix = stem.removesuffix(module)
     module = official_module(module)
     return Key(module, leaf, stem, f"{prefix}*.{theirs_leaf}")

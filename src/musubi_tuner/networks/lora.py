@@ -108,14 +108,17 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 class DoRALayer(LoRALayer):
-    """`magnitude` is (out,)."""
+    """`magnitude` is (out,). The base's lengths are taken once, or in each forward pass where its weight is not in place before."""
 
     kind = "dora"
+    base_lengths: Tensor | None
 
     def __init__(self, base: FrozenLinear, spec: LayerSpec, generator: torch.Generator) -> None:
         super().__init__(base, spec, generator)
-        self.register_buffer("base_squares", base_weight(base).float().square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.base_squares.sqrt())
+        lengths = None if spec.base_moves else _row_lengths(base_weight(base))
+        self.register_buffer("base_lengths", lengths, persistent=False)
+        start = torch.zeros(base.out_features, device=base_device(base)) if lengths is None else lengths.clone()
+        self.magnitude = nn.Parameter(start)
 
     def change(self, x: Tensor, y: Tensor, inner: Tensor | None) -> Tensor:
         gain = self.magnitude / self._lengths()
@@ -130,7 +133,8 @@ class DoRALayer(LoRALayer):
         weight = base_weight(self.base)
         down, up = self.lora_A, self.lora_B * self.scale
         across = F.linear(weight, down.to(weight.dtype)).float()  # W A^T
-        squares = self.base_squares + (up * (2 * across + up @ (down @ down.T))).sum(1)
+        lengths = _row_lengths(weight) if self.base_lengths is None else self.base_lengths
+        squares = lengths.square() + (up * (2 * across + up @ (down @ down.T))).sum(1)
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -144,6 +148,11 @@ class DoRALayer(LoRALayer):
     def merged(cls, weight: Tensor, tensors: Tensors) -> Tensor:
         direction = weight + tensors[UP].to(weight) @ tensors[DOWN].to(weight)
         return direction * (tensors[MAGNITUDE].to(weight).flatten() / direction.norm(dim=1))[:, None]
+
+
+def _row_lengths(weight: Tensor) -> Tensor:
+    """(out,) float32, without a copy of `weight` in float32."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 def group_projections(model: nn.Module) -> int:

@@ -134,6 +134,8 @@ def create_network(
     Raises:
         UserError: an unknown argument, a value out of its range, or no target.
     """
+    if like is not None and like.kind != "full":  # which needs no `include_patterns` where a file says what it is of
+        args = {"type": like.kind, **args}
     arguments = network_arguments(args, dim=dim, alpha=alpha)
     kind = arguments.kind or ("lora" if like is None else like.kind)
     if like is not None and kind != like.kind:

@@ -20,6 +20,9 @@ from musubi_tuner.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
+DYNAMIC = "Dynamic"
+"""What metadata say of a rank or alpha that is not the same in all modules, as kohya's do."""
+
 
 class LoRANetwork:
     """Layers of one type (`kind`: lora, dora, lokr, loha or full) by official module name."""
@@ -38,6 +41,13 @@ class LoRANetwork:
     def max_rank(self) -> int:
         """The most that the second product of a LoRA or DoRA contracts; 1 for types that have no thin products."""
         return max(layer.rank if isinstance(layer, LoRALayer) else 1 for layer in self.layers.values())
+
+    @property
+    def rank_and_alpha(self) -> tuple[int | str, float | str]:
+        """Of all layers, as metadata have them: "Dynamic" where they differ."""
+        specs = [layer.spec for layer in self.layers.values()]
+        ranks, alphas = {spec.rank for spec in specs}, {spec.alpha for spec in specs}
+        return (ranks.pop() if len(ranks) == 1 else DYNAMIC, alphas.pop() if len(alphas) == 1 else DYNAMIC)
 
     @property
     def trains_base_weights(self) -> bool:
@@ -85,16 +95,17 @@ class LoRANetwork:
         return count_by_stream(self.names)
 
     def idle_patterns(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """(argument, pattern) of those of `--network_args` that match none of the model's linears `names`."""
-        arguments = self.arguments
-        given = {
-            "include_patterns": arguments.targets.include,
-            "exclude_patterns": arguments.targets.exclude,
-            "ranks": [pattern.pattern for pattern, _ in arguments.ranks],
-            "alphas": [pattern.pattern for pattern, _ in arguments.alphas],
-        }
+        """(argument, pattern) of those of `--network_args` that match none of the model's linears `names` or, of ranks and alphas, none
+        of those that are adapted."""
+        arguments, adapted = self.arguments, self.names
+        given = [
+            ("include_patterns", arguments.targets.include, names),
+            ("exclude_patterns", arguments.targets.exclude, names),
+            ("ranks", [pattern.pattern for pattern, _ in arguments.ranks], adapted),
+            ("alphas", [pattern.pattern for pattern, _ in arguments.alphas], adapted),
+        ]
         return [
-            (key, pattern) for key, patterns in given.items() for pattern in patterns if not any(re.search(pattern, name) for name in names)
+            (key, pattern) for key, patterns, where in given for pattern in patterns if not any(re.search(pattern, name) for name in where)
         ]
 
     def contents(self) -> Contents:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from musubi_tuner.networks.keys import without_prefixes
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import parse_json, read_json
 
@@ -97,5 +98,8 @@ def _read(where: str, values: Any) -> PeftScale | None:
 
 
 def _matching(patterns: Mapping[str, float], stem: str, default: float | None) -> float | None:
-    """PEFT's rule: a pattern stands for names that end in it, at a dot."""
-    return next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", stem)), default)
+    """PEFT's rule: a pattern stands for names that end in it, at a dot. One with ^ is of a whole name, without the prefixes of a file."""
+    names = without_prefixes(stem)
+    return next(
+        (value for pattern, value in patterns.items() if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)), default
+    )

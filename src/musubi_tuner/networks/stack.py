@@ -7,7 +7,7 @@ y = W x + sum of s (W' - W) x, with W' the weight that `merging` would make; of 
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -112,7 +112,7 @@ class NetworkStack:
         if adapter.kind == "full":
             return _Difference(tensors, device, self._dtype)
         layer_class = TYPES[adapter.kind]
-        layer = layer_class(base, layer_class.spec_of(tensors), generator_for(0, "replaced by what is loaded"))
+        layer = layer_class(base, replace(layer_class.spec_of(tensors), base_moves=True), generator_for(0, "replaced by what is loaded"))
         assert isinstance(layer, AddingLayer)
         layer.load(tensors)
         layer.requires_grad_(False)

@@ -15,6 +15,7 @@ FEED_FORWARD = ("net.0.proj", "net.2")
 _VIDEO = r"(attn1|attn2|ff)\."
 _AUDIO = r"(audio_attn1|audio_attn2|audio_ff)\."
 _CROSS = r"(audio_to_video_attn|video_to_audio_attn)\."
+_INTO_AUDIO = re.compile(r"video_to_audio|v2a_gate|a2v_ca_audio$")
 _IN_BLOCK = r"transformer_blocks\.\d+\."
 
 
@@ -75,8 +76,9 @@ def stream_of(name: str) -> str:
 
 
 def is_audio_side(name: str) -> bool:
-    """Whether what an adapted linear makes goes into the audio: that stream's own layers, and its attention to the video."""
-    return "video_to_audio" in name or ("audio_" in name and "audio_to_video" not in name)
+    """Whether what a module makes goes into the audio: that stream's own layers, its attention to the video and the gate of that, and its
+    table of the attention across, whose last row is added to that gate."""
+    return bool(_INTO_AUDIO.search(name)) or ("audio_" in name and "audio_to_video" not in name)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from musubi_tuner.ltxv2.text.connectors import Connectors, load_connectors
 from musubi_tuner.ltxv2.transformer.model import LTXModel
 from musubi_tuner.ltxv2.versions import detect_version, transformer_names
 from musubi_tuner.ltxv2.weights import Checkpoint
+from musubi_tuner.networks.arguments import SHAPE_ARGUMENTS
 from musubi_tuner.networks.formats import connectors_path
 from musubi_tuner.networks.lora import DoRALayer
 from musubi_tuner.networks.lora_ltxv2 import LoRANetwork, create_network
@@ -154,6 +155,12 @@ def report_network(options: NetworkOptions, transformer: LTXModel, network: LoRA
                 len(start.left_out),
                 start.left_out[0],
             )
+        if options.dim_from_weights and (unused := _of_no_use(options)):
+            log.warning(
+                "WARNING: --dim_from_weights takes modules and ranks from %s at scale 1, its own being folded in: %s change nothing",
+                start.path,
+                ", ".join(unused),
+            )
     if network.trains_base_weights:
         log.info(
             "type=full: the weights of the %d linears that include_patterns names are trained and all others stay as they are; the file "
@@ -161,7 +168,15 @@ def report_network(options: NetworkOptions, transformer: LTXModel, network: LoRA
             len(network.names),
         )
     for key, pattern in network.idle_patterns([name.removesuffix(".base") for name in linear_names(transformer)]):
-        log.warning("WARNING: --network_args %s: the pattern %r matches no linear of this model", key, pattern)
+        what = "module that is adapted" if key in ("ranks", "alphas") else "linear of this model"
+        log.warning("WARNING: --network_args %s: the pattern %r matches no %s", key, pattern, what)
+
+
+def _of_no_use(options: NetworkOptions) -> list[str]:
+    """What is given of shapes and scales beside `--dim_from_weights`."""
+    alpha = options.network_alpha
+    args = [pair for pair in options.network_args if pair.partition("=")[0] in SHAPE_ARGUMENTS]
+    return [*([f"--network_alpha {alpha:g}"] if alpha != NetworkOptions().network_alpha else []), *args]
 
 
 def adapted_connectors(

@@ -39,6 +39,13 @@ _SETTINGS = (
 """What the table shows, and the entries of the metadata that it is from."""
 _FACTOR = "reference_downscale_factor"
 """In the metadata of an IC-LoRA alone: how many times smaller than the clip its references are."""
+_COMFY_ALONE = ("lokr", "loha", "full")
+_NOTES = {
+    "dora": "This is a DoRA, which diffusers and musubi-tuner-ltxv2 load as it was trained. ComfyUI and the official code do not: their "
+    "outputs are 10 to 26 % off.",
+    **dict.fromkeys(_COMFY_ALONE, "ComfyUI and musubi-tuner-ltxv2 load a file of this type; diffusers does not."),
+}
+"""By `ltxv2_network_type`."""
 _EMPTY = ("", "None", "null", "[]", "{}")
 
 
@@ -196,6 +203,8 @@ def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:
     load = f'pipeline.load_lora_weights("{facts.repo_id or "FOLDER"}", weight_name="{name}")'
     source = 'from_pretrained("LTX_IN_DIFFUSERS_FORM")'
     comfy = f"ComfyUI: put `{name}` into `models/loras`, and load it with a LoRA loader for the model"
+    kind = metadata.get("ltxv2_network_type", "lora")
+    notes = [note for note in (_NOTES.get(kind), _merged_first(metadata)) if note]
     if _FACTOR not in metadata:
         if _hears_a_reference(metadata):
             shell = (
@@ -203,9 +212,9 @@ def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:
                 "  --ltxv2_model CHECKPOINT --text_encoder GEMMA_FOLDER"
             )
             says = "This LoRA is played a reference sound beside what it makes, such as a voice sample: `--ra` in a prompt."
-            return "\n\n".join(("## Use", says, _code("musubi-tuner-ltxv2", "bash", shell)))
+            return "\n\n".join(("## Use", says, *notes, _code("musubi-tuner-ltxv2", "bash", shell)))
         code = f"from diffusers import LTX2Pipeline\n\npipeline = LTX2Pipeline.{source}\n{load}"
-        return "\n\n".join(("## Use", f"{comfy}.", _code("diffusers", "python", code)))
+        return "\n\n".join(("## Use", *notes, *_where_it_loads(kind, f"{comfy}.", _code("diffusers", "python", code))))
     factor = _plain(metadata[_FACTOR])
     size = "of the clip's size" if factor == "1" else f"{factor} times smaller than the clip"
     shell = (
@@ -223,11 +232,32 @@ def _use(lora: Path, metadata: Mapping[str, str], facts: CardFacts) -> str:
             "## Use",
             f"This is an IC-LoRA: it is shown a reference video beside the clip that it makes, {size} (`{_FACTOR}` of its metadata). "
             "Without a reference it does nothing of use.",
+            *notes,
             _code("musubi-tuner-ltxv2", "bash", shell),
-            f"{comfy}; its reference is given by the nodes for IC-LoRAs of ComfyUI-LTXVideo.",
-            _code("diffusers", "python", code),
+            *_where_it_loads(
+                kind,
+                f"{comfy}; its reference is given by the nodes for IC-LoRAs of ComfyUI-LTXVideo.",
+                _code("diffusers", "python", code),
+            ),
         )
     )
+
+
+def _where_it_loads(kind: str, comfy: str, diffusers: str) -> list[str]:
+    """What is said of the programs that load a type as it was trained (docs/reference/lora_files.md)."""
+    return [text for text, others in ((comfy, ("dora",)), (diffusers, _COMFY_ALONE)) if kind not in others]
+
+
+def _merged_first(metadata: Mapping[str, str]) -> str:
+    """What was merged into the base model before the training, without which the file does not do what was trained."""
+    value = metadata.get("ltxv2_base_weights", "")
+    if value in _EMPTY:
+        return ""
+    try:
+        shown = ", ".join(f"`{_plain(str(one))}`" for one in json.loads(value))
+    except (TypeError, ValueError):  # of another trainer, or edited
+        shown = f"`{_plain(value)}`"
+    return f"It was trained on the base model with {shown} merged into it: load this together with it, at the same strength."
 
 
 def _hears_a_reference(metadata: Mapping[str, str]) -> bool:

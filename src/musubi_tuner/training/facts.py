@@ -86,7 +86,8 @@ def file_facts(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> 
         facts = _facts_of_run(inputs, machine, network)
         own = {"modelspec.architecture": f"ltx-{detect_version(inputs.checkpoint)}", "ltxv2_full_finetune": network.describe()}
         return {key: value for key, value in facts.items() if not key.startswith(("ss_network_", "ltxv2_network_"))} | own
-    return _facts_of_run(inputs, machine, network)
+    rank, alpha = network.rank_and_alpha
+    return _facts_of_run(inputs, machine, network) | {"ss_network_dim": rank, "ss_network_alpha": alpha}
 
 
 def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) -> dict[str, object]:
@@ -103,8 +104,6 @@ def _facts_of_run(inputs: RunInputs, machine: Machine, network: TrainedNetwork) 
         "ss_base_model_version": f"ltx-{version}",
         "ss_sd_model_name": inputs.checkpoint.path.name,
         "ss_network_module": config.network.network_module,
-        "ss_network_dim": config.network.network_dim,
-        "ss_network_alpha": config.network.network_alpha,
         "ss_network_args": list(config.network.network_args),
         "ltxv2_network_type": network.kind,
         "ltxv2_network_shape": network.describe(),
