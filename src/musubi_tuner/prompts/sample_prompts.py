@@ -16,10 +16,12 @@ from pydantic import BeforeValidator, model_validator
 from musubi_tuner.config.names import PROMPT_FLAGS
 from musubi_tuner.config.preview import Guidance, Steps
 from musubi_tuner.config.validation import AnyPath, FrameRate, Frames, Seed, Share, Side, as_path, options, validated
-from musubi_tuner.ltxv2.geometry import TEMPORAL_SCALE
 from musubi_tuner.prompts.prompt import ConditioningInputs, PreviewPrompt, Rectangle, Span
 from musubi_tuner.runtime.errors import UserError
 from musubi_tuner.runtime.files import read_json, read_json_lines, read_text, read_toml
+
+_LATENT_FRAME = 8
+"""Frames, as in `ltxv2.geometry`, which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -365,9 +367,9 @@ def _check_places(prompt: PreviewPrompt) -> None:
     inputs = prompt.inputs
     taken = {} if inputs.image is None else {0: "--i"}
     for frame, _ in inputs.keyframes_in_place:
-        cell, named = -(-frame // TEMPORAL_SCALE), f"--kp {frame}=..."
+        cell, named = -(-frame // _LATENT_FRAME), f"--kp {frame}=..."
         if cell in taken:
-            frames = f"frames {(cell - 1) * TEMPORAL_SCALE + 1} to {cell * TEMPORAL_SCALE} are" if cell else "frame 0 is"
+            frames = f"frames {(cell - 1) * _LATENT_FRAME + 1} to {cell * _LATENT_FRAME} are" if cell else "frame 0 is"
             raise UserError(
                 f"{prompt.where}: {taken[cell]} and {named} are two pictures of one latent frame ({frames} one); keep one, or give it "
                 "beside the clip by --k."
