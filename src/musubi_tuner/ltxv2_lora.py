@@ -75,8 +75,7 @@ def _convert(options: config.ConvertConfig) -> int:
     from musubi_tuner.conversion.lora.contents import read_lora
 
     contents = read_lora(options.file.lora)
-    _tell_of_connectors([contents.path])
-    _write(contents, options.writing, f"convert --to {options.form.to} {contents.path.name}", form=options.form.to)
+    _write(contents, options.writing, f"convert --to {options.form.to} {contents.path.name}", form=options.form.to, read=[contents.path])
     return 0
 
 
@@ -94,8 +93,7 @@ def _strip(options: config.StripConfig) -> int:
     left = without(contents, options.removal.remove, patterns)
     log.info("%d of %d modules removed", len(contents.adapters) - len(left.adapters), len(contents.adapters))
     words = " ".join((*options.removal.remove, *options.removal.remove_pattern))
-    _tell_of_connectors([contents.path])
-    _write(left, options.writing, f"strip {words} {contents.path.name}")
+    _write(left, options.writing, f"strip {words} {contents.path.name}", read=[contents.path])
     return 0
 
 
@@ -108,8 +106,12 @@ def _scale(options: config.ScaleConfig) -> int:
     strength = Strength(chosen.video_strength, chosen.audio_strength) * chosen.strength
     if strength == Strength(1, 1):
         raise UserError("nothing to scale by: give --strength, --video_strength or --audio_strength.")
-    _tell_of_connectors([contents.path])
-    _write(strengthened(contents, strength), options.writing, f"scale {strength.video:g} (sound {strength.audio:g}) {contents.path.name}")
+    _write(
+        strengthened(contents, strength),
+        options.writing,
+        f"scale {strength.video:g} (sound {strength.audio:g}) {contents.path.name}",
+        read=[contents.path],
+    )
     return 0
 
 
@@ -124,8 +126,7 @@ def _resize(options: config.ResizeConfig) -> int:
     words = ", ".join(f"{name} {value:g}" for name, value in wanted.items() if value is not None)
     if rank is not None and energy is None and contents.kinds == ["lora"] and max(contents.ranks) < rank:
         log.info("no module has more than rank %d, so all keep theirs at --rank %d", max(contents.ranks), rank)
-    _tell_of_connectors([contents.path])
-    _write(_resized(contents, rank, energy), options.writing, f"resize to {words} {contents.path.name}")
+    _write(_resized(contents, rank, energy), options.writing, f"resize to {words} {contents.path.name}", read=[contents.path])
     return 0
 
 
@@ -159,8 +160,7 @@ def _merge(options: config.MergeConfig) -> int:
     if options.merge.rank is not None:
         result = _resized(result, options.merge.rank, None)
     names = ", ".join(f"{use.path.name} x {use.strength.video:g} (sound {use.strength.audio:g})" for use in uses)
-    _tell_of_connectors([use.path for use in uses])
-    _write(result, options.writing, f"merge {names}")
+    _write(result, options.writing, f"merge {names}", read=[use.path for use in uses])
     return 0
 
 
@@ -188,8 +188,7 @@ def _average(options: config.AverageConfig) -> int:
             raise UserError(f"--sigma_rel: the files' steps (ss_steps) are {steps}; they must rise from file to file. Use --beta.")
         shares, how = shares_by_width(steps, chosen.sigma_rel), f"sigma_rel {chosen.sigma_rel:g}"
     print(format_table([(path.name, f"{share:.4f}") for path, share in zip(paths, shares, strict=True)], ("file", "share")))
-    _tell_of_connectors(paths)
-    _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}")
+    _write(averaged(files, shares), options.writing, f"average ({how}) {names_of([path.name for path in paths])}", read=paths)
     return 0
 
 
@@ -282,11 +281,18 @@ def _tell_of_connectors(paths: Sequence[Path]) -> None:
         )  # fmt: skip
 
 
-def _write(contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official") -> None:
+def _write(
+    contents: LoraContents, writing: config.WritingOptions, made_from: str, form: str = "official", read: Sequence[Path] = ()
+) -> None:
+    """
+    Args:
+        read: the LoRAs that it was made from.
+    """
     from musubi_tuner.conversion.lora.contents import PRECISIONS
     from musubi_tuner.conversion.lora.forms import rounding, vanished
     from musubi_tuner.conversion.lora.writing import write_lora
 
+    _tell_of_connectors(read)
     dtype = contents.dtype if writing.save_precision is None else PRECISIONS[writing.save_precision]
     write_lora(contents, writing.output, form=form, dtype=dtype, overwrite=writing.overwrite, made_from=made_from)
     lost = rounding(contents, form, dtype)

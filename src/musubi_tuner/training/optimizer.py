@@ -215,7 +215,8 @@ def average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> Non
         own = [p.grad is not None for p in some]
         flat = torch.cat([*(piece.reshape(-1) for piece in pieces), torch.tensor(own).to(pieces[0])])
         torch.distributed.all_reduce(flat)
-        *averages, counts = (flat / processes).split([*(p.numel() for p in some), len(some)])
+        flat /= processes
+        *averages, counts = flat.split([*(p.numel() for p in some), len(some)])
         anywhere = own if all(own) else (counts > 0).tolist()  # only who lacks some waits for the answer
         for parameter, average, is_there in zip(some, averages, anywhere, strict=True):
             parameter.grad = average.view_as(parameter) if is_there else None
